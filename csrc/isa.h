@@ -1,0 +1,18 @@
+// Instruction-set levels. Every file of csrc/cpu is compiled once per level with SPECBRANCH_ISA set to the
+// level's name, which is also the namespace of its code, so that the linker never mixes levels.
+#pragma once
+
+#ifndef SPECBRANCH_ISA
+#define SPECBRANCH_ISA baseline
+#endif
+
+namespace specbranch {
+
+enum class Isa { baseline, avx2, avx512 };
+
+// The level in use: the best one this processor has, or a lower one named by the environment variable
+// SPECBRANCH_ISA (read once). Throws std::invalid_argument for a level that cannot run here.
+Isa isa();
+const char* isa_name(Isa level);
+
+}  // namespace specbranch

@@ -1,0 +1,95 @@
+// A tensor as the kernels see it, and the checks that every op makes on its arguments. No Python, no torch.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace specbranch {
+
+enum class Dtype : int { float32, bfloat16, float16, int64, other };
+
+inline const char* dtype_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return "float32";
+    case Dtype::bfloat16: return "bfloat16";
+    case Dtype::float16: return "float16";
+    case Dtype::int64: return "int64";
+    default: return "another dtype";
+  }
+}
+
+// Shapes and strides count elements. `name` is what error messages call it.
+struct Tensor {
+  static constexpr int max_dims = 4;
+  const char* name = "";
+  void* data = nullptr;
+  Dtype dtype = Dtype::other;
+  int64_t item_bytes = 0;
+  int dims = 0;
+  int64_t shape[max_dims] = {};
+  int64_t stride[max_dims] = {};
+
+  template <typename T>
+  T* as() const {
+    return static_cast<T*>(data);
+  }
+};
+
+// How an op is to run: filled by the binding, first member of every Params struct.
+struct Launch {
+  int threads = 1;
+};
+
+[[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }
+
+inline std::string shape_text(const Tensor& t) {
+  std::string text = "[";
+  for (int i = 0; i < t.dims; ++i) text += (i ? ", " : "") + std::to_string(t.shape[i]);
+  return text + "]";
+}
+
+// Extents of -1 match anything; `expected` is the shape in words, for example "[n, V]".
+template <int N>
+void check_shape(const Tensor& t, const int64_t (&extents)[N], const char* expected) {
+  bool same = t.dims == N;
+  for (int i = 0; same && i < N; ++i) same = extents[i] < 0 || t.shape[i] == extents[i];
+  if (same) return;
+  std::string wanted;
+  for (int i = 0; i < N; ++i) wanted += (i ? ", " : "") + (extents[i] < 0 ? "*" : std::to_string(extents[i]));
+  fail(std::string(t.name) + ": expected shape " + expected + " = [" + wanted + "], got " + shape_text(t));
+}
+
+inline void check_dtype(const Tensor& t, Dtype dtype) {
+  if (t.dtype != dtype) {
+    fail(std::string(t.name) + ": expected " + dtype_name(dtype) + ", got " + dtype_name(t.dtype));
+  }
+}
+
+inline bool is_float(Dtype dtype) {
+  return dtype == Dtype::float32 || dtype == Dtype::bfloat16 || dtype == Dtype::float16;
+}
+
+inline void check_float(const Tensor& t) {
+  if (!is_float(t.dtype)) {
+    fail(std::string(t.name) + ": expected float32, bfloat16 or float16, got " + dtype_name(t.dtype));
+  }
+}
+
+inline void check_last_dim_contiguous(const Tensor& t) {
+  const int last = t.dims - 1;
+  if (t.shape[last] > 1 && t.stride[last] != 1) {
+    fail(std::string(t.name) + ": expected stride 1 in the last dimension, got " + std::to_string(t.stride[last]));
+  }
+}
+
+// For small integer vectors: every stride 1, so that a plain pointer is enough.
+inline void check_contiguous(const Tensor& t) {
+  int64_t expected = 1;
+  for (int i = t.dims - 1; i >= 0; --i) {
+    if (t.shape[i] > 1 && t.stride[i] != expected) fail(std::string(t.name) + ": expected a contiguous tensor");
+    expected *= t.shape[i];
+  }
+}
+
+}  // namespace specbranch

@@ -1,0 +1,52 @@
+"""pip's door to CMake: builds the torch-free `specbranch_ext._C`; the rest is in pyproject.toml."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configure and build with CMake and ninja, into the folder where setuptools expects the module.
+
+    Environment: SPECBRANCH_CUDA = auto (default), 1 (fail when it cannot be built) or 0;
+    SPECBRANCH_CUDA_ARCHITECTURES, for example "80;90"; CMAKE_BUILD_PARALLEL_LEVEL; CMAKE_ARGS.
+    """
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        # setuptools gives every editable install a new folder; a fixed one rebuilds only what changed.
+        build_dir = (
+            ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+            if self.editable_mode
+            else Path(self.build_temp).resolve() / "cmake"
+        )
+        build_dir.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake",
+            "-S",
+            str(ROOT),
+            "-B",
+            str(build_dir),
+            "-G",
+            "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DSPECBRANCH_MODULE_DIR={module.parent}",
+            f"-DSPECBRANCH_CUDA={os.environ.get('SPECBRANCH_CUDA', 'auto')}",
+            f"-DSPECBRANCH_CUDA_ARCHITECTURES={os.environ.get('SPECBRANCH_CUDA_ARCHITECTURES', '')}",
+            *os.environ.get("CMAKE_ARGS", "").split(),
+        ]
+        subprocess.run(configure, check=True)
+        subprocess.run(["cmake", "--build", str(build_dir), "--target", "_C"], check=True)
+
+
+setup(ext_modules=[Extension("specbranch_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,30 @@
+"""Kernels for speculative decoding with trees: attention, verification, drafting and KV-cache commits.
+
+Usable on its own in any decoder: see `specbranch_ext.ops` for the functions and
+`specbranch_ext.reference` for the same in plain torch.
+"""
+
+from pathlib import Path
+
+import torch  # noqa: F401  (first: torch and the compiled module then share one OpenMP runtime)
+
+try:
+    from . import _C
+except ImportError as error:
+    _folder = Path(__file__).parent
+    _message = (
+        "specbranch_ext was imported without its compiled module `specbranch_ext._C`. "
+        "Build it with `pip install .` or, to work on the source, `pip install -e .` in the repository root."
+    )
+    if (_folder.parent / "setup.py").exists():
+        _message += (
+            f" (Python found the source folder {_folder} first: after `pip install .` "
+            "run from another folder, or use an editable install.)"
+        )
+    raise ImportError(f"{_message} The cause: {error}") from error
+
+from .ops import gumbel_noise
+
+build_info = _C.build_info
+
+__all__ = ["build_info", "gumbel_noise"]
