@@ -1,0 +1,270 @@
+"""`specbranch bench`: our methods and transformers' own, on the same prompts, interleaved in one process."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from specbranch.commands import memory, report
+from specbranch.commands.loading import load_engine, sampling_options
+from specbranch.commands.machine import describe_machine, describe_versions
+from specbranch.commands.messages import FAILURE, INTERRUPTED, complain, one_line
+from specbranch.commands.peers import Peers, default_attention
+from specbranch.commands.terminal import Steps, output, steps
+from specbranch.prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from specbranch import SpecBranch
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that generates: `generate(ids, max_new_tokens)` gives the new tokens and, if ours, stats."""
+
+    name: str
+    generate: Callable[[list[int], int], tuple[list[int], dict[str, Any] | None]]
+    comparable: bool  # its text can be compared with autoregressive's
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, write the JSON; Ctrl-C does so with what is there, and ends with 130."""
+    prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
+    if args.json is not None:
+        _check_writable(args.json)
+    resident_before_loading = _resident_with_libraries()
+    engine = load_engine(args)
+    bench = Bench(engine, contenders(engine, args), args, resident_before_loading)
+    interrupted = False
+    try:
+        with steps((len(prompts) + 1) * len(bench.contenders)) as progress:
+            bench.warm_up(prompts[0], progress)
+            for number, prompt in enumerate(prompts):
+                bench.measure(prompt, number, progress)
+                if args.json is not None:
+                    report.write_json(args.json, bench.report(interrupted=True))
+    except KeyboardInterrupt:
+        interrupted = True
+    result = bench.report(interrupted)
+    if args.json is not None:
+        report.write_json(args.json, result)
+    if result["rows"]:
+        output().print(report.table(result["rows"], bench.title()))
+        for line in report.difference_lines(result["rows"]):
+            print(line)
+    if interrupted:
+        complain(
+            f"interrupted after {len(bench.records)} of {len(prompts) * len(bench.contenders)} measurements"
+        )
+        return INTERRUPTED
+    return FAILURE if any(record["error"] for record in bench.records) else 0
+
+
+def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
+    """The methods and peers asked for; autoregressive is always there, for the tokens."""
+    options = sampling_options(args)
+    del options["max_new_tokens"]
+    peers = Peers(engine.target, engine.draft, args.threads) if args.peers else None
+
+    def method(name: str) -> Contender:
+        def generate(ids: list[int], new_tokens: int) -> tuple[list[int], dict[str, Any] | None]:
+            generation = engine.generate(ids, max_new_tokens=new_tokens, method=name, **options)
+            return generation.tokens, generation.stats.as_dict()
+
+        return Contender(name, generate, comparable=True)
+
+    def peer(name: str, peers: Peers) -> Contender:
+        def generate(ids: list[int], new_tokens: int) -> tuple[list[int], dict[str, Any] | None]:
+            return peers.generate(name, ids, max_new_tokens=new_tokens, **options), None
+
+        return Contender(name, generate, comparable=args.temperature == 0)  # else they draw other noise
+
+    ours = [*args.methods, *({report.REFERENCE} - set(args.methods))]
+    return [method(name) for name in ours] + ([peer(name, peers) for name in args.peers] if peers else [])
+
+
+class Bench:
+    """One benchmark run: its contenders and the records so far."""
+
+    def __init__(
+        self,
+        engine: SpecBranch,
+        contenders: Sequence[Contender],
+        args: argparse.Namespace,
+        resident_before_loading: int,
+    ) -> None:
+        self.engine, self.contenders, self.args = engine, list(contenders), args
+        self.records: list[report.Record] = []
+        self._resident_before_loading = resident_before_loading
+        self._weights = memory.weight_bytes(engine.target, engine.draft)
+        self._machine, self._versions = describe_machine(), describe_versions()
+
+    def warm_up(self, prompt: Prompt, progress: Steps) -> None:
+        """A short run of everything before anything is timed."""
+        ids = self.engine.encode(prompt.text, chat=prompt.chat)
+        for contender in self.contenders:
+            progress.next(f"warm-up: {contender.name}")
+            contender.generate(ids, min(WARM_UP_TOKENS, self.args.max_new_tokens))
+            progress.done()
+
+    def measure(self, prompt: Prompt, number: int, progress: Steps) -> None:
+        """Every contender on one prompt, in an order that rotates with the prompt's number.
+
+        No contender always runs first, or always after the same one.
+        """
+        ids = self.engine.encode(prompt.text, chat=prompt.chat)
+        start = number % len(self.contenders)
+        records: list[report.Record] = []
+        try:
+            for contender in self.contenders[start:] + self.contenders[:start]:
+                progress.next(f"{prompt.id}: {contender.name}")
+                records.append(self._measure_one(contender, prompt, ids))
+                progress.done()
+        finally:  # also when interrupted: what is measured counts
+            self._compare(records, ids)
+            self.records += records
+
+    def _measure_one(self, contender: Contender, prompt: Prompt, ids: list[int]) -> report.Record:
+        record: report.Record = {
+            "name": contender.name,
+            "task": prompt.task,
+            "id": prompt.id,
+            "prompt_tokens": len(ids),
+            "same_tokens": None,
+            "first_difference": None,
+            "comparable": contender.comparable,
+            "error": None,
+        }
+        resets = memory.reset_peak()
+        started = time.perf_counter()
+        try:
+            tokens, stats = contender.generate(ids, self.args.max_new_tokens)
+        except Exception as error:
+            complain(f"error: {contender.name} on {prompt.id}: {one_line(error)}")
+            return record | {"error": one_line(error)}
+        seconds = time.perf_counter() - started
+        peak = memory.peak_resident_bytes()
+        caches = cache_bytes(self.engine, len(ids) + len(tokens))
+        over = peak - self._resident_before_loading - self._weights - caches
+        return record | {
+            "seconds": seconds,
+            "new_tokens": len(tokens),
+            "tokens_per_second": len(tokens) / seconds,
+            "tokens": tokens,
+            "stats": stats,
+            "peak_resident_bytes": peak,
+            "memory_over_bytes": over if resets else None,
+        }
+
+    def _compare(self, records: list[report.Record], ids: list[int]) -> None:
+        reference = next((r for r in records if r["name"] == report.REFERENCE and r["error"] is None), None)
+        if reference is None:
+            return
+        for record in records:
+            if record["error"] is not None or not record["comparable"]:
+                continue
+            position = report.compare_tokens(record["tokens"], reference["tokens"])
+            record["same_tokens"] = position is None
+            if position is not None:
+                shared = reference["tokens"][:position]
+                record["first_difference"] = {
+                    "id": record["id"],
+                    "position": position,
+                    "token": _at(record["tokens"], position),
+                    "reference_token": _at(reference["tokens"], position),
+                    "logit_gap": top_two_gap(self.engine, ids + shared, self.args),
+                }
+
+    def title(self) -> str:
+        args = self.args
+        sampling = (
+            "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, top-p {args.top_p:g}"
+        )
+        dtype = str(self.engine.target.dtype).removeprefix("torch.")
+        threads = args.threads or torch.get_num_threads()
+        return f"{dtype}, {threads} threads, {args.max_new_tokens} new tokens, {sampling}"
+
+    def report(self, interrupted: bool) -> dict[str, Any]:
+        """Everything measured so far, ready for JSON."""
+        peaks = [r["peak_resident_bytes"] for r in self.records if r["error"] is None]
+        settings = {
+            key: value for key, value in vars(self.args).items() if key not in ("argv", "command", "json")
+        }
+        return {
+            "command": shlex.join(["specbranch", *self.args.argv]),
+            "interrupted": interrupted,
+            "machine": self._machine,
+            "versions": self._versions,
+            "settings": settings
+            | {
+                "dtype": str(self.engine.target.dtype).removeprefix("torch."),
+                "threads": self.args.threads or torch.get_num_threads(),
+            },
+            "memory": {
+                "resident_before_loading_bytes": self._resident_before_loading,
+                "weight_bytes": self._weights,
+                "peak_resident_bytes": max(peaks) if peaks else None,
+            },
+            "rows": report.summarize(self.records),
+            "records": self.records,
+        }
+
+
+@torch.inference_mode()
+def top_two_gap(engine: SpecBranch, ids: list[int], args: argparse.Namespace) -> float | None:
+    """By how much the target's best next token after `ids` beats its second best.
+
+    A fresh forward of the target with transformers' own attention: logits at temperature 0, perturbed scores
+    above it. None where the filters leave one token.
+    """
+    from specbranch_ext import draft_sample
+
+    with default_attention(engine.target):
+        input_ids = torch.tensor([ids], device=engine.target.device)
+        logits = engine.target(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0]
+    position = torch.tensor([len(ids)], device=logits.device)
+    options = {name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "min_p")}
+    scores = draft_sample(logits, position, 2, **options).scores[0]
+    gap = float(scores[0] - scores[1])
+    return gap if torch.isfinite(scores).all() else None
+
+
+def cache_bytes(engine: SpecBranch, positions: int) -> int:
+    """K and V of target and draft for so many positions; what is reserved beyond them does not count."""
+    total = 0
+    for model in (engine.target, engine.draft):
+        if model is not None:
+            config = model.config.get_text_config()
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            total += 2 * config.num_hidden_layers * kv_heads * head_dim * positions * model.dtype.itemsize
+    return total
+
+
+def _resident_with_libraries() -> int:
+    """Resident memory once the libraries are there and no model is."""
+    import transformers.generation.utils  # noqa: F401
+
+    import specbranch
+
+    assert specbranch.SpecBranch
+    return memory.resident_bytes()
+
+
+def _check_writable(path: str) -> None:
+    """Say now, not after the run, that the report cannot be written."""
+    with Path(f"{path}.part").open("a"):
+        pass
+    Path(f"{path}.part").unlink()
+
+
+def _at(tokens: list[int], position: int) -> int | None:
+    return tokens[position] if position < len(tokens) else None

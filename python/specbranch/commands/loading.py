@@ -1,0 +1,44 @@
+"""Loading the models for a subcommand, without the chatter of the libraries below."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from specbranch.commands.terminal import status
+
+if TYPE_CHECKING:
+    from specbranch import SpecBranch
+
+
+def quiet_libraries() -> None:
+    """No progress bars or warnings of transformers between our lines: what matters comes as an exception."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="transformers")
+
+
+def load_engine(args: argparse.Namespace, **options: Any) -> SpecBranch:
+    """Load the pair that the arguments name; a spinner on stderr when it is a terminal."""
+    with status("loading the models"):
+        from specbranch import SpecBranch
+
+        quiet_libraries()
+        return SpecBranch.from_pretrained(
+            args.target,
+            draft=args.draft,
+            dtype=args.dtype,
+            device=args.device,
+            overlap=args.overlap,
+            threads=args.threads,
+            **options,
+        )
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling arguments as `SpecBranch.generate` takes them."""
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
+    return {name: getattr(args, name) for name in names}

@@ -1,0 +1,113 @@
+"""What a transformers user has today, as peers of our methods: the same models, transformers' own generation.
+
+Set up as transformers' documentation advises: `generate` with its default attention and cache; assisted
+generation with `assistant_model=` and its default schedule; prompt lookup with `prompt_lookup_num_tokens=10`.
+Settings that a checkpoint brings in its generation config (a repetition penalty, for example) are left out on
+both sides: they would change the text, and the peers are compared on the same text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPT_LOOKUP_TOKENS = 10
+
+
+class Peers:
+    """transformers' own generation over a loaded target and draft.
+
+    threads: intra-op threads for every peer; None leaves torch's.
+    """
+
+    def __init__(self, target: PreTrainedModel, draft: PreTrainedModel, threads: int | None = None) -> None:
+        self._target, self._draft, self._threads = target, draft, threads
+        # One config each for the whole run: assisted generation keeps an adapted threshold in the draft's.
+        self._configs = {model: _plain_config(model) for model in (target, draft)}
+
+    def generate(
+        self,
+        peer: str,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+    ) -> list[int]:
+        """The new tokens of `peer`: greedy, assisted or prompt-lookup.
+
+        At a temperature above 0 the peers sample with the same filters, from torch's own generator.
+        """
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p or None}
+        options |= {
+            "greedy": {},
+            "assisted": {"assistant_model": self._draft},
+            "prompt-lookup": {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS},
+        }[peer]
+        input_ids = torch.tensor([list(ids)], device=self._target.device)
+        with self._as_transformers_sets_up(), torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(seed)
+            output = self._target.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+        return [int(token) for token in output[0, len(ids) :]]
+
+    @contextmanager
+    def _as_transformers_sets_up(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self._threads is not None:
+                stack.enter_context(_threads(self._threads))
+            for model, config in self._configs.items():
+                stack.enter_context(default_attention(model))
+                stack.enter_context(_generation_config(model, config))
+            yield
+
+
+@contextmanager
+def default_attention(model: PreTrainedModel) -> Iterator[None]:
+    """transformers' default attention inside the block, the model's own again after it."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@contextmanager
+def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    before, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _plain_config(model: PreTrainedModel) -> GenerationConfig:
+    """The special tokens of the model's own config, no more; without a padding token EOS pads."""
+    own = model.generation_config
+    eos = own.eos_token_id
+    pad = own.pad_token_id
+    if pad is None:
+        pad = eos[0] if isinstance(eos, list) else eos
+    return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad)

@@ -1,0 +1,113 @@
+"""Prompt files: JSON lines with `id`, `prompt` and `chat`, read and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class PromptFileError(ValueError):
+    """A prompt file that cannot be used; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    id: names the prompt in every output, unique in its file.
+    text: what the model is asked to continue, or with `chat` the user's message.
+    chat: apply the tokenizer's chat template.
+    task: the benchmark it belongs to; the file's stem unless the line says otherwise.
+    """
+
+    id: str
+    text: str
+    chat: bool = False
+    task: str = "prompts"
+
+
+def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
+    """Read a prompt file (`-` is standard input).
+
+    Each line is a JSON object with `prompt` (text) and, optionally, `id` (text or integer; default: stem/line
+    number), `chat` (true or false; default false) and `task` (text; default: the file's stem). Other keys are
+    ignored, and so are blank lines.
+
+    limit: keep only the first `limit` prompts; the lines after them are not looked at.
+    Raises PromptFileError naming the file, and the line where one is at fault.
+    """
+    name = "standard input" if str(path) == "-" else str(path)
+    stem = "stdin" if str(path) == "-" else Path(path).stem
+    prompts: list[Prompt] = []
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(_lines(path, name), start=1):
+        if limit is not None and len(prompts) >= limit:
+            break
+        where = f"{name}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise PromptFileError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
+        if not text.strip():
+            continue
+        prompt = _parse(text, where, stem, number)
+        if prompt.id in line_of:
+            raise PromptFileError(f"{where}: id {prompt.id!r} is already used on line {line_of[prompt.id]}")
+        line_of[prompt.id] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise PromptFileError(f"{name}: holds no prompts")
+    return prompts
+
+
+def _lines(path: str | Path, name: str) -> Iterable[bytes]:
+    # Bytes, split at newlines only: str.splitlines would also cut at characters that JSON text may hold.
+    try:
+        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+    except OSError as error:
+        raise PromptFileError(f"{name}: {error.strerror or error}") from None
+    return data.split(b"\n")
+
+
+def _parse(text: str, where: str, stem: str, number: int) -> Prompt:
+    try:
+        record: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PromptFileError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise PromptFileError(f"{where}: not a prompt (nested too deeply)") from None
+    if not isinstance(record, dict):
+        raise PromptFileError(
+            f'{where}: expected an object like {{"id": …, "prompt": …}}, found {_kind(record)}'
+        )
+    if "prompt" not in record:
+        raise PromptFileError(f'{where}: "prompt" is missing')
+    prompt, chat = record["prompt"], record.get("chat", False)
+    name, task = record.get("id", f"{stem}/{number}"), record.get("task", stem)
+    if not isinstance(prompt, str):
+        raise PromptFileError(f'{where}: "prompt" must be text, found {_kind(prompt)}')
+    if not prompt:
+        raise PromptFileError(f'{where}: "prompt" is empty')
+    if not isinstance(chat, bool):
+        raise PromptFileError(f'{where}: "chat" must be true or false, found {_kind(chat)}')
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise PromptFileError(f'{where}: "id" must be text or an integer, found {_kind(name)}')
+    if not isinstance(task, str):
+        raise PromptFileError(f'{where}: "task" must be text, found {_kind(task)}')
+    return Prompt(id=str(name), text=prompt, chat=chat, task=task)
+
+
+def _kind(value: object) -> str:
+    kinds: dict[type, str] = {
+        dict: "an object",
+        list: "an array",
+        str: "text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
+    return kinds.get(type(value), "null")
