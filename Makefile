@@ -1,0 +1,59 @@
+# make demo   text from the bundled pair, plain and with SpecBranch      make test   the tests
+# make lint   ruff and mypy                                              make bench  the benchmarks
+# make clean  remove what was built
+#
+# Needed: Python 3.10 or newer, and g++ (or clang++). Everything else comes from pip, into $(VENV).
+
+PYTHON ?= python3
+VENV ?= .venv
+
+# The one place where torch is chosen; the package itself accepts any torch >= 2.11. Options for pip may follow:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      without CUDA, smaller
+TORCH ?= torch==2.13.0
+
+# Used by `make bench`; the default is the bundled pair.
+TARGET ?= bundled
+DRAFT ?= bundled
+PROMPTS ?= python/specbranch/bundled/prompts.jsonl
+BENCH_OPTIONS ?= --limit 10 --max-new-tokens 96
+
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
+
+.PHONY: demo test lint bench clean install
+.DELETE_ON_ERROR:
+
+demo: install
+	$(BIN)/specbranch demo
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/specbranch bench --target $(TARGET) --draft $(DRAFT) --prompts $(PROMPTS) $(BENCH_OPTIONS)
+	$(BIN)/python benchmarks/bench_ops.py
+
+install: $(VENV)/.installed
+
+# Two stamps: torch is installed when the choice changes, the package when something that is compiled or declared
+# changes. The install is editable: Python files need no step, and pytest in this folder finds the compiled module.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(TORCH)
+	echo '$(TORCH)' > $@
+ifneq ($(strip $(shell cat $(VENV)/.torch 2>/dev/null)),$(strip $(TORCH)))
+.PHONY: $(VENV)/.torch
+endif
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info specbranch_ext/_C*.so
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
