@@ -5,9 +5,9 @@ Each round the draft writes a chain of tokens, with its other candidates beside 
     root ─┬─ a1 ─┬─ a2 ─┬─ a3
           └─ b1  └─ b2  └─ b3
 
-The target scores the whole tree in one forward, `verify` walks it from the root as long as a node is the token
-that the target chooses itself, and `kv_commit` moves the K/V rows of that path behind the prefix. Any model that
-honours transformers' AttentionInterface can be used.
+The target scores the whole tree in one forward, `verify` walks it from the root as long as a node is the
+token that the target chooses itself, and `kv_commit` moves the K/V rows of that path behind the prefix. Any
+model that honours transformers' AttentionInterface can be used.
 
     python examples/custom_decoder.py --prompt "def main():"
 """
@@ -158,8 +158,8 @@ def generate(
 ) -> tuple[list[int], int]:
     """New tokens after `prompt`, and the number of target forwards they took.
 
-    sampling: seed, temperature, top_k, top_p, min_p. The tokens depend on the target and on them alone: depth 0
-    is plain decoding and gives the same ones.
+    sampling: seed, temperature, top_k, top_p, min_p. The tokens depend on the target and on them alone:
+    depth 0 is plain decoding and gives the same ones.
     """
     capacity = len(prompt) + max_new_tokens + (depth + 1) * (width + 1)
     verifier, drafter = TreeModel(target, capacity), TreeModel(draft, capacity)

@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--stop", type=_text, action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
+    _add_policy(generate)
     generate.add_argument(
         "--limit", type=_at_least(1), metavar="N", help="only the first N prompts of the file"
     )
@@ -116,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"transformers' own generation: comma-separated, of {', '.join(PEERS)}; or none (default: all)",
     )
     _add_sampling(bench)
+    _add_policy(bench)
     bench.add_argument(
         "--limit", type=_at_least(1), metavar="N", help="only the first N prompts of each file"
     )
@@ -155,6 +157,20 @@ def _add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> Non
         choices=("auto", "on", "off"),
         default="auto",
         help="draft while the target verifies; auto measures (default: %(default)s)",
+    )
+
+
+def _add_policy(parser: argparse.ArgumentParser) -> None:
+    policy = parser.add_argument_group("drafting", "these change the speed, never the text")
+    policy.add_argument(
+        "--epsilon", type=_number(0, 1), metavar="E", help="specbranch: less confidence than this branches"
+    )
+    policy.add_argument("--k-max", type=_at_least(1), metavar="N", help="specbranch: most branches at once")
+    policy.add_argument(
+        "--max-trunk", type=_at_least(1), metavar="N", help="specbranch: most tokens drafted before verifying"
+    )
+    policy.add_argument(
+        "--length", type=_at_least(1), metavar="N", help="speculative, pearl: tokens drafted a round"
     )
 
 

@@ -16,7 +16,7 @@ from specbranch.commands import memory, report
 from specbranch.commands.loading import load_engine, sampling_options
 from specbranch.commands.machine import describe_machine, describe_versions
 from specbranch.commands.messages import FAILURE, INTERRUPTED, complain, one_line
-from specbranch.commands.peers import Peers, default_attention
+from specbranch.commands.peers import Peers
 from specbranch.commands.terminal import Steps, output, steps
 from specbranch.prompts import Prompt, read_prompts
 
@@ -72,7 +72,7 @@ def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
     """The methods and peers asked for; autoregressive is always there, for the tokens."""
     options = sampling_options(args)
     del options["max_new_tokens"]
-    peers = Peers(engine.target, engine.draft, args.threads) if args.peers else None
+    peers = Peers(engine.target, engine.draft, args.threads) if args.peers and engine.draft else None
 
     def method(name: str) -> Contender:
         def generate(ids: list[int], new_tokens: int) -> tuple[list[int], dict[str, Any] | None]:
@@ -227,9 +227,8 @@ def top_two_gap(engine: SpecBranch, ids: list[int], args: argparse.Namespace) ->
     """
     from specbranch_ext import draft_sample
 
-    with default_attention(engine.target):
-        input_ids = torch.tensor([ids], device=engine.target.device)
-        logits = engine.target(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0]
+    input_ids = torch.tensor([ids], device=engine.target.device)
+    logits = engine.target(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0]
     position = torch.tensor([len(ids)], device=logits.device)
     options = {name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "min_p")}
     scores = draft_sample(logits, position, 2, **options).scores[0]
@@ -251,11 +250,8 @@ def cache_bytes(engine: SpecBranch, positions: int) -> int:
 
 def _resident_with_libraries() -> int:
     """Resident memory once the libraries are there and no model is."""
-    import transformers.generation.utils  # noqa: F401
+    import specbranch.engine  # noqa: F401
 
-    import specbranch
-
-    assert specbranch.SpecBranch
     return memory.resident_bytes()
 
 

@@ -64,7 +64,7 @@ def _side_by_side(prompt: str, result: dict[str, Generation]) -> Table:
 
 def _speed(stats: dict[str, Any]) -> str:
     line = f"{stats['tokens_per_second']:.0f} tokens/s, {stats['target_forwards']} target forwards"
-    if stats["method"] != "autoregressive" and stats["acceptance_rate"] is not None:
+    if stats["drafted_tokens"] > 0:
         line += f", acceptance {stats['acceptance_rate']:.2f}"
     return line
 
@@ -79,12 +79,12 @@ def _summary(results: Sequence[dict[str, Generation]]) -> Table:
         stats = [result[method].stats.as_dict() for result in results]
         speed = median(s["tokens_per_second"] for s in stats)
         base = base or speed
-        accepted = [s["acceptance_rate"] for s in stats if s["acceptance_rate"] is not None]
+        accepted = [s["acceptance_rate"] for s in stats if s["drafted_tokens"] > 0]
         table.add_row(
             NAMES[method],
             f"{speed:.0f}",
             f"{speed / base:.2f}x",
             f"{median(s['tokens_per_target_forward'] for s in stats):.2f}",
-            f"{median(accepted):.2f}" if method != "autoregressive" and accepted else "-",
+            f"{median(accepted):.2f}" if accepted else "-",
         )
     return table

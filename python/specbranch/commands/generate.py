@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from specbranch.commands.loading import load_engine, sampling_options
@@ -77,18 +78,22 @@ def _print_stream(engine: SpecBranch, ids: list[int], options: dict[str, Any]) -
     from specbranch import GenerationFailed, GenerationInterrupted
 
     written = ""
-    stream = engine.stream(ids, **options)
-    try:
-        for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            written += piece
-    except (GenerationFailed, GenerationInterrupted) as ending:
-        rest = ending.generation.text.removeprefix(written)  # committed, but not yet streamed
-        sys.stdout.write(rest + "\n")
-        raise
+    with closing(engine.stream(ids, **options)) as stream:
+        try:
+            for piece in stream:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                written += piece
+        except (GenerationFailed, GenerationInterrupted) as ending:
+            rest = ending.generation.text.removeprefix(written)  # committed, but held back until now
+            sys.stdout.write(rest + "\n")
+            raise
+        except KeyboardInterrupt:  # between two rounds
+            sys.stdout.write("\n")
+            raise
     sys.stdout.write("\n")
     sys.stdout.flush()
+    assert stream.generation is not None
     return stream.generation
 
 
@@ -99,6 +104,6 @@ def _print_summary(generation: Generation) -> None:
     print(
         f"[{stats['method']}: {stats['new_tokens']} tokens, {stats['tokens_per_second']:.1f} tokens/s, "
         f"{stats['tokens_per_target_forward']:.2f} tokens per target forward, "
-        f"acceptance {stats['acceptance_rate'] or 0:.2f}]",
+        f"acceptance {stats['acceptance_rate']:.2f}]",
         file=sys.stderr,
     )

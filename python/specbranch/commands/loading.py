@@ -21,8 +21,13 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="transformers")
 
 
-def load_engine(args: argparse.Namespace, **options: Any) -> SpecBranch:
+OVERLAP: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+POLICY_OPTIONS = ("epsilon", "k_max", "max_trunk", "length")
+
+
+def load_engine(args: argparse.Namespace) -> SpecBranch:
     """Load the pair that the arguments name; a spinner on stderr when it is a terminal."""
+    policy = {name: getattr(args, name, None) for name in POLICY_OPTIONS}
     with status("loading the models"):
         from specbranch import SpecBranch
 
@@ -32,9 +37,9 @@ def load_engine(args: argparse.Namespace, **options: Any) -> SpecBranch:
             draft=args.draft,
             dtype=args.dtype,
             device=args.device,
-            overlap=args.overlap,
+            overlap=OVERLAP[args.overlap],
             threads=args.threads,
-            **options,
+            **{name: value for name, value in policy.items() if value is not None},
         )
 
 

@@ -1,6 +1,7 @@
 """What a transformers user has today, as peers of our methods: the same models, transformers' own generation.
 
-Set up as transformers' documentation advises: `generate` with its default attention and cache; assisted
+Our methods leave a loaded model as it is between their runs, so the peers can share it. They are set up as
+transformers' documentation advises: `generate` with its default attention and cache; assisted
 generation with `assistant_model=` and its default schedule; prompt lookup with `prompt_lookup_num_tokens=10`.
 Settings that a checkpoint brings in its generation config (a repetition penalty, for example) are left out on
 both sides: they would change the text, and the peers are compared on the same text.
@@ -51,15 +52,17 @@ class Peers:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
         if temperature > 0:
             options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p or None}
-        options |= {
-            "greedy": {},
-            "assisted": {"assistant_model": self._draft},
-            "prompt-lookup": {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS},
-        }[peer]
+        if peer == "assisted":
+            options["assistant_model"] = self._draft
+        elif peer == "prompt-lookup":
+            options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
+        elif peer != "greedy":
+            raise ValueError(f"unknown peer {peer!r}")
+        target: Any = self._target
         input_ids = torch.tensor([list(ids)], device=self._target.device)
         with self._as_transformers_sets_up(), torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(seed)
-            output = self._target.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+            output = target.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
         return [int(token) for token in output[0, len(ids) :]]
 
     @contextmanager
@@ -68,20 +71,8 @@ class Peers:
             if self._threads is not None:
                 stack.enter_context(_threads(self._threads))
             for model, config in self._configs.items():
-                stack.enter_context(default_attention(model))
                 stack.enter_context(_generation_config(model, config))
             yield
-
-
-@contextmanager
-def default_attention(model: PreTrainedModel) -> Iterator[None]:
-    """transformers' default attention inside the block, the model's own again after it."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("sdpa" if getattr(model, "_supports_sdpa", False) else "eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ REFERENCE = "autoregressive"  # its tokens are what every other text is compared
 BASELINE = "greedy"  # its speed is what every other speed is divided by
 
 Record = dict[str, Any]  # one contender on one prompt; see `bench.py`
-_FROM_STATS = ("tokens_per_target_forward", "acceptance_rate", "hit_rate", "rollback_rate")
+_RATES = ("acceptance_rate", "hit_rate", "rollback_rate")
 
 
 def compare_tokens(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
@@ -68,10 +68,17 @@ def _row(task: str, own: list[Record], baseline: list[Record]) -> dict[str, Any]
         "first_difference": differences[0] if differences else None,
         "memory_over_bytes": max(peaks) if peaks else None,
     }
-    for key in _FROM_STATS:
-        values = [r["stats"][key] for r in own if r["stats"] and r["stats"].get(key) is not None]
-        row[key] = median(values) if values else None
+    stats = [r["stats"] for r in own if r["stats"] is not None]
+    drafting = [s for s in stats if s["drafted_tokens"] > 0]  # a rate says nothing where nothing was drafted
+    row["tokens_per_target_forward"] = _median(s["tokens_per_target_forward"] for s in stats)
+    for rate in _RATES:
+        row[rate] = _median(s[rate] for s in drafting)
     return row
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return median(found) if found else None
 
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
