@@ -1,0 +1,116 @@
+"""Attaching specbranch to a transformers model: the registered attention, and linear layers exact per row.
+
+Outside `attached(model)` a model is as its owner loaded it, so it can be shared with transformers' own generate().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from specbranch_ext import linear, tree_attention
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from specbranch.errors import SpecBranchError
+
+ATTENTION = "specbranch"
+
+LINEAR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# A 4D mask is handed through untouched, so this one keeps transformers from building a mask that nobody reads.
+NO_MASK = torch.zeros(1, 1, 1, 1)
+
+
+@dataclass
+class TreeContext:
+    """What the attention of one forward needs to know; it travels as the keyword argument `specbranch`.
+
+    prefix_length: int64 [], committed cache rows. ancestors: int64 [n, words], or None for a chain of new rows.
+    calls: how many layers have asked, so that a model that ignores the registered attention is found out.
+    """
+
+    prefix_length: Tensor
+    ancestors: Tensor | None = None
+    calls: int = 0
+
+
+def specbranch_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    specbranch: TreeContext | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Tree attention for transformers' AttentionInterface.
+
+    query [1, Hq, n, D] with RoPE applied; key, value [1, Hkv, capacity, D], the branch cache's whole buffers.
+    Returns [1, n, Hq, D] and no weights. Without a TreeContext it is transformers' own sdpa attention.
+    """
+    if specbranch is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("s_aux") is not None:
+        raise SpecBranchError(f"{type(module).__name__} uses attention sinks, which specbranch does not support")
+    specbranch.calls += 1
+    out = tree_attention(
+        query[0].transpose(0, 1),
+        key[0],
+        value[0],
+        specbranch.prefix_length,
+        specbranch.ancestors,
+        scale=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, specbranch_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # else padding is silently lost outside our own forwards
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[None]:
+    """Run `model` with tree attention and, on the CPU, with linear layers whose rows do not depend on each other.
+
+    A row's result then does not change with the number of rows in its forward: verifying drafted tokens
+    together gives bit for bit what decoding one by one gives.
+    """
+    previous = model.config._attn_implementation
+    patched = [module for module in model.modules() if _exact_linear_fits(module)]
+    model.set_attn_implementation(ATTENTION)
+    for module in patched:
+        module.forward = partial(_exact_linear, module)
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+        model.set_attn_implementation(previous)
+
+
+def _exact_linear_fits(module: nn.Module) -> bool:
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in LINEAR_DTYPES
+    )
+
+
+def _exact_linear(module: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, module.weight, module.bias)
+
+

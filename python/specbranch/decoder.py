@@ -1,0 +1,146 @@
+"""The decoding loop: draft, cut a trunk, verify it while the draft goes on, commit, re-root.
+
+Every method is this loop with another policy. Only `_commit` changes what both models hold.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+from specbranch.costs import Costs
+from specbranch.drafter import Drafter
+from specbranch.overlap import Overlap
+from specbranch.policy import Cut, Policy, Situation
+from specbranch.stats import Stats
+from specbranch.tree import Tree
+from specbranch.verifier import Verdict, Verifier
+
+
+class Decoder:
+    """Decodes one text.
+
+    tokens: the committed text, prompt included. overlap: True, False, or None to take what the costs prefer.
+    """
+
+    def __init__(
+        self,
+        verifier: Verifier,
+        drafter: Drafter | None,
+        policy: Policy,
+        costs: Costs,
+        workers: Overlap,
+        overlap: bool | None,
+    ) -> None:
+        self.verifier, self.drafter, self.policy = verifier, drafter, policy
+        self.costs, self.workers, self.overlap = costs, workers, overlap
+        self.tokens: list[int] = []
+        self.stats = Stats(method=policy.name)
+
+    def rounds(self, prompt: list[int], max_new_tokens: int) -> Iterator[list[int]]:
+        """Yield the tokens that each round commits, at most `max_new_tokens` in all, for as long as it is asked."""
+        tree = self._prefill(prompt)
+        remaining = max_new_tokens
+        while remaining > 0:
+            begin = time.perf_counter()
+            situation = self._situation(remaining)
+            tree = self._draft_ahead(tree, situation)
+            cut = self.policy.cut(tree, situation)
+            self.stats.drafted += len(cut.tree) - len(tree)
+            if situation.overlapped:
+                pending = self.workers.submit(self._verify, cut)
+                tree = self._draft_meanwhile(cut, pending)
+                verdict = pending.result()
+            else:
+                tree, verdict = cut.tree, self._verify(cut)
+            committed, tree = self._commit(tree, cut, verdict)
+            self._record(situation, cut, verdict, time.perf_counter() - begin, len(committed))
+            remaining -= len(committed)
+            yield committed
+
+    def _prefill(self, prompt: list[int]) -> Tree:
+        """Both models read the prompt but its last token, which becomes the root."""
+        begin = time.perf_counter()
+        self.tokens = list(prompt)
+        self.verifier.model.prefill(prompt[:-1])
+        if self.drafter is not None:
+            self.drafter.model.prefill(prompt[:-1])
+        self.stats.prompt_tokens = len(prompt)
+        self.stats.prefill_seconds = time.perf_counter() - begin
+        return Tree.rooted(prompt[-1], len(prompt) - 1)
+
+    def _situation(self, remaining: int) -> Situation:
+        overlapped = False
+        if self.policy.overlaps:
+            overlapped = self.costs.prefer_overlap() if self.overlap is None else self.overlap
+        return Situation(overlapped, self.costs.mode(overlapped), self.costs.acceptance, remaining)
+
+    def _draft_ahead(self, tree: Tree, situation: Situation) -> Tree:
+        while (nodes := self.policy.before(tree, situation)) and self._room(len(nodes)):
+            tree = self._expand(tree, nodes, branch_point=None, overlapped=False)
+        return tree
+
+    def _draft_meanwhile(self, cut: Cut, pending: Future[Verdict]) -> Tree:
+        """Grow the branches until the target is done, or until it would have to wait for the next step."""
+        tree, begin, cost = cut.tree, time.perf_counter(), self.costs.overlapped
+        with self.workers.draft_threads():
+            while not pending.done() and (nodes := self.policy.during(cut, tree)) and self._room(len(nodes)):
+                if cost.target.known and self.stats.overlapped_rounds > 1:
+                    left = cost.target.of(len(cut.trunk)) - (time.perf_counter() - begin)
+                    if left < 0.5 * cost.draft.of(len(nodes)):
+                        break
+                tree = self._expand(tree, nodes, cut.branch_point, overlapped=True)
+        return tree
+
+    def _expand(self, tree: Tree, nodes: list[int], branch_point: int | None, overlapped: bool) -> Tree:
+        """Run the draft over `nodes` and make children of as many of its candidates as the policy wants."""
+        assert self.drafter is not None
+        begin = time.perf_counter()
+        grown = self.drafter.propose(tree, nodes, self.tokens)
+        for node in nodes:
+            grown = grown.branch(node, self.policy.width(grown, node, branch_point))
+        seconds = time.perf_counter() - begin
+        self.costs.mode(overlapped).draft.record(len(nodes), seconds)
+        self.stats.draft_forwards += 1
+        self.stats.draft_busy += seconds
+        self.stats.drafted += len(grown) - len(tree)
+        return grown
+
+    def _room(self, count: int) -> bool:
+        return self.drafter is not None and self.drafter.model.cache.room >= count
+
+    def _verify(self, cut: Cut) -> Verdict:
+        begin = time.perf_counter()
+        verdict = self.verifier.verify(cut.tree, cut.trunk)
+        self.stats.target_busy += time.perf_counter() - begin
+        self.stats.target_forwards += 1
+        return verdict
+
+    def _commit(self, tree: Tree, cut: Cut, verdict: Verdict) -> tuple[list[int], Tree]:
+        """Both caches take the accepted path; the tree is re-rooted at the target's next token."""
+        node = tree.child(verdict.path[-1], verdict.next_token)
+        self.stats.count(tree, cut.trunk, verdict, node)
+        committed = [*tree.tokens(verdict.path[1:]), verdict.next_token]
+        if node is None:  # a miss: the tree restarts
+            position = tree.position + len(committed)
+            rerooted, survivors = Tree.rooted(verdict.next_token, position), {}
+        else:
+            rerooted, survivors = tree.reroot(node)
+        self.verifier.model.cache.commit(verdict.path)
+        if self.drafter is not None:
+            self.drafter.model.cache.commit(verdict.path, survivors)
+        self.tokens += committed
+        self.stats.new_tokens += len(committed)
+        return committed, rerooted
+
+    def _record(self, situation: Situation, cut: Cut, verdict: Verdict, seconds: float, tokens: int) -> None:
+        """Measurements for the rounds to come."""
+        if self.drafter is None:
+            return
+        mode = self.costs.mode(situation.overlapped)
+        mode.record_round(seconds, tokens)
+        judged = any(cut.tree.nodes[node].parent == verdict.path[-1] for node in cut.trunk)
+        self.costs.record_verdict(verdict.accepted, rejected=judged)
+        self.stats.overlapped_rounds += situation.overlapped
+        self.stats.overlap = self.stats.overlapped_rounds > 0

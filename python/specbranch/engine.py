@@ -1,0 +1,274 @@
+"""`SpecBranch`: a target and a draft, ready to generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specbranch.costs import Costs
+from specbranch.decoder import Decoder
+from specbranch.drafter import Drafter
+from specbranch.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
+from specbranch.generation import Generation, TextStream
+from specbranch.loading import (
+    ModelSource,
+    check_vocabularies,
+    end_of_sequence,
+    load_model,
+    load_tokenizer,
+)
+from specbranch.model import CachedModel
+from specbranch.overlap import Overlap
+from specbranch.policy import make_policy
+from specbranch.sampling import Sampling
+from specbranch.text import TextBuilder
+from specbranch.verifier import Verifier
+
+
+class SpecBranch:
+    """Speculative decoding of one text at a time, with the tokens that the target alone would give.
+
+    Implements SpecBranch (arXiv 2506.01979) and, over the same loop, autoregressive decoding, speculative sampling
+    and PEARL; see `specbranch.METHODS`.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: PreTrainedModel | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        method: str = "specbranch",
+        overlap: bool | str | None = "auto",
+        threads: int | None = None,
+        target_threads: int | None = None,
+        **options: object,
+    ) -> None:
+        """Take loaded models.
+
+        overlap: True, False or "auto" (measure both and take the faster). threads: intra-op threads (default:
+        torch's); target_threads: the target's share of them when both models run. options: of the policy, such as
+        epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
+
+        Raises SpecBranchError for a model or option that cannot be used.
+        """
+        self.target, self.draft, self.tokenizer = target, draft, tokenizer
+        self.method = method
+        self.options = options
+        self._overlap = check_overlap(overlap)
+        if threads is not None and threads < 1:
+            raise SpecBranchError(f"threads is {threads}; expected at least 1")
+        self.threads = torch.get_num_threads() if threads is None else threads
+        self._target = CachedModel(target, "target")
+        self._draft = None if draft is None else CachedModel(draft, "draft")
+        self._workers = Overlap(self.threads, target_threads)
+        self._costs = Costs()
+        self._eos = end_of_sequence(target)
+        make_policy(method, options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        target: ModelSource,
+        draft: ModelSource | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str = "cpu",
+        method: str = "specbranch",
+        overlap: bool | str | None = "auto",
+        threads: int | None = None,
+        target_threads: int | None = None,
+        **options: object,
+    ) -> SpecBranch:
+        """Load a pair: directories, hub names, "bundled" for the pair in this package, or loaded models.
+
+        dtype: "auto" (the checkpoint's own), "bfloat16", "float16", "float32" or a torch dtype. The rest is as for
+        the constructor.
+
+        Raises SpecBranchError when a checkpoint cannot be loaded or the vocabularies differ.
+        """
+        own_tokenizer = tokenizer if tokenizer is not None else load_tokenizer(target, "target")
+        if draft is not None:
+            check_vocabularies(own_tokenizer, load_tokenizer(draft, "draft"))
+        target_model = load_model(target, "target", dtype, device)
+        return cls(
+            target_model,
+            None if draft is None else load_model(draft, "draft", dtype, device),
+            tokenizer=own_tokenizer,
+            method=method,
+            overlap=overlap,
+            threads=threads,
+            target_threads=target_threads,
+            **options,
+        )
+
+    def encode(self, prompt: str, chat: bool = False) -> list[int]:
+        """Token ids of a prompt; chat: as a user's message in the tokenizer's chat template.
+
+        Raises SpecBranchError without a tokenizer, or without a chat template when one is needed.
+        """
+        if self.tokenizer is None:
+            raise SpecBranchError("the target came without a tokenizer: pass tokenizer= or token ids")
+        if not chat:
+            return [int(token) for token in self.tokenizer(prompt)["input_ids"]]
+        if self.tokenizer.chat_template is None:
+            raise SpecBranchError("the target's tokenizer has no chat template: use prompts without chat")
+        message = [{"role": "user", "content": prompt}]
+        text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        method: str | None = None,
+        overlap: bool | str | None = None,
+        **options: object,
+    ) -> Generation:
+        """Continue a prompt (text, token ids, or an int64 tensor [n] or [1, n]) by at most max_new_tokens.
+
+        The text is a pure function of target, prompt, sampling parameters and seed: method, draft and overlap
+        change the speed only. stop: strings that end the text. method, overlap and options: for this call only.
+
+        Raises:
+            SpecBranchError: bad input; the message names it.
+            GenerationInterrupted: Ctrl-C; holds what was committed.
+            GenerationFailed: the generation ended early, out of memory for example; holds what was committed.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        stream = TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options))
+        for _ in stream:
+            pass
+        assert stream.generation is not None
+        return stream.generation
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        method: str | None = None,
+        overlap: bool | str | None = None,
+        **options: object,
+    ) -> TextStream:
+        """`generate`, giving the text piece by piece as it is committed, never half a character.
+
+        The arguments are checked, and errors raised, when the iteration starts.
+        """
+        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        return TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options))
+
+    def _run(
+        self,
+        prompt: str | Sequence[int] | Tensor,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: str | Sequence[str] | None,
+        method: str | None,
+        overlap: bool | str | None,
+        options: dict[str, object],
+    ) -> Iterator[str | Generation]:
+        """Pieces of text and, last, the Generation."""
+        begin = time.perf_counter()
+        ids = self._prompt_ids(prompt)
+        if max_new_tokens < 1 or int(max_new_tokens) != max_new_tokens:
+            raise SpecBranchError(f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1")
+        builder = TextBuilder(self.tokenizer, self._eos, self._stop_strings(stop))
+        decoder = self._decoder(method, sampling, overlap, options)
+        self._target.reset(len(ids) + max_new_tokens)
+        if decoder.drafter is not None:
+            decoder.drafter.model.reset(len(ids) + max_new_tokens)
+        reason = "length"
+        with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.threads)
+            stack.enter_context(self._target.attached())
+            if self._draft is not None:
+                stack.enter_context(self._draft.attached())
+            stack.callback(self._workers.wait)
+            try:
+                for committed in decoder.rounds(ids, max_new_tokens):
+                    if any(builder.add(token) for token in committed):
+                        reason = "stop"
+                    yield builder.fresh()
+                    if reason == "stop":
+                        break
+            except KeyboardInterrupt as interrupt:
+                raise GenerationInterrupted(self._result(decoder, builder, begin, "interrupted")) from interrupt
+            except (MemoryError, RuntimeError) as error:
+                if not builder.tokens:
+                    raise
+                generation = self._result(decoder, builder, begin, "error")
+                raise GenerationFailed(f"generation ended early: {error}", generation) from error
+        yield builder.fresh(final=True)
+        yield self._result(decoder, builder, begin, reason)
+
+    def _decoder(
+        self, method: str | None, sampling: Sampling, overlap: bool | str | None, options: dict[str, object]
+    ) -> Decoder:
+        policy = make_policy(method or self.method, {**self.options, **options})
+        drafter = None
+        if policy.candidates > 0:
+            if self._draft is None:
+                raise SpecBranchError(f"method {policy.name!r} needs a draft model: pass draft=")
+            drafter = Drafter(self._draft, sampling, policy.candidates, self._target.vocabulary)
+        mode = self._overlap if overlap is None else check_overlap(overlap)
+        return Decoder(Verifier(self._target, sampling), drafter, policy, self._costs, self._workers, mode)
+
+    def _prompt_ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
+        if isinstance(prompt, str):
+            ids = self.encode(prompt)
+        elif isinstance(prompt, Tensor):
+            if prompt.dim() == 2 and prompt.shape[0] != 1:
+                raise SpecBranchError(f"the prompt is a batch of {prompt.shape[0]}; specbranch decodes one text at a time")
+            ids = [int(token) for token in prompt.reshape(-1).tolist()]
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise SpecBranchError("the prompt is empty: expected at least one token")
+        if bad := [token for token in ids if not 0 <= token < self._target.vocabulary]:
+            raise SpecBranchError(f"token id {bad[0]} is outside the target's vocabulary of {self._target.vocabulary}")
+        return ids
+
+    def _stop_strings(self, stop: str | Sequence[str] | None) -> tuple[str, ...]:
+        strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+        if any(not string for string in strings):
+            raise SpecBranchError("a stop string is empty")
+        if strings and self.tokenizer is None:
+            raise SpecBranchError("stop strings need a tokenizer: pass tokenizer=")
+        return strings
+
+    @staticmethod
+    def _result(decoder: Decoder, builder: TextBuilder, begin: float, reason: str) -> Generation:
+        stats = decoder.stats
+        stats.seconds = time.perf_counter() - begin
+        stats.new_tokens = len(builder.tokens)
+        return Generation(builder.text, builder.tokens, stats, reason)
+
+
+def check_overlap(overlap: bool | str | None) -> bool | None:
+    """True, False, or None for "auto". Raises SpecBranchError for anything else."""
+    if overlap is None or overlap == "auto":
+        return None
+    if isinstance(overlap, bool):
+        return overlap
+    raise SpecBranchError(f"overlap is {overlap!r}; expected True, False or 'auto'")

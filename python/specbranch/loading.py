@@ -1,0 +1,124 @@
+"""Loading a target and a draft, and refusing pairs that cannot work together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from specbranch import bundled
+from specbranch.errors import SpecBranchError
+
+DTYPES = {
+    "auto": "auto",
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+ModelSource = str | os.PathLike[str] | PreTrainedModel
+
+
+def resolve(source: str | os.PathLike[str], role: str) -> str:
+    """The directory or hub name that `source` means; "bundled" is the pair in this package.
+
+    Raises SpecBranchError for a path that is not there.
+    """
+    name = os.fspath(source)
+    if name == "bundled":
+        return str(bundled.path(role))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SpecBranchError(f"{role} {name}: the directory has no config.json, so it is no checkpoint")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise SpecBranchError(f"{role} {name}: there is no such directory")
+    return name
+
+
+def load_model(source: ModelSource, role: str, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
+    """A causal language model in evaluation mode on `device`; a loaded one is taken as it is.
+
+    Raises SpecBranchError when there is no such checkpoint or it is not a causal language model.
+    """
+    if isinstance(source, PreTrainedModel):
+        return source.eval()
+    wanted: Any = dtype
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise SpecBranchError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
+        wanted = DTYPES[dtype]
+    try:
+        # Not init'd on a device: loading there directly would need accelerate.
+        model = AutoModelForCausalLM.from_pretrained(resolve(source, role), dtype=wanted)
+    except (OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SpecBranchError(f"{role} {source}: cannot be loaded: {reason}") from error
+    except ValueError as error:
+        if isinstance(error, SpecBranchError):
+            raise
+        raise SpecBranchError(
+            f"{role} {source}: expected a decoder-only causal language model: {str(error).splitlines()[0]}"
+        ) from error
+    try:
+        return model.to(device).eval()
+    except (RuntimeError, AssertionError) as error:
+        raise SpecBranchError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(source: ModelSource, role: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint; None for a loaded model that names none."""
+    name = source.name_or_path if isinstance(source, PreTrainedModel) else resolve(source, role)
+    if not name:
+        return None
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(source, PreTrainedModel):
+            return None
+        raise SpecBranchError(f"{role} {source}: no tokenizer: {str(error).strip().splitlines()[0]}") from error
+    return tokenizer
+
+
+def check_vocabularies(
+    target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None
+) -> None:
+    """Refuse a draft whose tokens are not the target's; a vocabulary padded at the end is fine.
+
+    Raises SpecBranchError naming the first ids that differ.
+    """
+    if target is None or draft is None:
+        return
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    if ours == theirs:
+        return
+    words = {index: word for word, index in ours.items()}
+    other = {index: word for word, index in theirs.items()}
+    differ = [index for index in sorted(words.keys() & other.keys()) if words[index] != other[index]]
+    if not differ and abs(len(words) - len(other)) <= _added(target, draft):
+        return
+    if not differ:
+        differ = sorted(words.keys() ^ other.keys())
+    examples = ", ".join(f"{i} ({words.get(i)!r} / {other.get(i)!r})" for i in differ[:5])
+    raise SpecBranchError(
+        f"the draft has another vocabulary than the target: {len(differ)} ids differ, "
+        f"the first (target / draft): {examples}"
+    )
+
+
+def _added(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> int:
+    """How many ids one of the two may have beyond the other's end: its added special tokens."""
+    return max(len(target.added_tokens_decoder), len(draft.added_tokens_decoder))
+
+
+def end_of_sequence(model: PreTrainedModel) -> frozenset[int]:
+    """The ids that end a text, from the generation config or else the model's config."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return frozenset(eos if isinstance(eos, (list, tuple)) else [eos])
+    return frozenset()

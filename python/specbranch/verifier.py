@@ -1,0 +1,49 @@
+"""The verifier: the target model scores the trunk and says how much of it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from specbranch_ext import verify
+
+from specbranch.model import CachedModel
+from specbranch.sampling import Sampling
+from specbranch.tree import Tree
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The target's word on a trunk: the accepted path, from the root down, and the token that follows it."""
+
+    path: tuple[int, ...]
+    next_token: int
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens accepted: the path without the root."""
+        return len(self.path) - 1
+
+
+class Verifier:
+    """The target samples every token itself; a drafted token stands while it equals the target's (DESIGN.md, 3)."""
+
+    def __init__(self, model: CachedModel, sampling: Sampling) -> None:
+        self.model = model
+        self.sampling = sampling
+
+    def verify(self, tree: Tree, trunk: Sequence[int]) -> Verdict:
+        """One target forward over `trunk`: tree nodes, the root first, parents before children."""
+        logits = self.model.score(tree, trunk)
+        place = {node: i for i, node in enumerate(trunk)}
+        rows = [tree.nodes[node] for node in trunk]
+        columns = [
+            [row.token for row in rows],
+            [place.get(row.parent, -1) for row in rows],
+            [tree.position + row.depth + 1 for row in rows],
+        ]
+        tokens, parents, positions = torch.tensor(columns, device=logits.device)
+        verdict = verify(logits, tokens, parents, positions, **self.sampling.op_arguments)
+        path = verdict.path[: int(verdict.accepted)].tolist()
+        return Verdict((trunk[0], *(trunk[i] for i in path)), int(verdict.next_token))
