@@ -1,0 +1,115 @@
+"""tree_attention: the nodes of a speculation tree attend to the prefix and to their own ancestors."""
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._library import describe, int64_scalar, register
+
+
+def _output(query: Tensor, values: Tensor) -> Tensor:
+    if query.dim() != 3:
+        raise ValueError(f"query: expected shape [n, Hq, D], got {describe(query)}")
+    if values.dim() != 3:
+        raise ValueError(f"values: expected shape [Hkv, C, Dv], got {describe(values)}")
+    return query.new_empty((query.shape[0], query.shape[1], values.shape[2]))
+
+
+def _cpu(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_length: Tensor,
+    ancestors: Tensor | None,
+    scale: float,
+    sliding_window: int,
+    softcap: float,
+) -> Tensor:
+    output = _output(query, values)
+    threads = torch.get_num_threads()
+    _C.tree_attention(
+        query, keys, values, prefix_length, ancestors, output, scale, sliding_window, softcap, threads
+    )
+    return output
+
+
+def _fake(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_length: Tensor,
+    ancestors: Tensor | None,
+    scale: float,
+    sliding_window: int,
+    softcap: float,
+) -> Tensor:
+    return _output(query, values)
+
+
+_op = register(
+    "tree_attention(Tensor query, Tensor keys, Tensor values, Tensor prefix_length, Tensor? ancestors, "
+    "float scale, SymInt sliding_window, float softcap) -> Tensor",
+    _cpu,
+    _fake,
+)
+
+
+def tree_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_length: int | Tensor,
+    ancestors: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of tree nodes over one layer's cache: the prefix for all, tree rows by ancestor bits.
+
+    Rows [0, prefix_length) of the cache are visible to every query. Tree row j lies at cache row
+    prefix_length + j and is visible to query i iff bit j of ancestors[i] is set. The queries may be any subset
+    of the tree's nodes. Rows behind the prefix and the tree are never read, and a hidden row does not influence
+    a result even if it holds NaN. The result of a query does not depend, bit for bit, on the other queries or
+    on the number of threads. Sums are float32.
+
+    Args:
+        query: [n, Hq, D] float32, bfloat16 or float16, rotary embedding applied. Here and in the next two,
+            all strides but the last are free.
+        keys: [Hkv, C, D], query's dtype. Hkv divides Hq; query head h reads KV head h // (Hq / Hkv).
+        values: [Hkv, C, Dv], query's dtype.
+        prefix_length: int or int64 [].
+        ancestors: int64 [n, words] as `ancestor_mask` gives them; every row holds its node's own bit. None: a
+            chain, query i sees tree rows 0 to i (a chunk of a prompt).
+        scale: factor on the scores; None: D ** -0.5.
+        sliding_window: a key is visible iff its position is fewer than this many positions before the
+            query's; the position of a tree node is prefix_length + its depth. None: no window.
+        softcap: scores become softcap * tanh(score / softcap) after scaling. None: they stay.
+
+    Returns:
+        [n, Hq, Dv] in query's dtype.
+
+    Raises:
+        ValueError: wrong shape, dtype or stride, an empty row of ancestors, or tree rows beyond the capacity
+            C; the message names the tensor.
+
+    Source: tree attention of SpecInfer (arXiv 2305.09781, section 4.2); online softmax over tiles and merging
+    of splits as in FlashAttention (arXiv 2205.14135, section 3.1) and Flash-Decoding.
+    """
+    if query.dim() != 3:
+        raise ValueError(f"query: expected shape [n, Hq, D], got {describe(query)}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window: expected None or at least 1, got {sliding_window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    result: Tensor = _op(
+        query,
+        keys,
+        values,
+        int64_scalar(prefix_length, "prefix_length", query.device),
+        ancestors,
+        query.shape[2] ** -0.5 if scale is None else scale,
+        sliding_window or 0,
+        softcap or 0.0,
+    )
+    return result
