@@ -1,0 +1,292 @@
+// Weights are read in place, each once for up to `max_group` rows, and widened to float32 in registers.
+//
+// An element of the output is the sum of one vector accumulator that walks along `in` (multiply_add per vector, in
+// load_pair's order, the tail padded with zeros), summed across lanes, plus the bias, rounded once. Tiles, blocks and
+// threads only decide when that happens: between blocks of `in` the accumulators wait in memory unrounded.
+#include "linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <new>
+#include <type_traits>
+
+#include "simd.h"
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace specbranch {
+namespace cpu {
+namespace SPECBRANCH_ISA {
+namespace {
+
+constexpr int lanes = simd_width;
+constexpr int64_t step = 2 * lanes;      // elements of `in` per Pair
+constexpr int max_group = 6;             // rows that share one read of a weight
+constexpr int64_t max_rows = 192;        // rows per pass over the weights: bounds the scratch memory
+constexpr int64_t cache_line = 64;       // bytes
+
+// Outputs computed together with `rows` rows: 8 to 12 accumulators keep the multiply-add units busy, and with the
+// operands they fit the 16 registers of AVX2.
+constexpr int tile_outputs(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows == 3 ? 4 : rows == 4 ? 3 : 2; }
+
+// a * b + c: the same instruction in every tile of a level, never left to the compiler's choice.
+inline FloatVec multiply_add(FloatVec a, FloatVec b, FloatVec c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+  return vfmaq_f32(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
+
+// `step` consecutive elements of a row as float32, in an order that is the same for inputs and weights.
+struct Pair {
+  FloatVec first, second;
+};
+
+template <typename T>
+inline Pair load_pair(const T* p) {
+  return {load(p), load(p + lanes)};
+}
+
+// Even elements first, then odd ones: a shift and a mask widen a whole register.
+inline Pair load_pair(const Bfloat16* p) {
+  const UintVec words = load_unaligned<UintVec>(p);
+  return {(FloatVec)(words << 16), (FloatVec)(words & 0xFFFF0000u)};
+}
+
+// The lanes' sum: the upper half is added to the lower one until one lane is left.
+inline float sum_lanes(FloatVec v) {
+  float lane[lanes];
+  store_unaligned(lane, v);
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  }
+  return lane[0];
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Memory of the calling thread that stays for the next call: fresh pages cost more than a small product.
+class Scratch {
+ public:
+  float* get(int64_t floats) {
+    if (floats > size_) {
+      free();
+      data_ = static_cast<float*>(::operator new(floats * sizeof(float), alignment));
+      size_ = floats;
+    }
+    return data_;
+  }
+  ~Scratch() { free(); }
+
+ private:
+  static constexpr std::align_val_t alignment{cache_line};
+  void free() {
+    ::operator delete(data_, alignment);
+    data_ = nullptr;
+    size_ = 0;
+  }
+  float* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// acc[r][o] += x[r] . w[o] over `steps` steps. Meanwhile the weights at `next` are fetched for the following call.
+template <typename T, int rows, int outputs>
+void accumulate(float* acc, const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t steps,
+                const T* next) {
+  FloatVec a[rows][outputs];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int o = 0; o < outputs; ++o) a[r][o] = load(acc + (r * outputs + o) * lanes);
+  for (int64_t s = 0; s < steps; ++s) {
+    Pair pair[outputs];
+#pragma GCC unroll 8
+    for (int o = 0; o < outputs; ++o) {
+      __builtin_prefetch(next + o * w_stride + s * step);
+      pair[o] = load_pair(w + o * w_stride + s * step);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const FloatVec v = load(x + r * x_stride + s * step);
+#pragma GCC unroll 8
+      for (int o = 0; o < outputs; ++o) a[r][o] = multiply_add(v, pair[o].first, a[r][o]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const FloatVec v = load(x + r * x_stride + s * step + lanes);
+#pragma GCC unroll 8
+      for (int o = 0; o < outputs; ++o) a[r][o] = multiply_add(v, pair[o].second, a[r][o]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int o = 0; o < outputs; ++o) store_unaligned(acc + (r * outputs + o) * lanes, a[r][o]);
+}
+
+template <typename T>
+struct Problem {
+  const T* input;
+  const T* weight;
+  const T* bias;
+  T* output;
+  int64_t rows, in, out, w_stride;
+  int64_t x_stride;       // floats between widened rows
+  int64_t block;          // elements of `in` per block, a multiple of step
+  int64_t panel;          // outputs per unit of work
+  const float* widened;   // [rows, x_stride]
+};
+
+template <typename T>
+void widen_row(const T* from, int64_t in, float* to) {
+  const int64_t whole = in / step * step;
+  auto put = [to](int64_t i, Pair pair) {
+    store_unaligned(to + i, pair.first);
+    store_unaligned(to + i + lanes, pair.second);
+  };
+  for (int64_t i = 0; i < whole; i += step) put(i, load_pair(from + i));
+  if (whole < in) {
+    T padded[step] = {};
+    memcpy(padded, from + whole, (in - whole) * sizeof(T));
+    put(whole, load_pair(padded));
+  }
+}
+
+// A tile: `rows` rows from `row` on, `outputs` outputs from `o` on, the elements [begin, end) of `in`.
+template <typename T, int rows, int outputs>
+void tile(const Problem<T>& p, float* acc, int64_t row, int64_t o, int64_t begin, int64_t end, const T* next) {
+  const float* x = p.widened + row * p.x_stride + begin;
+  const T* w = p.weight + o * p.w_stride + begin;
+  const int64_t whole = (end - begin) / step, tail = end - begin - whole * step;
+  accumulate<T, rows, outputs>(acc, x, p.x_stride, w, p.w_stride, whole, next);
+  if (tail > 0) {
+    T padded[outputs * step] = {};
+    for (int i = 0; i < outputs; ++i) memcpy(padded + i * step, w + i * p.w_stride + whole * step, tail * sizeof(T));
+    accumulate<T, rows, outputs>(acc, x + whole * step, p.x_stride, padded, step, 1, padded);
+  }
+}
+
+template <typename T, int rows, int outputs>
+void finish(const Problem<T>& p, const float* acc, int64_t row, int64_t o) {
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < outputs; ++i) {
+      float y = sum_lanes(load(acc + (r * outputs + i) * lanes));
+      if (p.bias != nullptr) y += to_float(p.bias[o + i]);
+      store(p.output + (row + r) * p.out + o + i, y);
+    }
+  }
+}
+
+// Calls body(outputs as a type, o) for the tiles of the outputs [o, end); what does not fill a tile goes one by one.
+template <int rows, typename Body>
+void for_tiles(int64_t o, int64_t end, const Body& body) {
+  constexpr int outputs = tile_outputs(rows);
+  for (; o + outputs <= end; o += outputs) body(std::integral_constant<int, outputs>(), o);
+  for (; o < end; ++o) body(std::integral_constant<int, 1>(), o);
+}
+
+// Calls body(rows as a type) for a number of rows known at run time.
+template <int rows = max_group, typename Body>
+void with_rows(int64_t count, const Body& body) {
+  if constexpr (rows > 1) {
+    if (count < rows) return with_rows<rows - 1>(count, body);
+  }
+  body(std::integral_constant<int, rows>());
+}
+
+// The outputs [o_begin, o_end) of all rows. `acc` holds rows * (o_end - o_begin) vectors.
+template <typename T>
+void panel(const Problem<T>& p, float* acc, int64_t o_begin, int64_t o_end) {
+  const int64_t width = o_end - o_begin;
+  const int64_t groups = divide_up(p.rows, max_group);
+  std::fill(acc, acc + p.rows * width * lanes, 0.0f);
+  for (int64_t begin = 0; begin < p.in; begin += p.block) {
+    const int64_t end = std::min(begin + p.block, p.in);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t row = p.rows * g / groups;
+      with_rows(p.rows * (g + 1) / groups - row, [&](auto rows) {
+        for_tiles<rows>(o_begin, o_end, [&](auto outputs, int64_t o) {
+          // The tile after this one in memory; at the end of the panel the panel itself, which does no harm.
+          const bool last = o + 2 * outputs > p.out;
+          const T* next = p.weight + (last ? o : o + outputs) * p.w_stride + begin;
+          tile<T, rows, outputs>(p, acc + (row * width + (o - o_begin) * rows) * lanes, row, o, begin, end, next);
+        });
+      });
+    }
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t row = p.rows * g / groups;
+    with_rows(p.rows * (g + 1) / groups - row, [&](auto rows) {
+      for_tiles<rows>(o_begin, o_end, [&](auto outputs, int64_t o) {
+        finish<T, rows, outputs>(p, acc + (row * width + (o - o_begin) * rows) * lanes, row, o);
+      });
+    });
+  }
+}
+
+template <typename T>
+void product(Problem<T> p, int threads) {
+  thread_local Scratch scratch;
+  p.x_stride = divide_up(p.in, step) * step;
+  if (p.x_stride % 1024 == 0) p.x_stride += 16;  // rows must not all fall into the same cache sets
+  p.panel = p.rows > 12 ? 32 : 64;
+  const int64_t blocks = p.rows <= 2 ? 1 : divide_up(p.in, 768);
+  p.block = divide_up(divide_up(p.in, blocks), step) * step;
+  threads = static_cast<int>(std::min<int64_t>(threads, divide_up(p.out, p.panel)));
+  const int64_t acc_size = p.rows * p.panel * lanes;
+  float* const widened = scratch.get(p.rows * p.x_stride + threads * acc_size);
+  p.widened = widened;
+  std::atomic<int64_t> next_panel{0}, next_acc{0};
+
+#pragma omp parallel for schedule(static) num_threads(threads) if (p.rows * p.in > 65536)
+  for (int64_t r = 0; r < p.rows; ++r) widen_row(p.input + r * p.in, p.in, widened + r * p.x_stride);
+
+#pragma omp parallel num_threads(threads)
+  {
+    float* const acc = widened + p.rows * p.x_stride + next_acc++ * acc_size;
+    // Panels are handed out one by one: the draft may be running on one of the cores.
+    for (int64_t o; (o = next_panel++ * p.panel) < p.out;) panel(p, acc, o, std::min(o + p.panel, p.out));
+  }
+}
+
+template <typename T>
+void run(const LinearParams& params) {
+  const Tensor &x = params.input, &w = params.weight;
+  Problem<T> p{};
+  p.in = w.shape[1];
+  p.out = w.shape[0];
+  p.w_stride = w.stride[0];
+  p.weight = w.as<const T>();
+  p.bias = params.bias.as<const T>();
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < x.dims; ++i) rows *= x.shape[i];
+  const int64_t passes = divide_up(rows, max_rows);
+  for (int64_t i = 0; i < passes && p.out > 0; ++i) {
+    const int64_t begin = rows * i / passes;
+    p.rows = rows * (i + 1) / passes - begin;
+    p.input = x.as<const T>() + begin * p.in;
+    p.output = params.output.as<T>() + begin * p.out;
+    product(p, std::max(params.launch.threads, 1));
+  }
+}
+
+}  // namespace
+
+void linear(const LinearParams& p) {
+  switch (p.input.dtype) {
+    case Dtype::bfloat16: return run<Bfloat16>(p);
+    case Dtype::float16: return run<Float16>(p);
+    default: return run<float>(p);
+  }
+}
+
+}  // namespace SPECBRANCH_ISA
+}  // namespace cpu
+}  // namespace specbranch
