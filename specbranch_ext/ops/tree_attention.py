@@ -27,9 +27,7 @@ def _cpu(
 ) -> Tensor:
     output = _output(query, values)
     threads = torch.get_num_threads()
-    _C.tree_attention(
-        query, keys, values, prefix_length, ancestors, output, scale, sliding_window, softcap, threads
-    )
+    _C.tree_attention(query, keys, values, prefix_length, ancestors, output, scale, sliding_window, softcap, threads)
     return output
 
 
@@ -43,6 +41,8 @@ def _fake(
     sliding_window: int,
     softcap: float,
 ) -> Tensor:
+    if not query.device == keys.device == values.device:
+        raise ValueError(f"keys and values: expected query's device {query.device}, got {keys.device}, {values.device}")
     return _output(query, values)
 
 

@@ -10,7 +10,8 @@ def ancestor_mask(parents: Tensor) -> AncestorMask:
     """As `specbranch_ext.ancestor_mask`: int64 [n] to bits int64 [n, ceil(n / 64)] and depths int64 [n]."""
     parent_of = parents.tolist()
     n = len(parent_of)
-    visible = torch.zeros(n, 64 * ((n + 63) // 64), dtype=torch.bool)
+    words = (n + 63) // 64
+    visible = torch.zeros(n, 64 * words, dtype=torch.bool)
     depths = torch.zeros(n, dtype=torch.int64)
     for node, parent in enumerate(parent_of):
         if not -1 <= parent < node:
@@ -20,5 +21,5 @@ def ancestor_mask(parents: Tensor) -> AncestorMask:
             depths[node] = depths[parent] + 1
         visible[node, node] = True
     # Bit 63 is the sign: the shifts wrap, and the sum of distinct bits does too.
-    bits = visible.view(n, -1, 64).to(torch.int64) << torch.arange(64)
+    bits = visible.view(n, words, 64).to(torch.int64) << torch.arange(64)
     return AncestorMask(bits.sum(-1), depths)
