@@ -12,6 +12,7 @@ struct GumbelNoiseParams {
   Tensor noise;      // float32 [n, V], written
 };
 
+void check_gumbel_noise(const GumbelNoiseParams& params);
 void run_gumbel_noise(const GumbelNoiseParams& params);
 
 }  // namespace specbranch

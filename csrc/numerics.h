@@ -80,7 +80,7 @@ SPECBRANCH_HD inline void split_for_log(F x, F& f, F& e) {
   using L = Lanes<F>;
   const auto bits = L::bits(x);
   const auto exponent = (bits - 0x3F3504F3) >> 23;  // 0x3F3504F3: sqrt(1/2)
-  f = L::from_bits(bits - (exponent << 23)) - L::set(1.0f);
+  f = L::from_bits(bits - exponent * 0x800000) - L::set(1.0f);
   e = L::to_float(exponent);
 }
 

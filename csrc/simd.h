@@ -71,6 +71,17 @@ inline FloatVec max(FloatVec a, FloatVec b) {
 #endif
 }
 
+// The smaller of each pair; b where one is NaN.
+inline FloatVec min(FloatVec a, FloatVec b) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 // Bit i is set iff lane i of the mask is.
 inline uint32_t mask_bits(IntVec mask) {
 #if defined(__AVX512F__)

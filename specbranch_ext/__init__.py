@@ -23,8 +23,31 @@ except ImportError as error:
         )
     raise ImportError(f"{_message} The cause: {error}") from error
 
-from .ops import gumbel_noise
+from .ops import (
+    AncestorMask,
+    DraftSample,
+    Verification,
+    ancestor_mask,
+    draft_sample,
+    gumbel_noise,
+    kv_commit,
+    linear,
+    tree_attention,
+    verify,
+)
 
 build_info = _C.build_info
 
-__all__ = ["build_info", "gumbel_noise"]
+__all__ = [
+    "AncestorMask",
+    "DraftSample",
+    "Verification",
+    "ancestor_mask",
+    "build_info",
+    "draft_sample",
+    "gumbel_noise",
+    "kv_commit",
+    "linear",
+    "tree_attention",
+    "verify",
+]

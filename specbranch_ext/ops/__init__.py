@@ -4,6 +4,23 @@ One file per op, each with the schema, the CPU implementation, the fake (shape-o
 `torch.compile` needs, and the function meant for use. Bad input raises ValueError naming the tensor.
 """
 
+from .ancestor_mask import AncestorMask, ancestor_mask
+from .draft_sample import DraftSample, draft_sample
 from .gumbel_noise import gumbel_noise
+from .kv_commit import kv_commit
+from .linear import linear
+from .tree_attention import tree_attention
+from .verify import Verification, verify
 
-__all__ = ["gumbel_noise"]
+__all__ = [
+    "AncestorMask",
+    "DraftSample",
+    "Verification",
+    "ancestor_mask",
+    "draft_sample",
+    "gumbel_noise",
+    "kv_commit",
+    "linear",
+    "tree_attention",
+    "verify",
+]

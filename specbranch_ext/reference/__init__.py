@@ -1,1 +1,19 @@
 """The ops again, in plain torch: readable, slow, and the definition that every kernel must reproduce."""
+
+from .ancestor_mask import ancestor_mask
+from .draft_sample import draft_sample
+from .gumbel_noise import gumbel_noise
+from .kv_commit import kv_commit
+from .linear import linear
+from .tree_attention import tree_attention
+from .verify import verify
+
+__all__ = [
+    "ancestor_mask",
+    "draft_sample",
+    "gumbel_noise",
+    "kv_commit",
+    "linear",
+    "tree_attention",
+    "verify",
+]

@@ -1,0 +1,199 @@
+// Finding the threshold of top-k or top-p without sorting the row.
+//
+// Both keep a token iff the total weight of strictly larger tokens is below a target: top-k with weight 1 and target
+// k, top-p with weight q = floor(2^40 * exp(z - z_max)) and target top_p * sum(q). A sample of the row brackets the
+// threshold; one pass sums the weights above the bracket and lists the tokens inside it; the list is then searched
+// exactly. When the sample misled, the row is searched again with a bracket that holds everything.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "mass.h"
+#include "row_state.h"
+#include "simd.h"
+
+namespace specbranch {
+inline namespace SPECBRANCH_ISA {
+
+enum class Weight { count, mass };
+
+struct Bracket {
+  float low, high;  // every token above high is kept, none below low
+};
+
+constexpr Bracket whole_row{lowest_finite, HUGE_VALF};
+constexpr int64_t short_list = 4096;  // listing everything kept is cheaper than another pass up to about here
+
+// A histogram of z_max - z over one in `step` tokens, in bins of 1/32.
+struct SampledHistogram {
+  static constexpr int bins = 1024, step = 16, bins_per_unit = 32;
+  uint32_t count[bins + 1] = {};  // the last one: masked, or below the floor
+
+  template <typename T>
+  SampledHistogram(const T* row, int64_t vocabulary, float inverse_temperature, float z_max, float floor) {
+    for (int64_t t = 0; t + simd_width <= vocabulary; t += step * simd_width) {
+      const FloatVec z = load(row + t) * inverse_temperature;
+      const FloatVec bin = min((z_max - z) * static_cast<float>(bins_per_unit), broadcast(bins - 1.0f));
+      const IntVec index = select((IntVec)(z >= floor), __builtin_convertvector(bin, IntVec), broadcast(bins));
+      for (int i = 0; i < simd_width; ++i) ++count[index[i]];
+    }
+  }
+};
+
+// A guess: z in [low, high] should hold the threshold, with few tokens inside.
+inline Bracket bracket_count(const SampledHistogram& h, float z_max, double k) {
+  const double expected = k / SampledHistogram::step, slack = 4.0 * std::sqrt(expected) + 4.0;
+  Bracket bracket = whole_row;
+  double above = 0.0;
+  bool high_found = false;
+  for (int i = 0; i < SampledHistogram::bins - 1; ++i) {
+    above += h.count[i];
+    const float edge = 1.0f / SampledHistogram::bins_per_unit;
+    if (!high_found && above > expected - slack) {
+      bracket.high = z_max - i * edge;
+      high_found = true;
+    }
+    if (above >= expected + slack) {
+      bracket.low = z_max - (i + 1) * edge;
+      if (above * SampledHistogram::step <= short_list) bracket.high = HUGE_VALF;
+      break;
+    }
+  }
+  return bracket;
+}
+
+inline Bracket bracket_mass(const SampledHistogram& h, float z_max, double top_p) {
+  constexpr int last = SampledHistogram::bins - 1;
+  constexpr float width = 1.0f / SampledHistogram::bins_per_unit;
+  // Mass of each bin; a bin with few samples may be a fluke, so it counts only for the larger estimate.
+  const double ratio = std::exp(-width);
+  double weight = std::exp(-0.5 * width) * SampledHistogram::step, surely = 1.0, perhaps = 1.0;
+  double tail[last + 1];
+  for (int i = 0; i < last; ++i, weight *= ratio) {
+    tail[i] = weight * h.count[i];
+    perhaps += tail[i];
+    if (h.count[i] >= 4) surely += tail[i];
+  }
+  tail[last] = 0.0;
+  // From the bottom up: the dropped tokens are the smallest ones, with 1 - top_p of the mass.
+  Bracket bracket = whole_row;
+  double below = 0.0, samples = 0.0;
+  int low_bin = last;
+  for (int i = last; i >= 0; --i) {
+    below += tail[i];
+    samples += h.count[i];
+    const double error = std::min(0.7, 0.04 + 4.0 / std::sqrt(samples + 1.0));
+    if (below <= (1.0 - top_p) * surely * (1.0 - error)) {
+      bracket.low = z_max - i * width;
+      low_bin = i;
+    }
+    if (below >= (1.0 - top_p) * perhaps * (1.0 + error)) {
+      bracket.high = z_max - i * width;
+      break;
+    }
+  }
+  double kept = 0.0;
+  for (int i = 0; i < low_bin; ++i) kept += h.count[i];
+  if (kept * SampledHistogram::step <= short_list) bracket.high = HUGE_VALF;
+  return bracket;
+}
+
+// Sums the weights of tokens with z >= floor, in all and above the bracket, and lists those inside it.
+template <Weight weight, typename T>
+void segment_gather(const T* row, int64_t begin, int64_t end, float inverse_temperature, float z_max, float floor,
+                    Bracket bracket, SegmentState& out, float* list_z, int32_t* list_token) {
+  MassSum above, total;
+  uint64_t rest_above = 0, rest_total = 0;
+  int64_t listed = 0;
+  const float low = std::max(bracket.low, floor);
+  int64_t t = begin;
+  for (; t + simd_width <= end; t += simd_width) {
+    const FloatVec z = load(row + t) * inverse_temperature;
+    const IntVec over = (IntVec)(z > bracket.high);
+    if (weight == Weight::mass) {
+      const FixedPointVec q(exp_nonpositive(z - z_max));
+      above.add(q, over);
+      total.add(q, (IntVec)(z >= floor));
+    } else {
+      rest_above += static_cast<uint64_t>(__builtin_popcount(mask_bits(over)));
+    }
+    for (uint32_t bits = mask_bits((IntVec)(z >= low) & ~over); bits != 0; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      list_z[listed] = z[lane];
+      list_token[listed++] = static_cast<int32_t>(t + lane);
+    }
+  }
+  for (; t < end; ++t) {
+    const float z = to_float(row[t]) * inverse_temperature;
+    const uint64_t q = weight == Weight::mass ? fixed_point(exp_nonpositive(z - z_max)) : 1;
+    if (z > bracket.high) rest_above += q;
+    if (z >= floor) rest_total += q;
+    if (z >= low && !(z > bracket.high)) {
+      list_z[listed] = z;
+      list_token[listed++] = static_cast<int32_t>(t);
+    }
+  }
+  out.weight_above = above.total() + rest_above;
+  out.weight_total = total.total() + rest_total;
+  out.listed = listed;
+}
+
+// The smallest z on the list whose strictly larger tokens weigh less than `target`, `above` of it outside the list.
+// Sets complete when the list ended before the target was reached. scratch: room for `count` floats.
+template <Weight weight>
+float search_list(const float* z, int64_t count, float z_max, uint64_t above, double target, float* scratch,
+                  bool& complete) {
+  constexpr int bins = 1024;
+  complete = false;
+  if (count == 0) {
+    complete = true;
+    return HUGE_VALF;
+  }
+  const auto token_weight = [z_max](float value) {
+    return weight == Weight::mass ? fixed_point(exp_nonpositive(value - z_max)) : uint64_t{1};
+  };
+  float top = z[0], bottom = z[0];
+  for (int64_t i = 1; i < count; ++i) {
+    top = std::max(top, z[i]);
+    bottom = std::min(bottom, z[i]);
+  }
+  const float range = std::min(top - bottom, 40.0f);  // far outliers share the last bin
+  const float scale = range > 0.0f ? bins / range : 0.0f;
+  const auto bin_of = [=](float value) {
+    return static_cast<int>(std::min((top - value) * scale, static_cast<float>(bins - 1)));
+  };
+
+  uint64_t sums[bins] = {};
+  int64_t i = 0;
+  if (weight == Weight::mass) {
+    for (; i + simd_width <= count; i += simd_width) {
+      const FloatVec v = load(z + i), scaled = exp_nonpositive(v - z_max) * two_to_40;
+      const IntVec bin = __builtin_convertvector(min((top - v) * scale, broadcast(bins - 1.0f)), IntVec);
+      for (int lane = 0; lane < simd_width; ++lane) sums[bin[lane]] += static_cast<uint64_t>(static_cast<int64_t>(scaled[lane]));
+    }
+  }
+  for (; i < count; ++i) sums[bin_of(z[i])] += token_weight(z[i]);
+
+  int boundary = 0;
+  while (boundary < bins && static_cast<double>(above + sums[boundary]) < target) above += sums[boundary++];
+  if (boundary == bins) {
+    complete = true;
+    return bottom;
+  }
+  int64_t inside = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    if (bin_of(z[j]) == boundary) scratch[inside++] = z[j];
+  }
+  std::sort(scratch, scratch + inside, [](float a, float b) { return a > b; });
+  float threshold = scratch[0];
+  for (int64_t j = 0; j < inside && static_cast<double>(above) < target;) {
+    threshold = scratch[j];
+    const uint64_t q = token_weight(threshold);
+    for (; j < inside && scratch[j] == threshold; ++j) above += q;
+  }
+  return threshold;
+}
+
+}  // namespace SPECBRANCH_ISA
+}  // namespace specbranch

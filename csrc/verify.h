@@ -1,0 +1,27 @@
+// verify: the target's own token at every tree node, and the path of drafted tokens that equal them.
+#pragma once
+
+#include "sampling.h"
+
+namespace specbranch {
+
+// n tree nodes; node 0 is the root, parents come before children, -1 in parents elsewhere marks an unused node.
+struct VerifyParams {
+  Launch launch;
+  Tensor target_logits;  // float32, bfloat16 or float16 [n, V]: row i follows node i
+  Tensor tokens;         // int64 [n], the root's is ignored
+  Tensor parents;        // int64 [n]
+  Tensor positions;      // int64 [n], of the token that row i predicts
+  Tensor seed;           // int64 []
+  Filters filters;
+  Tensor target_tokens;  // int64 [n], written
+  Tensor path;           // int64 [n], written: accepted nodes, padded with -1
+  Tensor accepted;       // int64 [], written: how many nodes of path
+  Tensor next_token;     // int64 [], written
+  RowReport* report;  // written
+};
+
+void check_verify(const VerifyParams& params);
+void run_verify(const VerifyParams& params);
+
+}  // namespace specbranch

@@ -1,0 +1,127 @@
+"""draft_sample: the draft's best guesses of the token that the target is going to sample."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._library import int64_scalar, register
+
+
+class DraftSample(NamedTuple):
+    """What `draft_sample` returns; candidates best first.
+
+    tokens: int64 [b, k], -1 where the filters left fewer than k.
+    scores: float32 [b, k], scaled logit + noise (at temperature 0 the logit); -inf where there is no token.
+    confidence: float32 [b, k], the draft's probability of each candidate; 0 where there is no token.
+    entropy: float32 [b], of that distribution, in nats.
+    """
+
+    tokens: Tensor
+    scores: Tensor
+    confidence: Tensor
+    entropy: Tensor
+
+
+def _cpu(
+    draft_logits: Tensor,
+    positions: Tensor,
+    k: int,
+    seed: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, scores, confidence, entropy = _fake(
+        draft_logits, positions, k, seed, temperature, top_k, top_p, min_p
+    )
+    _C.draft_sample(
+        draft_logits,
+        positions,
+        seed,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        tokens,
+        scores,
+        confidence,
+        entropy,
+        torch.get_num_threads(),
+    )
+    return tokens, scores, confidence, entropy
+
+
+def _fake(
+    draft_logits: Tensor,
+    positions: Tensor,
+    k: int,
+    seed: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
+    rows = draft_logits.shape[0]
+    tokens = draft_logits.new_empty((rows, k), dtype=torch.int64)
+    scores = draft_logits.new_empty((rows, k), dtype=torch.float32)
+    return tokens, scores, torch.empty_like(scores), draft_logits.new_empty((rows,), dtype=torch.float32)
+
+
+_op = register(
+    "draft_sample(Tensor draft_logits, Tensor positions, int k, Tensor seed, float temperature, int top_k, "
+    "float top_p, float min_p) -> (Tensor, Tensor, Tensor, Tensor)",
+    _cpu,
+    _fake,
+)
+
+
+def draft_sample(
+    draft_logits: Tensor,
+    positions: Tensor,
+    k: int,
+    *,
+    seed: int | Tensor = 0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> DraftSample:
+    """The k best tokens of the draft under the noise that the target will use, with their probabilities.
+
+    Candidates are ordered by perturbed score z + g, where g is the noise of `verify` at the same seed and
+    position: a draft whose logits are close to the target's then guesses the very token that the target samples.
+    The first candidate alone is an exact sample of the draft's distribution, and k of them a sample without
+    replacement (Kool, van Hoof, Welling, "Stochastic beams and where to find them", ICML 2019).
+
+    Args:
+        draft_logits: float32, bfloat16 or float16 [b, V]; rows may have any stride. -inf masks a token.
+        positions: int64 [b], the absolute position of the token that each row predicts.
+        k: how many candidates, 1 to V.
+        seed: int or int64 [].
+        temperature, top_k, top_p, min_p: as in `verify`. At temperature 0 scores are the raw logits and
+            confidence is their softmax, unfiltered.
+
+    Returns:
+        A `DraftSample`. Confidence is renormalised over the tokens that the filters keep.
+
+    Raises:
+        ValueError: wrong shape, dtype or range, NaN or +inf in the logits, or a row that masks every token; the
+            message names the tensor and the row.
+    """
+    return DraftSample(
+        *_op(
+            draft_logits,
+            positions,
+            k,
+            int64_scalar(seed, "seed", positions.device),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+        )
+    )

@@ -1,0 +1,136 @@
+"""verify: which drafted tokens the target would have sampled itself, and the token that follows them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ._library import int64_scalar, register
+
+
+class Verification(NamedTuple):
+    """What `verify` returns; all int64.
+
+    target_tokens: [n], the target's own token after each node.
+    path: [n], the accepted nodes from the root's child down, padded with -1.
+    accepted: [], how many nodes `path` holds.
+    next_token: [], the target's token after the last accepted node (or the root).
+    """
+
+    target_tokens: Tensor
+    path: Tensor
+    accepted: Tensor
+    next_token: Tensor
+
+
+def _cpu(
+    target_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    positions: Tensor,
+    seed: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    target_tokens, path = torch.empty_like(positions), torch.empty_like(positions)
+    accepted, next_token = torch.empty_like(seed), torch.empty_like(seed)
+    _C.verify(
+        target_logits,
+        tokens,
+        parents,
+        positions,
+        seed,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        target_tokens,
+        path,
+        accepted,
+        next_token,
+        torch.get_num_threads(),
+    )
+    return target_tokens, path, accepted, next_token
+
+
+def _fake(
+    target_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    positions: Tensor,
+    seed: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = torch.empty_like(positions)
+    return rows, torch.empty_like(positions), torch.empty_like(seed), torch.empty_like(seed)
+
+
+_op = register(
+    "verify(Tensor target_logits, Tensor tokens, Tensor parents, Tensor positions, Tensor seed, "
+    "float temperature, int top_k, float top_p, float min_p) -> (Tensor, Tensor, Tensor, Tensor)",
+    _cpu,
+    _fake,
+)
+
+
+def verify(
+    target_logits: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    positions: Tensor,
+    *,
+    seed: int | Tensor = 0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Verification:
+    """Sample the target's token after every node of a speculation tree, and walk down while drafts equal them.
+
+    The target's token is `argmax(z + g)` over the tokens that the filters keep: z is the logit divided by the
+    temperature, g the Gumbel noise of (seed, position, token), see `gumbel_noise`. That is an exact sample from
+    the target's processed distribution (Gumbel-max trick), and a pure function of the logits, the seed and the
+    position, so nothing the draft does can change the text. At temperature 0 it is the plain argmax. Ties go to
+    the lowest token.
+
+    Filters apply in transformers' order (temperature, top-k, top-p, min-p); tokens with equal logits stay or go
+    together.
+
+    Args:
+        target_logits: float32, bfloat16 or float16 [n, V]; row i holds the logits after node i. Rows may have
+            any stride. -inf masks a token.
+        tokens: int64 [n]; the root's (node 0) is ignored.
+        parents: int64 [n], parents before children; -1 for the root. A later -1 marks an unused node.
+        positions: int64 [n], the absolute position of the token that row i predicts.
+        seed: int or int64 [].
+        temperature: 0 (greedy, the filters are then not applied) or more.
+        top_k: 0 is off.
+        top_p: above 0; 1 is off.
+        min_p: 0 is off.
+
+    Returns:
+        A `Verification`. Among equal siblings the first one is taken.
+
+    Raises:
+        ValueError: wrong shape, dtype or range, a parent after its child, NaN or +inf in the logits, or a row
+            that masks every token; the message names the tensor and the row.
+    """
+    return Verification(
+        *_op(
+            target_logits,
+            tokens,
+            parents,
+            positions,
+            int64_scalar(seed, "seed", positions.device),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+        )
+    )

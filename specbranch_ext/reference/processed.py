@@ -1,0 +1,52 @@
+"""From raw logits to scaled logits, kept tokens and perturbed scores, as verify and draft_sample define them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .gumbel_noise import exp_nonpositive, gumbel_noise
+
+
+class Processed(NamedTuple):
+    """z: float32 [n, V], logit / temperature; weight: float32 [n, V], exp(z - max z); kept: bool [n, V]."""
+
+    z: Tensor
+    weight: Tensor
+    kept: Tensor
+
+
+def process(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Processed:
+    """Scale by the temperature and apply top-k, top-p and min-p, each as a threshold on z.
+
+    Weights are summed as integers floor(2^40 * weight), so that no sum depends on its order.
+    """
+    inverse_temperature = torch.tensor(1.0 / temperature if temperature > 0 else 1.0, dtype=torch.float32)
+    z = logits.to(torch.float32) * inverse_temperature
+    weight = exp_nonpositive(z - z.amax(dim=1, keepdim=True))
+    kept = z > -torch.inf
+    if temperature == 0:
+        return Processed(z, weight, kept)
+    vocabulary = z.shape[1]
+    if 0 < top_k < vocabulary:
+        kept &= z >= z.topk(top_k, dim=1).values[:, -1:]
+    if top_p < 1.0:
+        fixed = torch.where(kept, (weight.to(torch.float64) * 2.0**40).to(torch.int64), 0)
+        ordered, order = z.sort(dim=1, descending=True)
+        sums = fixed.gather(1, order).cumsum(dim=1)
+        # Of all tokens strictly above a token: the sum just before the first one equal to it.
+        first_equal = torch.searchsorted(-ordered, -ordered, right=False)
+        larger = torch.nn.functional.pad(sums, (1, 0)).gather(1, first_equal)
+        target = top_p * sums[:, -1:].to(torch.float64)
+        kept &= torch.zeros_like(kept).scatter(1, order, larger.to(torch.float64) < target)
+    if min_p > 0.0:
+        kept &= weight >= torch.tensor(min_p, dtype=torch.float32)
+    return Processed(z, weight, kept)
+
+
+def perturbed_scores(processed: Processed, positions: Tensor, seed: int | Tensor, temperature: float) -> Tensor:
+    """z + noise for kept tokens, -inf for the others: float32 [n, V]. No noise at temperature 0."""
+    z = processed.z
+    if temperature > 0:
+        z = z + gumbel_noise(positions, z.shape[1], seed=seed)
+    return torch.where(processed.kept, z, -torch.inf)
