@@ -11,7 +11,7 @@
 namespace specbranch::cpu::SPECBRANCH_ISA {
 namespace {
 
-constexpr int64_t bytes_per_thread = 1 << 18;  // below it, starting a thread costs more than the copy
+constexpr int64_t min_parallel_bytes = 1 << 19;  // below it, waking threads costs more than the copy
 
 void move_head(char* head, int64_t row_stride, int64_t row_bytes, const int64_t* rows, int64_t m, int64_t start,
                char* staging) {
@@ -35,8 +35,8 @@ void kv_commit(const KvCommitParams& p) {
     bytes += buffer.shape[0] * m * buffer.shape[2] * buffer.item_bytes;
   }
   if (bytes == 0) return;
-  const int64_t wanted = std::max<int64_t>(1, bytes / bytes_per_thread);
-  const int threads = static_cast<int>(std::min<int64_t>(std::max(p.launch.threads, 1), wanted));
+  // All threads or one: another team size would make OpenMP end threads and start them again for the next op.
+  const int threads = bytes < min_parallel_bytes ? 1 : std::max(p.launch.threads, 1);
   char* staging = static_cast<char*>(std::malloc(threads * m * largest_row));
   if (staging == nullptr) throw std::bad_alloc();
 

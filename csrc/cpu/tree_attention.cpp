@@ -18,6 +18,7 @@ namespace {
 constexpr int64_t segment_tiles = 8;
 constexpr int64_t group_rows = 96;  // rows that share a packed tile; their queries and outputs stay in the L2 cache
 constexpr int64_t max_partial_floats = int64_t{1} << 22;  // 16 MiB: above it there is work enough without splitting
+constexpr int64_t min_parallel_products = 400000;  // about 20 microseconds of work: waking threads costs a few
 constexpr double log2_e = 1.4426950408889634;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -107,10 +108,12 @@ struct Problem {
     groups = groups_per_head * kv_heads;
     rows_per_group = nodes_per_group * heads_per_kv;
     partial_floats = Partial::floats(rows_per_group, width);
-    split = p.launch.threads > 1 && segments > 1 && groups < 4 * p.launch.threads &&
+    // All threads or one: another team size would make OpenMP end threads and start them again for the next op.
+    const int64_t products = nodes * p.query.shape[1] * (prefix + p.tree_rows) * (dim + value_dim);
+    threads = products < min_parallel_products ? 1 : std::max(p.launch.threads, 1);
+    split = segments > 1 && groups < 4 * threads && groups % threads != 0 &&
             groups * segments * partial_floats <= max_partial_floats;
     tasks = split ? groups * segments : groups;
-    threads = static_cast<int>(std::min<int64_t>(std::max(p.launch.threads, 1), tasks));
     // Scores come in units of log2 so that exp2 serves; with a soft cap they come as tanh's argument does.
     const double unit = p.softcap > 0 ? 2.0 / p.softcap : 1.0;
     query_scale = static_cast<float>(p.scale * unit * log2_e);
@@ -335,7 +338,7 @@ void run(const TreeAttentionParams& params) {
         attend_segment<T>(p, group, task % p.segments, s, partial);
       }
     }
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int64_t index = 0; index < p.groups; ++index) {
       const Group group(p, index);
       const Partial total(s.total, p.rows_per_group);
