@@ -12,13 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from specbranch_ext import linear, tree_attention
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from specbranch.errors import SpecBranchError
+from specbranch_ext import linear, tree_attention
 
 ATTENTION = "specbranch"
 
@@ -89,10 +89,10 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
     together gives bit for bit what decoding one by one gives.
     """
     previous = model.config._attn_implementation
-    patched = [module for module in model.modules() if _exact_linear_fits(module)]
+    patched = [module for module in model.modules() if isinstance(module, nn.Linear) and _exact_linear_fits(module)]
     model.set_attn_implementation(ATTENTION)
     for module in patched:
-        module.forward = partial(_exact_linear, module)
+        module.forward = partial(_exact_linear, module)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -101,7 +101,7 @@ def attached(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(previous)
 
 
-def _exact_linear_fits(module: nn.Module) -> bool:
+def _exact_linear_fits(module: nn.Linear) -> bool:
     return (
         type(module) is nn.Linear
         and "forward" not in vars(module)

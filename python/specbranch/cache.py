@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from specbranch_ext import kv_commit
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from specbranch.errors import SpecBranchError
+from specbranch_ext import kv_commit
 
 
 class BranchLayer(CacheLayerMixin):
@@ -24,7 +24,7 @@ class BranchLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, owner: BranchCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
@@ -45,6 +45,7 @@ class BranchLayer(CacheLayerMixin):
         """Write `[1, kv_heads, n, head_dim]` at the owner's rows; return the whole buffers (the mask selects)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, self.owner.rows, key_states)
         self.values.index_copy_(2, self.owner.rows, value_states)
         return self.keys, self.values
@@ -77,7 +78,8 @@ class BranchCache(Cache):
         self.nodes: list[int] = []
         self.rows = torch.empty(0, dtype=torch.int64, device=device)
         self._device = device
-        super().__init__(layers=[BranchLayer(self) for _ in range(layers)])
+        self._branch_layers = [BranchLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self._branch_layers))
 
     @property
     def used(self) -> int:
@@ -125,5 +127,5 @@ class BranchCache(Cache):
         self.length, self.nodes = length, []
 
     def _buffers(self) -> list[torch.Tensor]:
-        layers = [layer for layer in self.layers if layer.is_initialized]
-        return [buffer[0] for layer in layers for buffer in (layer.keys, layer.values)]
+        buffers = [buffer for layer in self._branch_layers for buffer in (layer.keys, layer.values)]
+        return [buffer[0] for buffer in buffers if buffer is not None]

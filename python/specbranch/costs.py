@@ -5,6 +5,7 @@ Costs only steer how far to draft and whether to overlap; they never change the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 DECAY = 0.97  # weight of the past at every new measurement
@@ -105,8 +106,8 @@ class Costs:
 
     def _expected_tokens(self, drafted: float) -> float:
         """Tokens committed by a round that verifies `drafted` tokens, the target's own token included."""
-        a = self.acceptance
-        return float((1 - a ** (drafted + 1)) / (1 - a))
+        rejection = 1 - self.acceptance
+        return (1 - math.pow(self.acceptance, drafted + 1)) / rejection
 
     def _serial_estimate(self) -> float:
         """Seconds per token when drafting the best fixed length, then verifying."""
@@ -118,6 +119,6 @@ class Costs:
         """Seconds per token when the draft works for as long as the target does; a miss drafts serially first."""
         cost = self.overlapped
         drafted = max(1.0, cost.target.of(4) / max(cost.draft.of(2), 1e-9))
-        miss = 1 - self.acceptance ** (drafted + 1)
+        miss = 1 - math.pow(self.acceptance, drafted + 1)
         seconds = cost.target.of(drafted + 1) + miss * min(drafted, 4.0) * self.serial.draft.of(1)
         return seconds / self._expected_tokens(drafted)

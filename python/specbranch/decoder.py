@@ -122,9 +122,9 @@ class Decoder:
         node = tree.child(verdict.path[-1], verdict.next_token)
         self.stats.count(tree, cut.trunk, verdict, node)
         committed = [*tree.tokens(verdict.path[1:]), verdict.next_token]
+        survivors: dict[int, int] = {}
         if node is None:  # a miss: the tree restarts
-            position = tree.position + len(committed)
-            rerooted, survivors = Tree.rooted(verdict.next_token, position), {}
+            rerooted = Tree.rooted(verdict.next_token, tree.position + len(committed))
         else:
             rerooted, survivors = tree.reroot(node)
         self.verifier.model.cache.commit(verdict.path)

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-from specbranch_ext import draft_sample
 
 from specbranch.model import CachedModel
 from specbranch.sampling import Sampling
 from specbranch.tree import Proposals, Tree
+from specbranch_ext import draft_sample
 
 
 class Drafter:

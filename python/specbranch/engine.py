@@ -239,7 +239,7 @@ class SpecBranch:
             ids = self.encode(prompt)
         elif isinstance(prompt, Tensor):
             if prompt.dim() == 2 and prompt.shape[0] != 1:
-                raise SpecBranchError(f"the prompt is a batch of {prompt.shape[0]}; specbranch decodes one text at a time")
+                raise SpecBranchError(f"the prompt is a batch of {prompt.shape[0]}; expected one text at a time")
             ids = [int(token) for token in prompt.reshape(-1).tolist()]
         else:
             ids = [int(token) for token in prompt]

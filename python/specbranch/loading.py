@@ -46,15 +46,15 @@ def load_model(source: ModelSource, role: str, dtype: str | torch.dtype, device:
     Raises SpecBranchError when there is no such checkpoint or it is not a causal language model.
     """
     if isinstance(source, PreTrainedModel):
-        return source.eval()
+        source.eval()
+        return source
     wanted: Any = dtype
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise SpecBranchError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
         wanted = DTYPES[dtype]
     try:
-        # Not init'd on a device: loading there directly would need accelerate.
-        model = AutoModelForCausalLM.from_pretrained(resolve(source, role), dtype=wanted)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(source, role), dtype=wanted)
     except (OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpecBranchError(f"{role} {source}: cannot be loaded: {reason}") from error
@@ -65,7 +65,9 @@ def load_model(source: ModelSource, role: str, dtype: str | torch.dtype, device:
             f"{role} {source}: expected a decoder-only causal language model: {str(error).splitlines()[0]}"
         ) from error
     try:
-        return model.to(device).eval()
+        model.to(torch.device(device))  # type: ignore[arg-type]
+        model.eval()
+        return model
     except (RuntimeError, AssertionError) as error:
         raise SpecBranchError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from specbranch_ext import ancestor_mask
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,6 +13,7 @@ from specbranch.attention import NO_MASK, TreeContext, attached
 from specbranch.cache import BranchCache
 from specbranch.errors import SpecBranchError
 from specbranch.tree import Tree
+from specbranch_ext import ancestor_mask
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
 TREE_ROWS = 128  # rows kept free behind the text for tree nodes

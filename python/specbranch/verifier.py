@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from specbranch_ext import verify
 
 from specbranch.model import CachedModel
 from specbranch.sampling import Sampling
 from specbranch.tree import Tree
+from specbranch_ext import verify
 
 
 @dataclass(frozen=True, slots=True)
