@@ -1,7 +1,7 @@
 // Weights are read in place, each once for up to `max_group` rows, and widened to float32 in registers.
 //
-// An element of the output is the sum of one vector accumulator that walks along `in` (multiply_add per vector, in
-// load_pair's order, the tail padded with zeros), summed across lanes, plus the bias, rounded once. Tiles, blocks and
+// An element of the output is the sum of one vector accumulator that walks along `in` (add_product per vector, in
+// load_half's order, the tail padded with zeros), summed across lanes, plus the bias, rounded once. Tiles, blocks and
 // threads only decide when that happens: between blocks of `in` the accumulators wait in memory unrounded.
 #include "linear.h"
 
@@ -22,42 +22,37 @@ namespace SPECBRANCH_ISA {
 namespace {
 
 constexpr int lanes = simd_width;
-constexpr int64_t step = 2 * lanes;      // elements of `in` per Pair
-constexpr int max_group = 6;             // rows that share one read of a weight
-constexpr int64_t max_rows = 192;        // rows per pass over the weights: bounds the scratch memory
-constexpr int64_t cache_line = 64;       // bytes
+constexpr int64_t step = 2 * lanes;  // elements of `in` that two vectors hold
+constexpr int max_group = 6;         // rows that share one read of a weight
+constexpr int64_t max_rows = 192;    // rows per pass over the weights: bounds the scratch memory
+constexpr int64_t cache_line = 64;   // bytes
 
 // Outputs computed together with `rows` rows: 8 to 12 accumulators keep the multiply-add units busy, and with the
 // operands they fit the 16 registers of AVX2.
 constexpr int tile_outputs(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : rows == 3 ? 4 : rows == 4 ? 3 : 2; }
 
-// a * b + c: the same instruction in every tile of a level, never left to the compiler's choice.
-inline FloatVec multiply_add(FloatVec a, FloatVec b, FloatVec c) {
-#if defined(__AVX512F__)
-  return _mm512_fmadd_ps(a, b, c);
-#elif defined(__AVX2__)
-  return _mm256_fmadd_ps(a, b, c);
+// sum += a * b: the same instruction in every tile of a level, never left to the compiler's choice. In x86's other two
+// forms of it, which GCC likes to mix in, accumulators change registers, and tiles that fit the registers spill.
+inline void add_product(FloatVec& sum, FloatVec a, FloatVec b) {
+#if defined(__AVX2__)
+  asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #elif defined(__aarch64__)
-  return vfmaq_f32(c, a, b);
+  sum = vfmaq_f32(sum, a, b);
 #else
-  return a * b + c;
+  sum += a * b;
 #endif
 }
 
-// `step` consecutive elements of a row as float32, in an order that is the same for inputs and weights.
-struct Pair {
-  FloatVec first, second;
-};
-
-template <typename T>
-inline Pair load_pair(const T* p) {
-  return {load(p), load(p + lanes)};
+// `step` consecutive elements of a row as two float32 vectors, in an order that is the same for inputs and weights:
+// bfloat16 gives its even elements, then its odd ones, because a shift or a mask widens a whole register.
+template <int half, typename T>
+inline FloatVec load_half(const T* p) {
+  return load(p + half * lanes);
 }
-
-// Even elements first, then odd ones: a shift and a mask widen a whole register.
-inline Pair load_pair(const Bfloat16* p) {
+template <int half>
+inline FloatVec load_half(const Bfloat16* p) {
   const UintVec words = load_unaligned<UintVec>(p);
-  return {(FloatVec)(words << 16), (FloatVec)(words & 0xFFFF0000u)};
+  return (FloatVec)(half == 0 ? words << 16 : words & 0xFFFF0000u);
 }
 
 // The lanes' sum: the upper half is added to the lower one until one lane is left.
@@ -96,34 +91,39 @@ class Scratch {
   int64_t size_ = 0;
 };
 
-// acc[r][o] += x[r] . w[o] over `steps` steps. Meanwhile the weights at `next` are fetched for the following call.
+template <int half, typename T, int rows, int outputs>
+inline void accumulate_half(FloatVec (&a)[rows][outputs], const float* x, const T* w, int64_t w_stride) {
+  FloatVec v[outputs];
+#pragma GCC unroll 8
+  for (int o = 0; o < outputs; ++o) v[o] = load_half<half>(w + o * w_stride);
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+    const FloatVec u = load(x + (half * rows + r) * lanes);
+#pragma GCC unroll 8
+    for (int o = 0; o < outputs; ++o) add_product(a[r][o], u, v[o]);
+  }
+}
+
+// acc[r][o] += x[r] . w[o] over `steps` steps; x is [steps, 2, rows, lanes]. Meanwhile the weights at `next` are
+// fetched for the following call. Not inlined, so that every tile has all registers to itself.
 template <typename T, int rows, int outputs>
-void accumulate(float* acc, const float* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t steps,
-                const T* next) {
+__attribute__((noinline)) void accumulate(float* acc, const float* x, const T* w, int64_t w_stride, int64_t steps,
+                                          const T* next) {
   FloatVec a[rows][outputs];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int o = 0; o < outputs; ++o) a[r][o] = load(acc + (r * outputs + o) * lanes);
   for (int64_t s = 0; s < steps; ++s) {
-    Pair pair[outputs];
 #pragma GCC unroll 8
-    for (int o = 0; o < outputs; ++o) {
-      __builtin_prefetch(next + o * w_stride + s * step);
-      pair[o] = load_pair(w + o * w_stride + s * step);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const FloatVec v = load(x + r * x_stride + s * step);
-#pragma GCC unroll 8
-      for (int o = 0; o < outputs; ++o) a[r][o] = multiply_add(v, pair[o].first, a[r][o]);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const FloatVec v = load(x + r * x_stride + s * step + lanes);
-#pragma GCC unroll 8
-      for (int o = 0; o < outputs; ++o) a[r][o] = multiply_add(v, pair[o].second, a[r][o]);
-    }
+    for (int o = 0; o < outputs; ++o) __builtin_prefetch(next + o * w_stride);
+    next += step;
+    accumulate_half<0>(a, x, w, w_stride);
+    // Loads for each half of their own: kept ones would cost the tile of 6 rows registers that it lacks.
+    asm volatile("" : "+r"(w));
+    accumulate_half<1>(a, x, w, w_stride);
+    x += 2 * rows * lanes;
+    w += step;
   }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
@@ -138,38 +138,40 @@ struct Problem {
   const T* bias;
   T* output;
   int64_t rows, in, out, w_stride;
-  int64_t x_stride;       // floats between widened rows
-  int64_t block;          // elements of `in` per block, a multiple of step
-  int64_t panel;          // outputs per unit of work
-  const float* widened;   // [rows, x_stride]
+  int64_t x_stride;      // floats of a widened row
+  int64_t block;         // elements of `in` per block, a multiple of step
+  int64_t panel;         // outputs per unit of work
+  const float* widened;  // the groups of rows one after the other, each as accumulate reads it
 };
 
+// Row r of a group of `rows` rows, into the layout that accumulate reads.
 template <typename T>
-void widen_row(const T* from, int64_t in, float* to) {
-  const int64_t whole = in / step * step;
-  auto put = [to](int64_t i, Pair pair) {
-    store_unaligned(to + i, pair.first);
-    store_unaligned(to + i + lanes, pair.second);
+void widen_row(const T* from, int64_t in, float* group, int64_t rows, int64_t r) {
+  auto put = [&](int64_t s, const T* p) {
+    float* to = group + (s * 2 * rows + r) * lanes;
+    store_unaligned(to, load_half<0>(p));
+    store_unaligned(to + rows * lanes, load_half<1>(p));
   };
-  for (int64_t i = 0; i < whole; i += step) put(i, load_pair(from + i));
-  if (whole < in) {
+  const int64_t whole = in / step;
+  for (int64_t s = 0; s < whole; ++s) put(s, from + s * step);
+  if (whole * step < in) {
     T padded[step] = {};
-    memcpy(padded, from + whole, (in - whole) * sizeof(T));
-    put(whole, load_pair(padded));
+    memcpy(padded, from + whole * step, (in - whole * step) * sizeof(T));
+    put(whole, padded);
   }
 }
 
 // A tile: `rows` rows from `row` on, `outputs` outputs from `o` on, the elements [begin, end) of `in`.
 template <typename T, int rows, int outputs>
 void tile(const Problem<T>& p, float* acc, int64_t row, int64_t o, int64_t begin, int64_t end, const T* next) {
-  const float* x = p.widened + row * p.x_stride + begin;
+  const float* x = p.widened + row * p.x_stride + begin * rows;
   const T* w = p.weight + o * p.w_stride + begin;
   const int64_t whole = (end - begin) / step, tail = end - begin - whole * step;
-  accumulate<T, rows, outputs>(acc, x, p.x_stride, w, p.w_stride, whole, next);
+  accumulate<T, rows, outputs>(acc, x, w, p.w_stride, whole, next);
   if (tail > 0) {
     T padded[outputs * step] = {};
     for (int i = 0; i < outputs; ++i) memcpy(padded + i * step, w + i * p.w_stride + whole * step, tail * sizeof(T));
-    accumulate<T, rows, outputs>(acc, x + whole * step, p.x_stride, padded, step, 1, padded);
+    accumulate<T, rows, outputs>(acc, x + whole * step * rows, padded, step, 1, padded);
   }
 }
 
@@ -235,7 +237,6 @@ template <typename T>
 void product(Problem<T> p, int threads) {
   thread_local Scratch scratch;
   p.x_stride = divide_up(p.in, step) * step;
-  if (p.x_stride % 1024 == 0) p.x_stride += 16;  // rows must not all fall into the same cache sets
   p.panel = p.rows > 12 ? 32 : 64;
   const int64_t blocks = p.rows <= 2 ? 1 : divide_up(p.in, 768);
   p.block = divide_up(divide_up(p.in, blocks), step) * step;
@@ -245,8 +246,14 @@ void product(Problem<T> p, int threads) {
   p.widened = widened;
   std::atomic<int64_t> next_panel{0}, next_acc{0};
 
+  const int64_t groups = divide_up(p.rows, max_group);
 #pragma omp parallel for schedule(static) num_threads(threads) if (p.rows * p.in > 65536)
-  for (int64_t r = 0; r < p.rows; ++r) widen_row(p.input + r * p.in, p.in, widened + r * p.x_stride);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t row = p.rows * g / groups, end = p.rows * (g + 1) / groups;
+    for (int64_t r = row; r < end; ++r) {
+      widen_row(p.input + r * p.in, p.in, widened + row * p.x_stride, end - row, r - row);
+    }
+  }
 
 #pragma omp parallel num_threads(threads)
   {
