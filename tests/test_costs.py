@@ -1,0 +1,55 @@
+"""The cost model: lines are recovered, and the cheaper mode is taken."""
+
+import pytest
+
+from specbranch.costs import TRIAL_ROUNDS, Costs, ForwardCost
+
+
+def test_a_line_is_recovered_and_the_first_forward_is_left_out() -> None:
+    cost = ForwardCost()
+    assert cost.of(3) == 0
+    cost.record(1, 99.0)
+    for rows in (1, 5, 2, 8, 3):
+        cost.record(rows, 0.2 + 0.01 * rows)
+    assert cost.per_row == pytest.approx(0.01)
+    assert cost.of(6) == pytest.approx(0.26)
+
+
+def test_one_row_count_gives_a_flat_line() -> None:
+    cost = ForwardCost()
+    for _ in range(4):
+        cost.record(1, 0.1)
+    assert cost.per_row == 0
+    assert cost.of(4) == pytest.approx(0.1)
+
+
+def measured(serial: tuple[float, float], overlapped: tuple[float, float]) -> Costs:
+    costs = Costs()
+    for mode, (target, draft) in ((costs.serial, serial), (costs.overlapped, overlapped)):
+        for _ in range(TRIAL_ROUNDS):
+            mode.target.record(3, target)
+            mode.draft.record(1, draft)
+            mode.record_round(target + 3 * draft, 4)
+    return costs
+
+
+def test_each_mode_is_tried_before_one_is_preferred() -> None:
+    costs = Costs()
+    assert costs.prefer_overlap() is False
+    for _ in range(TRIAL_ROUNDS):
+        costs.serial.record_round(1.0, 3)
+    assert costs.prefer_overlap() is True
+
+
+def test_the_cheaper_mode_wins() -> None:
+    two_devices = measured(serial=(0.2, 0.05), overlapped=(0.2, 0.05))
+    assert two_devices.prefer_overlap() is True
+    two_cores = measured(serial=(0.23, 0.1), overlapped=(0.6, 0.3))
+    assert two_cores.prefer_overlap() is False
+
+
+def test_acceptance_follows_the_verdicts() -> None:
+    costs = Costs()
+    for _ in range(200):
+        costs.record_verdict(1, rejected=True)
+    assert costs.acceptance == pytest.approx(0.5, abs=0.01)
