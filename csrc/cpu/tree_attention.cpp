@@ -84,8 +84,8 @@ struct Problem {
   int64_t tasks;
   int threads;
   float query_scale, softcap;
-  uint64_t* tree_bits = nullptr;     // [nodes, tree_tiles]: ancestors inside the window
-  int64_t* window_starts = nullptr;  // [nodes]: first visible row of the prefix
+  uint64_t* tree_bits = nullptr;     // [nodes, tree_tiles]: ancestors inside the window; unused for a chain
+  int64_t* window_starts = nullptr;  // [nodes]: first visible position; unused without a window
   const float* zeros = nullptr;      // [dim]
   float* partials = nullptr;         // [groups, segments, partial_floats], if split
   char* scratch = nullptr;           // [threads, scratch_bytes]
@@ -129,8 +129,8 @@ struct Problem {
   }
 
   void take_shared(Pieces& pieces) {
-    tree_bits = pieces.take<uint64_t>(nodes * tree_tiles);
-    window_starts = pieces.take<int64_t>(nodes);
+    tree_bits = pieces.take<uint64_t>(params.chain ? 0 : nodes * tree_tiles);
+    window_starts = pieces.take<int64_t>(params.sliding_window ? nodes : 0);
     float* row = pieces.take<float>(dim);
     if (row) std::fill_n(row, dim, 0.0f);
     zeros = row;
@@ -152,21 +152,21 @@ struct Problem {
   }
 
   void find_visible() {
+    const int64_t window = params.sliding_window;
+    for (int64_t i = 0; params.chain && window && i < nodes; ++i) window_starts[i] = prefix + i + 1 - window;
+    if (params.chain) return;
     const Tensor& ancestors = params.ancestors;
     for (int64_t i = 0; i < nodes; ++i) {
       uint64_t* bits = tree_bits + i * tree_tiles;
       int64_t depth = -1;
       for (int64_t w = 0; w < tree_tiles; ++w) {
-        bits[w] = params.chain ? low_bits(i + 1 - w * tile_keys)
-                               : ancestors.as<const uint64_t>()[i * ancestors.stride[0] + w];
+        bits[w] = ancestors.as<const uint64_t>()[i * ancestors.stride[0] + w];
         depth += __builtin_popcountll(bits[w]);
       }
-      window_starts[i] = 0;
-      if (params.sliding_window == 0) continue;
-      // Position of the first visible key; the ancestors' positions are prefix, prefix + 1, ... in bit order.
-      const int64_t start = prefix + depth + 1 - params.sliding_window;
-      window_starts[i] = std::max<int64_t>(start, 0);
-      int64_t hidden = start - prefix;
+      if (!window) continue;
+      window_starts[i] = prefix + depth + 1 - window;
+      // The ancestors' positions are prefix, prefix + 1, ... in the order of their bits.
+      int64_t hidden = window_starts[i] - prefix;
       for (int64_t w = 0; w < tree_tiles; ++w) {
         for (; hidden > 0 && bits[w] != 0; --hidden) bits[w] &= bits[w] - 1;
       }
@@ -175,9 +175,11 @@ struct Problem {
 
   // Which of the tile's keys node i sees; tiles of the tree follow those of the prefix.
   uint64_t visible(int64_t node, int64_t tile) const {
-    if (tile >= prefix_tiles) return tree_bits[node * tree_tiles + tile - prefix_tiles];
-    const int64_t first = tile * tile_keys;
-    return low_bits(prefix - first) & ~low_bits(window_starts[node] - first);
+    if (tile >= prefix_tiles && !params.chain) return tree_bits[node * tree_tiles + tile - prefix_tiles];
+    // Here the position of a key is its row.
+    const int64_t first = tile < prefix_tiles ? tile * tile_keys : prefix + (tile - prefix_tiles) * tile_keys;
+    const int64_t end = tile < prefix_tiles ? prefix : prefix + node + 1;
+    return low_bits(end - first) & ~low_bits(params.sliding_window ? window_starts[node] - first : 0);
   }
 };
 
