@@ -44,12 +44,10 @@ SPECBRANCH_HD inline F exp_nonpositive(F x) {
   // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
   const F n = (clamped * L::set(1.44269504f) + L::set(12582912.0f)) - L::set(12582912.0f);
   const F r = (clamped - n * L::set(0.693359375f)) - n * L::set(-2.12194440e-4f);
-  F p = L::set(1.9875691500e-4f);
-  p = p * r + L::set(1.3981999507e-3f);
-  p = p * r + L::set(8.3334519073e-3f);
-  p = p * r + L::set(4.1665795894e-2f);
-  p = p * r + L::set(1.6666665459e-1f);
-  p = p * r + L::set(5.0000001201e-1f);
+  F p = L::set(8.312498e-3f);
+  p = p * r + L::set(4.189036e-2f);
+  p = p * r + L::set(1.6667116e-1f);
+  p = p * r + L::set(4.999923e-1f);
   const F value = (p * (r * r) + r) + L::set(1.0f);
   const F scale = L::from_bits((L::to_int(n) + 127) << 23);
   return L::select(x < lowest, L::set(0.0f), value * scale);

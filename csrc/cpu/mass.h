@@ -26,6 +26,10 @@ struct FixedPointVec {
 // Sums at most 4095 values per lane.
 class MassSum {
  public:
+  void add(const FixedPointVec& q) {
+    high_ += (UintVec)q.high;
+    low_ += (UintVec)q.low;
+  }
   void add(const FixedPointVec& q, IntVec mask) {
     high_ += (UintVec)(q.high & mask);
     low_ += (UintVec)(q.low & mask);

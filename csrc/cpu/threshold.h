@@ -23,7 +23,7 @@ struct Bracket {
 };
 
 constexpr Bracket whole_row{lowest_finite, HUGE_VALF};
-constexpr int64_t short_list = 4096;  // listing everything kept is cheaper than another pass up to about here
+constexpr int64_t short_list = 8192;  // listing everything kept is cheaper than another pass up to about here
 
 // A histogram of z_max - z over one in `step` tokens, in bins of 1/32.
 struct SampledHistogram {
@@ -78,24 +78,24 @@ inline Bracket bracket_mass(const SampledHistogram& h, float z_max, double top_p
   tail[last] = 0.0;
   // From the bottom up: the dropped tokens are the smallest ones, with 1 - top_p of the mass.
   Bracket bracket = whole_row;
-  double below = 0.0, samples = 0.0;
-  int low_bin = last;
+  double total = 0.0;
+  for (int i = 0; i <= last; ++i) total += h.count[i];
+  double below = 0.0, samples = 0.0, listed = total;
   for (int i = last; i >= 0; --i) {
     below += tail[i];
     samples += h.count[i];
-    const double error = std::min(0.7, 0.04 + 4.0 / std::sqrt(samples + 1.0));
-    if (below <= (1.0 - top_p) * surely * (1.0 - error)) {
+    const double error = std::min(0.7, 0.03 + 3.0 / std::sqrt(samples + 1.0));
+    // A few dozen samples stay above the bracket's low end: the largest tokens are too few to be sampled well.
+    if (below <= (1.0 - top_p) * surely * (1.0 - error) && total - samples >= std::min(32.0, 0.5 * total)) {
       bracket.low = z_max - i * width;
-      low_bin = i;
+      listed = total - samples;
     }
     if (below >= (1.0 - top_p) * perhaps * (1.0 + error)) {
       bracket.high = z_max - i * width;
       break;
     }
   }
-  double kept = 0.0;
-  for (int i = 0; i < low_bin; ++i) kept += h.count[i];
-  if (kept * SampledHistogram::step <= short_list) bracket.high = HUGE_VALF;
+  if (listed * SampledHistogram::step <= short_list) bracket.high = HUGE_VALF;
   return bracket;
 }
 
@@ -108,20 +108,27 @@ void segment_gather(const T* row, int64_t begin, int64_t end, float inverse_temp
   int64_t listed = 0;
   const float low = std::max(bracket.low, floor);
   int64_t t = begin;
-  for (; t + simd_width <= end; t += simd_width) {
-    const FloatVec z = load(row + t) * inverse_temperature;
-    const IntVec over = (IntVec)(z > bracket.high);
-    if (weight == Weight::mass) {
-      const FixedPointVec q(exp_nonpositive(z - z_max));
-      above.add(q, over);
-      total.add(q, (IntVec)(z >= floor));
-    } else {
-      rest_above += static_cast<uint64_t>(__builtin_popcount(mask_bits(over)));
+  // Blocks of 64 tokens, because one hard-to-predict branch for each vector would stall the arithmetic.
+  constexpr int64_t block = 64;
+  for (; t + block <= end; t += block) {
+    uint64_t inside = 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < block; i += simd_width) {
+      const FloatVec z = load(row + t + i) * inverse_temperature;
+      const IntVec over = (IntVec)(z > bracket.high);
+      inside |= static_cast<uint64_t>(mask_bits((IntVec)(z >= low) & ~over)) << i;
+      if (weight == Weight::mass) {
+        const FixedPointVec q(exp_nonpositive(z - z_max));
+        above.add(q, over);
+        total.add(q, (IntVec)(z >= floor));
+      } else {
+        rest_above += static_cast<uint64_t>(__builtin_popcount(mask_bits(over)));
+      }
     }
-    for (uint32_t bits = mask_bits((IntVec)(z >= low) & ~over); bits != 0; bits &= bits - 1) {
-      const int lane = __builtin_ctz(bits);
-      list_z[listed] = z[lane];
-      list_token[listed++] = static_cast<int32_t>(t + lane);
+    for (; inside != 0; inside &= inside - 1) {
+      const int64_t token = t + __builtin_ctzll(inside);
+      list_z[listed] = to_float(row[token]) * inverse_temperature;
+      list_token[listed++] = static_cast<int32_t>(token);
     }
   }
   for (; t < end; ++t) {

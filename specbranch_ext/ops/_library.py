@@ -26,7 +26,9 @@ def int64_scalar(value: int | Tensor, name: str, device: torch.device) -> Tensor
         if value.dtype != torch.int64 or value.dim() != 0:
             raise ValueError(f"{name}: expected an int or an int64 tensor of shape [], got {describe(value)}")
         return value
-    return torch.tensor(value, dtype=torch.int64, device=device)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
+    return torch.scalar_tensor(value, dtype=torch.int64, device=device)  # half the time of torch.tensor
 
 
 def describe(tensor: Tensor) -> str:

@@ -34,7 +34,9 @@ def gumbel_noise(positions: Tensor, vocabulary: int, *, seed: int | Tensor = 0) 
         float32 [n, V].
 
     Raises:
-        ValueError: a tensor has another shape or dtype; the message names it.
+        ValueError: a tensor has another shape or dtype, or vocabulary is below 1; the message names it.
     """
+    if vocabulary < 1:
+        raise ValueError(f"vocabulary: expected at least 1, got {vocabulary}")
     noise: Tensor = _op(positions, vocabulary, int64_scalar(seed, "seed", positions.device))
     return noise

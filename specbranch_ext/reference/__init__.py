@@ -2,9 +2,9 @@
 
 from .ancestor_mask import ancestor_mask
 from .draft_sample import draft_sample
-from .gumbel_noise import gumbel_noise
 from .kv_commit import kv_commit
 from .linear import linear
+from .noise import gumbel_noise
 from .tree_attention import tree_attention
 from .verify import verify
 

@@ -47,8 +47,8 @@ def exp_nonpositive(x: Tensor) -> Tensor:
     clamped = x.clamp(min=-87.0)
     n = (clamped * 1.44269504 + 12582912.0) - 12582912.0  # rounds to an integer
     r = (clamped - n * 0.693359375) - n * -2.12194440e-4
-    p = torch.full_like(r, 1.9875691500e-4)
-    for coefficient in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+    p = torch.full_like(r, 8.312498e-3)
+    for coefficient in (4.189036e-2, 1.6667116e-1, 4.999923e-1):
         p = p * r + coefficient
     value = (p * (r * r) + r) + 1.0
     scale = ((n.to(torch.int32) + 127) << 23).view(torch.float32)

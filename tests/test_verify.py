@@ -1,0 +1,281 @@
+"""verify: exactly the reference's tokens and path, on trees, filters, dtypes, layouts and thread counts."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specbranch_ext import reference, verify
+
+FILTERS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 20},
+    {"temperature": 1.0, "top_p": 0.95},
+    {"temperature": 1.5, "top_p": 0.3},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 0.8, "top_k": 3000, "top_p": 0.9},
+    {"temperature": 1.2, "top_k": 200, "top_p": 0.5, "min_p": 0.01},
+]
+CHAIN = torch.tensor([-1, 0, 1])
+
+
+def positions_of(rows: int) -> torch.Tensor:
+    return torch.arange(rows) + 1000
+
+
+def assert_same(logits, tokens, parents, positions, **options):
+    ours = verify(logits, tokens, parents, positions, **options)
+    expected = reference.verify(logits, tokens, parents, positions, **options)
+    for name, a, b in zip(ours._fields, ours, expected, strict=True):
+        assert torch.equal(a, b), f"{name}: {a} instead of {b}"
+    return ours
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# Below, at and above a vector, and large enough for segments and sampled brackets.
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 16, 1001, 8192, 8193, 20_003])
+def test_equals_the_reference(options, dtype, vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    spreads = (0.3, 1.0, 4.0) if vocabulary < 20_000 or dtype == torch.float32 else (2.0,)
+    for spread in spreads:  # bfloat16 and small spreads give many exact ties
+        logits = (torch.randn(3, vocabulary, generator=generator) * spread).to(dtype)
+        tokens = torch.randint(0, vocabulary, (3,), generator=generator)
+        assert_same(logits, tokens, CHAIN, positions_of(3), seed=vocabulary, **options)
+
+
+@pytest.mark.parametrize("options", FILTERS[1:], ids=str)
+def test_equals_the_reference_on_peaked_rows(options):
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(6, 40_000, generator=generator) * 2
+    for (
+        row
+    ) in logits:  # a few tokens hold most of the mass and the sample of the row sees almost none of them
+        row[torch.randint(0, 40_000, (30,), generator=generator)] = 12 + 3 * torch.randn(
+            30, generator=generator
+        )
+    logits[3] = -40.0
+    logits[3, 17] = 0.0
+    logits[4] = torch.linspace(-30, 10, 40_000)
+    logits[5, ::16] += 10.0  # in step with the sample
+    parents = torch.arange(6) - 1
+    for seed in range(2):
+        assert_same(logits, torch.zeros(6, dtype=torch.int64), parents, positions_of(6), seed=seed, **options)
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_ties_go_to_the_lowest_token_and_filters_keep_them_together(options):
+    constant = torch.zeros(1, 20_000)
+    blocks = torch.arange(20_000).remainder(7).to(torch.float32).unsqueeze(0)
+    for logits in (constant, blocks, constant.to(torch.bfloat16)):
+        result = assert_same(logits, torch.zeros(1, dtype=torch.int64), CHAIN[:1], positions_of(1), **options)
+        if not options:
+            assert result.next_token == logits.argmax()
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_masked_tokens_are_never_chosen(options):
+    generator = torch.Generator().manual_seed(9)
+    logits = torch.randn(64, 12_000, generator=generator)
+    allowed = torch.randint(0, 12_000, (64, 3), generator=generator)
+    masked = torch.full_like(logits, -torch.inf).scatter(1, allowed, logits.gather(1, allowed))
+    parents = torch.arange(64) - 1
+    result = assert_same(masked, torch.zeros(64, dtype=torch.int64), parents, positions_of(64), **options)
+    assert (result.target_tokens.unsqueeze(1) == allowed).any(dim=1).all()
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_layout_and_threads_do_not_matter(options):
+    base = torch.randn(12, 20_100, generator=torch.Generator().manual_seed(2))
+    views = [base[:5, :20_000], base[::2, :20_000], base[:1, :20_000].expand(5, -1), base[:5, 99:20_099]]
+    before = torch.get_num_threads()
+    try:
+        for view in views:
+            n = len(view)
+            arguments = (torch.zeros(n, dtype=torch.int64), torch.arange(n) - 1, positions_of(n))
+            expected = verify(view.contiguous(), *arguments, seed=3, **options)
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                ours = verify(view, *arguments, seed=3, **options)
+                assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+def test_padded_vocabulary_changes_nothing(options):
+    logits = torch.randn(8, 9000, generator=torch.Generator().manual_seed(6))
+    padded = torch.nn.functional.pad(logits, (0, 123), value=-torch.inf)
+    arguments = (torch.zeros(8, dtype=torch.int64), torch.arange(8) - 1, positions_of(8))
+    expected = verify(logits, *arguments, seed=1, **options)
+    assert torch.equal(verify(padded, *arguments, seed=1, **options).target_tokens, expected.target_tokens)
+
+
+def one_hot_logits(target_tokens: list[int], vocabulary: int = 10) -> torch.Tensor:
+    logits = torch.zeros(len(target_tokens), vocabulary)
+    logits[torch.arange(len(target_tokens)), torch.tensor(target_tokens)] = 5.0
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parents", "targets", "path", "next_token"),
+    [
+        ([0], [-1], [4], [], 4),  # nothing drafted
+        ([0, 4, 5, 6], [-1, 0, 1, 2], [4, 5, 6, 7], [1, 2, 3], 7),  # all accepted
+        ([0, 4, 5, 6], [-1, 0, 1, 2], [4, 9, 6, 7], [1], 9),  # rejected in the middle; a later match is void
+        ([0, 1, 4, 5], [-1, 0, 1, 2], [4, 4, 5, 6], [], 4),  # rejected at once; the grandchild equals it
+        ([0, 3, 4, 5, 6], [-1, 0, 0, 2, 2], [4, 9, 6, 9, 8], [2, 4], 8),  # second child, second child
+        ([0, 4, 4, 5], [-1, 0, 0, 2], [4, 5, 5, 6], [1], 5),  # equal siblings: the first one is taken
+        ([0, 4, -1, -1], [-1, 0, 1, 2], [4, 5, 6, 7], [1], 5),  # padded drafts
+        ([0, 4, 4, 5], [-1, -1, 0, -1], [4, 5, 5, 6], [2], 5),  # unused nodes
+        ([4, 4], [-1, 0], [4, 4], [1], 4),  # the root's own token is ignored
+    ],
+)
+def test_walk(tokens, parents, targets, path, next_token):
+    n = len(tokens)
+    result = assert_same(
+        one_hot_logits(targets), torch.tensor(tokens), torch.tensor(parents), positions_of(n)
+    )
+    assert result.target_tokens.tolist() == targets
+    assert result.path.tolist() == path + [-1] * (n - len(path))
+    assert result.accepted == len(path)
+    assert result.next_token == next_token
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_random_trees(data):
+    n = data.draw(st.integers(1, 12))
+    vocabulary = data.draw(st.integers(1, 5))
+    parents = [-1] + [data.draw(st.integers(-1, i - 1)) for i in range(1, n)]
+    tokens = data.draw(st.lists(st.integers(-1, vocabulary - 1), min_size=n, max_size=n))
+    values = st.sampled_from([-torch.inf, -1.0, 0.0, 0.5, 2.0])
+    rows = data.draw(
+        st.lists(st.lists(values, min_size=vocabulary, max_size=vocabulary), min_size=n, max_size=n)
+    )
+    logits = torch.tensor(rows)
+    logits[logits.amax(dim=1) == -torch.inf] = 0.0
+    options = data.draw(st.sampled_from(FILTERS))
+    seed = data.draw(st.integers(-(2**63), 2**63 - 1))
+    result = assert_same(
+        logits, torch.tensor(tokens), torch.tensor(parents), positions_of(n), seed=seed, **options
+    )
+    node = 0
+    for step in result.path[: int(result.accepted)].tolist():
+        assert parents[step] == node
+        assert tokens[step] == result.target_tokens[node]
+        node = step
+    assert result.next_token == result.target_tokens[node]
+    children = [tokens[i] for i in range(1, n) if parents[i] == node]
+    assert int(result.next_token) not in children
+
+
+def test_noise_depends_on_seed_and_position_only():
+    logits = torch.randn(1, 5000).expand(6, -1)
+    positions = torch.tensor([3, 3, 4, 3, 5, 4])
+    arguments = (torch.zeros(6, dtype=torch.int64), torch.arange(6) - 1, positions)
+    tokens = verify(logits, *arguments, seed=1, temperature=1.0).target_tokens
+    assert torch.equal(tokens, verify(logits, *arguments, seed=1, temperature=1.0).target_tokens)
+    assert tokens[0] == tokens[1] == tokens[3]
+    assert tokens[2] == tokens[5]
+    assert len({int(tokens[0]), int(tokens[2]), int(tokens[4])}) == 3
+    assert tokens[0] != verify(logits, *arguments, seed=2, temperature=1.0).target_tokens[0]
+
+
+def bad(**changes):
+    arguments = {
+        "target_logits": torch.zeros(3, 8),
+        "tokens": torch.zeros(3, dtype=torch.int64),
+        "parents": CHAIN,
+        "positions": positions_of(3),
+    }
+    return {**arguments, **changes}
+
+
+def with_value(value: float, token: int = 5) -> torch.Tensor:
+    logits = torch.zeros(3, 8)
+    logits[1, token] = value
+    return logits
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (bad(target_logits=with_value(torch.nan)), "target_logits: row 1 has NaN"),
+        (bad(target_logits=with_value(torch.inf)), r"target_logits: row 1 has \+inf"),
+        (bad(target_logits=with_value(-torch.inf, slice(None))), "target_logits: row 1 has only -inf"),
+        (bad(target_logits=torch.zeros(3)), "target_logits: expected shape"),
+        (bad(target_logits=torch.zeros(3, 0)), "target_logits: expected at least one row"),
+        (
+            bad(target_logits=torch.zeros(3, 8, dtype=torch.float64)),
+            "target_logits: expected float32, bfloat16",
+        ),
+        (bad(target_logits=torch.zeros(8, 3).t()), "target_logits: expected stride 1"),
+        (bad(tokens=torch.zeros(2, dtype=torch.int64)), "tokens: expected shape"),
+        (bad(tokens=torch.zeros(3)), "tokens: expected int64"),
+        (bad(parents=torch.tensor([-1, 1, 0])), "parents: expected an earlier node or -1 for node 1, got 1"),
+        (
+            bad(parents=torch.tensor([-1, 0, -2])),
+            "parents: expected an earlier node or -1 for node 2, got -2",
+        ),
+        (bad(parents=torch.tensor([0, 0, 1])), "parents: expected an earlier node or -1 for node 0, got 0"),
+        (bad(positions=positions_of(4)), "positions: expected shape"),
+        (bad(positions=positions_of(6)[::2]), "positions: expected a contiguous"),
+        (bad(seed=torch.zeros(1, dtype=torch.int64)), "seed: expected"),
+        (bad(seed=2**63), "seed: expected"),
+        (bad(temperature=-1.0), "temperature: expected"),
+        (bad(temperature=torch.nan), "temperature: expected"),
+        (bad(temperature=1e-39), "temperature: expected"),
+        (
+            bad(temperature=1e-37, target_logits=with_value(1e5)),
+            "target_logits: row 1 has values that overflow",
+        ),
+        (bad(top_k=-1), "top_k: expected"),
+        (bad(top_p=0.0), "top_p: expected"),
+        (bad(top_p=1.5), "top_p: expected"),
+        (bad(min_p=-0.1), "min_p: expected"),
+        (bad(min_p=torch.nan), "min_p: expected"),
+    ],
+)
+def test_bad_input_is_named(options, arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        verify(**{**options, **arguments})
+
+
+@pytest.mark.parametrize("vocabulary", [9, 20_000])
+@pytest.mark.parametrize("where", [0, 7, 8, -1])
+def test_one_nan_is_found_anywhere(vocabulary, where):
+    logits = torch.zeros(3, vocabulary, dtype=torch.bfloat16)
+    logits[2, where] = torch.nan
+    with pytest.raises(ValueError, match=r"^target_logits: row 2 has NaN"):
+        verify(**bad(target_logits=logits))
+
+
+def test_opcheck():
+    arguments = (
+        torch.randn(3, 40),
+        torch.zeros(3, dtype=torch.int64),
+        CHAIN,
+        positions_of(3),
+        torch.tensor(3),
+    )
+    torch.library.opcheck(torch.ops.specbranch.verify.default, (*arguments, 1.0, 10, 0.9, 0.01))
+
+
+def test_torch_compile():
+    def decode(logits, tokens, parents, positions, seed):
+        result = verify(logits * 2, tokens, parents, positions, seed=seed, temperature=1.0, top_p=0.9)
+        return result.target_tokens + 1, result.accepted
+
+    arguments = (
+        torch.randn(3, 40),
+        torch.zeros(3, dtype=torch.int64),
+        CHAIN,
+        positions_of(3),
+        torch.tensor(3),
+    )
+    compiled = torch.compile(decode, backend="aot_eager", fullgraph=True)
+    for ours, expected in zip(compiled(*arguments), decode(*arguments), strict=True):
+        assert torch.equal(ours, expected)
