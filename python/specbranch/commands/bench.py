@@ -190,7 +190,7 @@ class Bench:
         )
         dtype = str(self.engine.target.dtype).removeprefix("torch.")
         threads = args.threads or torch.get_num_threads()
-        return f"{dtype}, {threads} threads, {args.max_new_tokens} new tokens, {sampling}"
+        return f"{dtype}, threads: {threads}, new tokens: {args.max_new_tokens}, {sampling}"
 
     def report(self, interrupted: bool) -> dict[str, Any]:
         """Everything measured so far, ready for JSON."""
