@@ -49,11 +49,11 @@ class Decoder:
             cut = self.policy.cut(tree, situation)
             self.stats.drafted += len(cut.tree) - len(tree)
             if situation.overlapped:
-                pending = self.workers.submit(self._verify, cut)
+                pending = self.workers.submit(self._verify, cut, overlapped=True)
                 tree = self._draft_meanwhile(cut, pending)
                 verdict = pending.result()
             else:
-                tree, verdict = cut.tree, self._verify(cut)
+                tree, verdict = cut.tree, self._verify(cut, overlapped=False)
             committed, tree = self._commit(tree, cut, verdict)
             self._record(situation, cut, verdict, time.perf_counter() - begin, len(committed))
             remaining -= len(committed)
@@ -110,10 +110,12 @@ class Decoder:
     def _room(self, count: int) -> bool:
         return self.drafter is not None and self.drafter.model.cache.room >= count
 
-    def _verify(self, cut: Cut) -> Verdict:
+    def _verify(self, cut: Cut, overlapped: bool) -> Verdict:
         begin = time.perf_counter()
         verdict = self.verifier.verify(cut.tree, cut.trunk)
-        self.stats.target_busy += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self.costs.mode(overlapped).target.record(len(cut.trunk), seconds)
+        self.stats.target_busy += seconds
         self.stats.target_forwards += 1
         return verdict
 
