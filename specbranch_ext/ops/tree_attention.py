@@ -71,7 +71,7 @@ def tree_attention(
     prefix_length + j and is visible to query i iff bit j of ancestors[i] is set. The queries may be any subset
     of the tree's nodes. Rows behind the prefix and the tree are never read, and a hidden row does not influence
     a result even if it holds NaN. The result of a query does not depend, bit for bit, on the other queries or
-    on the number of threads. Sums are float32.
+    on the number of threads. Sums are float32. The result carries no gradient.
 
     Args:
         query: [n, Hq, D] float32, bfloat16 or float16, rotary embedding applied. Here and in the next two,
