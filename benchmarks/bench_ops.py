@@ -12,14 +12,19 @@ from pathlib import Path
 
 import torch
 from cases_cache import ancestor_mask_cases, kv_commit_cases, tree_attention_cases
+from cases_linear import linear_cases
+from cases_sampling import draft_sample_cases, verify_cases
 from op_case import measure, read_bandwidth
 
 from specbranch.commands.machine import describe_machine, describe_versions
 
 CASES = {
+    "verify": verify_cases,
+    "draft_sample": draft_sample_cases,
     "tree_attention": tree_attention_cases,
     "kv_commit": kv_commit_cases,
     "ancestor_mask": ancestor_mask_cases,
+    "linear": linear_cases,
 }
 
 
@@ -35,7 +40,7 @@ def main() -> None:
 
     bandwidth = read_bandwidth()
     print(f"{arguments.threads} threads, memory {bandwidth / 1e9:.1f} GB/s; microseconds, medians (best)\n")
-    print(f"{'op':15} {'case':62} {'ours':>16} {'torch':>16} {'ratio':>6} {'x floor':>8}")
+    print(f"{'op':15} {'case':62} {'ours':>16} {'torch':>16} {'ratio':>6} {'x floor':>8} {'GFLOP/s':>8}")
     rows = []
     for case in chain.from_iterable(CASES[op]() for op in arguments.op or CASES):
         timings = measure(case, arguments.seconds)
@@ -45,7 +50,10 @@ def main() -> None:
         ratio = torch_timing.median / ours.median
         shown = [f"{t.median * 1e6:.1f} ({t.best * 1e6:.1f})" for t in (ours, torch_timing)]
         times_floor = f"{ours.median / floor:8.1f}" if floor else f"{'-':>8}"
-        print(f"{case.op:15} {case.what:62} {shown[0]:>16} {shown[1]:>16} {ratio:6.2f} {times_floor}", flush=True)
+        rate = f"{case.flops / ours.median / 1e9:8.1f}" if case.flops else f"{'-':>8}"
+        print(
+            f"{case.op:15} {case.what:62} {shown[0]:>16} {shown[1]:>16} {ratio:6.2f} {times_floor} {rate}", flush=True
+        )
         rows.append(
             {
                 "op": case.op,
@@ -57,6 +65,7 @@ def main() -> None:
                 "torch_best_seconds": torch_timing.best,
                 "ratio": ratio,
                 "bytes": case.bytes,
+                "flops": case.flops,
                 "floor_seconds": floor,
                 "repeats": len(ours.seconds),
             }

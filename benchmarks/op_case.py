@@ -17,6 +17,8 @@ class Case:
     """The straightforward torch versions by name; the faster one counts."""
     bytes: int
     """What the op must read and write at least."""
+    flops: int = 0
+    """Multiplications and additions, for the ops that can be bound by them."""
 
 
 @dataclass
