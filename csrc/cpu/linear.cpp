@@ -240,7 +240,8 @@ void product(Problem<T> p, int threads) {
   p.panel = p.rows > 12 ? 32 : 64;
   const int64_t blocks = p.rows <= 2 ? 1 : divide_up(p.in, 768);
   p.block = divide_up(divide_up(p.in, blocks), step) * step;
-  threads = static_cast<int>(std::min<int64_t>(threads, divide_up(p.out, p.panel)));
+  const int64_t useful = p.rows * p.in * p.out < 65536 ? 1 : divide_up(p.out, p.panel);
+  threads = static_cast<int>(std::min<int64_t>(threads, useful));
   const int64_t acc_size = p.rows * p.panel * lanes;
   float* const widened = scratch.get(p.rows * p.x_stride + threads * acc_size);
   p.widened = widened;
