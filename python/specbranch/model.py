@@ -13,7 +13,7 @@ from specbranch.attention import NO_MASK, TreeContext, attached
 from specbranch.cache import BranchCache
 from specbranch.errors import SpecBranchError
 from specbranch.tree import Tree
-from specbranch_ext import ancestor_mask
+from specbranch_ext import ancestor_mask, build_info
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
 TREE_ROWS = 128  # rows kept free behind the text for tree nodes
@@ -118,6 +118,11 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
     if not model._can_set_attn_implementation():
         raise SpecBranchError(
             f"{role} model {name} does not honour transformers' AttentionInterface: specbranch cannot run it"
+        )
+    if model.device.type != "cpu" and not build_info()["cuda"]:
+        raise SpecBranchError(
+            f"{role} model on {model.device}: this build of specbranch_ext runs on the CPU only "
+            f"({build_info()['cuda_reason']})"
         )
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if others:
