@@ -31,7 +31,7 @@ struct Lanes<float> {
     return x;
   }
   SPECBRANCH_HD static float to_float(int32_t i) { return static_cast<float>(i); }
-  SPECBRANCH_HD static int32_t to_int(float x) { return static_cast<int32_t>(x); }
+  SPECBRANCH_HD static int32_t to_exponent(int32_t i) { return static_cast<int32_t>(static_cast<uint32_t>(i) << 23); }
   SPECBRANCH_HD static float select(bool condition, float a, float b) { return condition ? a : b; }
 };
 
@@ -41,16 +41,17 @@ SPECBRANCH_HD inline F exp_nonpositive(F x) {
   using L = Lanes<F>;
   const F lowest = L::set(-87.0f);
   const F clamped = L::select(x < lowest, lowest, x);
-  // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer.
-  const F n = (clamped * L::set(1.44269504f) + L::set(12582912.0f)) - L::set(12582912.0f);
+  // Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits.
+  const F shifted = clamped * L::set(1.44269504f) + L::set(12582912.0f);
+  const F n = shifted - L::set(12582912.0f);
   const F r = (clamped - n * L::set(0.693359375f)) - n * L::set(-2.12194440e-4f);
   F p = L::set(8.312498e-3f);
   p = p * r + L::set(4.189036e-2f);
   p = p * r + L::set(1.6667116e-1f);
   p = p * r + L::set(4.999923e-1f);
   const F value = (p * (r * r) + r) + L::set(1.0f);
-  const F scale = L::from_bits((L::to_int(n) + 127) << 23);
-  return L::select(x < lowest, L::set(0.0f), value * scale);
+  const F scaled = L::from_bits(L::bits(value) + L::to_exponent(L::bits(shifted)));  // value * 2^n
+  return L::select(x < lowest, L::set(0.0f), scaled);
 }
 
 // log((1 + f) * 2^e) for f in [sqrt(1/2) - 1, sqrt(2) - 1].

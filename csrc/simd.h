@@ -186,7 +186,7 @@ struct Lanes<FloatVec> {
   static IntVec bits(FloatVec x) { return (IntVec)x; }
   static FloatVec from_bits(IntVec i) { return (FloatVec)i; }
   static FloatVec to_float(IntVec i) { return __builtin_convertvector(i, FloatVec); }
-  static IntVec to_int(FloatVec x) { return __builtin_convertvector(x, IntVec); }
+  static IntVec to_exponent(IntVec i) { return (IntVec)((UintVec)i << 23); }
   static FloatVec select(IntVec mask, FloatVec a, FloatVec b) { return mask ? a : b; }
 };
 

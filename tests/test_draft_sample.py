@@ -33,10 +33,10 @@ def assert_same(logits, positions, k, **options):
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocabulary", [1, 2, 7, 16, 1001, 8193, 20_003])
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 16, 1001, 8193, 16_403])
 def test_equals_the_reference(options, dtype, vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
-    spreads = (0.3, 1.0, 4.0) if vocabulary < 20_000 or dtype == torch.float32 else (2.0,)
+    spreads = (0.3, 1.0, 4.0) if vocabulary < 8000 or dtype == torch.float32 else (2.0,)
     for spread in spreads:
         logits = (torch.randn(2, vocabulary, generator=generator) * spread).to(dtype)
         positions = torch.tensor([5, 2**35])

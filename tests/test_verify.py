@@ -35,10 +35,10 @@ def assert_same(logits, tokens, parents, positions, **options):
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # Below, at and above a vector, and large enough for segments and sampled brackets.
-@pytest.mark.parametrize("vocabulary", [1, 2, 7, 16, 1001, 8192, 8193, 20_003])
+@pytest.mark.parametrize("vocabulary", [1, 2, 7, 16, 1001, 8193, 16_403])
 def test_equals_the_reference(options, dtype, vocabulary):
     generator = torch.Generator().manual_seed(vocabulary)
-    spreads = (0.3, 1.0, 4.0) if vocabulary < 20_000 or dtype == torch.float32 else (2.0,)
+    spreads = (0.3, 1.0, 4.0) if vocabulary < 8000 or dtype == torch.float32 else (2.0,)
     for spread in spreads:  # bfloat16 and small spreads give many exact ties
         logits = (torch.randn(3, vocabulary, generator=generator) * spread).to(dtype)
         tokens = torch.randint(0, vocabulary, (3,), generator=generator)
@@ -48,16 +48,16 @@ def test_equals_the_reference(options, dtype, vocabulary):
 @pytest.mark.parametrize("options", FILTERS[1:], ids=str)
 def test_equals_the_reference_on_peaked_rows(options):
     generator = torch.Generator().manual_seed(4)
-    logits = torch.randn(6, 40_000, generator=generator) * 2
+    logits = torch.randn(6, 20_000, generator=generator) * 2
     for (
         row
     ) in logits:  # a few tokens hold most of the mass and the sample of the row sees almost none of them
-        row[torch.randint(0, 40_000, (30,), generator=generator)] = 12 + 3 * torch.randn(
+        row[torch.randint(0, 20_000, (30,), generator=generator)] = 12 + 3 * torch.randn(
             30, generator=generator
         )
     logits[3] = -40.0
     logits[3, 17] = 0.0
-    logits[4] = torch.linspace(-30, 10, 40_000)
+    logits[4] = torch.linspace(-30, 10, 20_000)
     logits[5, ::16] += 10.0  # in step with the sample
     parents = torch.arange(6) - 1
     for seed in range(2):
@@ -77,11 +77,11 @@ def test_ties_go_to_the_lowest_token_and_filters_keep_them_together(options):
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_masked_tokens_are_never_chosen(options):
     generator = torch.Generator().manual_seed(9)
-    logits = torch.randn(64, 12_000, generator=generator)
-    allowed = torch.randint(0, 12_000, (64, 3), generator=generator)
+    logits = torch.randn(16, 9000, generator=generator)
+    allowed = torch.randint(0, 9000, (16, 3), generator=generator)
     masked = torch.full_like(logits, -torch.inf).scatter(1, allowed, logits.gather(1, allowed))
-    parents = torch.arange(64) - 1
-    result = assert_same(masked, torch.zeros(64, dtype=torch.int64), parents, positions_of(64), **options)
+    parents = torch.arange(16) - 1
+    result = assert_same(masked, torch.zeros(16, dtype=torch.int64), parents, positions_of(16), **options)
     assert (result.target_tokens.unsqueeze(1) == allowed).any(dim=1).all()
 
 

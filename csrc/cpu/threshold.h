@@ -107,6 +107,7 @@ void segment_gather(const T* row, int64_t begin, int64_t end, float inverse_temp
   uint64_t rest_above = 0, rest_total = 0;
   int64_t listed = 0;
   const float low = std::max(bracket.low, floor);
+  const bool masked = floor > lowest_finite;
   int64_t t = begin;
   // Blocks of 64 tokens, because one hard-to-predict branch for each vector would stall the arithmetic.
   constexpr int64_t block = 64;
@@ -116,11 +117,15 @@ void segment_gather(const T* row, int64_t begin, int64_t end, float inverse_temp
     for (int i = 0; i < block; i += simd_width) {
       const FloatVec z = load(row + t + i) * inverse_temperature;
       const IntVec over = (IntVec)(z > bracket.high);
-      inside |= static_cast<uint64_t>(mask_bits((IntVec)(z >= low) & ~over)) << i;
+      inside |= static_cast<uint64_t>(mask_bits((IntVec)(z >= low) & (IntVec)(z <= bracket.high))) << i;
       if (weight == Weight::mass) {
         const FixedPointVec q(exp_nonpositive(z - z_max));
         above.add(q, over);
-        total.add(q, (IntVec)(z >= floor));
+        if (masked) {
+          total.add(q, (IntVec)(z >= floor));
+        } else {
+          total.add(q);  // masked tokens weigh nothing anyway
+        }
       } else {
         rest_above += static_cast<uint64_t>(__builtin_popcount(mask_bits(over)));
       }

@@ -1,0 +1,88 @@
+"""The compiled module: what it was built with, every level that this processor has, and its absence."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import specbranch_ext
+
+LEVELS = ["baseline", "avx2", "avx512"]
+HERE = Path(specbranch_ext.__file__).parent
+
+SAMPLE = """
+import torch
+from specbranch_ext import build_info, draft_sample, reference, tree_attention, verify
+
+generator = torch.Generator().manual_seed(0)
+for vocabulary in (37, 10_007):
+    logits = torch.randn(2, vocabulary, generator=generator) * 2
+    positions = torch.arange(2)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for options in ({}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 100, "top_p": 0.9, "min_p": 0.01}):
+            arguments = (logits.to(dtype), positions, 5)
+            ours = draft_sample(*arguments, seed=3, **options)
+            expected = reference.draft_sample(*arguments, seed=3, **options)
+            assert torch.equal(ours.tokens, expected.tokens) and torch.equal(ours.scores, expected.scores)
+            arguments = (logits.to(dtype), positions, positions - 1, positions)
+            ours, expected = verify(*arguments, **options), reference.verify(*arguments, **options)
+            assert torch.equal(ours.target_tokens, expected.target_tokens)
+query = torch.randn(3, 4, 24, generator=generator)
+keys, values = torch.randn(2, 2, 40, 24, generator=generator)
+torch.testing.assert_close(tree_attention(query, keys, values, 30), reference.tree_attention(query, keys, values, 30))
+print(build_info()["isa"])
+"""
+
+
+def run(code: str, folder: Path = HERE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in `folder`, where Python looks for packages first."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_build_info():
+    info = specbranch_ext.build_info()
+    assert info["isa"] in info["isa_levels"]
+    assert info["cuda"] or info["cuda_reason"]
+    assert info["compiler"]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_level_equals_the_reference(level):
+    chosen = specbranch_ext.build_info()["isa"]
+    if level == chosen:
+        pytest.skip("the other tests run this level")
+    result = run(SAMPLE, SPECBRANCH_ISA=level)
+    if LEVELS.index(level) > LEVELS.index(chosen) and "SPECBRANCH_ISA" not in os.environ:
+        assert f"SPECBRANCH_ISA={level}: this processor or build has only" in result.stderr
+    else:
+        assert result.stdout.split() == [level], result.stderr
+
+
+def test_import_without_the_compiled_module_says_what_to_do(tmp_path):
+    shutil.copytree(HERE, tmp_path / "specbranch_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "setup.py").touch()
+    # An editable install's finder would still find the compiled module of the installed package.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; import specbranch_ext"
+    error = run(code, tmp_path).stderr
+    assert "ImportError: specbranch_ext was imported without its compiled module" in error
+    assert "pip install -e ." in error
+    assert "Python found the source folder" in error
+
+
+def test_the_module_links_no_torch_library():
+    if sys.platform != "linux" or shutil.which("ldd") is None:
+        pytest.skip("needs ldd")
+    module = Path(specbranch_ext._C.__file__)
+    needed = subprocess.run(["ldd", str(module)], capture_output=True, text=True, check=True).stdout
+    assert "torch" not in needed
+    assert "c10" not in needed
