@@ -61,9 +61,7 @@ def run(args: argparse.Namespace) -> int:
         for line in report.difference_lines(result["rows"]):
             print(line)
     if interrupted:
-        complain(
-            f"interrupted after {len(bench.records)} of {len(prompts) * len(bench.contenders)} measurements"
-        )
+        complain(f"interrupted after {len(bench.records)} of {len(prompts) * len(bench.contenders)} measurements")
         return INTERRUPTED
     return FAILURE if any(record["error"] for record in bench.records) else 0
 
@@ -116,10 +114,7 @@ class Bench:
             progress.done()
 
     def measure(self, prompt: Prompt, number: int, progress: Steps) -> None:
-        """Every contender on one prompt, in an order that rotates with the prompt's number.
-
-        No contender always runs first, or always after the same one.
-        """
+        """Every contender on one prompt, in an order that rotates with the prompt's number: none is always first."""
         ids = self.engine.encode(prompt.text, chat=prompt.chat)
         start = number % len(self.contenders)
         records: list[report.Record] = []
@@ -185,9 +180,7 @@ class Bench:
 
     def title(self) -> str:
         args = self.args
-        sampling = (
-            "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, top-p {args.top_p:g}"
-        )
+        sampling = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, top-p {args.top_p:g}"
         dtype = str(self.engine.target.dtype).removeprefix("torch.")
         threads = args.threads or torch.get_num_threads()
         return f"{dtype}, threads: {threads}, new tokens: {args.max_new_tokens}, {sampling}"
@@ -195,9 +188,7 @@ class Bench:
     def report(self, interrupted: bool) -> dict[str, Any]:
         """Everything measured so far, ready for JSON."""
         peaks = [r["peak_resident_bytes"] for r in self.records if r["error"] is None]
-        settings = {
-            key: value for key, value in vars(self.args).items() if key not in ("argv", "command", "json")
-        }
+        settings = {key: value for key, value in vars(self.args).items() if key not in ("argv", "command", "json")}
         return {
             "command": shlex.join(["specbranch", *self.args.argv]),
             "interrupted": interrupted,

@@ -48,9 +48,7 @@ def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
 def _row(task: str, own: list[Record], baseline: list[Record]) -> dict[str, Any]:
     base_speed = {(r["task"], r["id"]): r["tokens_per_second"] for r in baseline}
     pairs = [
-        (r["tokens_per_second"], base_speed[r["task"], r["id"]])
-        for r in own
-        if (r["task"], r["id"]) in base_speed
+        (r["tokens_per_second"], base_speed[r["task"], r["id"]]) for r in own if (r["task"], r["id"]) in base_speed
     ]
     compared = [r for r in own if r["same_tokens"] is not None]
     differences = [r["first_difference"] for r in compared if not r["same_tokens"]]

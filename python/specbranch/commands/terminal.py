@@ -10,9 +10,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
+class _Output(Console):
+    def on_broken_pipe(self) -> None:
+        """As for every other output: `specbranch.cli.main` ends quietly (rich would exit with 1)."""
+        raise BrokenPipeError
+
+
 def output() -> Console:
     """The console for tables on stdout; 100 columns wide when it is not a terminal."""
-    return Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False)
+    return _Output(width=None if sys.stdout.isatty() else 100)
 
 
 @contextmanager
@@ -47,7 +53,5 @@ def steps(total: int, *, shown: bool = True) -> Iterator[Steps]:
     """Progress over `total` steps; `shown=False` when stdout shows text on the same terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not (shown and console.is_terminal)
-    ) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         yield Steps(progress, total)
