@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specbranch import SpecBranch, bundled, cli
 from specbranch.commands import memory, report
 from specbranch.commands.bench import top_two_gap
-from specbranch.commands.peers import Peers
+from specbranch.commands.peers import Peers, PeerText
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
 
@@ -56,6 +57,7 @@ def test_rows_and_records_of_a_run(capsys, tmp_path, prompts):
         assert row["prompts"] == 2
         assert row["tokens_per_second"] > 0
         assert row["ratio_to_greedy"] > 0
+        assert row["prefill_seconds"] > 0
         ours = row["name"] not in cli.PEERS
         assert row["same_tokens"] is True or not ours
         assert (row["tokens_per_target_forward"] is not None) == ours
@@ -121,7 +123,7 @@ def test_a_contender_that_fails_is_reported_and_the_others_go_on(capsys, monkeyp
     def broken(self, peer, ids, **options):
         if len(ids) and options["max_new_tokens"] == 24:  # not in the warm-up, which is shorter
             raise RuntimeError("it broke")
-        return []
+        return PeerText([], 0, 0.0)
 
     monkeypatch.setattr(Peers, "generate", broken)
     out = tmp_path / "out.json"
@@ -153,19 +155,29 @@ def test_greedy_peer_is_the_plain_argmax_loop_whatever_the_checkpoint_asks_for()
             expected.append(int(logits.argmax()))
     peers = Peers(target, draft)
     for peer in cli.PEERS:
-        assert peers.generate(peer, ids, max_new_tokens=20) == expected
+        assert peers.generate(peer, ids, max_new_tokens=20).tokens == expected
     assert target.generation_config.repetition_penalty == 5.0
 
 
 def test_sampling_peers_depend_on_the_seed_and_leave_torch_s_generator_alone():
     peers = Peers(tiny_llama(), tiny_llama(layers=1, seed=1), threads=1)
     before, threads = torch.get_rng_state(), torch.get_num_threads()
-    texts = [peers.generate("greedy", [5, 9], max_new_tokens=12, temperature=1.0, seed=s) for s in (1, 1, 2)]
+    sampling = {"max_new_tokens": 12, "temperature": 1.0}
+    texts = [peers.generate("greedy", [5, 9], seed=seed, **sampling).tokens for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == threads
-    only_best = peers.generate("greedy", [5, 9], max_new_tokens=12, temperature=1.0, top_k=1)
-    assert only_best == peers.generate("greedy", [5, 9], max_new_tokens=12)
+    only_best = peers.generate("greedy", [5, 9], top_k=1, **sampling).tokens
+    assert only_best == peers.generate("greedy", [5, 9], max_new_tokens=12).tokens
+
+
+def test_the_first_step_of_a_peer_is_timed_apart():
+    peers = Peers(tiny_llama(), tiny_llama(layers=1, seed=1))
+    begin = time.perf_counter()
+    text = peers.generate("greedy", [5, 9, 13], max_new_tokens=10)
+    assert text.first_tokens == 1
+    assert 0 < text.first_seconds < time.perf_counter() - begin
+    assert 1 <= peers.generate("assisted", [5, 9, 13], max_new_tokens=10).first_tokens <= 10
 
 
 # ---- the report
@@ -180,6 +192,8 @@ def record(name: str, speed: float, *, id: str = "a", task: str = "t", same: boo
         "error": None,
         "new_tokens": 10,
         "tokens_per_second": speed,
+        "prefill_seconds": 0.5,
+        "decode_tokens_per_second": 2 * speed,
         "stats": None,
         "same_tokens": same,
         "first_difference": difference,
@@ -194,6 +208,8 @@ def test_ratios_use_the_prompts_that_both_finished():
     assert rows["greedy"]["tokens_per_second"] == 2.0
     assert rows["specbranch"]["tokens_per_second"] == 3.0
     assert rows["specbranch"]["ratio_to_greedy"] == pytest.approx(2.5 / 1.5)
+    assert rows["specbranch"]["decode_tokens_per_second"] == 6.0
+    assert rows["specbranch"]["decode_ratio_to_greedy"] == pytest.approx(2.5 / 1.5)
     assert rows["specbranch"]["median_prompt_ratio"] == pytest.approx((3.0 + 1.0) / 2)
 
 

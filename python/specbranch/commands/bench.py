@@ -17,7 +17,7 @@ from specbranch.commands.loading import load_engine, sampling_options
 from specbranch.commands.machine import describe_machine, describe_versions
 from specbranch.commands.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.commands.peers import Peers
-from specbranch.commands.terminal import Steps, output, steps
+from specbranch.commands.terminal import Steps, output_console, steps
 from specbranch.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -27,11 +27,24 @@ WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
+class Output:
+    """New tokens of one run, how many of them came after the prefill and what that took; stats if it is ours.
+
+    Our prefill leaves the prompt's last token to the first round; transformers' gives the first token.
+    """
+
+    tokens: list[int]
+    decoded_tokens: int
+    prefill_seconds: float
+    stats: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Contender:
-    """Something that generates: `generate(ids, max_new_tokens)` gives the new tokens and, if ours, stats."""
+    """Something that generates: `generate(ids, max_new_tokens)`."""
 
     name: str
-    generate: Callable[[list[int], int], tuple[list[int], dict[str, Any] | None]]
+    generate: Callable[[list[int], int], Output]
     comparable: bool  # its text can be compared with autoregressive's
 
 
@@ -57,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         report.write_json(args.json, result)
     if result["rows"]:
-        output().print(report.table(result["rows"], bench.title()))
+        output_console().print(report.table(result["rows"], bench.title()))
         for line in report.difference_lines(result["rows"]):
             print(line)
     if interrupted:
@@ -73,15 +86,17 @@ def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
     peers = Peers(engine.target, engine.draft, args.threads) if args.peers and engine.draft else None
 
     def method(name: str) -> Contender:
-        def generate(ids: list[int], new_tokens: int) -> tuple[list[int], dict[str, Any] | None]:
+        def generate(ids: list[int], new_tokens: int) -> Output:
             generation = engine.generate(ids, max_new_tokens=new_tokens, method=name, **options)
-            return generation.tokens, generation.stats.as_dict()
+            tokens, stats = generation.tokens, generation.stats.as_dict()
+            return Output(tokens, len(tokens), stats["prefill_seconds"], stats)
 
         return Contender(name, generate, comparable=True)
 
     def peer(name: str, peers: Peers) -> Contender:
-        def generate(ids: list[int], new_tokens: int) -> tuple[list[int], dict[str, Any] | None]:
-            return peers.generate(name, ids, max_new_tokens=new_tokens, **options), None
+        def generate(ids: list[int], new_tokens: int) -> Output:
+            text = peers.generate(name, ids, max_new_tokens=new_tokens, **options)
+            return Output(text.tokens, len(text.tokens) - text.first_tokens, text.first_seconds)
 
         return Contender(name, generate, comparable=args.temperature == 0)  # else they draw other noise
 
@@ -141,20 +156,23 @@ class Bench:
         resets = memory.reset_peak()
         started = time.perf_counter()
         try:
-            tokens, stats = contender.generate(ids, self.args.max_new_tokens)
+            output = contender.generate(ids, self.args.max_new_tokens)
         except Exception as error:
             complain(f"error: {contender.name} on {prompt.id}: {one_line(error)}")
             return record | {"error": one_line(error)}
         seconds = time.perf_counter() - started
-        peak = memory.peak_resident_bytes()
+        peak, tokens = memory.peak_resident_bytes(), output.tokens
+        decode_seconds = seconds - output.prefill_seconds
         caches = cache_bytes(self.engine, len(ids) + len(tokens))
         over = peak - self._resident_before_loading - self._weights - caches
         return record | {
             "seconds": seconds,
             "new_tokens": len(tokens),
             "tokens_per_second": len(tokens) / seconds,
+            "prefill_seconds": output.prefill_seconds,
+            "decode_tokens_per_second": output.decoded_tokens / decode_seconds if output.decoded_tokens else None,
             "tokens": tokens,
-            "stats": stats,
+            "stats": output.stats,
             "peak_resident_bytes": peak,
             "memory_over_bytes": over if resets else None,
         }

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from specbranch.commands.loading import load_engine
 from specbranch.commands.messages import FAILURE
-from specbranch.commands.terminal import output, steps
+from specbranch.commands.terminal import output_console, steps
 
 if TYPE_CHECKING:
     from specbranch import Generation
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             if number > 0:
                 results.append(result)
 
-    console = output()
+    console = output_console()
     for prompt, result in zip(prompts, results, strict=True):
         console.print(_side_by_side(prompt, result))
     console.print(_summary(results))

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from specbranch.commands.machine import describe_machine, describe_versions
 from specbranch.commands.messages import FAILURE, one_line
-from specbranch.commands.terminal import output
+from specbranch.commands.terminal import output_console
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         view.add_column()
         for section, values in findings.items():
             view.add_row(section.replace("_", " "), Text(_as_text(values)))
-        output().print(view)
+        output_console().print(view)
     return 0 if findings["ready"] else FAILURE
 
 

@@ -9,17 +9,42 @@ both sides: they would change the text, and the peers are compared on the same t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROMPT_LOOKUP_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class PeerText:
+    """tokens: the new ones. first_tokens came after first_seconds, prefill included: the first step's."""
+
+    tokens: list[int]
+    first_tokens: int
+    first_seconds: float
+
+
+class _FirstStep(StoppingCriteria):
+    """Notes when generate() has its first tokens, and stops nothing."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens, self.begin = prompt_tokens, time.perf_counter()
+        self.tokens, self.seconds = 0, 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **_: Any) -> torch.Tensor:
+        if self.tokens == 0:
+            self.tokens = input_ids.shape[1] - self.prompt_tokens
+            self.seconds = time.perf_counter() - self.begin
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class Peers:
@@ -44,8 +69,8 @@ class Peers:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-    ) -> list[int]:
-        """The new tokens of `peer`: greedy, assisted or prompt-lookup.
+    ) -> PeerText:
+        """What `peer` writes: greedy, assisted or prompt-lookup.
 
         At a temperature above 0 the peers sample with the same filters, from torch's own generator.
         """
@@ -62,8 +87,15 @@ class Peers:
         input_ids = torch.tensor([list(ids)], device=self._target.device)
         with self._as_transformers_sets_up(), torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(seed)
-            output = target.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
-        return [int(token) for token in output[0, len(ids) :]]
+            first = _FirstStep(len(ids))
+            output = target.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                stopping_criteria=StoppingCriteriaList([first]),
+                **options,
+            )
+        tokens = [int(token) for token in output[0, len(ids) :]]
+        return PeerText(tokens, min(first.tokens, len(tokens)), first.seconds)
 
     @contextmanager
     def _as_transformers_sets_up(self) -> Iterator[None]:

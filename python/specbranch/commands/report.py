@@ -31,7 +31,7 @@ def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
 
     Medians are over prompts. `ratio_to_greedy` divides the medians of the prompts that both finished, and
     `median_prompt_ratio` is the median of their ratios; both None without the greedy peer. `same_tokens` is
-    None where texts cannot be compared (a peer that samples).
+    None where texts cannot be compared (a peer that samples). The decode_ figures leave the prefill out.
     """
     finished = [record for record in records if record.get("error") is None]
     tasks = list(dict.fromkeys(record["task"] for record in finished))
@@ -46,10 +46,8 @@ def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
 
 
 def _row(task: str, own: list[Record], baseline: list[Record]) -> dict[str, Any]:
-    base_speed = {(r["task"], r["id"]): r["tokens_per_second"] for r in baseline}
-    pairs = [
-        (r["tokens_per_second"], base_speed[r["task"], r["id"]]) for r in own if (r["task"], r["id"]) in base_speed
-    ]
+    pairs = _pairs(own, baseline, "tokens_per_second")
+    decode_pairs = _pairs(own, baseline, "decode_tokens_per_second")
     compared = [r for r in own if r["same_tokens"] is not None]
     differences = [r["first_difference"] for r in compared if not r["same_tokens"]]
     peaks = [r["memory_over_bytes"] for r in own if r["memory_over_bytes"] is not None]
@@ -59,8 +57,13 @@ def _row(task: str, own: list[Record], baseline: list[Record]) -> dict[str, Any]
         "prompts": len(own),
         "new_tokens": sum(r["new_tokens"] for r in own),
         "tokens_per_second": median(r["tokens_per_second"] for r in own),
-        "ratio_to_greedy": median(a for a, _ in pairs) / median(b for _, b in pairs) if pairs else None,
+        "ratio_to_greedy": _ratio_of_medians(pairs),
         "median_prompt_ratio": median(a / b for a, b in pairs) if pairs else None,
+        "prefill_seconds": median(r["prefill_seconds"] for r in own),
+        "decode_tokens_per_second": _median(
+            r["decode_tokens_per_second"] for r in own if r["decode_tokens_per_second"] is not None
+        ),
+        "decode_ratio_to_greedy": _ratio_of_medians(decode_pairs),
         "same_tokens": all(r["same_tokens"] for r in compared) if compared else None,
         "prompts_with_same_tokens": len(compared) - len(differences) if compared else None,
         "first_difference": differences[0] if differences else None,
@@ -74,17 +77,27 @@ def _row(task: str, own: list[Record], baseline: list[Record]) -> dict[str, Any]
     return row
 
 
+def _pairs(own: list[Record], baseline: list[Record], key: str) -> list[tuple[float, float]]:
+    """`key` of a contender and of the baseline on every prompt that has both."""
+    base = {(r["task"], r["id"]): r[key] for r in baseline if r[key] is not None}
+    return [(r[key], base[r["task"], r["id"]]) for r in own if r[key] is not None and (r["task"], r["id"]) in base]
+
+
+def _ratio_of_medians(pairs: list[tuple[float, float]]) -> float | None:
+    return median(a for a, _ in pairs) / median(b for _, b in pairs) if pairs else None
+
+
 def _median(values: Iterable[float]) -> float | None:
     found = list(values)
     return median(found) if found else None
 
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The rows for a terminal."""
+    """The rows for a terminal; decode/s: tokens per second after the prefill."""
     view = Table(title=title, title_justify="left")
     view.add_column("task")
     view.add_column("name", no_wrap=True)
-    for heading in ("tokens/s", "x greedy", "tokens/forward", "acceptance", "hit rate", "same tokens"):
+    for heading in ("tokens/s", "x greedy", "decode/s", "x greedy", "per forward", "accepted", "same tokens"):
         view.add_column(heading, justify="right")
     for before, row in zip([None, *rows], rows, strict=False):
         if before is not None and before["task"] != row["task"]:
@@ -94,9 +107,10 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
             row["name"],
             f"{row['tokens_per_second']:.2f}",
             _figure(row["ratio_to_greedy"]),
+            _figure(row["decode_tokens_per_second"]),
+            _figure(row["decode_ratio_to_greedy"]),
             _figure(row["tokens_per_target_forward"]),
             _figure(row["acceptance_rate"]),
-            _figure(row["hit_rate"]),
             _same(row),
         )
     return view

@@ -16,7 +16,7 @@ class _Output(Console):
         raise BrokenPipeError
 
 
-def output() -> Console:
+def output_console() -> Console:
     """The console for tables on stdout; 100 columns wide when it is not a terminal."""
     return _Output(width=None if sys.stdout.isatty() else 100)
 
