@@ -123,7 +123,9 @@ def test_empty():
     bias = torch.randn(4)
     assert specbranch_ext.linear(torch.empty(0, 3), torch.empty(4, 3)).shape == (0, 4)
     assert specbranch_ext.linear(torch.randn(2, 3), torch.empty(0, 3)).shape == (2, 0)
-    assert torch.equal(specbranch_ext.linear(torch.empty(2, 0), torch.empty(4, 0), bias), bias.expand(2, 4))
+    for rows in (1, 2, 3, 20):
+        actual = specbranch_ext.linear(torch.empty(rows, 0), torch.empty(4, 0), bias)
+        assert torch.equal(actual, bias.expand(rows, 4))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

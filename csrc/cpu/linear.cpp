@@ -203,9 +203,10 @@ void with_rows(int64_t count, const Body& body) {
   body(std::integral_constant<int, rows>());
 }
 
-// The outputs [o_begin, o_end) of all rows. `acc` holds rows * (o_end - o_begin) vectors.
+// The outputs [o_begin, o_end) of all rows. `acc` holds rows * (o_end - o_begin) vectors; `following` is the output
+// at which this thread will go on.
 template <typename T>
-void panel(const Problem<T>& p, float* acc, int64_t o_begin, int64_t o_end) {
+void panel(const Problem<T>& p, float* acc, int64_t o_begin, int64_t o_end, int64_t following) {
   const int64_t width = o_end - o_begin;
   const int64_t groups = divide_up(p.rows, max_group);
   std::fill(acc, acc + p.rows * width * lanes, 0.0f);
@@ -215,9 +216,17 @@ void panel(const Problem<T>& p, float* acc, int64_t o_begin, int64_t o_end) {
       const int64_t row = p.rows * g / groups;
       with_rows(p.rows * (g + 1) / groups - row, [&](auto rows) {
         for_tiles<rows>(o_begin, o_end, [&](auto outputs, int64_t o) {
-          // The tile after this one in memory; at the end of the panel the panel itself, which does no harm.
-          const bool last = o + 2 * outputs > p.out;
-          const T* next = p.weight + (last ? o : o + outputs) * p.w_stride + begin;
+          // What the next tile reads: the next outputs, or this panel's next block of `in`, or the next panel.
+          int64_t next_output = o + outputs, next_begin = begin;
+          if (next_output >= o_end) {
+            next_output = o_begin;
+            if (g + 1 == groups) next_begin = end;
+            if (next_begin == p.in) {
+              next_output = following;
+              next_begin = 0;
+            }
+          }
+          const T* next = p.weight + std::min(next_output, p.out - outputs) * p.w_stride + next_begin;
           tile<T, rows, outputs>(p, acc + (row * width + (o - o_begin) * rows) * lanes, row, o, begin, end, next);
         });
       });
@@ -236,13 +245,16 @@ void panel(const Problem<T>& p, float* acc, int64_t o_begin, int64_t o_end) {
 template <typename T>
 void product(Problem<T> p, int threads) {
   thread_local Scratch scratch;
+  if (p.rows * p.in * p.out < 65536) threads = 1;
   p.x_stride = divide_up(p.in, step) * step;
-  p.panel = p.rows > 2 * max_group ? 64 : 32;
+  // Long panels read memory in long runs; short ones keep the accumulators of many rows in the second-level cache,
+  // and the threads busy to the end.
+  const int64_t longest = p.rows > 2 * max_group ? 64 : 128;
+  p.panel = std::min(longest, divide_up(divide_up(p.out, 2 * threads), 8) * 8);
   // Up to 18 KB of widened inputs for 6 rows: they stay in the first-level cache while a panel's weights pass by.
-  const int64_t blocks = p.rows <= 2 ? 1 : divide_up(p.in, 768);
+  const int64_t blocks = p.rows <= 2 || p.in == 0 ? 1 : divide_up(p.in, 768);
   p.block = divide_up(divide_up(p.in, blocks), step) * step;
-  const int64_t useful = p.rows * p.in * p.out < 65536 ? 1 : divide_up(p.out, p.panel);
-  threads = static_cast<int>(std::min<int64_t>(threads, useful));
+  threads = static_cast<int>(std::min<int64_t>(threads, divide_up(p.out, p.panel)));
   const int64_t acc_size = p.rows * p.panel * lanes;
   float* const widened = scratch.get(p.rows * p.x_stride + threads * acc_size);
   p.widened = widened;
@@ -260,8 +272,14 @@ void product(Problem<T> p, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     float* const acc = widened + p.rows * p.x_stride + next_acc++ * acc_size;
-    // Panels are handed out one by one: the draft may be running on one of the cores.
-    for (int64_t o; (o = next_panel++ * p.panel) < p.out;) panel(p, acc, o, std::min(o + p.panel, p.out));
+    // Panels are handed out one by one, since the draft may be running on one of the cores, and one ahead, since a
+    // thread fetches the first weights of its next panel during the last tile of the one at hand.
+    int64_t o = next_panel++ * p.panel;
+    while (o < p.out) {
+      const int64_t following = next_panel++ * p.panel;
+      panel(p, acc, o, std::min(o + p.panel, p.out), following < p.out ? following : o);
+      o = following;
+    }
   }
 }
 
