@@ -7,8 +7,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-# The one place where torch is chosen; the package itself accepts any torch >= 2.11. Options for pip may follow:
-#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"      without CUDA, smaller
+# The one place where torch is chosen; the package itself accepts any torch >= 2.11. Options for pip may follow, such
+# as an index that has CPU builds (smaller):   make demo TORCH="torch==2.13.0 --index-url …"
 TORCH ?= torch==2.13.0
 
 # Used by `make bench`; the default is the bundled pair.
