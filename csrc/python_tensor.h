@@ -65,7 +65,7 @@ inline Tensor tensor(const py::handle object, const char* name) {
   t.name = name;
   if (get(is_cpu).ptr() != Py_True) fail(std::string(name) + ": expected a tensor on the CPU");
   t.dtype = TorchDtypes::get().code(get(dtype));
-  t.item_bytes = as_int64(get(itemsize).ptr());
+  t.item_bytes = item_bytes(t.dtype) > 0 ? item_bytes(t.dtype) : as_int64(get(itemsize).ptr());
   const py::object extents = get(shape), steps = call(stride);
   t.dims = static_cast<int>(PyTuple_GET_SIZE(extents.ptr()));
   if (t.dims > Tensor::max_dims) {

@@ -19,6 +19,17 @@ inline const char* dtype_name(Dtype dtype) {
   }
 }
 
+// 0 for a dtype that the kernels do not know.
+inline int64_t item_bytes(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::float32: return 4;
+    case Dtype::bfloat16:
+    case Dtype::float16: return 2;
+    case Dtype::int64: return 8;
+    default: return 0;
+  }
+}
+
 // Shapes and strides count elements. `name` is what error messages call it.
 struct Tensor {
   static constexpr int max_dims = 4;

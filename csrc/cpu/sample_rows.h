@@ -47,29 +47,35 @@ class RowSampler {
         partial_(rows_ * segments_.count * request.k),
         partial_count_(rows_ * segments_.count),
         candidates_(candidates),
-        samples_(samples) {}
+        samples_(samples) {
+    for (int64_t i = 0; i < rows_; ++i) {
+      new (row_.at(i)) RowState{};
+      row_[i].pending.store(segments_.count, std::memory_order_relaxed);
+    }
+  }
 
   RowReport run() {
     const int64_t tasks = rows_ * segments_.count;
     const int threads = rows_ * vocabulary_ < 32768 ? 1 : static_cast<int>(std::min<int64_t>(r_.threads, tasks));
-    RowReport report;
-    // A row that cannot be sampled ends the work of all threads after the first pass.
 #pragma omp parallel num_threads(threads)
     {
-      each_segment([&](int64_t i, int64_t s) {
-        segment_max(logits(i), segments_.begin(s), segments_.end(s), segment(i, s));
-      });
-      each_row([&](int64_t i) { start_row(i); });
-#pragma omp single
-      report = check_rows();
-      if (report.row < 0 && !(greedy_ && r_.k == 1 && !r_.statistics)) {
-        if (search_count_) search<Weight::count>(static_cast<double>(r_.filters.top_k));
-        if (search_mass_) search<Weight::mass>(r_.filters.top_p);
-        each_segment([&](int64_t i, int64_t s) { scan(i, s); });
-        each_row([&](int64_t i) { finish_row(i); });
+      // The flags are set within one pass and read after it, so all threads take the same way.
+      pass([&](int64_t i, int64_t s) { segment_max(logits(i), segments_.begin(s), segments_.end(s), segment(i, s)); },
+           [&](int64_t i) { start_row(i); });
+      if (!failed_ && !(greedy_ && r_.k == 1 && !r_.statistics)) {
+        if (search_count_) {
+          search<Weight::count>();
+          if (mass_pass_) search<Weight::mass>();
+        } else if (search_mass_) {
+          search<Weight::mass>();
+        }
+        pass([&](int64_t i, int64_t s) { scan(i, s); }, [&](int64_t i) { finish_row(i); });
       }
     }
-    return report;
+    for (int64_t i = 0; i < rows_; ++i) {
+      if (row_[i].problem != RowReport::none) return {i, row_[i].problem};
+    }
+    return {};
   }
 
  private:
@@ -80,71 +86,86 @@ class RowSampler {
   Keep keep(int64_t i) { return {inverse_temperature_, row_[i].threshold, row_[i].z_max, min_p_}; }
   NoiseKey key(int64_t i) const { return {r_.seed, static_cast<uint64_t>(r_.positions[i])}; }
 
-  template <typename F>
-  void each_segment(F body) {
+  // Calls body(row, segment) for all segments, and finish(row) right after the last one of each row. One barrier: on
+  // a busy machine a barrier can cost a whole time slice.
+  template <typename Body, typename Finish>
+  void pass(Body body, Finish finish) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < rows_ * segments_.count; ++task) {
-      body(task / segments_.count, task % segments_.count);
+      const int64_t i = task / segments_.count;
+      body(i, task % segments_.count);
+      if (row_[i].pending.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
+      row_[i].pending.store(segments_.count, std::memory_order_relaxed);
+      finish(i);
     }
-  }
-  template <typename F>
-  void each_row(F body) {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < rows_; ++i) body(i);
   }
 
   void start_row(int64_t i) {
     RowState& row = row_[i];
     int64_t best = 0;
+    bool nan = segment(i, 0).nan;
     for (int64_t s = 1; s < segments_.count; ++s) {
       if (segment(i, s).max_logit > segment(i, best).max_logit) best = s;
+      nan |= segment(i, s).nan;
     }
     const float max_logit = segment(i, best).max_logit;
     row.z_max = max_logit * inverse_temperature_;
+    row.problem = nan                          ? RowReport::nan
+                  : max_logit == HUGE_VALF     ? RowReport::infinite
+                  : row.z_max == -HUGE_VALF    ? RowReport::all_masked
+                  : row.z_max == HUGE_VALF     ? RowReport::overflow
+                                               : RowReport::none;
+    if (row.problem != RowReport::none) {
+      failed_ = true;
+      return;
+    }
     row.threshold = lowest_finite;
-    row.listed_all = false;
     row.argmax = find_logit(logits(i), segments_.begin(best), segments_.end(best), max_logit);
     // The largest logit is always kept, so its score is a first bar.
-    const bool bar = r_.k == 1 && row.z_max >= lowest_finite && row.z_max < HUGE_VALF;
-    const float floor = !bar ? -HUGE_VALF : greedy_ ? row.z_max : row.z_max + token_noise(key(i), row.argmax);
-    new (&row.score_floor) std::atomic<float>(floor);
+    const float floor = r_.k > 1 ? -HUGE_VALF : greedy_ ? row.z_max : row.z_max + token_noise(key(i), row.argmax);
+    row.score_floor.store(floor, std::memory_order_relaxed);
+    if (search_count_) {
+      set_bracket<Weight::count>(i);
+    } else if (search_mass_) {
+      set_bracket<Weight::mass>(i);
+    }
     if (greedy_ && r_.k == 1) {
       candidates_[i] = {row.z_max, row.z_max, row.argmax};
       samples_[i].count = 1;
     }
   }
 
-  RowReport check_rows() {
-    for (int64_t i = 0; i < rows_; ++i) {
-      for (int64_t s = 0; s < segments_.count; ++s) {
-        if (segment(i, s).nan) return {i, RowReport::nan};
-        if (segment(i, s).max_logit == HUGE_VALF) return {i, RowReport::infinite};
-      }
-      if (row_[i].z_max == -HUGE_VALF) return {i, RowReport::all_masked};
-      if (row_[i].z_max == HUGE_VALF) return {i, RowReport::overflow};
+  template <Weight weight>
+  void set_bracket(int64_t i) {
+    RowState& row = row_[i];
+    Bracket bracket = whole_row;
+    if (vocabulary_ > short_list) {
+      const SampledHistogram sample(logits(i), vocabulary_, inverse_temperature_, row.z_max, row.threshold);
+      bracket = weight == Weight::count ? bracket_count(sample, row.z_max, static_cast<double>(r_.filters.top_k))
+                                        : bracket_mass(sample, row.z_max, r_.filters.top_p);
     }
-    return {};
+    row.low = bracket.low;
+    row.high = bracket.high;
   }
 
-  // Raises every row's threshold to what top-k (target k) or top-p (target: the share) keeps.
+  // Raises every row's threshold to what top-k or top-p keeps.
   template <Weight weight>
-  void search(double target) {
-    each_row([&](int64_t i) {
-      RowState& row = row_[i];
-      if (row.listed_all) return;
-      Bracket bracket = whole_row;
-      if (vocabulary_ > short_list) {
-        const SampledHistogram sample(logits(i), vocabulary_, inverse_temperature_, row.z_max, row.threshold);
-        bracket = weight == Weight::count ? bracket_count(sample, row.z_max, target)
-                                          : bracket_mass(sample, row.z_max, target);
-      }
-      row.low = bracket.low;
-      row.high = bracket.high;
-    });
-    each_segment([&](int64_t i, int64_t s) {
-      if (!row_[i].listed_all) gather<weight>(i, s, {row_[i].low, row_[i].high});
-    });
-    each_row([&](int64_t i) { select<weight>(i, target); });
+  void search() {
+    pass(
+        [&](int64_t i, int64_t s) {
+          if (!row_[i].listed_all) gather<weight>(i, s, {row_[i].low, row_[i].high});
+        },
+        [&](int64_t i) {
+          if (weight == Weight::mass && row_[i].listed_all) return;  // done with the search for top-k
+          select<weight>(i);
+          if (weight == Weight::mass || !search_mass_) return;
+          if (row_[i].listed_all) {
+            select<Weight::mass>(i);
+          } else {
+            set_bracket<Weight::mass>(i);
+            mass_pass_ = true;
+          }
+        });
   }
 
   template <Weight weight>
@@ -170,11 +191,12 @@ class RowSampler {
   }
 
   template <Weight weight>
-  void select(int64_t i, double share_or_count) {
+  void select(int64_t i) {
     RowState& row = row_[i];
     uint64_t above = 0, total = 0;
     const auto target = [&] {
-      return weight == Weight::count ? share_or_count : share_or_count * static_cast<double>(total);
+      return weight == Weight::count ? static_cast<double>(r_.filters.top_k)
+                                     : r_.filters.top_p * static_cast<double>(total);
     };
     if (row.listed_all) {  // an earlier search listed the row; what it dropped leaves the list first
       int64_t kept = 0;
@@ -252,6 +274,7 @@ class RowSampler {
   Buffer<int32_t> list_token_;
   Buffer<Candidate> partial_;
   Buffer<int64_t> partial_count_;
+  std::atomic<bool> failed_{false}, mass_pass_{false};
   Candidate* candidates_;  // [rows, k]
   RowSample* samples_;     // [rows]
 };
