@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
-from specbranch_ext import draft_sample, verify
 from tiny import tiny_model
 from torch import Tensor
 
 from specbranch.sampling import Sampling
+from specbranch_ext import draft_sample, verify
 
 VOCABULARY = 16
 DRAWS = 50_000

@@ -27,9 +27,7 @@ def test_same_tokens_as_autoregressive(bundled_pair: SpecBranch, sampling: dict[
     for text in texts:
         plain = bundled_pair.generate(text, max_new_tokens=NEW_TOKENS, method="autoregressive", **sampling)
         for method, overlap in RUNS:
-            drafted = bundled_pair.generate(
-                text, max_new_tokens=NEW_TOKENS, method=method, overlap=overlap, **sampling
-            )
+            drafted = bundled_pair.generate(text, max_new_tokens=NEW_TOKENS, method=method, overlap=overlap, **sampling)
             assert drafted.tokens == plain.tokens, (text, method, overlap)
             assert drafted.text == plain.text
             accepted += drafted.stats.accepted
@@ -43,9 +41,7 @@ def test_policy_options_never_change_the_text(
 ) -> None:
     for text in prompts()[:4]:
         plain = bundled_pair.generate(text, max_new_tokens=32, temperature=0.8, seed=9, method="autoregressive")
-        branched = bundled_pair.generate(
-            text, max_new_tokens=32, temperature=0.8, seed=9, overlap=overlap, **options
-        )
+        branched = bundled_pair.generate(text, max_new_tokens=32, temperature=0.8, seed=9, overlap=overlap, **options)
         assert branched.tokens == plain.tokens
 
 
@@ -75,6 +71,8 @@ def test_greedy_equals_transformers_generate(bundled_pair: SpecBranch) -> None:
     """In float32 our autoregressive decoding is transformers' own."""
     for text in prompts()[:8]:
         ids = torch.tensor([bundled_pair.encode(text)])
-        theirs = bundled_pair.target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False)
+        theirs = bundled_pair.target.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False
+        )
         ours = bundled_pair.generate(ids, max_new_tokens=32)
         assert ours.tokens == theirs[0, ids.shape[1] :].tolist()

@@ -1,5 +1,7 @@
 """The speculation tree against slow, obvious definitions."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ def test_path_and_below_are_ancestors_and_descendants(tree: Tree, data: st.DataO
     path = tree.path(node)
     assert path[0] == 0
     assert path[-1] == node
-    assert all(tree.nodes[child].parent == parent for parent, child in zip(path, path[1:], strict=False))
+    assert all(tree.nodes[child].parent == parent for parent, child in pairwise(path))
     assert len(path) == tree.nodes[node].depth + 1
     assert tree.below(node) == [i for i in range(len(tree)) if node in tree.path(i)]
 

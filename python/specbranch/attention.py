@@ -112,5 +112,3 @@ def _exact_linear_fits(module: nn.Linear) -> bool:
 
 def _exact_linear(module: nn.Linear, input: Tensor) -> Tensor:
     return linear(input, module.weight, module.bias)
-
-

@@ -45,7 +45,8 @@ class BranchLayer(CacheLayerMixin):
         """Write `[1, kv_heads, n, head_dim]` at the owner's rows; return the whole buffers (the mask selects)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         self.keys.index_copy_(2, self.owner.rows, key_states)
         self.values.index_copy_(2, self.owner.rows, value_states)
         return self.keys, self.values

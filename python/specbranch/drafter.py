@@ -31,9 +31,7 @@ class Drafter:
         backlog = text[self.model.cache.length : tree.position] if 0 in nodes else ()
         logits = self.model.score(tree, nodes, backlog)
         positions = logits.new_tensor([tree.position + tree.nodes[i].depth + 1 for i in nodes], dtype=torch.int64)
-        sample = draft_sample(
-            logits[:, : self.vocabulary], positions, self.candidates, **self.sampling.op_arguments
-        )
+        sample = draft_sample(logits[:, : self.vocabulary], positions, self.candidates, **self.sampling.op_arguments)
         rows = zip(nodes, sample.tokens.tolist(), sample.scores.tolist(), sample.confidence.tolist(), strict=True)
         for node, tokens, scores, confidence in rows:
             count = sum(token >= 0 for token in tokens)

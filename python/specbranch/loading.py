@@ -86,9 +86,7 @@ def load_tokenizer(source: ModelSource, role: str) -> PreTrainedTokenizerBase | 
     return tokenizer
 
 
-def check_vocabularies(
-    target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None
-) -> None:
+def check_vocabularies(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
     """Refuse a draft whose tokens are not the target's; a vocabulary padded at the end is fine.
 
     Raises SpecBranchError naming the first ids that differ.

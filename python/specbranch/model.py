@@ -85,9 +85,7 @@ class CachedModel:
         return logits
 
     @torch.inference_mode()
-    def _forward(
-        self, tokens: Sequence[int], positions: Sequence[int], ancestors: Tensor | None, keep: int
-    ) -> Tensor:
+    def _forward(self, tokens: Sequence[int], positions: Sequence[int], ancestors: Tensor | None, keep: int) -> Tensor:
         """One forward over new cache rows; logits of the last `keep` of them, [keep, V]."""
         self.cache.reserve(len(tokens))
         context = TreeContext(torch.tensor(self.cache.length, device=self.device), ancestors)

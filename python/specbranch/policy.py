@@ -210,9 +210,7 @@ class SpecBranch:
         return tree.nodes[node].reach / parent.reach if parent.reach > 0 else 0.0
 
 
-POLICIES: dict[str, type] = {
-    policy.name: policy for policy in (Autoregressive, Speculative, Pearl, SpecBranch)
-}
+POLICIES: dict[str, type] = {policy.name: policy for policy in (Autoregressive, Speculative, Pearl, SpecBranch)}
 METHODS = tuple(POLICIES)
 
 
