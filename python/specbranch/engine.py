@@ -146,7 +146,7 @@ class SpecBranch:
         Raises:
             SpecBranchError: bad input; the message names it.
             GenerationInterrupted: Ctrl-C; holds what was committed.
-            GenerationFailed: the generation ended early, out of memory for example; holds what was committed.
+            GenerationFailed: the generation ended early, out of memory or on NaN logits; holds what was committed.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
         stream = TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options))
@@ -214,7 +214,7 @@ class SpecBranch:
                         break
             except KeyboardInterrupt as interrupt:
                 raise GenerationInterrupted(self._result(decoder, builder, begin, "interrupted")) from interrupt
-            except (MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError, ValueError) as error:
                 if not builder.tokens:
                     raise
                 generation = self._result(decoder, builder, begin, "error")
