@@ -118,6 +118,7 @@ class Bench:
         self.records: list[report.Record] = []
         self._resident_before_loading = resident_before_loading
         self._weights = memory.weight_bytes(engine.target, engine.draft)
+        memory.make_resident(engine.target, engine.draft)
         self._machine, self._versions = describe_machine(), describe_versions()
 
     def warm_up(self, prompt: Prompt, progress: Steps) -> None:
