@@ -81,9 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_models(generate, draft_required=False)
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=_text, metavar="TEXT", help="the text to continue")
-    source.add_argument(
-        "--prompts", metavar="FILE", help="JSON lines with id, prompt, chat; - is standard input"
-    )
+    source.add_argument("--prompts", metavar="FILE", help="JSON lines with id, prompt, chat; - is standard input")
     generate.add_argument("--chat", action="store_true", help="apply the chat template to --prompt")
     generate.add_argument("--method", choices=METHODS, default="specbranch", help="default: %(default)s")
     _add_sampling(generate)
@@ -91,16 +89,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--stop", type=_text, action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
     _add_policy(generate)
-    generate.add_argument(
-        "--limit", type=_at_least(1), metavar="N", help="only the first N prompts of the file"
-    )
+    generate.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N prompts of the file")
     generate.add_argument("--json", action="store_true", help="one JSON object a prompt, one a line")
 
     bench = commands.add_parser("bench", help="compare methods, and transformers' own, on the same prompts")
     _add_models(bench, draft_required=True)
-    bench.add_argument(
-        "--prompts", nargs="+", required=True, metavar="FILE", help="JSON lines with id, prompt, chat"
-    )
+    bench.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="JSON lines with id, prompt, chat")
     bench.add_argument(
         "--methods",
         type=_names(METHODS),
@@ -118,9 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_sampling(bench)
     _add_policy(bench)
-    bench.add_argument(
-        "--limit", type=_at_least(1), metavar="N", help="only the first N prompts of each file"
-    )
+    bench.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N prompts of each file")
     bench.add_argument("--json", metavar="OUT", help="write everything measured to this file")
 
     demo = commands.add_parser("demo", help="the bundled pair, autoregressive and SpecBranch side by side")
@@ -132,9 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None:
-    parser.add_argument(
-        "--target", required=True, metavar="DIR|NAME", help='the model; "bundled" is the tiny one'
-    )
+    parser.add_argument("--target", required=True, metavar="DIR|NAME", help='the model; "bundled" is the tiny one')
     parser.add_argument(
         "--draft",
         required=draft_required,
@@ -148,9 +138,7 @@ def _add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> Non
         default="auto",
         help="of the weights (default: as stored)",
     )
-    parser.add_argument(
-        "--device", type=_device, default="cpu", metavar="cpu|cuda", help="default: %(default)s"
-    )
+    parser.add_argument("--device", type=_device, default="cpu", metavar="cpu|cuda", help="default: %(default)s")
     parser.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
         "--overlap",
@@ -169,15 +157,11 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     policy.add_argument(
         "--max-trunk", type=_at_least(1), metavar="N", help="specbranch: most tokens drafted before verifying"
     )
-    policy.add_argument(
-        "--length", type=_at_least(1), metavar="N", help="speculative, pearl: tokens drafted a round"
-    )
+    policy.add_argument("--length", type=_at_least(1), metavar="N", help="speculative, pearl: tokens drafted a round")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-new-tokens", type=_at_least(1), default=128, metavar="N", help="default: %(default)s"
-    )
+    parser.add_argument("--max-new-tokens", type=_at_least(1), default=128, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=_number(0, math.inf), default=0.0, metavar="T", help="0 is greedy (default: 0)"
     )

@@ -81,9 +81,7 @@ def _parse(text: str, where: str, stem: str, number: int) -> Prompt:
     except RecursionError:
         raise PromptFileError(f"{where}: not a prompt (nested too deeply)") from None
     if not isinstance(record, dict):
-        raise PromptFileError(
-            f'{where}: expected an object like {{"id": …, "prompt": …}}, found {_kind(record)}'
-        )
+        raise PromptFileError(f'{where}: expected an object like {{"id": …, "prompt": …}}, found {_kind(record)}')
     if "prompt" not in record:
         raise PromptFileError(f'{where}: "prompt" is missing')
     prompt, chat = record["prompt"], record.get("chat", False)
