@@ -5,7 +5,7 @@ trained by next-token prediction and the draft is distilled from it. A few files
 trained on; loss and agreement are measured on those and written to CARD.json beside the two models.
 
     python scripts/train_bundled.py --out python/specbranch/bundled
-    python scripts/train_bundled.py --out python/specbranch/bundled --resume --learning-rate 1e-3   # a little more
+    python scripts/train_bundled.py --out python/specbranch/bundled --resume --learning-rate 1e-3  # a little more
 
 The schedule follows the clock, so a slower machine takes fewer steps and gives other weights: data, order and
 initialisation are seeded, the number of steps is not.
@@ -42,18 +42,19 @@ END_OF_TEXT = "<|endoftext|>"
 VOCABULARY = 2048
 CONTEXT = 1024  # tokens
 SHORT_WINDOW = 256  # tokens; cheaper than windows of CONTEXT tokens, which every fourth step sees
-TOKENS_PER_STEP = 2048
+TARGET_TOKENS_PER_STEP = 2048
+DRAFT_TOKENS_PER_STEP = 1024
 
 HIDDEN_SIZE = 128
 TARGET_INTERMEDIATE_SIZE = 192
 # Training starts shallow, where a step is cheap: (fraction of the time from which it holds, layers).
 TARGET_GROWTH = ((0.0, 4), (0.22, 8), (0.45, 16))
 
-DRAFT_LAYERS = 2
+DRAFT_SOURCE_LAYERS = (0, 12)  # two of the four (0, 4, 8, 12) that training began with
 DRAFT_INTERMEDIATE_SIZE = 384
 HARD_LABEL_WEIGHT = 0.5  # share of the target's argmax (cross entropy) in the draft's loss; the rest is KL
 
-DRAFT_LEARNING_RATE = 3e-3
+DRAFT_LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 50
 
 # Files that every supported Python has and that are never trained on.
@@ -82,7 +83,7 @@ def library_files(root: Path) -> list[str]:
     return sorted(files)
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str]) -> tokenizers.Tokenizer:
     """Byte-level BPE with VOCABULARY entries; any text round-trips: all 256 bytes are in the alphabet."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -94,6 +95,10 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def for_transformers(bpe: tokenizers.Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END_OF_TEXT,
@@ -148,25 +153,43 @@ def deepened(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return deep
 
 
+def shallow_copy(target: LlamaForCausalLM) -> LlamaForCausalLM:
+    """A draft that starts with the target's embedding, final norm and layers DRAFT_SOURCE_LAYERS.
+
+    Its MLPs are wider than the target's; the additional neurons start silent.
+    """
+    draft = new_model(len(DRAFT_SOURCE_LAYERS), DRAFT_INTERMEDIATE_SIZE)
+    draft.model.embed_tokens.load_state_dict(target.model.embed_tokens.state_dict())
+    draft.model.norm.load_state_dict(target.model.norm.state_dict())
+    for layer, source in zip(draft.model.layers, DRAFT_SOURCE_LAYERS, strict=True):
+        layer.mlp.down_proj.weight.data.zero_()
+        for name, value in target.model.layers[source].named_parameters():
+            corner = tuple(slice(size) for size in value.shape)
+            layer.get_parameter(name).data[corner] = value.data
+    return draft
+
+
 def layers_at(progress: float) -> int:
     """The target's layers when this fraction of the time has passed."""
     return max(layers for since, layers in TARGET_GROWTH if progress >= since)
 
 
-def batches(stream: torch.Tensor, minutes: float, seed: int) -> Iterator[tuple[float, torch.Tensor]]:
+def batches(
+    stream: torch.Tensor, minutes: float, tokens_per_step: int, seed: int
+) -> Iterator[tuple[float, torch.Tensor]]:
     """Yields (fraction of the time passed, batch) until the time is over.
 
-    A batch is int64 [TOKENS_PER_STEP // length, length + 1]: random windows of the stream (int64 [N]).
+    A batch is int64 [tokens_per_step // length, length + 1]: random windows of the stream (int64 [N]).
     """
     generator = torch.Generator().manual_seed(seed)
     start = time.monotonic()
     for step in itertools.count(1):
-        progress = (time.monotonic() - start) / (60 * minutes)
-        if progress >= 1:
+        elapsed = time.monotonic() - start
+        if elapsed >= 60 * minutes:
             return
         length = CONTEXT if step % 4 == 0 else SHORT_WINDOW
-        starts = torch.randint(len(stream) - length, (TOKENS_PER_STEP // length,), generator=generator)
-        yield progress, torch.stack([stream[i : i + length + 1] for i in starts])
+        starts = torch.randint(len(stream) - length, (tokens_per_step // length,), generator=generator)
+        yield elapsed / (60 * minutes), torch.stack([stream[i : i + length + 1] for i in starts])
 
 
 class Optimizer:
@@ -197,10 +220,14 @@ class Optimizer:
 class Log:
     """Prints a smoothed loss every half minute and calls `checkpoint` every five minutes."""
 
-    def __init__(self, name: str, checkpoint: Callable[[LlamaForCausalLM], None]) -> None:
-        self.name, self.checkpoint = name, checkpoint
+    def __init__(self, name: str, tokens_per_step: int, checkpoint: Callable[[LlamaForCausalLM], None]) -> None:
+        self.name, self.tokens_per_step, self.checkpoint = name, tokens_per_step, checkpoint
         self.steps, self.loss = 0, float("nan")
         self.start = self.printed = self.saved = time.monotonic()
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.tokens_per_step
 
     def __call__(self, model: LlamaForCausalLM, loss: float, progress: float) -> None:
         self.steps += 1
@@ -208,7 +235,7 @@ class Log:
         now = time.monotonic()
         if now - self.printed > 30:
             self.printed = now
-            speed = self.steps * TOKENS_PER_STEP / (now - self.start)
+            speed = self.tokens / (now - self.start)
             layers = model.config.num_hidden_layers
             print(f"{self.name} {progress:5.1%}  step {self.steps}  layers {layers}  loss {self.loss:.3f}  "
                   f"{speed:.0f} tokens/s", flush=True)  # fmt: skip
@@ -239,8 +266,7 @@ def distil_draft(
     target: LlamaForCausalLM, batch_stream: Iterator[tuple[float, torch.Tensor]], peak: float, log: Log
 ) -> LlamaForCausalLM:
     """A draft trained on the target's distribution and on its argmax over the same text."""
-    draft = new_model(DRAFT_LAYERS, DRAFT_INTERMEDIATE_SIZE)
-    draft.model.embed_tokens.weight.data.copy_(target.model.embed_tokens.weight)
+    draft = shallow_copy(target)
     optimizer = Optimizer(draft, peak)
     for progress, batch in batch_stream:
         with torch.no_grad():
@@ -312,7 +338,7 @@ def describe(folder: Path, runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run_of(log: Log, minutes: float) -> dict[str, Any]:
     command = shlex.join(["python", "scripts/train_bundled.py", *sys.argv[1:]])
-    return {"command": command, "minutes": minutes, "steps": log.steps, "tokens": log.steps * TOKENS_PER_STEP}
+    return {"command": command, "minutes": minutes, "steps": log.steps, "tokens": log.tokens}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -344,20 +370,23 @@ def main() -> None:
     if arguments.resume:
         if card_file.exists():
             earlier_runs = json.loads(card_file.read_text(encoding="utf-8"))["target"]["runs"]
-        tokenizer, first = PreTrainedTokenizerFast.from_pretrained(target_folder), load(target_folder).train()
+        bpe = tokenizers.Tokenizer.from_file(str(target_folder / "tokenizer.json"))
+        first = load(target_folder).train()
     else:
-        tokenizer, first = train_tokenizer(texts), new_model(layers_at(0.0), TARGET_INTERMEDIATE_SIZE)
+        bpe = train_tokenizer(texts)
+        first = new_model(layers_at(0.0), TARGET_INTERMEDIATE_SIZE)
+    tokenizer = for_transformers(bpe)
     stream = token_stream(tokenizer, texts)
     size = sum(len(text.encode()) for text in texts)
     print(f"{len(texts)} files, {size / 1e6:.2f} MB, {len(stream):,} tokens", flush=True)
 
-    target_log = Log("target", lambda model: save(model, tokenizer, target_folder))
-    target_batches = batches(stream, arguments.minutes, arguments.seed)
+    target_log = Log("target", TARGET_TOKENS_PER_STEP, lambda model: save(model, tokenizer, target_folder))
+    target_batches = batches(stream, arguments.minutes, TARGET_TOKENS_PER_STEP, arguments.seed)
     target = train_target(first, target_batches, arguments.learning_rate, target_log)
     save(target, tokenizer, target_folder)
     target = load(target_folder)  # the rounded weights are the ones that the draft must follow
-    draft_log = Log("draft", lambda model: save(model, tokenizer, draft_folder))
-    draft_batches = batches(stream, arguments.draft_minutes, arguments.seed)
+    draft_log = Log("draft", DRAFT_TOKENS_PER_STEP, lambda model: save(model, tokenizer, draft_folder))
+    draft_batches = batches(stream, arguments.draft_minutes, DRAFT_TOKENS_PER_STEP, arguments.seed)
     draft = distil_draft(target, draft_batches, DRAFT_LEARNING_RATE, draft_log)
     save(draft, tokenizer, draft_folder)
 
