@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,15 @@ def load_module(path: Path) -> ModuleType:
 bundled = load_module(ROOT / "python" / "specbranch" / "bundled" / "__init__.py")
 TARGET: Path = bundled.path("target")
 DRAFT: Path = bundled.path("draft")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    # Models this small gain nothing from a second thread, and lose much when the machine is busy.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
