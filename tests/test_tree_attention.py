@@ -358,3 +358,36 @@ def test_compiles_without_graph_breaks():
     )
     expected = tree_attention(query, keys, values, PREFIX, softcap=3.0) * 2
     assert torch.equal(compiled(query, torch.tensor(PREFIX)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 100}, {"softcap": 20.0}])
+@pytest.mark.parametrize("length", [7, 64, 300, 513, 1040])
+def test_a_query_does_not_depend_on_how_much_of_its_text_is_committed(
+    length: int, options: dict[str, float], dtype: torch.dtype
+) -> None:
+    """The same text as prefix and one row, as a chain, and as a path among other branches: the same bits."""
+    torch.manual_seed(length)
+    capacity, heads, kv_heads, dim = length + 80, 6, 2, 48
+    text_keys, text_values = torch.randn(2, kv_heads, length, dim)
+    query = torch.randn(1, heads, dim).to(dtype) * 2
+    one = torch.tensor([[1]])
+
+    def attend(prefix: int, places: list[int], ancestors: torch.Tensor) -> torch.Tensor:
+        """The text's rows behind the prefix lie at tree rows `places`; rows of other branches hold noise."""
+        keys, values = (torch.randn(kv_heads, capacity, dim) for _ in range(2))
+        rows = torch.tensor([*range(prefix), *(prefix + place for place in places)])
+        keys[:, rows], values[:, rows] = text_keys, text_values
+        return tree_attention(query, keys.to(dtype), values.to(dtype), prefix, ancestors, **options)
+
+    expected = attend(length - 1, [0], one)
+    for tail in (2, 5, 6):
+        prefix = length - tail
+        chain = torch.tensor([[(1 << tail) - 1]])
+        assert torch.equal(attend(prefix, list(range(tail)), chain), expected)
+        scattered = sorted(torch.randperm(70)[:tail].tolist())
+        words = torch.zeros(1, 2, dtype=torch.int64)
+        for place in scattered:
+            bit = place % 64
+            words[0, place // 64] += 1 << bit if bit < 63 else -(1 << 63)
+        assert torch.equal(attend(prefix, scattered, words), expected)

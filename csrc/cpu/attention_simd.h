@@ -93,9 +93,11 @@ inline void load_transposed(const T* const* rows, int64_t offset, FloatVec (&out
   out[3] = SPECBRANCH_PAIR_HIGH(high0, high1);
 }
 
-// 2^x for x <= 0 to about 1e-7 relative; 0 below -126; exactly 1 at 0; NaN for NaN.
-inline FloatVec exp2_nonpositive(FloatVec x) {
-  const FloatVec smallest = broadcast(-126.0f), magic = broadcast(0x1.8p23f);
+// 2^(x - base) for x <= base and an integer base, to about 1e-7 relative; 0 when x lies 126 or more below; exactly 1 at
+// base; NaN for NaN. The fraction of x alone decides the mantissa: another base gives the same bits times a power of
+// two.
+inline FloatVec exp2_below(FloatVec x, float base) {
+  const FloatVec smallest = broadcast(base - 126.0f), magic = broadcast(0x1.8p23f);
   const FloatVec clamped = select(x < smallest, smallest, x);
   const FloatVec shifted = clamped + magic;  // its low bits hold x rounded to an integer
   const FloatVec f = clamped - (shifted - magic);
@@ -106,11 +108,13 @@ inline FloatVec exp2_nonpositive(FloatVec x) {
   y = multiply_add(y, f, broadcast(2.40226507e-1f));
   y = multiply_add(y, f, broadcast(6.93147181e-1f));
   y = multiply_add(y, f, broadcast(1.0f));
-  const IntVec power = ((IntVec)(shifted) << 23) + 0x3f800000;
+  const IntVec power = (((IntVec)(shifted) - static_cast<int32_t>(base)) << 23) + 0x3f800000;
   y *= (FloatVec)(power);
   return select(x < smallest, FloatVec{}, y);
 }
 
+// 2^x for x <= 0.
+inline FloatVec exp2_nonpositive(FloatVec x) { return exp2_below(x, 0.0f); }
 inline float exp2_nonpositive(float x) { return exp2_nonpositive(broadcast(x))[0]; }
 
 // tanh(x) from y = 2 x log2(e).

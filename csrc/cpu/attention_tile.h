@@ -1,9 +1,10 @@
 // One tile of attention: 64 keys against a block of query rows. A row is one query head of one node; all rows of
 // a call that share a KV head share the packed tile, so K and V are read and widened once.
 //
-// A row's arithmetic never depends on the rows beside it: every score is one chain of multiply-adds over the head
-// dimension, every output element one chain over the keys, and a masked key leaves maximum, sum and output as they
-// are.
+// A row's arithmetic depends neither on the rows beside it nor on where tiles begin: every score is one chain of
+// multiply-adds over the head dimension, the sum and every output element one chain over the visible keys, and a
+// masked key leaves them as they are. The maximum that keeps weights small is rounded up to an integer (in units of
+// log2), so that a new one rescales what was summed before by a power of two: exactly.
 #pragma once
 
 #include <cmath>
@@ -116,6 +117,17 @@ inline void value_row_masked(const float* weights, float rescale, uint64_t visib
   }
 }
 
+// sums[r] = sums[r] * rescale[r] + all weights of the row, one after the other.
+template <int Rows>
+void sum_block(const float* weights, const float* rescale, int count, float* sums) {
+  float total[Rows];
+  for (int r = 0; r < Rows; ++r) total[r] = sums[r] * rescale[r];
+  for (int t = 0; t < count; ++t) {
+    for (int r = 0; r < Rows; ++r) total[r] += weights[r * tile_keys + t];
+  }
+  for (int r = 0; r < Rows; ++r) sums[r] = total[r];
+}
+
 inline FloatVec mask(FloatVec scores, uint64_t visible, int first) {
   IntVec bit;
   for (int i = 0; i < lanes; ++i) bit[i] = 1 << i;
@@ -123,9 +135,11 @@ inline FloatVec mask(FloatVec scores, uint64_t visible, int first) {
   return select(hit != 0, scores, broadcast(-INFINITY));
 }
 
+constexpr float exact_limit = 0x1p21f;  // beyond it (never in a sane model) integers and fractions do not separate
+
 // Scores in units of log2 become weights 2^(score - maximum); returns the factor for what was summed before.
 // `softcap` is in units of log2 too, and scores are then 2 log2(e) times tanh's argument.
-inline float softmax_row(float* scores, uint64_t visible, float softcap, float* maximum, float* lane_sums) {
+inline float softmax_row(float* scores, uint64_t visible, float softcap, float* maximum) {
   FloatVec s[tile_keys / lanes];
   FloatVec top = broadcast(-INFINITY);
   for (int i = 0; i < tile_keys / lanes; ++i) {
@@ -134,18 +148,15 @@ inline float softmax_row(float* scores, uint64_t visible, float softcap, float* 
     if (visible != ~uint64_t{0}) s[i] = mask(s[i], visible, i * lanes);
     top = max(s[i], top);  // a NaN is passed over here and spoils the sum below
   }
-  const float new_maximum = reduce_max(max(top, broadcast(*maximum)));
+  const float new_maximum = std::ceil(reduce_max(max(top, broadcast(*maximum))));
 
   // While nothing finite has been seen, -inf - -inf would be NaN.
   const float base = new_maximum == -INFINITY ? 0.0f : new_maximum;
   const float rescale = new_maximum == *maximum ? 1.0f : exp2_nonpositive(*maximum - base);
-  FloatVec sum = load(lane_sums) * rescale;
+  const bool exact = base > -exact_limit && base < exact_limit;
   for (int i = 0; i < tile_keys / lanes; ++i) {
-    const FloatVec weight = exp2_nonpositive(s[i] - base);
-    sum += weight;
-    store(scores + i * lanes, weight);
+    store(scores + i * lanes, exact ? exp2_below(s[i], base) : exp2_nonpositive(s[i] - base));
   }
-  store(lane_sums, sum);
   *maximum = new_maximum;
   return rescale;
 }

@@ -1,7 +1,8 @@
 // Tree attention on the CPU. The rows of one KV head (nodes x query heads) are cut into groups, the keys into
-// segments of 512; each pair gives a partial result (maximum, sum, output), and the partials of a group are merged
-// in the order of the keys. Where the cuts between segments lie depends on the prefix length alone, so a row's bits
-// depend neither on the thread count nor on the other rows of the call.
+// segments of 512 positions in the text; each pair gives a partial result (maximum, sum, output), and the partials of
+// a group are merged in the order of the keys. A key belongs to a segment by its position, wherever its cache row is, so
+// a row's bits depend neither on the thread count, nor on the other rows of the call, nor on how much of its text is
+// committed: verifying a node in a tree gives what decoding its path token by token gives.
 #include "tree_attention.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 namespace specbranch::cpu::SPECBRANCH_ISA {
 namespace {
 
-constexpr int64_t segment_tiles = 8;
+constexpr int64_t segment_keys = 8 * tile_keys;
 constexpr int64_t group_rows = 96;  // rows that share a packed tile; their queries and outputs stay in the L2 cache
 constexpr int64_t max_partial_floats = int64_t{1} << 22;  // 16 MiB: above it there is work enough without splitting
 constexpr int64_t min_parallel_products = 400000;  // about 20 microseconds of work: waking threads costs a few
@@ -70,7 +71,7 @@ struct Partial {
 
 // What one thread works in.
 struct Scratch {
-  float *query, *packed, *values, *scores, *lane_sums, *partial, *total;
+  float *query, *packed, *values, *scores, *partial, *total;
   uint64_t* visible;
 };
 
@@ -78,13 +79,13 @@ struct Scratch {
 struct Problem {
   const TreeAttentionParams& params;
   int64_t nodes, heads_per_kv, kv_heads, dim, value_dim, width;  // width: value_dim rounded up to whole panels
-  int64_t prefix, prefix_tiles, prefix_segments, tree_tiles, segments;
+  int64_t prefix, tree_tiles, segments;
   int64_t nodes_per_group, groups_per_head, groups, rows_per_group, partial_floats;
   bool split;  // each segment of a group is a task of its own
   int64_t tasks;
   int threads;
   float query_scale, softcap;
-  uint64_t* tree_bits = nullptr;     // [nodes, tree_tiles]: ancestors inside the window; unused for a chain
+  int64_t* tree_depths = nullptr;    // [nodes, tree_tiles]: ancestors in earlier tiles; unused for a chain
   int64_t* window_starts = nullptr;  // [nodes]: first visible position; unused without a window
   const float* zeros = nullptr;      // [dim]
   float* partials = nullptr;         // [groups, segments, partial_floats], if split
@@ -99,10 +100,8 @@ struct Problem {
     value_dim = p.values.shape[2];
     width = divide_up(value_dim, panel) * panel;
     prefix = *p.prefix_length.as<const int64_t>();
-    prefix_tiles = divide_up(prefix, tile_keys);
     tree_tiles = divide_up(p.tree_rows, tile_keys);
-    prefix_segments = divide_up(prefix_tiles, segment_tiles);
-    segments = prefix_segments + divide_up(tree_tiles, segment_tiles);
+    segments = divide_up(prefix + p.tree_rows, segment_keys);
     nodes_per_group = std::min(std::max<int64_t>(1, group_rows / heads_per_kv), nodes);
     groups_per_head = divide_up(nodes, nodes_per_group);
     groups = groups_per_head * kv_heads;
@@ -129,7 +128,7 @@ struct Problem {
   }
 
   void take_shared(Pieces& pieces) {
-    tree_bits = pieces.take<uint64_t>(params.chain ? 0 : nodes * tree_tiles);
+    tree_depths = pieces.take<int64_t>(params.chain ? 0 : nodes * tree_tiles);
     window_starts = pieces.take<int64_t>(params.sliding_window ? nodes : 0);
     float* row = pieces.take<float>(dim);
     if (row) std::fill_n(row, dim, 0.0f);
@@ -144,7 +143,6 @@ struct Problem {
     s.packed = pieces.take<float>(tile_keys * dim);
     s.values = pieces.take<float>(tile_keys * width);
     s.scores = pieces.take<float>(block_rows * tile_keys);
-    s.lane_sums = pieces.take<float>(rows_per_group * lanes);
     s.partial = pieces.take<float>(partial_floats);
     s.total = pieces.take<float>(partial_floats);
     s.visible = pieces.take<uint64_t>(nodes_per_group);
@@ -153,33 +151,39 @@ struct Problem {
 
   void find_visible() {
     const int64_t window = params.sliding_window;
-    for (int64_t i = 0; params.chain && window && i < nodes; ++i) window_starts[i] = prefix + i + 1 - window;
-    if (params.chain) return;
-    const Tensor& ancestors = params.ancestors;
     for (int64_t i = 0; i < nodes; ++i) {
-      uint64_t* bits = tree_bits + i * tree_tiles;
-      int64_t depth = -1;
-      for (int64_t w = 0; w < tree_tiles; ++w) {
-        bits[w] = ancestors.as<const uint64_t>()[i * ancestors.stride[0] + w];
-        depth += __builtin_popcountll(bits[w]);
+      int64_t depth = i;
+      if (!params.chain) {
+        depth = -1;
+        for (int64_t w = 0; w < tree_tiles; ++w) {
+          tree_depths[i * tree_tiles + w] = depth + 1;
+          depth += __builtin_popcountll(ancestor_bits(i, w));
+        }
       }
-      if (!window) continue;
-      window_starts[i] = prefix + depth + 1 - window;
-      // The ancestors' positions are prefix, prefix + 1, ... in the order of their bits.
-      int64_t hidden = window_starts[i] - prefix;
-      for (int64_t w = 0; w < tree_tiles; ++w) {
-        for (; hidden > 0 && bits[w] != 0; --hidden) bits[w] &= bits[w] - 1;
-      }
+      if (window) window_starts[i] = prefix + depth + 1 - window;
     }
   }
 
-  // Which of the tile's keys node i sees; tiles of the tree follow those of the prefix.
-  uint64_t visible(int64_t node, int64_t tile) const {
-    if (tile >= prefix_tiles && !params.chain) return tree_bits[node * tree_tiles + tile - prefix_tiles];
-    // Here the position of a key is its row.
-    const int64_t first = tile < prefix_tiles ? tile * tile_keys : prefix + (tile - prefix_tiles) * tile_keys;
-    const int64_t end = tile < prefix_tiles ? prefix : prefix + node + 1;
-    return low_bits(end - first) & ~low_bits(params.sliding_window ? window_starts[node] - first : 0);
+  uint64_t ancestor_bits(int64_t node, int64_t word) const {
+    return params.ancestors.as<const uint64_t>()[node * params.ancestors.stride[0] + word];
+  }
+
+  // Which keys of a tile, at positions [begin, end) of the text, node i sees.
+  uint64_t visible(int64_t node, bool in_tree, int64_t tile, int64_t begin, int64_t end) const {
+    if (params.sliding_window) begin = std::max(begin, window_starts[node]);
+    if (!in_tree || params.chain) {  // here a key's position is its row
+      const int64_t first = tile * tile_keys + (in_tree ? prefix : 0);
+      end = std::min(end, in_tree ? prefix + node + 1 : prefix);
+      return low_bits(end - first) & ~low_bits(begin - first);
+    }
+    // The ancestors' positions are prefix, prefix + 1, ... in the order of their bits.
+    const uint64_t bits = ancestor_bits(node, tile);
+    const int64_t first = prefix + tree_depths[node * tree_tiles + tile];
+    const auto without_first = [](uint64_t left, int64_t count) {
+      for (; count > 0 && left != 0; --count) left &= left - 1;
+      return left;
+    };
+    return without_first(bits, begin - first) & ~without_first(bits, std::max<int64_t>(end - first, 0));
   }
 };
 
@@ -225,72 +229,81 @@ void pack_queries(const Problem& p, const Group& group, float* packed) {
   }
 }
 
+// Adds the keys of one tile, as far as they lie at positions [begin, end), to a segment's result.
+template <typename T>
+void attend_tile(const Problem& p, const Group& group, bool in_tree, int64_t tile, int64_t begin, int64_t end,
+                 const Scratch& s, const Partial& result) {
+  const Tensor &keys = p.params.keys, &values = p.params.values;
+  uint64_t any = 0, all = ~uint64_t{0};
+  for (int64_t i = 0; i < group.nodes; ++i) {
+    const uint64_t visible = p.visible(group.first + i, in_tree, tile, begin, end);
+    s.visible[i] = visible;
+    any |= visible;
+    all &= visible;
+  }
+  if (any == 0) return;
+
+  const int64_t row = tile * tile_keys + (in_tree ? p.prefix : 0);
+  const int count = 64 - __builtin_clzll(any);
+  const T* key_rows = keys.as<const T>() + group.kv_head * keys.stride[0] + row * keys.stride[1];
+  const T* value_rows = values.as<const T>() + group.kv_head * values.stride[0] + row * values.stride[1];
+  pack_keys(key_rows, keys.stride[1], count, p.dim, reinterpret_cast<const T*>(p.zeros), s.packed);
+  const float* wide = s.values;
+  int64_t wide_stride = p.width;
+  bool direct = false;
+  if constexpr (std::is_same_v<T, float>) direct = p.width == p.value_dim;
+  if (direct) {
+    wide = reinterpret_cast<const float*>(value_rows);
+    wide_stride = values.stride[1];
+  } else {
+    widen_values(value_rows, values.stride[1], count, p.value_dim, p.width, s.values);
+  }
+  const bool skip_masked = all != low_bits(count) && !all_finite(wide, wide_stride, count, p.width);
+
+  for (int64_t block = 0; block < group.blocks; ++block) {
+    const int64_t first_row = group.block_begin(block), last_row = group.block_begin(block + 1);
+    uint64_t seen = 0;
+    for (int64_t i = first_row / p.heads_per_kv; i <= (last_row - 1) / p.heads_per_kv; ++i) seen |= s.visible[i];
+    if (seen == 0) continue;
+    float* output = result.output + first_row * p.width;
+    with_rows(last_row - first_row, [&](auto constant) {
+      constexpr int rows = decltype(constant)::value;
+      float rescale[rows];
+      float* scores = s.scores;
+      score_block<rows>(s.query + first_row * p.dim, s.packed, p.dim, scores);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t i = first_row + r;
+        rescale[r] = softmax_row(scores + r * tile_keys, s.visible[i / p.heads_per_kv], p.softcap,
+                                 &result.maximum[i]);
+      }
+      sum_block<rows>(scores, rescale, count, result.sum + first_row);
+      if (!skip_masked) {
+        value_block<rows>(scores, rescale, wide, wide_stride, count, p.width, output);
+        return;
+      }
+      for (int r = 0; r < rows; ++r) {
+        value_row_masked(scores + r * tile_keys, rescale[r], s.visible[(first_row + r) / p.heads_per_kv], wide,
+                         wide_stride, p.width, output + r * p.width);
+      }
+    });
+  }
+}
+
 template <typename T>
 void attend_segment(const Problem& p, const Group& group, int64_t segment, const Scratch& s, const Partial& result) {
-  const Tensor &keys = p.params.keys, &values = p.params.values;
   std::fill_n(result.maximum, group.rows, -INFINITY);
+  std::fill_n(result.sum, group.rows, 0.0f);
   std::fill_n(result.output, group.rows * p.width, 0.0f);
-  std::fill_n(s.lane_sums, group.rows * lanes, 0.0f);
-
-  const bool in_tree = segment >= p.prefix_segments;
-  const int64_t tiles = in_tree ? p.tree_tiles : p.prefix_tiles;
-  const int64_t offset = in_tree ? p.prefix_tiles : 0;
-  const int64_t first_tile = (segment - (in_tree ? p.prefix_segments : 0)) * segment_tiles;
-  for (int64_t tile = first_tile; tile < std::min(first_tile + segment_tiles, tiles); ++tile) {
-    uint64_t any = 0, all = ~uint64_t{0};
-    for (int64_t i = 0; i < group.nodes; ++i) {
-      const uint64_t visible = p.visible(group.first + i, offset + tile);
-      s.visible[i] = visible;
-      any |= visible;
-      all &= visible;
-    }
-    if (any == 0) continue;
-
-    const int64_t row = tile * tile_keys + (in_tree ? p.prefix : 0);
-    const int count = 64 - __builtin_clzll(any);
-    const T* key_rows = keys.as<const T>() + group.kv_head * keys.stride[0] + row * keys.stride[1];
-    const T* value_rows = values.as<const T>() + group.kv_head * values.stride[0] + row * values.stride[1];
-    pack_keys(key_rows, keys.stride[1], count, p.dim, reinterpret_cast<const T*>(p.zeros), s.packed);
-    const float* wide = s.values;
-    int64_t wide_stride = p.width;
-    bool direct = false;
-    if constexpr (std::is_same_v<T, float>) direct = p.width == p.value_dim;
-    if (direct) {
-      wide = reinterpret_cast<const float*>(value_rows);
-      wide_stride = values.stride[1];
-    } else {
-      widen_values(value_rows, values.stride[1], count, p.value_dim, p.width, s.values);
-    }
-    const bool skip_masked = all != low_bits(count) && !all_finite(wide, wide_stride, count, p.width);
-
-    for (int64_t block = 0; block < group.blocks; ++block) {
-      const int64_t begin = group.block_begin(block), end = group.block_begin(block + 1);
-      uint64_t seen = 0;
-      for (int64_t i = begin / p.heads_per_kv; i <= (end - 1) / p.heads_per_kv; ++i) seen |= s.visible[i];
-      if (seen == 0) continue;
-      float* output = result.output + begin * p.width;
-      with_rows(end - begin, [&](auto constant) {
-        constexpr int rows = decltype(constant)::value;
-        float rescale[rows];
-        float* scores = s.scores;
-        score_block<rows>(s.query + begin * p.dim, s.packed, p.dim, scores);
-        for (int r = 0; r < rows; ++r) {
-          const int64_t i = begin + r;
-          rescale[r] = softmax_row(scores + r * tile_keys, s.visible[i / p.heads_per_kv], p.softcap,
-                                   &result.maximum[i], &s.lane_sums[i * lanes]);
-        }
-        if (!skip_masked) {
-          value_block<rows>(scores, rescale, wide, wide_stride, count, p.width, output);
-          return;
-        }
-        for (int r = 0; r < rows; ++r) {
-          value_row_masked(scores + r * tile_keys, rescale[r], s.visible[(begin + r) / p.heads_per_kv], wide,
-                           wide_stride, p.width, output + r * p.width);
-        }
-      });
-    }
+  const int64_t begin = segment * segment_keys, end = begin + segment_keys;
+  // A tree's node at depth d has row d or a later one, so the earlier tiles of the tree hold no key of this segment.
+  for (int64_t tile = begin / tile_keys; tile * tile_keys < std::min(end, p.prefix); ++tile) {
+    attend_tile<T>(p, group, false, tile, begin, end, s, result);
   }
-  for (int64_t r = 0; r < group.rows; ++r) result.sum[r] = reduce_sum(load(s.lane_sums + r * lanes));
+  if (end <= p.prefix) return;
+  const int64_t last = p.params.chain ? std::min(p.tree_tiles, divide_up(end - p.prefix, tile_keys)) : p.tree_tiles;
+  for (int64_t tile = std::max<int64_t>(begin - p.prefix, 0) / tile_keys; tile < last; ++tile) {
+    attend_tile<T>(p, group, true, tile, begin, end, s, result);
+  }
 }
 
 void merge(const Problem& p, int64_t rows, const Partial& total, const Partial& next) {
