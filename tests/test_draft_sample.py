@@ -54,9 +54,7 @@ def test_equals_the_reference(options, dtype, vocabulary):
 def test_equals_the_reference_on_small_rows(data):
     vocabulary = data.draw(st.integers(1, 9))
     values = st.sampled_from([-torch.inf, -3.0, 0.0, 0.5, 2.0])
-    rows = data.draw(
-        st.lists(st.lists(values, min_size=vocabulary, max_size=vocabulary), min_size=1, max_size=4)
-    )
+    rows = data.draw(st.lists(st.lists(values, min_size=vocabulary, max_size=vocabulary), min_size=1, max_size=4))
     logits = torch.tensor(rows)
     logits[logits.amax(dim=1) == -torch.inf] = 0.0
     k = data.draw(st.integers(1, vocabulary))
@@ -71,9 +69,7 @@ def test_first_candidate_is_the_target_token_of_equal_logits(options):
     positions = torch.arange(20)
     tokens = draft_sample(logits, positions, 3, seed=8, **options).tokens[:, 0]
     zeros = torch.zeros(20, dtype=torch.int64)
-    assert torch.equal(
-        tokens, verify(logits, zeros, positions - 1, positions, seed=8, **options).target_tokens
-    )
+    assert torch.equal(tokens, verify(logits, zeros, positions - 1, positions, seed=8, **options).target_tokens)
 
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
@@ -116,9 +112,7 @@ def test_confidence_and_entropy_of_known_distributions():
     sample = draft_sample(logits, torch.arange(3), 4, seed=4, temperature=0.7)
     expected = probability.gather(1, sample.tokens)
     torch.testing.assert_close(sample.confidence.double(), expected, rtol=2e-5, atol=1e-7)
-    torch.testing.assert_close(
-        sample.entropy.double(), torch.special.entr(probability).sum(1), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(sample.entropy.double(), torch.special.entr(probability).sum(1), rtol=1e-5, atol=1e-5)
 
 
 def bad(**changes):

@@ -9,9 +9,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 from specbranch_ext import draft_sample, verify
 
 VOCABULARY, DRAWS = 16, 200_000
-LOGITS = torch.tensor(
-    [2.0, -1.0, 0.5, 0.0, 1.5, -2.0, 0.25, -0.5, 1.0, -3.0, 0.75, -1.5, 2.5, -0.25, -6.0, 1.25]
-)
+LOGITS = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.5, -2.0, 0.25, -0.5, 1.0, -3.0, 0.75, -1.5, 2.5, -0.25, -6.0, 1.25])
 FILTERS = [
     {"temperature": 1.0},
     {"temperature": 0.5},
@@ -107,15 +105,11 @@ def test_large_vocabulary_draws_the_distribution():
 def test_speculated_sequences_have_the_target_law():
     """Whole two-token texts, drafted by another distribution with shared noise, verified as a tree."""
     first = torch.tensor([0.5, 0.0, -0.5, 1.0])
-    table = torch.tensor(
-        [[0.0, 1.0, 0.2, -1.0], [1.0, 0.0, 0.0, 0.5], [-1.0, 0.3, 2.0, 0.0], [0.0, 0.0, 0.7, 0.1]]
-    )
+    table = torch.tensor([[0.0, 1.0, 0.2, -1.0], [1.0, 0.0, 0.0, 0.5], [-1.0, 0.3, 2.0, 0.0], [0.0, 0.0, 0.7, 0.1]])
     draft_logits = torch.tensor([[1.0, 0.5, -0.5, 0.0]])
     parents = torch.tensor([-1, 0, 0])
     options = {"temperature": 1.0, "top_p": 0.9}
-    law = torch.stack(
-        [p * exact(row, **options) for p, row in zip(exact(first, **options), table, strict=True)]
-    )
+    law = torch.stack([p * exact(row, **options) for p, row in zip(exact(first, **options), table, strict=True)])
 
     texts, hits = [], 0
     for seed in range(8000):

@@ -50,12 +50,8 @@ def test_equals_the_reference(options, dtype, vocabulary):
 def test_equals_the_reference_on_peaked_rows(options):
     generator = torch.Generator().manual_seed(4)
     logits = torch.randn(6, 20_000, generator=generator) * 2
-    for (
-        row
-    ) in logits:  # a few tokens hold most of the mass and the sample of the row sees almost none of them
-        row[torch.randint(0, 20_000, (30,), generator=generator)] = 12 + 3 * torch.randn(
-            30, generator=generator
-        )
+    for row in logits:  # a few tokens hold most of the mass and the sample of the row sees almost none of them
+        row[torch.randint(0, 20_000, (30,), generator=generator)] = 12 + 3 * torch.randn(30, generator=generator)
     logits[3] = -40.0
     logits[3, 17] = 0.0
     logits[4] = torch.linspace(-30, 10, 20_000)
@@ -135,9 +131,7 @@ def one_hot_logits(target_tokens: list[int], vocabulary: int = 10) -> torch.Tens
 )
 def test_walk(tokens, parents, targets, path, next_token):
     n = len(tokens)
-    result = assert_same(
-        one_hot_logits(targets), torch.tensor(tokens), torch.tensor(parents), positions_of(n)
-    )
+    result = assert_same(one_hot_logits(targets), torch.tensor(tokens), torch.tensor(parents), positions_of(n))
     assert result.target_tokens.tolist() == targets
     assert result.path.tolist() == path + [-1] * (n - len(path))
     assert result.accepted == len(path)
@@ -152,16 +146,12 @@ def test_random_trees(data):
     parents = [-1] + [data.draw(st.integers(-1, i - 1)) for i in range(1, n)]
     tokens = data.draw(st.lists(st.integers(-1, vocabulary - 1), min_size=n, max_size=n))
     values = st.sampled_from([-torch.inf, -1.0, 0.0, 0.5, 2.0])
-    rows = data.draw(
-        st.lists(st.lists(values, min_size=vocabulary, max_size=vocabulary), min_size=n, max_size=n)
-    )
+    rows = data.draw(st.lists(st.lists(values, min_size=vocabulary, max_size=vocabulary), min_size=n, max_size=n))
     logits = torch.tensor(rows)
     logits[logits.amax(dim=1) == -torch.inf] = 0.0
     options = data.draw(st.sampled_from(FILTERS))
     seed = data.draw(st.integers(-(2**63), 2**63 - 1))
-    result = assert_same(
-        logits, torch.tensor(tokens), torch.tensor(parents), positions_of(n), seed=seed, **options
-    )
+    result = assert_same(logits, torch.tensor(tokens), torch.tensor(parents), positions_of(n), seed=seed, **options)
     node = 0
     for step in result.path[: int(result.accepted)].tolist():
         assert parents[step] == node

@@ -5,11 +5,10 @@ Costs only steer how far to draft and whether to overlap; they never change the 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 DECAY = 0.97  # weight of the past at every new measurement
-TRIAL_ROUNDS = 3  # rounds in each mode before "auto" trusts its measurements
+TRIAL_ROUNDS = 6  # rounds in each mode before "auto" trusts its measurements
 
 
 @dataclass
@@ -98,27 +97,8 @@ class Costs:
         return min(0.99, self.accepted / self.verified)
 
     def prefer_overlap(self) -> bool:
-        """Which mode the next round should run in: each is tried first, then the cheaper token wins."""
+        """Which mode the next round should run in: each is tried first, then the cheaper committed token wins."""
         for overlapped in (False, True):
             if self.mode(overlapped).rounds < TRIAL_ROUNDS:
                 return overlapped
-        return self._overlapped_estimate() < self._serial_estimate()
-
-    def _expected_tokens(self, drafted: float) -> float:
-        """Tokens committed by a round that verifies `drafted` tokens, the target's own token included."""
-        rejection = 1 - self.acceptance
-        return (1 - math.pow(self.acceptance, drafted + 1)) / rejection
-
-    def _serial_estimate(self) -> float:
-        """Seconds per token when drafting the best fixed length, then verifying."""
-        cost = self.serial
-        step = cost.draft.of(1)
-        return min((cost.target.of(n + 1) + n * step) / self._expected_tokens(n) for n in range(17))
-
-    def _overlapped_estimate(self) -> float:
-        """Seconds per token when the draft works for as long as the target does; a miss drafts serially first."""
-        cost = self.overlapped
-        drafted = max(1.0, cost.target.of(4) / max(cost.draft.of(2), 1e-9))
-        miss = 1 - math.pow(self.acceptance, drafted + 1)
-        seconds = cost.target.of(drafted + 1) + miss * min(drafted, 4.0) * self.serial.draft.of(1)
-        return seconds / self._expected_tokens(drafted)
+        return self.overlapped.seconds_per_token < self.serial.seconds_per_token

@@ -34,9 +34,7 @@ def _cpu(
     top_p: float,
     min_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, scores, confidence, entropy = _fake(
-        draft_logits, positions, k, seed, temperature, top_k, top_p, min_p
-    )
+    tokens, scores, confidence, entropy = _fake(draft_logits, positions, k, seed, temperature, top_k, top_p, min_p)
     _C.draft_sample(
         draft_logits,
         positions,

@@ -44,9 +44,7 @@ def process(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p:
     return Processed(z, weight, kept)
 
 
-def perturbed_scores(
-    processed: Processed, positions: Tensor, seed: int | Tensor, temperature: float
-) -> Tensor:
+def perturbed_scores(processed: Processed, positions: Tensor, seed: int | Tensor, temperature: float) -> Tensor:
     """z + noise for kept tokens, -inf for the others: float32 [n, V]. No noise at temperature 0."""
     z = processed.z
     if temperature > 0:
