@@ -186,6 +186,16 @@ def test_ctrl_c_keeps_what_was_committed(bundled_pair: SpecBranch, overlap: bool
     assert bundled_pair.generate(PROMPT, max_new_tokens=8).tokens == whole.tokens[:8]
 
 
+def test_an_interrupt_between_two_rounds_keeps_the_text(bundled_pair: SpecBranch) -> None:
+    stream = bundled_pair.stream(PROMPT, max_new_tokens=64)
+    pieces = iter(stream)
+    first = next(pieces)
+    with pytest.raises(GenerationInterrupted) as caught:
+        pieces.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+    assert caught.value.generation.text.startswith(first)
+    assert 0 < len(caught.value.generation.tokens) < 64
+
+
 def test_a_failure_in_the_middle_keeps_what_was_committed(
     bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,20 +88,23 @@ def test_backlog_is_committed_with_the_root() -> None:
     assert (cached.cache.length, cached.cache.nodes) == (len(PROMPT) - 1, [0])
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_does_not_depend_on_the_other_rows(dtype: torch.dtype) -> None:
-    """What makes verifying together bit for bit what decoding one by one is."""
-    model = tiny_model("qwen2").to(dtype)
+def test_a_tree_gives_the_bits_of_decoding_one_by_one(family: str, dtype: torch.dtype) -> None:
+    """A row depends neither on the other rows, nor on its cache row, nor on how much of its path is committed."""
+    model = tiny_model(family, **FAMILIES[family]).to(dtype)
     speculation = tree()
-    together, alone = CachedModel(model, "target"), CachedModel(model, "target")
-    together.reset(64)
-    alone.reset(64)
-    with together.attached():
-        together.prefill(PROMPT)
-        alone.prefill(PROMPT)
-        all_rows = together.score(speculation, range(7))
-        one_by_one = torch.cat([alone.score(speculation, [i]) for i in range(7)])
-    assert torch.equal(all_rows, one_by_one)
+    cached = CachedModel(model, "target")
+    cached.reset(64)
+    with cached.attached():
+        cached.prefill(PROMPT)
+        together = cached.score(speculation, range(7))
+        for node in range(7):
+            cached.cache.rollback(len(PROMPT))
+            for step, token in enumerate(speculation.tokens(speculation.path(node))):
+                alone = cached.score(Tree.rooted(token, len(PROMPT) + step), [0])
+                cached.cache.commit([0])
+            assert torch.equal(together[node], alone[0]), node
 
 
 def test_the_model_is_given_back_as_it_was() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -186,7 +186,7 @@ class SpecBranch:
         method: str | None,
         overlap: bool | str | None,
         options: dict[str, object],
-    ) -> Iterator[str | Generation]:
+    ) -> Generator[str | Generation, None, None]:
         """Pieces of text and, last, the Generation."""
         begin = time.perf_counter()
         ids = self._prompt_ids(prompt)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
+from specbranch.errors import GenerationInterrupted
 from specbranch.stats import Stats
 
 
@@ -25,19 +26,22 @@ class Generation:
 class TextStream:
     """Iterates over pieces of text as they are committed; `generation` is there when the iteration is over."""
 
-    def __init__(self, pieces: Iterator[str | Generation]) -> None:
+    def __init__(self, pieces: Generator[str | Generation, None, None]) -> None:
         self._pieces = pieces
         self.generation: Generation | None = None
 
     def __iter__(self) -> Iterator[str]:
-        for piece in self._pieces:
-            if isinstance(piece, Generation):
-                self.generation = piece
-            elif piece:
-                yield piece
+        try:
+            for piece in self._pieces:
+                if isinstance(piece, Generation):
+                    self.generation = piece
+                elif piece:
+                    yield piece
+        except GenerationInterrupted:
+            raise
+        except KeyboardInterrupt as interrupt:  # it came between two rounds: hand it in, so that the text is kept
+            self._pieces.throw(interrupt)
 
     def close(self) -> None:
         """Stop generating; what was committed is dropped."""
-        close = getattr(self._pieces, "close", None)
-        if close is not None:
-            close()
+        self._pieces.close()
