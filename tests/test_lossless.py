@@ -8,7 +8,7 @@ from specbranch import METHODS, SpecBranch, bundled
 
 SAMPLINGS = [{"temperature": 0.0}] + [{"temperature": 1.0, "top_p": 0.95, "seed": seed} for seed in (1, 2, 3)]
 RUNS = [(method, overlap) for method in METHODS[1:] for overlap in (False, True)]
-NEW_TOKENS = 24
+NEW_TOKENS = 16
 
 
 def prompts() -> list[str]:
