@@ -1,6 +1,7 @@
 """Shared by the tests: no network, quiet transformers, and the bundled pair loaded once."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -8,6 +9,10 @@ import pytest
 from transformers.utils import logging
 
 from specbranch import SpecBranch
+
+# A shell starts background jobs with SIGINT ignored; the tests of Ctrl-C need it, here and in the processes they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
