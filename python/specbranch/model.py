@@ -88,9 +88,11 @@ class CachedModel:
     def _forward(self, tokens: Sequence[int], positions: Sequence[int], ancestors: Tensor | None, keep: int) -> Tensor:
         """One forward over new cache rows; logits of the last `keep` of them, [keep, V]."""
         self.cache.reserve(len(tokens))
+        # Only a draft with fewer padding ids than the target can meet a token it does not have; it merely guesses worse.
+        known = [min(token, self.vocabulary - 1) for token in tokens]
         context = TreeContext(torch.tensor(self.cache.length, device=self.device), ancestors)
         out = self.model(
-            input_ids=torch.tensor([list(tokens)], device=self.device),
+            input_ids=torch.tensor([known], device=self.device),
             position_ids=torch.tensor([list(positions)], device=self.device),
             attention_mask=NO_MASK,
             past_key_values=self.cache,
