@@ -88,7 +88,7 @@ class CachedModel:
     def _forward(self, tokens: Sequence[int], positions: Sequence[int], ancestors: Tensor | None, keep: int) -> Tensor:
         """One forward over new cache rows; logits of the last `keep` of them, [keep, V]."""
         self.cache.reserve(len(tokens))
-        # Only a draft with fewer padding ids than the target can meet a token it does not have; it merely guesses worse.
+        # Only a draft with fewer padding ids than the target can meet a token that it lacks; it then guesses worse.
         known = [min(token, self.vocabulary - 1) for token in tokens]
         context = TreeContext(torch.tensor(self.cache.length, device=self.device), ancestors)
         out = self.model(
