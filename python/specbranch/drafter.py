@@ -14,7 +14,7 @@ from specbranch_ext import draft_sample
 
 
 class Drafter:
-    """Proposes tokens with the draft model and with the noise that the target will sample with (DESIGN.md, 3)."""
+    """Proposes tokens with the draft model and with the noise that the target will sample with."""
 
     def __init__(self, model: CachedModel, sampling: Sampling, candidates: int, vocabulary: int) -> None:
         """candidates: how many per node. vocabulary: ids from here on are padding and are never proposed."""

@@ -1,4 +1,4 @@
-"""What a generation cost and how good the guesses were: counted the same way for every method (DESIGN.md, 4)."""
+"""What a generation cost and how good the guesses were: counted the same way for every method."""
 
 from __future__ import annotations
 

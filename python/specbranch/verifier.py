@@ -27,7 +27,7 @@ class Verdict:
 
 
 class Verifier:
-    """The target samples every token itself; a drafted token stands while it equals the target's (DESIGN.md, 3)."""
+    """The target samples every token itself; a drafted token stands while it equals the target's."""
 
     def __init__(self, model: CachedModel, sampling: Sampling) -> None:
         self.model = model
