@@ -91,10 +91,6 @@ class BranchCache(Cache):
         """Rows that are still free."""
         return self.capacity - self.used
 
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers())
-
     def reserve(self, count: int) -> None:
         """Name the next `count` free rows as those that the coming forward writes."""
         if count > self.room:
