@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from itertools import cycle
 
 import torch
-from op_case import Case
+from op_case import Case, Functions
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,7 +23,9 @@ def layer_shapes(hidden: int, intermediate: int, kv: int) -> list[tuple[int, int
     return [*attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
 
 
-def linear_cases() -> Iterator[Case]:
+def linear_cases(device: str) -> Iterator[Case]:
+    if device != "cpu":
+        return  # torch's own product serves there
     for name, (hidden, intermediate, kv, layers) in MODELS.items():
         shapes = layer_shapes(hidden, intermediate, kv)
         for dtype in (torch.bfloat16, torch.float32):
@@ -57,11 +59,14 @@ def linear_case(what: str, ring: list[list[Tensor]], rows: int) -> Case:
         return products
 
     size = sum(weight.numel() for weight in weights)
+
+    def build() -> Functions:
+        return {"ours": run(linear), "torch.nn.functional.linear": run(functional.linear)}
+
     return Case(
         op="linear",
         what=f"{what}, {rows} rows, {str(dtype).removeprefix('torch.')}",
-        ours=run(linear),
-        peers={"torch.nn.functional.linear": run(functional.linear)},
+        build=build,
         bytes=size * dtype.itemsize,
         flops=2 * size * rows,
     )

@@ -1,15 +1,15 @@
-"""Cases of verify and draft_sample: the vocabulary of Qwen2.5, flat rows and rows as peaked as a real model's."""
+"""Cases of verify and draft_sample: flat rows and rows as peaked as a real model's."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from op_case import Case
+from op_case import Case, Functions
 from torch import Tensor
 
 from specbranch_ext import draft_sample, reference, verify
 
-VOCABULARY, NODES = 151_936, 9
+QWEN = 151_936
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.0},
@@ -19,15 +19,18 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def flat_logits(rows: int) -> Tensor:
-    return torch.randn(rows, VOCABULARY)
+def flat_logits(rows: int, vocabulary: int, device: str) -> Tensor:
+    return torch.randn(rows, vocabulary, device=device)
 
 
-def peaked_logits(rows: int) -> Tensor:
+def peaked_logits(rows: int, vocabulary: int, device: str) -> Tensor:
     """A bulk of hopeless tokens and a few dozen likely ones: about one to three nats of entropy."""
-    logits = torch.randn(rows, VOCABULARY) * 2.2
-    likely = torch.randint(0, VOCABULARY, (rows, 40))
-    return logits.scatter(1, likely, 12 + 3 * torch.randn(rows, 40))
+    logits = torch.randn(rows, vocabulary, device=device) * 2.2
+    likely = torch.randint(0, vocabulary, (rows, 40), device=device)
+    return logits.scatter(1, likely, 12 + 3 * torch.randn(rows, 40, device=device))
+
+
+LOGITS = {"peaked": peaked_logits, "flat": flat_logits}
 
 
 def torch_scores(
@@ -49,10 +52,14 @@ def torch_scores(
     return scores - torch.empty_like(scores).exponential_().log(), order
 
 
-def torch_verify(logits: Tensor, tokens: list[int], parents: list[int], **options: Any) -> tuple[list[int], int]:
+def torch_target_tokens(logits: Tensor, **options: Any) -> Tensor:
     scores, order = torch_scores(logits, **options)
     best = scores.argmax(dim=1)
-    target = (best if order is None else order.gather(1, best.unsqueeze(1)).squeeze(1)).tolist()
+    return best if order is None else order.gather(1, best.unsqueeze(1)).squeeze(1)
+
+
+def torch_verify(logits: Tensor, tokens: list[int], parents: list[int], **options: Any) -> tuple[list[int], int]:
+    target = torch_target_tokens(logits, **options).tolist()
     node = 0
     path: list[int] = []
     for child in range(1, len(tokens)):
@@ -71,59 +78,65 @@ def torch_draft_sample(logits: Tensor, k: int, **options: Any) -> tuple[Tensor, 
     return tokens, probability.gather(1, tokens), torch.special.entr(probability).sum(dim=1)
 
 
-def describe(what: str, dtype: torch.dtype, options: dict[str, Any]) -> str:
+def describe(rows: int, vocabulary: int, what: str, dtype: torch.dtype, options: dict[str, Any]) -> str:
     filters = ", ".join(f"{name} {value:g}" for name, value in options.items()) or "greedy"
-    return f"{what}, {str(dtype).removeprefix('torch.')}, {filters}"
+    return f"{rows} rows of {vocabulary}, {what}, {str(dtype).removeprefix('torch.')}, {filters}"
 
 
-def verify_cases() -> Iterator[Case]:
-    tokens, parents = torch.zeros(NODES, dtype=torch.int64), torch.arange(NODES) - 1
-    positions, seed = torch.arange(NODES) + 100, torch.tensor(7)
-    for what, logits in (("peaked", peaked_logits(NODES)), ("flat", flat_logits(NODES))):
-        for dtype in (torch.float32, torch.bfloat16):
-            rows = logits.to(dtype)
-            for options in OPTIONS if dtype == torch.float32 else OPTIONS[::2]:
-                yield verify_case(what, rows, tokens, parents, positions, seed, options)
+def verify_cases(device: str) -> Iterator[Case]:
+    vocabularies, all_rows = ((QWEN,), (9,)) if device == "cpu" else ((32_000, 128_256, QWEN), (1, 5, 9, 33))
+    for vocabulary in vocabularies:
+        for rows in all_rows:
+            full = rows == 9 and vocabulary == QWEN
+            for what in LOGITS if full else ("peaked",):
+                for dtype in (torch.float32, torch.bfloat16) if full else (torch.float32,):
+                    for options in OPTIONS if full and dtype == torch.float32 else OPTIONS[:3:2]:
+                        yield verify_case(device, rows, vocabulary, what, dtype, options)
 
 
 def verify_case(
-    what: str,
-    logits: Tensor,
-    tokens: Tensor,
-    parents: Tensor,
-    positions: Tensor,
-    seed: Tensor,
-    options: dict[str, Any],
+    device: str, rows: int, vocabulary: int, what: str, dtype: torch.dtype, options: dict[str, Any]
 ) -> Case:
-    ours = verify(logits, tokens, parents, positions, seed=seed, **options)
-    expected = reference.verify(logits, tokens, parents, positions, seed=seed, **options)
-    assert torch.equal(ours.target_tokens, expected.target_tokens)
-    token_list, parent_list = tokens.tolist(), parents.tolist()
-    return Case(
-        op="verify",
-        what=describe(f"{len(logits)} rows, {what}", logits.dtype, options),
-        ours=lambda: verify(logits, tokens, parents, positions, seed=seed, **options),
-        peers={"softmax, sort, cumsum, noise": lambda: torch_verify(logits, token_list, parent_list, **options)},
-        bytes=logits.nbytes,
-    )
+    def build() -> Functions:
+        logits = LOGITS[what](rows, vocabulary, device).to(dtype)
+        tokens = torch.zeros(rows, dtype=torch.int64, device=device)
+        parents = torch.arange(rows, device=device) - 1
+        positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
+        ours = verify(logits, tokens, parents, positions, seed=seed, **options)
+        on_cpu = (tensor.cpu() for tensor in (logits, tokens, parents, positions))
+        expected = reference.verify(*on_cpu, seed=7, **options)
+        assert torch.equal(ours.target_tokens.cpu(), expected.target_tokens)
+        token_list, parent_list = tokens.tolist(), parents.tolist()
+        functions: Functions = {
+            "ours": lambda: verify(logits, tokens, parents, positions, seed=seed, **options),
+            "softmax, sort, cumsum, noise": lambda: torch_verify(logits, token_list, parent_list, **options),
+        }
+        if device != "cpu":  # can be captured
+            functions["the same without the walk"] = lambda: torch_target_tokens(logits, **options)
+        return functions
+
+    return Case("verify", describe(rows, vocabulary, what, dtype, options), build, rows * vocabulary * dtype.itemsize)
 
 
-def draft_sample_cases() -> Iterator[Case]:
-    for what, logits in (("peaked", peaked_logits(3)), ("flat", flat_logits(3))):
-        for rows in (1, 3):
+def draft_sample_cases(device: str) -> Iterator[Case]:
+    for what in LOGITS:
+        for rows in (1, 3) if device == "cpu" else (1, 8):
             for options in OPTIONS[:4]:
-                yield draft_sample_case(what, logits[:rows], options)
+                yield draft_sample_case(device, rows, what, options)
 
 
-def draft_sample_case(what: str, logits: Tensor, options: dict[str, Any]) -> Case:
-    positions, seed, k = torch.arange(len(logits)) + 100, torch.tensor(7), 4
-    ours = draft_sample(logits, positions, k, seed=seed, **options)
-    expected = reference.draft_sample(logits, positions, k, seed=seed, **options)
-    assert torch.equal(ours.tokens, expected.tokens)
-    return Case(
-        op="draft_sample",
-        what=describe(f"{len(logits)} rows, {what}, k {k}", logits.dtype, options),
-        ours=lambda: draft_sample(logits, positions, k, seed=seed, **options),
-        peers={"softmax, sort, topk, entropy": lambda: torch_draft_sample(logits, k, **options)},
-        bytes=logits.nbytes,
-    )
+def draft_sample_case(device: str, rows: int, what: str, options: dict[str, Any]) -> Case:
+    k = 4
+
+    def build() -> Functions:
+        logits = LOGITS[what](rows, QWEN, device)
+        positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
+        ours = draft_sample(logits, positions, k, seed=seed, **options)
+        expected = reference.draft_sample(logits.cpu(), positions.cpu(), k, seed=7, **options)
+        assert torch.equal(ours.tokens.cpu(), expected.tokens)
+        return {
+            "ours": lambda: draft_sample(logits, positions, k, seed=seed, **options),
+            "softmax, sort, topk, entropy": lambda: torch_draft_sample(logits, k, **options),
+        }
+
+    return Case("draft_sample", f"{describe(rows, QWEN, what, torch.float32, options)}, k {k}", build, rows * QWEN * 4)
