@@ -43,10 +43,12 @@ class CMakeBuild(build_ext):
             f"-DSPECBRANCH_MODULE_DIR={module.parent}",
             f"-DSPECBRANCH_CUDA={os.environ.get('SPECBRANCH_CUDA', 'auto')}",
             f"-DSPECBRANCH_CUDA_ARCHITECTURES={os.environ.get('SPECBRANCH_CUDA_ARCHITECTURES', '')}",
+            f"-DSPECBRANCH_EMULATED={'ON' if self.editable_mode else 'OFF'}",  # only the tests use it
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build_dir), "--target", "_C"], check=True)
+        targets = ["_C", "_emulated"] if self.editable_mode else ["_C"]
+        subprocess.run(["cmake", "--build", str(build_dir), "--target", *targets], check=True)
 
 
 setup(ext_modules=[Extension("specbranch_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -2,9 +2,14 @@
 // by the caller. Every op checks its arguments (ValueError) and runs without the GIL.
 #include <pybind11/pybind11.h>
 
+#include <cstring>
+#include <initializer_list>
 #include <vector>
 
 #include "ancestor_mask.h"
+#ifdef SPECBRANCH_WITH_CUDA
+#include "cuda/runtime.h"
+#endif
 #include "draft_sample.h"
 #include "gumbel_noise.h"
 #include "isa.h"
@@ -13,19 +18,57 @@
 #include "python_tensor.h"
 #include "tree_attention.h"
 #include "verify.h"
+#include "verify_rejection.h"
 
 namespace specbranch {
 namespace {
 
 using Object = const py::object&;
 
+#ifdef SPECBRANCH_EMULATED
+constexpr bool emulated = true;
+#else
+constexpr bool emulated = false;
+#endif
+
+// Where an op runs: where its tensors are, which must be one device. `handle` is the number of threads on the CPU, and
+// the current stream on a CUDA device.
+Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle, const py::object& workspace = py::none()) {
+  const Tensor& first = **tensors.begin();
+  for (const Tensor* t : tensors) {
+    if (t->data != nullptr && t->device != first.device) {
+      const auto where = [](int device) {
+        return device == cpu_device ? std::string("the CPU") : "CUDA device " + std::to_string(device);
+      };
+      fail(std::string(t->name) + ": expected a tensor on " + where(first.device) + " as " + first.name + " is, got one on " +
+           where(t->device));
+    }
+  }
+  Launch launch;
+  launch.device = emulated ? 0 : first.device;
+  if (launch.on_cuda()) {
+    launch.stream = reinterpret_cast<void*>(handle);
+    if (!workspace.is_none()) {
+      const Tensor memory = tensor(workspace, "workspace");
+      launch.workspace = memory.data;
+      if (emulated) std::memset(memory.data, 0xA5, memory.shape[0]);  // nobody may count on what it holds
+    }
+  } else {
+    launch.threads = static_cast<int>(handle);
+  }
+  return launch;
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
+  info["emulated"] = emulated;
   info["isa_levels"] = py::str(SPECBRANCH_ISA_NAMES).attr("split")(",");
   info["isa"] = isa_name(isa());
 #ifdef SPECBRANCH_WITH_CUDA
   info["cuda"] = true;
+  info["cuda_compiler"] = SPECBRANCH_CUDA_COMPILER;
+  info["cuda_architectures"] = py::str(SPECBRANCH_CUDA_ARCHITECTURES).attr("split")(",");
 #else
   info["cuda"] = false;
 #endif
@@ -38,26 +81,25 @@ py::dict build_info() {
   return info;
 }
 
-void gumbel_noise(Object positions, Object seed, Object noise, int threads) {
-  const GumbelNoiseParams params{
-      {threads}, tensor(positions, "positions"), tensor(seed, "seed"), tensor(noise, "noise")};
+void gumbel_noise(Object positions, Object seed, Object noise, int64_t handle) {
+  GumbelNoiseParams params{{}, tensor(positions, "positions"), tensor(seed, "seed"), tensor(noise, "noise")};
+  params.launch = launch_on({&params.positions, &params.seed, &params.noise}, handle);
   check_gumbel_noise(params);
   py::gil_scoped_release unlocked;
   run_gumbel_noise(params);
 }
 
-void ancestor_mask(Object parents, Object ancestors, Object depths, int threads) {
-  const AncestorMaskParams params{
-      {threads}, tensor(parents, "parents"), tensor(ancestors, "ancestors"), tensor(depths, "depths")};
+void ancestor_mask(Object parents, Object ancestors, Object depths, int64_t handle) {
+  AncestorMaskParams params{{}, tensor(parents, "parents"), tensor(ancestors, "ancestors"), tensor(depths, "depths")};
+  params.launch = launch_on({&params.parents, &params.ancestors, &params.depths}, handle);
   check_ancestor_mask(params);
   py::gil_scoped_release unlocked;
   run_ancestor_mask(params);
 }
 
 void tree_attention(Object query, Object keys, Object values, Object prefix_length, Object ancestors, Object output,
-                    float scale, int64_t sliding_window, float softcap, int threads) {
+                    float scale, int64_t sliding_window, float softcap, int64_t handle, Object workspace) {
   TreeAttentionParams params;
-  params.launch.threads = threads;
   params.query = tensor(query, "query");
   params.keys = tensor(keys, "keys");
   params.values = tensor(values, "values");
@@ -68,47 +110,57 @@ void tree_attention(Object query, Object keys, Object values, Object prefix_leng
   params.scale = scale;
   params.sliding_window = sliding_window;
   params.softcap = softcap;
+  params.launch = launch_on({&params.query, &params.keys, &params.values, &params.prefix_length, &params.ancestors,
+                             &params.output},
+                            handle, workspace);
   params.tree_rows = check_tree_attention(params);
   py::gil_scoped_release unlocked;
   run_tree_attention(params);
 }
 
-void kv_commit(const py::list& buffers, Object rows, Object start, int threads) {
+void kv_commit(const py::list& buffers, Object rows, Object start, int64_t handle) {
   std::vector<Tensor> views;
   views.reserve(buffers.size());
   for (const py::handle buffer : buffers) views.push_back(tensor(buffer, "buffers"));
-  const KvCommitParams params{{threads}, views.data(), static_cast<int64_t>(views.size()), tensor(rows, "rows"),
-                              tensor(start, "start")};
+  KvCommitParams params{{}, views.data(), static_cast<int64_t>(views.size()), tensor(rows, "rows"),
+                        tensor(start, "start")};
+  params.launch = launch_on({&params.rows, &params.start}, handle);
+  for (const Tensor& view : views) launch_on({&params.rows, &view}, handle);
   check_kv_commit(params);
   py::gil_scoped_release unlocked;
   run_kv_commit(params);
 }
 
-void linear(Object input, Object weight, Object bias, Object output, int threads) {
-  LinearParams params{
-      {threads}, tensor(input, "input"), tensor(weight, "weight"), {}, tensor(output, "output")};
+#ifndef SPECBRANCH_EMULATED
+void linear(Object input, Object weight, Object bias, Object output, int64_t handle) {
+  LinearParams params{{}, tensor(input, "input"), tensor(weight, "weight"), {}, tensor(output, "output")};
   if (!bias.is_none()) params.bias = tensor(bias, "bias");
+  params.launch = launch_on({&params.input, &params.weight, &params.bias, &params.output}, handle);
   check_linear(params);
   py::gil_scoped_release unlocked;
   run_linear(params);
 }
+#endif
 
 void verify(Object target_logits, Object tokens, Object parents, Object positions, Object seed, double temperature,
             int64_t top_k, double top_p, double min_p, Object target_tokens, Object path, Object accepted,
-            Object next_token, int threads) {
+            Object next_token, int64_t handle, Object workspace) {
   RowReport report;
-  const VerifyParams params{{threads},
-                            tensor(target_logits, "target_logits"),
-                            tensor(tokens, "tokens"),
-                            tensor(parents, "parents"),
-                            tensor(positions, "positions"),
-                            tensor(seed, "seed"),
-                            {temperature, top_k, top_p, min_p},
-                            tensor(target_tokens, "target_tokens"),
-                            tensor(path, "path"),
-                            tensor(accepted, "accepted"),
-                            tensor(next_token, "next_token"),
-                            &report};
+  VerifyParams params{{},
+                      tensor(target_logits, "target_logits"),
+                      tensor(tokens, "tokens"),
+                      tensor(parents, "parents"),
+                      tensor(positions, "positions"),
+                      tensor(seed, "seed"),
+                      {temperature, top_k, top_p, min_p},
+                      tensor(target_tokens, "target_tokens"),
+                      tensor(path, "path"),
+                      tensor(accepted, "accepted"),
+                      tensor(next_token, "next_token"),
+                      &report};
+  params.launch = launch_on({&params.target_logits, &params.tokens, &params.parents, &params.positions, &params.seed,
+                             &params.target_tokens, &params.path, &params.accepted, &params.next_token},
+                            handle, workspace);
   check_verify(params);
   {
     py::gil_scoped_release unlocked;
@@ -117,19 +169,51 @@ void verify(Object target_logits, Object tokens, Object parents, Object position
   report.raise(params.target_logits);
 }
 
+void verify_rejection(Object target_logits, Object draft_logits, Object tokens, Object positions, Object seed,
+                      double temperature, int64_t top_k, double top_p, double min_p, bool block, Object accepted,
+                      Object next_token, int64_t handle, Object workspace) {
+  RowReport target_report, draft_report;
+  VerifyRejectionParams params{{},
+                               tensor(target_logits, "target_logits"),
+                               tensor(draft_logits, "draft_logits"),
+                               tensor(tokens, "tokens"),
+                               tensor(positions, "positions"),
+                               tensor(seed, "seed"),
+                               {temperature, top_k, top_p, min_p},
+                               block,
+                               tensor(accepted, "accepted"),
+                               tensor(next_token, "next_token"),
+                               &target_report,
+                               &draft_report};
+  params.launch = launch_on({&params.target_logits, &params.draft_logits, &params.tokens, &params.positions,
+                             &params.seed, &params.accepted, &params.next_token},
+                            handle, workspace);
+  check_verify_rejection(params);
+  {
+    py::gil_scoped_release unlocked;
+    run_verify_rejection(params);
+  }
+  target_report.raise(params.target_logits);
+  draft_report.raise(params.draft_logits);
+}
+
 void draft_sample(Object draft_logits, Object positions, Object seed, double temperature, int64_t top_k, double top_p,
-                  double min_p, Object tokens, Object scores, Object confidence, Object entropy, int threads) {
+                  double min_p, Object tokens, Object scores, Object confidence, Object entropy, int64_t handle,
+                  Object workspace) {
   RowReport report;
-  const DraftSampleParams params{{threads},
-                                 tensor(draft_logits, "draft_logits"),
-                                 tensor(positions, "positions"),
-                                 tensor(seed, "seed"),
-                                 {temperature, top_k, top_p, min_p},
-                                 tensor(tokens, "tokens"),
-                                 tensor(scores, "scores"),
-                                 tensor(confidence, "confidence"),
-                                 tensor(entropy, "entropy"),
-                                 &report};
+  DraftSampleParams params{{},
+                           tensor(draft_logits, "draft_logits"),
+                           tensor(positions, "positions"),
+                           tensor(seed, "seed"),
+                           {temperature, top_k, top_p, min_p},
+                           tensor(tokens, "tokens"),
+                           tensor(scores, "scores"),
+                           tensor(confidence, "confidence"),
+                           tensor(entropy, "entropy"),
+                           &report};
+  params.launch = launch_on({&params.draft_logits, &params.positions, &params.seed, &params.tokens, &params.scores,
+                             &params.confidence, &params.entropy},
+                            handle, workspace);
   check_draft_sample(params);
   {
     py::gil_scoped_release unlocked;
@@ -141,14 +225,36 @@ void draft_sample(Object draft_logits, Object positions, Object seed, double tem
 }  // namespace
 }  // namespace specbranch
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
   m.doc() = "The compiled core of specbranch: see specbranch_ext.ops for the functions meant for use.";
+  m.attr("emulated") = specbranch::emulated;
   m.def("build_info", &specbranch::build_info);
   m.def("gumbel_noise", &specbranch::gumbel_noise);
   m.def("ancestor_mask", &specbranch::ancestor_mask);
   m.def("tree_attention", &specbranch::tree_attention);
   m.def("kv_commit", &specbranch::kv_commit);
-  m.def("linear", &specbranch::linear);
   m.def("verify", &specbranch::verify);
+  m.def("verify_rejection", &specbranch::verify_rejection);
   m.def("draft_sample", &specbranch::draft_sample);
+#ifndef SPECBRANCH_EMULATED
+  m.def("linear", &specbranch::linear);
+#endif
+#ifdef SPECBRANCH_WITH_CUDA
+  m.def("cuda_runtime_report", &specbranch::cuda::runtime_report);
+#endif
+#ifdef SPECBRANCH_HAS_CUDA_KERNELS
+  m.def("verify_workspace", [](int64_t n, int64_t vocabulary, double temperature, int64_t top_k, double top_p,
+                               double min_p) {
+    return specbranch::cuda::verify_workspace(n, vocabulary, {temperature, top_k, top_p, min_p});
+  });
+  m.def("verify_rejection_workspace", [](int64_t n, int64_t vocabulary, double temperature, int64_t top_k, double top_p,
+                                         double min_p) {
+    return specbranch::cuda::verify_rejection_workspace(n, vocabulary, {temperature, top_k, top_p, min_p});
+  });
+  m.def("draft_sample_workspace", [](int64_t b, int64_t vocabulary, int64_t k, double temperature, int64_t top_k,
+                                     double top_p, double min_p) {
+    return specbranch::cuda::draft_sample_workspace(b, vocabulary, k, {temperature, top_k, top_p, min_p});
+  });
+  m.def("tree_attention_workspace", &specbranch::cuda::tree_attention_workspace);
+#endif
 }

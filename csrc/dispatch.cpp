@@ -7,6 +7,7 @@
 #include "linear.h"
 #include "tree_attention.h"
 #include "verify.h"
+#include "verify_rejection.h"
 
 namespace specbranch {
 
@@ -15,7 +16,8 @@ SPECBRANCH_DISPATCH(draft_sample, DraftSampleParams)
 SPECBRANCH_DISPATCH(gumbel_noise, GumbelNoiseParams)
 SPECBRANCH_DISPATCH(kv_commit, KvCommitParams)
 SPECBRANCH_DISPATCH(tree_attention, TreeAttentionParams)
-SPECBRANCH_DISPATCH(linear, LinearParams)
 SPECBRANCH_DISPATCH(verify, VerifyParams)
+SPECBRANCH_DISPATCH(verify_rejection, VerifyRejectionParams)
+SPECBRANCH_DISPATCH_CPU_ONLY(linear, LinearParams)
 
 }  // namespace specbranch

@@ -21,4 +21,9 @@ struct DraftSampleParams {
 void check_draft_sample(const DraftSampleParams& params);
 void run_draft_sample(const DraftSampleParams& params);
 
+namespace cuda {
+// Bytes of workspace for b rows of V logits and k candidates.
+int64_t draft_sample_workspace(int64_t rows, int64_t vocabulary, int64_t k, const Filters& filters);
+}  // namespace cuda
+
 }  // namespace specbranch

@@ -49,6 +49,8 @@ inline Tensor tensor(const py::handle object, const char* name) {
   SPECBRANCH_INTERNED(shape, "shape");
   SPECBRANCH_INTERNED(stride, "stride");
   SPECBRANCH_INTERNED(is_cpu, "is_cpu");
+  SPECBRANCH_INTERNED(is_cuda, "is_cuda");
+  SPECBRANCH_INTERNED(get_device, "get_device");
   SPECBRANCH_INTERNED(itemsize, "itemsize");
   auto get = [&](PyObject* attribute) {
     PyObject* value = PyObject_GetAttr(object.ptr(), attribute);
@@ -63,7 +65,10 @@ inline Tensor tensor(const py::handle object, const char* name) {
 
   Tensor t;
   t.name = name;
-  if (get(is_cpu).ptr() != Py_True) fail(std::string(name) + ": expected a tensor on the CPU");
+  if (get(is_cpu).ptr() != Py_True) {
+    if (get(is_cuda).ptr() != Py_True) fail(std::string(name) + ": expected a tensor on the CPU or a CUDA device");
+    t.device = static_cast<int>(as_int64(call(get_device).ptr()));
+  }
   t.dtype = TorchDtypes::get().code(get(dtype));
   t.item_bytes = item_bytes(t.dtype) > 0 ? item_bytes(t.dtype) : as_int64(get(itemsize).ptr());
   const py::object extents = get(shape), steps = call(stride);

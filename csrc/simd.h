@@ -14,6 +14,7 @@
 
 #include "isa.h"
 #include "numerics.h"
+#include "storage.h"
 
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
@@ -31,14 +32,6 @@ typedef int32_t IntVec __attribute__((vector_size(4 * simd_width)));
 typedef uint32_t UintVec __attribute__((vector_size(4 * simd_width)));
 typedef uint64_t WideVec __attribute__((vector_size(4 * simd_width)));  // half as many lanes
 typedef uint16_t HalfBits __attribute__((vector_size(2 * simd_width)));
-
-// Storage types of 16-bit floats.
-struct Bfloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
 
 inline FloatVec broadcast(float x) { return x - FloatVec{}; }
 inline IntVec broadcast(int32_t x) { return x - IntVec{}; }

@@ -30,11 +30,14 @@ inline int64_t item_bytes(Dtype dtype) {
   }
 }
 
+constexpr int cpu_device = -1;
+
 // Shapes and strides count elements. `name` is what error messages call it.
 struct Tensor {
   static constexpr int max_dims = 4;
   const char* name = "";
   void* data = nullptr;
+  int device = cpu_device;  // or the index of a CUDA device
   Dtype dtype = Dtype::other;
   int64_t item_bytes = 0;
   int dims = 0;
@@ -49,7 +52,12 @@ struct Tensor {
 
 // How an op is to run: filled by the binding, first member of every Params struct.
 struct Launch {
-  int threads = 1;
+  int device = cpu_device;
+  int threads = 1;            // on the CPU
+  void* stream = nullptr;     // on a CUDA device: a cudaStream_t of that device
+  void* workspace = nullptr;  // on a CUDA device: at least the bytes that <op>_workspace asks for, 256-byte aligned
+
+  bool on_cuda() const { return device != cpu_device; }
 };
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }

@@ -41,21 +41,21 @@ int64_t check_tree_attention(const TreeAttentionParams& p) {
   }
   if (p.prefix_length.dims != 0) fail("prefix_length: expected shape [], got " + shape_text(p.prefix_length));
   check_dtype(p.prefix_length, Dtype::int64);
-  int64_t rows = query.shape[0];
   if (!p.chain) {
     check_shape(p.ancestors, {query.shape[0], -1}, "[n, words]");
     check_dtype(p.ancestors, Dtype::int64);
     check_last_dim_contiguous(p.ancestors);
-    rows = ancestor_rows(p.ancestors);
   }
+  if (p.sliding_window < 0) fail("sliding_window: expected at least 1, got " + std::to_string(p.sliding_window));
+  if (!(p.softcap >= 0.0f)) fail("softcap: expected a positive number, got " + std::to_string(p.softcap));
+  if (p.launch.on_cuda()) return 0;  // the kernel reads the rest itself, and no row beyond the capacity
+  const int64_t rows = p.chain ? query.shape[0] : ancestor_rows(p.ancestors);
   const int64_t prefix = *p.prefix_length.as<const int64_t>(), capacity = keys.shape[1];
   if (prefix < 0) fail("prefix_length: expected at least 0, got " + std::to_string(prefix));
   if (prefix > capacity - rows) {
     fail(std::string(p.chain ? "query" : "ancestors") + ": expected prefix_length + tree rows to fit keys' " +
          std::to_string(capacity) + " rows, got " + std::to_string(prefix) + " + " + std::to_string(rows));
   }
-  if (p.sliding_window < 0) fail("sliding_window: expected at least 1, got " + std::to_string(p.sliding_window));
-  if (!(p.softcap >= 0.0f)) fail("softcap: expected a positive number, got " + std::to_string(p.softcap));
   return rows;
 }
 

@@ -29,4 +29,10 @@ int64_t check_tree_attention(const TreeAttentionParams& params);
 // The parameters must have passed the check.
 void run_tree_attention(const TreeAttentionParams& params);
 
+namespace cuda {
+// Bytes of workspace for a cache of `capacity` rows.
+int64_t tree_attention_workspace(int64_t nodes, int64_t query_heads, int64_t kv_heads, int64_t value_dim,
+                                 int64_t capacity);
+}  // namespace cuda
+
 }  // namespace specbranch

@@ -24,4 +24,9 @@ struct VerifyParams {
 void check_verify(const VerifyParams& params);
 void run_verify(const VerifyParams& params);
 
+namespace cuda {
+// Bytes of workspace for n rows of V logits.
+int64_t verify_workspace(int64_t rows, int64_t vocabulary, const Filters& filters);
+}  // namespace cuda
+
 }  // namespace specbranch

@@ -2,18 +2,27 @@ from typing import TypedDict
 
 from torch import Tensor
 
-class BuildInfo(TypedDict):
+# `launch`: the number of threads for tensors on the CPU, the current stream's handle for tensors on a CUDA device.
+# `workspace`: device memory of <op>_workspace bytes, None on the CPU. Only a build with CUDA kernels has those.
+
+emulated: bool
+
+class BuildInfo(TypedDict, total=False):
     compiler: str
+    emulated: bool
     isa_levels: list[str]
     isa: str
     cuda: bool
     cuda_reason: str
+    cuda_compiler: str
+    cuda_architectures: list[str]
     openmp: int
 
 def build_info() -> BuildInfo: ...
-def gumbel_noise(positions: Tensor, seed: Tensor, noise: Tensor, threads: int) -> None: ...
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, threads: int) -> None: ...
-def ancestor_mask(parents: Tensor, ancestors: Tensor, depths: Tensor, threads: int) -> None: ...
+def cuda_runtime_report() -> str: ...
+def gumbel_noise(positions: Tensor, seed: Tensor, noise: Tensor, launch: int) -> None: ...
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor, launch: int) -> None: ...
+def ancestor_mask(parents: Tensor, ancestors: Tensor, depths: Tensor, launch: int) -> None: ...
 def tree_attention(
     query: Tensor,
     keys: Tensor,
@@ -24,9 +33,11 @@ def tree_attention(
     scale: float,
     sliding_window: int,
     softcap: float,
-    threads: int,
+    launch: int,
+    workspace: Tensor | None,
 ) -> None: ...
-def kv_commit(buffers: list[Tensor], rows: Tensor, start: Tensor, threads: int) -> None: ...
+def tree_attention_workspace(nodes: int, query_heads: int, kv_heads: int, value_dim: int, capacity: int) -> int: ...
+def kv_commit(buffers: list[Tensor], rows: Tensor, start: Tensor, launch: int) -> None: ...
 def verify(
     target_logits: Tensor,
     tokens: Tensor,
@@ -41,8 +52,29 @@ def verify(
     path: Tensor,
     accepted: Tensor,
     next_token: Tensor,
-    threads: int,
+    launch: int,
+    workspace: Tensor | None,
 ) -> None: ...
+def verify_workspace(n: int, vocabulary: int, temperature: float, top_k: int, top_p: float, min_p: float) -> int: ...
+def verify_rejection(
+    target_logits: Tensor,
+    draft_logits: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    seed: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    block: bool,
+    accepted: Tensor,
+    next_token: Tensor,
+    launch: int,
+    workspace: Tensor | None,
+) -> None: ...
+def verify_rejection_workspace(
+    n: int, vocabulary: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> int: ...
 def draft_sample(
     draft_logits: Tensor,
     positions: Tensor,
@@ -55,5 +87,9 @@ def draft_sample(
     scores: Tensor,
     confidence: Tensor,
     entropy: Tensor,
-    threads: int,
+    launch: int,
+    workspace: Tensor | None,
 ) -> None: ...
+def draft_sample_workspace(
+    b: int, vocabulary: int, k: int, temperature: float, top_k: int, top_p: float, min_p: float
+) -> int: ...

@@ -26,6 +26,7 @@ except ImportError as error:
 from .ops import (
     AncestorMask,
     DraftSample,
+    RejectionVerification,
     Verification,
     ancestor_mask,
     draft_sample,
@@ -34,6 +35,7 @@ from .ops import (
     linear,
     tree_attention,
     verify,
+    verify_rejection,
 )
 
 build_info = _C.build_info
@@ -41,6 +43,7 @@ build_info = _C.build_info
 __all__ = [
     "AncestorMask",
     "DraftSample",
+    "RejectionVerification",
     "Verification",
     "ancestor_mask",
     "build_info",
@@ -50,4 +53,5 @@ __all__ = [
     "linear",
     "tree_attention",
     "verify",
+    "verify_rejection",
 ]

@@ -14,9 +14,10 @@ struct SampleRequest {
   const int64_t* positions;
   uint64_t seed;
   Filters filters;
-  int64_t k;
+  int64_t k;        // 0: draw nothing, only find what the filters keep
   bool statistics;  // fill mass and entropy
   int threads;
+  const Tensor* more_logits = nullptr;  // rows that follow those of `logits`, of the same dtype and length
 };
 
 struct RowSample {
@@ -32,7 +33,8 @@ class RowSampler {
  public:
   RowSampler(const SampleRequest& request, Candidate* candidates, RowSample* samples)
       : r_(request),
-        rows_(request.logits->shape[0]),
+        first_rows_(request.logits->shape[0]),
+        rows_(first_rows_ + (request.more_logits != nullptr ? request.more_logits->shape[0] : 0)),
         vocabulary_(request.logits->shape[1]),
         inverse_temperature_(request.filters.inverse_temperature()),
         greedy_(request.filters.greedy()),
@@ -62,14 +64,14 @@ class RowSampler {
       // The flags are set within one pass and read after it, so all threads take the same way.
       pass([&](int64_t i, int64_t s) { segment_max(logits(i), segments_.begin(s), segments_.end(s), segment(i, s)); },
            [&](int64_t i) { start_row(i); });
-      if (!failed_ && !(greedy_ && r_.k == 1 && !r_.statistics)) {
+      if (!failed_ && !(greedy_ && r_.k <= 1 && !r_.statistics)) {
         if (search_count_) {
           search<Weight::count>();
           if (mass_pass_) search<Weight::mass>();
         } else if (search_mass_) {
           search<Weight::mass>();
         }
-        pass([&](int64_t i, int64_t s) { scan(i, s); }, [&](int64_t i) { finish_row(i); });
+        if (r_.k > 0) pass([&](int64_t i, int64_t s) { scan(i, s); }, [&](int64_t i) { finish_row(i); });
       }
     }
     for (int64_t i = 0; i < rows_; ++i) {
@@ -78,12 +80,18 @@ class RowSampler {
     return {};
   }
 
+  const T* logits(int64_t i) const {
+    return i < first_rows_ ? r_.logits->as<const T>() + i * r_.logits->stride[0]
+                           : r_.more_logits->as<const T>() + (i - first_rows_) * r_.more_logits->stride[0];
+  }
+  // After run().
+  Keep keep(int64_t i) { return {inverse_temperature_, row_[i].threshold, row_[i].z_max, min_p_}; }
+  int64_t argmax(int64_t i) { return row_[i].argmax; }
+
  private:
-  const T* logits(int64_t i) const { return r_.logits->as<const T>() + i * r_.logits->stride[0]; }
   SegmentState& segment(int64_t i, int64_t s) { return segment_[i * segments_.count + s]; }
   float* list_z(int64_t i) { return list_z_.at(i * vocabulary_); }
   int32_t* list_token(int64_t i) { return list_token_.at(i * vocabulary_); }
-  Keep keep(int64_t i) { return {inverse_temperature_, row_[i].threshold, row_[i].z_max, min_p_}; }
   NoiseKey key(int64_t i) const { return {r_.seed, static_cast<uint64_t>(r_.positions[i])}; }
 
   // Calls body(row, segment) for all segments, and finish(row) right after the last one of each row. One barrier: on
@@ -122,7 +130,7 @@ class RowSampler {
     row.threshold = lowest_finite;
     row.argmax = find_logit(logits(i), segments_.begin(best), segments_.end(best), max_logit);
     // The largest logit is always kept, so its score is a first bar.
-    const float floor = r_.k > 1 ? -HUGE_VALF : greedy_ ? row.z_max : row.z_max + token_noise(key(i), row.argmax);
+    const float floor = r_.k != 1 ? -HUGE_VALF : greedy_ ? row.z_max : row.z_max + token_noise(key(i), row.argmax);
     row.score_floor.store(floor, std::memory_order_relaxed);
     if (search_count_) {
       set_bracket<Weight::count>(i);
@@ -263,7 +271,7 @@ class RowSampler {
   }
 
   const SampleRequest& r_;
-  const int64_t rows_, vocabulary_;
+  const int64_t first_rows_, rows_, vocabulary_;
   const float inverse_temperature_;
   const bool greedy_, search_count_, search_mass_;
   const float min_p_;

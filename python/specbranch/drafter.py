@@ -35,6 +35,8 @@ class Drafter:
         rows = zip(nodes, sample.tokens.tolist(), sample.scores.tolist(), sample.confidence.tolist(), strict=True)
         for node, tokens, scores, confidence in rows:
             count = sum(token >= 0 for token in tokens)
+            if count == 0:  # on a device, where a kernel cannot raise
+                raise ValueError("draft_logits: a row has NaN or +inf, or masks every token")
             chance = confidence if self.sampling.temperature == 0 else agreement(scores[:count])
             tree = tree.propose(node, Proposals(tuple(tokens[:count]), tuple(chance[:count])))
         return tree

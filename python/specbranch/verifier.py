@@ -45,5 +45,7 @@ class Verifier:
         ]
         tokens, parents, positions = torch.tensor(columns, device=logits.device)
         verdict = verify(logits, tokens, parents, positions, **self.sampling.op_arguments)
+        if verdict.next_token < 0:  # on a device, where a kernel cannot raise
+            raise ValueError("target_logits: a row has NaN or +inf, or masks every token")
         path = verdict.path[: int(verdict.accepted)].tolist()
         return Verdict((trunk[0], *(trunk[i] for i in path)), int(verdict.next_token))

@@ -1,7 +1,7 @@
 """The ops: typed functions over operators registered with `torch.library` as `torch.ops.specbranch.<op>`.
 
-One file per op, each with the schema, the CPU implementation, the fake (shape-only) implementation that
-`torch.compile` needs, and the function meant for use. Bad input raises ValueError naming the tensor.
+One file per op, each with the schema, the implementation, the fake (shape-only) one that `torch.compile`
+needs, and the function meant for use. Bad input raises ValueError naming the tensor.
 """
 
 from .ancestor_mask import AncestorMask, ancestor_mask
@@ -11,10 +11,12 @@ from .kv_commit import kv_commit
 from .linear import linear
 from .tree_attention import tree_attention
 from .verify import Verification, verify
+from .verify_rejection import RejectionVerification, verify_rejection
 
 __all__ = [
     "AncestorMask",
     "DraftSample",
+    "RejectionVerification",
     "Verification",
     "ancestor_mask",
     "draft_sample",
@@ -23,4 +25,5 @@ __all__ = [
     "linear",
     "tree_attention",
     "verify",
+    "verify_rejection",
 ]

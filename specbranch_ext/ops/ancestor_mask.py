@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
+from . import _library
 from ._library import describe, register
 
 
@@ -26,13 +26,13 @@ def _outputs(parents: Tensor) -> tuple[Tensor, Tensor]:
     return ancestors, torch.empty(n, dtype=torch.int64, device=parents.device)
 
 
-def _cpu(parents: Tensor) -> tuple[Tensor, Tensor]:
+def _kernel(parents: Tensor) -> tuple[Tensor, Tensor]:
     ancestors, depths = _outputs(parents)
-    _C.ancestor_mask(parents, ancestors, depths, torch.get_num_threads())
+    _library.core.ancestor_mask(parents, ancestors, depths, _library.launch_handle(parents))
     return ancestors, depths
 
 
-_op = register("ancestor_mask(Tensor parents) -> (Tensor ancestors, Tensor depths)", _cpu, _outputs)
+_op = register("ancestor_mask(Tensor parents) -> (Tensor ancestors, Tensor depths)", _kernel, _outputs)
 
 
 def ancestor_mask(parents: Tensor) -> AncestorMask:
@@ -45,7 +45,8 @@ def ancestor_mask(parents: Tensor) -> AncestorMask:
         AncestorMask of int64 [n, ceil(n / 64)] and int64 [n].
 
     Raises:
-        ValueError: wrong shape or dtype, or a parent that is not an earlier node; the message names the node.
+        ValueError: wrong shape or dtype, or a parent that is not an earlier node; the message names the node. On a
+            CUDA device such a node, and all below it, get no bits and depth -1.
 
     Source: the topology-aware mask of SpecInfer (arXiv 2305.09781, section 4.2), as bits.
     """

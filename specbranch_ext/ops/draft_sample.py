@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
+from . import _library
 from ._library import int64_scalar, register
 
 
@@ -24,7 +24,7 @@ class DraftSample(NamedTuple):
     entropy: Tensor
 
 
-def _cpu(
+def _kernel(
     draft_logits: Tensor,
     positions: Tensor,
     k: int,
@@ -35,7 +35,7 @@ def _cpu(
     min_p: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, scores, confidence, entropy = _fake(draft_logits, positions, k, seed, temperature, top_k, top_p, min_p)
-    _C.draft_sample(
+    _library.core.draft_sample(
         draft_logits,
         positions,
         seed,
@@ -47,7 +47,17 @@ def _cpu(
         scores,
         confidence,
         entropy,
-        torch.get_num_threads(),
+        _library.launch_handle(draft_logits),
+        _library.workspace(
+            draft_logits,
+            "draft_sample",
+            *_library.matrix_shape(draft_logits, "draft_logits"),
+            k,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+        ),
     )
     return tokens, scores, confidence, entropy
 
@@ -73,7 +83,7 @@ def _fake(
 _op = register(
     "draft_sample(Tensor draft_logits, Tensor positions, int k, Tensor seed, float temperature, int top_k, "
     "float top_p, float min_p) -> (Tensor, Tensor, Tensor, Tensor)",
-    _cpu,
+    _kernel,
     _fake,
 )
 
@@ -109,7 +119,8 @@ def draft_sample(
 
     Raises:
         ValueError: wrong shape, dtype or range, NaN or +inf in the logits, or a row that masks every token; the
-            message names the tensor and the row.
+            message names the tensor and the row. On a CUDA device k is at most 256, and only shapes, dtypes and
+            options raise: a row that cannot be sampled has tokens -1, scores -inf, confidence 0 and entropy NaN.
     """
     return DraftSample(
         *_op(

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from .. import _C
+from . import _library
 from ._library import int64_scalar, register
 
 
-def _cpu(positions: Tensor, vocabulary: int, seed: Tensor) -> Tensor:
-    noise = torch.empty((positions.shape[0], vocabulary), dtype=torch.float32)
-    _C.gumbel_noise(positions, seed, noise, torch.get_num_threads())
+def _kernel(positions: Tensor, vocabulary: int, seed: Tensor) -> Tensor:
+    noise = _fake(positions, vocabulary, seed)
+    _library.core.gumbel_noise(positions, seed, noise, _library.launch_handle(positions))
     return noise
 
 
@@ -17,7 +17,7 @@ def _fake(positions: Tensor, vocabulary: int, seed: Tensor) -> Tensor:
     return positions.new_empty((positions.shape[0], vocabulary), dtype=torch.float32)
 
 
-_op = register("gumbel_noise(Tensor positions, SymInt vocabulary, Tensor seed) -> Tensor", _cpu, _fake)
+_op = register("gumbel_noise(Tensor positions, SymInt vocabulary, Tensor seed) -> Tensor", _kernel, _fake)
 
 
 def gumbel_noise(positions: Tensor, vocabulary: int, *, seed: int | Tensor = 0) -> Tensor:

@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from .. import _C
+from . import _library
 from ._library import int64_scalar, register
 
 
-def _cpu(buffers: list[Tensor], rows: Tensor, start: Tensor) -> None:
-    _C.kv_commit(buffers, rows, start, torch.get_num_threads())
+def _kernel(buffers: list[Tensor], rows: Tensor, start: Tensor) -> None:
+    _library.core.kv_commit(buffers, rows, start, _library.launch_handle(rows))
 
 
 def _fake(buffers: list[Tensor], rows: Tensor, start: Tensor) -> None:
     return None
 
 
-_op = register("kv_commit(Tensor(a!)[] buffers, Tensor rows, Tensor start) -> ()", _cpu, _fake)
+_op = register("kv_commit(Tensor(a!)[] buffers, Tensor rows, Tensor start) -> ()", _kernel, _fake)
 
 
 def kv_commit(buffers: Sequence[Tensor], rows: Tensor, start: int | Tensor) -> None:
@@ -34,6 +33,7 @@ def kv_commit(buffers: Sequence[Tensor], rows: Tensor, start: int | Tensor) -> N
 
     Raises:
         ValueError: wrong shape, dtype or stride, a row outside [0, C), or start + m > C; the message names
-            the tensor.
+            the tensor. On a CUDA device only shapes, dtypes and strides raise: a row outside [0, C), or one that
+            would go there, does not move, so a path padded with -1 moves up to its end.
     """
     _op(list(buffers), rows, int64_scalar(start, "start", rows.device))

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import _C
+from . import _library
 from ._library import describe, register
 
 
-def _cpu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [out, in], got {describe(weight)}")
     if input.dim() == 0:
@@ -17,9 +17,9 @@ def _cpu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     output = torch.empty(shape, dtype=input.dtype)
     rows = input.contiguous()
     if len(shape) > 3:  # the core knows few dimensions, and the leading ones do not matter to it
-        _C.linear(rows.flatten(0, -2), weight, bias, output.flatten(0, -2), torch.get_num_threads())
+        _library.core.linear(rows.flatten(0, -2), weight, bias, output.flatten(0, -2), _library.launch_handle(rows))
     else:
-        _C.linear(rows, weight, bias, output, torch.get_num_threads())
+        _library.core.linear(rows, weight, bias, output, _library.launch_handle(rows))
     return output
 
 
@@ -27,7 +27,7 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-_op = register("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", _cpu, _fake)
+_op = register("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", _kernel, _fake)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

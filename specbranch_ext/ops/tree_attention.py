@@ -1,21 +1,22 @@
 """tree_attention: the nodes of a speculation tree attend to the prefix and to their own ancestors."""
 
-import torch
 from torch import Tensor
 
-from .. import _C
+from . import _library
 from ._library import describe, int64_scalar, register
 
 
-def _output(query: Tensor, values: Tensor) -> Tensor:
+def _output(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if query.dim() != 3:
         raise ValueError(f"query: expected shape [n, Hq, D], got {describe(query)}")
+    if keys.dim() != 3:
+        raise ValueError(f"keys: expected shape [Hkv, C, D], got {describe(keys)}")
     if values.dim() != 3:
         raise ValueError(f"values: expected shape [Hkv, C, Dv], got {describe(values)}")
     return query.new_empty((query.shape[0], query.shape[1], values.shape[2]))
 
 
-def _cpu(
+def _kernel(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -25,9 +26,20 @@ def _cpu(
     sliding_window: int,
     softcap: float,
 ) -> Tensor:
-    output = _output(query, values)
-    threads = torch.get_num_threads()
-    _C.tree_attention(query, keys, values, prefix_length, ancestors, output, scale, sliding_window, softcap, threads)
+    output = _output(query, keys, values)
+    _library.core.tree_attention(
+        query,
+        keys,
+        values,
+        prefix_length,
+        ancestors,
+        output,
+        scale,
+        sliding_window,
+        softcap,
+        _library.launch_handle(query),
+        _library.workspace(query, "tree_attention", *query.shape[:2], keys.shape[0], values.shape[2], keys.shape[1]),
+    )
     return output
 
 
@@ -43,13 +55,13 @@ def _fake(
 ) -> Tensor:
     if not query.device == keys.device == values.device:
         raise ValueError(f"keys and values: expected query's device {query.device}, got {keys.device}, {values.device}")
-    return _output(query, values)
+    return _output(query, keys, values)
 
 
 _op = register(
     "tree_attention(Tensor query, Tensor keys, Tensor values, Tensor prefix_length, Tensor? ancestors, "
     "float scale, SymInt sliding_window, float softcap) -> Tensor",
-    _cpu,
+    _kernel,
     _fake,
 )
 
@@ -70,8 +82,8 @@ def tree_attention(
     Rows [0, prefix_length) of the cache are visible to every query. Tree row j lies at cache row
     prefix_length + j and is visible to query i iff bit j of ancestors[i] is set. The queries may be any subset
     of the tree's nodes. Rows behind the prefix and the tree are never read, and a hidden row does not influence
-    a result even if it holds NaN. The result of a query does not depend, bit for bit, on the other queries or
-    on the number of threads. Sums are float32. The result carries no gradient.
+    a result even if it holds NaN. On the CPU the result of a query does not depend, bit for bit, on the other
+    queries or on the number of threads. Sums are float32. The result carries no gradient.
 
     Args:
         query: [n, Hq, D] float32, bfloat16 or float16, rotary embedding applied. Here and in the next two,
@@ -91,7 +103,9 @@ def tree_attention(
 
     Raises:
         ValueError: wrong shape, dtype or stride, an empty row of ancestors, or tree rows beyond the capacity
-            C; the message names the tensor.
+            C; the message names the tensor. On a CUDA device D and Dv are at most 256, and prefix_length and
+            ancestors are read by the kernel alone: a query that they send beyond the capacity gets NaN, one that sees
+            nothing gets zeros.
 
     Source: tree attention of SpecInfer (arXiv 2305.09781, section 4.2); online softmax over tiles and merging
     of splits as in FlashAttention (arXiv 2205.14135, section 3.1) and Flash-Decoding.

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _C
+from . import _library
 from ._library import int64_scalar, register
 
 
@@ -24,7 +24,7 @@ class Verification(NamedTuple):
     next_token: Tensor
 
 
-def _cpu(
+def _kernel(
     target_logits: Tensor,
     tokens: Tensor,
     parents: Tensor,
@@ -37,7 +37,7 @@ def _cpu(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     target_tokens, path = torch.empty_like(positions), torch.empty_like(positions)
     accepted, next_token = torch.empty_like(seed), torch.empty_like(seed)
-    _C.verify(
+    _library.core.verify(
         target_logits,
         tokens,
         parents,
@@ -51,7 +51,16 @@ def _cpu(
         path,
         accepted,
         next_token,
-        torch.get_num_threads(),
+        _library.launch_handle(target_logits),
+        _library.workspace(
+            target_logits,
+            "verify",
+            *_library.matrix_shape(target_logits, "target_logits"),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+        ),
     )
     return target_tokens, path, accepted, next_token
 
@@ -74,7 +83,7 @@ def _fake(
 _op = register(
     "verify(Tensor target_logits, Tensor tokens, Tensor parents, Tensor positions, Tensor seed, "
     "float temperature, int top_k, float top_p, float min_p) -> (Tensor, Tensor, Tensor, Tensor)",
-    _cpu,
+    _kernel,
     _fake,
 )
 
@@ -119,7 +128,9 @@ def verify(
 
     Raises:
         ValueError: wrong shape, dtype or range, a parent after its child, NaN or +inf in the logits, or a row
-            that masks every token; the message names the tensor and the row.
+            that masks every token; the message names the tensor and the row. On a CUDA device only shapes, dtypes
+            and options raise. There a row that cannot be sampled has target token -1, and if there is one, nothing is
+            accepted and next_token is -1; a node whose parent does not come before it is never accepted.
     """
     return Verification(
         *_op(

@@ -7,6 +7,7 @@ from .linear import linear
 from .noise import gumbel_noise
 from .tree_attention import tree_attention
 from .verify import verify
+from .verify_rejection import verify_rejection
 
 __all__ = [
     "ancestor_mask",
@@ -16,4 +17,5 @@ __all__ = [
     "linear",
     "tree_attention",
     "verify",
+    "verify_rejection",
 ]

@@ -64,7 +64,7 @@ def _threads() -> dict[str, Any]:
 def _core() -> dict[str, Any]:
     import specbranch_ext
 
-    return dict(specbranch_ext.build_info())
+    return {key: value for key, value in specbranch_ext.build_info().items() if key != "emulated"}
 
 
 def _openmp() -> dict[str, Any]:
@@ -98,12 +98,22 @@ def _cuda() -> dict[str, Any]:
         devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return {
         "built": built,
+        "compiler": core.get("cuda_compiler"),
+        "architectures": core.get("cuda_architectures", []),
+        "runtime": _cuda_runtime() if built else None,
         "torch_cuda": torch.version.cuda,
         "driver": _driver(),
         "devices": devices,
         "usable": not reasons,
         "why_not": reasons,
     }
+
+
+def _cuda_runtime() -> str:
+    """What the core's own CUDA runtime finds, which may differ from torch's."""
+    from specbranch_ext import _C
+
+    return str(_C.cuda_runtime_report())
 
 
 def _driver() -> str | None:

@@ -1,0 +1,215 @@
+// Attention in float32 on plain cores: tensor cores would round the inputs.
+//
+// The threads of a block form a grid of Ty x Tx, a row of it within a warp. A thread has the products of rows / Ty rows
+// with keys / Tx keys of a tile in registers, exchanges its weights through shared memory and sums up the same rows'
+// values in value_dim / Tx columns. K and V have one buffer each: the next K is on its way while V is used, and V while
+// K is. Few rows: 4 x 32 threads, 8 rows, bound by the bytes of K and V; else 8 x 16 threads and 32 (16) rows.
+#pragma once
+
+#include "cuda/attention_rows.h"
+
+namespace specbranch::cuda {
+
+template <int Dim, bool wide>
+struct PlainShape {
+  static constexpr int keys = Dim <= 128 ? 64 : 32;  // of a tile
+  static constexpr int rows = !wide ? 8 : Dim <= 128 ? 32 : 16;
+  static constexpr int across = wide ? 16 : 32;  // Tx
+  static constexpr int thread_rows = rows / (attention_threads / across);
+  static constexpr int thread_keys = keys / across;
+  static constexpr int thread_columns = Dim / (4 * across);  // times 4
+  static constexpr int stride = Dim + 4, weight_stride = keys + 4;  // floats; rows then lie in different banks
+  static constexpr int query_floats = rows * stride, tile_floats = keys * stride;
+  static constexpr int shared_bytes =
+      4 * (query_floats + 2 * tile_floats + rows * (weight_stride + 2 + 2) + 1);
+};
+
+__device__ inline float dot(float4 a, float4 b, float sum) {
+  return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
+}
+
+__device__ inline float4 multiply_add(float4 a, float b, float4 c) {
+  return {fmaf(a.x, b, c.x), fmaf(a.y, b, c.y), fmaf(a.z, b, c.z), fmaf(a.w, b, c.w)};
+}
+
+template <int Dim, bool wide>
+__global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __grid_constant__ AttentionArguments a) {
+  using Shape = PlainShape<Dim, wide>;
+  constexpr int keys = Shape::keys, across = Shape::across;
+  constexpr int thread_rows = Shape::thread_rows, thread_keys = Shape::thread_keys;
+  constexpr int thread_columns = Shape::thread_columns, chunks = Dim / 4;
+
+  float* const queries = shared_memory<float>();
+  float* const tile_keys = queries + Shape::query_floats;
+  float* const tile_values = tile_keys + Shape::tile_floats;
+  float* const weights = tile_values + Shape::tile_floats;
+  float2* const all_sums = reinterpret_cast<float2*>(weights + Shape::rows * Shape::weight_stride);
+  uint64_t* const visible = reinterpret_cast<uint64_t*>(all_sums + Shape::rows);
+  int* const found_nonfinite = reinterpret_cast<int*>(visible + Shape::rows);
+  const auto place = [](int row, int chunk) { return (row * Shape::stride + chunk * 4) * 4; };
+  const auto bytes = [](float* p) { return reinterpret_cast<unsigned char*>(p); };
+
+  const int64_t prefix_length = *a.prefix_length;
+  const int tx = threadIdx.x % across, ty = threadIdx.x / across;
+  const int split = blockIdx.y, kv_head = blockIdx.z;
+  const int first_row = (gridDim.x - 1 - blockIdx.x) * Shape::rows;  // a chain's last rows take longest: they go first
+  const int count = min(Shape::rows, a.rows - first_row);
+  const int steps = (a.dim + 3) / 4, value_steps = (a.value_dim + 3) / 4;
+
+  load_queries<float>(a, kv_head, first_row, count, Shape::rows, bytes(queries), shared_address(queries), place, steps);
+  const KeyRange range(a, prefix_length, a.node(first_row), a.node(first_row + count - 1));
+  int first_tile, last_tile;
+  range.tiles<keys>(split, a.splits, &first_tile, &last_tile);
+  if (first_tile == last_tile && a.splits > 1) {
+    write_empty(a, split, kv_head, first_row, count);
+    cp_async_commit();
+    cp_async_wait<0>();
+    return;
+  }
+
+  const auto load_keys = [&](int tile) {
+    load_tile<float, chunks, keys>(bytes(tile_keys), shared_address(tile_keys), place,
+                                   static_cast<const float*>(a.keys) + kv_head * a.key_stride[0], a.key_stride[1],
+                                   tile * keys, range.end, a.dim, steps, a.vector_keys);
+  };
+  const bool in_use = ty / (warp_size / across) * (warp_size / across) * thread_rows < count;  // the warp has rows
+  const bool transformed = must_transform(a);
+  const float factor = transformed ? 1.0f : a.factor;
+
+  float4 sums[thread_rows][thread_columns] = {};
+  float maximum[thread_rows], weight_sum[thread_rows];
+#pragma unroll
+  for (int r = 0; r < thread_rows; ++r) {
+    maximum[r] = lowest;
+    weight_sum[r] = 0.0f;
+  }
+  if (threadIdx.x == 0) *found_nonfinite = 0;
+
+  if (first_tile < last_tile) load_keys(first_tile);
+  cp_async_commit();
+#pragma unroll 1
+  for (int tile = first_tile; tile < last_tile; ++tile) {
+    cp_async_wait<0>();
+    __syncthreads();  // the keys are there, and the values of the tile before are not in use any more
+    const bool edge = range.is_edge<keys>(tile);
+    if (edge) find_visible(a, range, first_row, count, Shape::rows, tile * keys, visible);
+    load_tile<float, chunks, keys>(bytes(tile_values), shared_address(tile_values), place,
+                                   static_cast<const float*>(a.values) + kv_head * a.value_stride[0], a.value_stride[1],
+                                   tile * keys, range.end, a.value_dim, value_steps, a.vector_values);
+    cp_async_commit();
+    if (edge) __syncthreads();
+
+    if (in_use) {
+      float products[thread_rows][thread_keys] = {};
+#pragma unroll 4
+      for (int step = 0; step < steps; ++step) {
+        float4 k[thread_keys];
+#pragma unroll
+        for (int j = 0; j < thread_keys; ++j) {
+          k[j] = *reinterpret_cast<const float4*>(tile_keys + (tx + j * across) * Shape::stride + 4 * step);
+        }
+#pragma unroll
+        for (int r = 0; r < thread_rows; ++r) {
+          const float4 q =
+              *reinterpret_cast<const float4*>(queries + (ty * thread_rows + r) * Shape::stride + 4 * step);
+#pragma unroll
+          for (int j = 0; j < thread_keys; ++j) products[r][j] = dot(q, k[j], products[r][j]);
+        }
+      }
+      if (transformed) transform(a, products);
+      if (edge) {
+#pragma unroll
+        for (int r = 0; r < thread_rows; ++r) {
+          const uint64_t seen = visible[ty * thread_rows + r] >> tx;
+#pragma unroll
+          for (int j = 0; j < thread_keys; ++j) {
+            if (!(seen >> (j * across) & 1)) products[r][j] = -INFINITY;
+          }
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < thread_rows; ++r) {
+        float top = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < thread_keys; ++j) top = fmaxf(top, products[r][j]);
+#pragma unroll
+        for (int step = 1; step < across; step *= 2) top = fmaxf(top, __shfl_xor_sync(all_lanes, top, step));
+        const float latest = fmaxf(maximum[r], top * factor);
+        const float change = exp2_approximate(maximum[r] - latest);
+        if (latest != maximum[r]) {
+          maximum[r] = latest;
+          weight_sum[r] *= change;
+#pragma unroll
+          for (int i = 0; i < thread_columns; ++i) {
+            float4& sum = sums[r][i];
+            sum = {sum.x * change, sum.y * change, sum.z * change, sum.w * change};
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < thread_keys; ++j) {
+          const float weight = exp2_approximate(fmaf(products[r][j], factor, -latest));
+          weight_sum[r] += weight;
+          weights[(ty * thread_rows + r) * Shape::weight_stride + tx + j * across] = weight;
+        }
+      }
+    }
+
+    cp_async_wait<0>();
+    __syncthreads();  // the values are there, and the keys are not in use any more
+    if (tile + 1 < last_tile) load_keys(tile + 1);
+    cp_async_commit();
+    if (edge) {
+      if (clear_nonfinite<float, chunks, keys>(bytes(tile_values), place, value_steps)) *found_nonfinite = 1;
+      __syncthreads();
+    }
+    if (in_use) {
+#pragma unroll 2
+      for (int k = 0; k < keys; k += 4) {
+        float4 w[thread_rows];
+#pragma unroll
+        for (int r = 0; r < thread_rows; ++r) {
+          w[r] = *reinterpret_cast<const float4*>(weights + (ty * thread_rows + r) * Shape::weight_stride + k);
+        }
+#pragma unroll
+        for (int i = 0; i < thread_columns; ++i) {
+          const int column = 4 * (tx + i * across);
+          if (column >= 4 * value_steps) continue;
+          const float* v = tile_values + k * Shape::stride + column;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float4 value = *reinterpret_cast<const float4*>(v + j * Shape::stride);
+#pragma unroll
+            for (int r = 0; r < thread_rows; ++r) {
+              const float weight = j == 0 ? w[r].x : j == 1 ? w[r].y : j == 2 ? w[r].z : w[r].w;
+              sums[r][i] = multiply_add(value, weight, sums[r][i]);
+            }
+          }
+        }
+      }
+    }
+  }
+  cp_async_wait<0>();
+
+#pragma unroll
+  for (int r = 0; r < thread_rows; ++r) {
+    float sum = weight_sum[r];
+#pragma unroll
+    for (int step = 1; step < across; step *= 2) sum += __shfl_xor_sync(all_lanes, sum, step);
+    const int row = ty * thread_rows + r;
+    if (tx == 0) all_sums[row] = {maximum[r], sum};
+    if (row >= count) continue;
+#pragma unroll
+    for (int i = 0; i < thread_columns; ++i) {
+      const int column = 4 * (tx + i * across);
+      if (column < a.width) {
+        write_result<float>(a, split, kv_head, first_row + row, column, sums[r][i], {maximum[r], sum});
+      }
+    }
+  }
+  __syncthreads();
+  if (*found_nonfinite == 0) return;
+  add_nonfinite<float, keys>(a, range, first_tile, last_tile, split, kv_head, first_row, count,
+                             [&](int row) { return all_sums[row]; });
+}
+
+}  // namespace specbranch::cuda

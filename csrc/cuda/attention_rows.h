@@ -1,0 +1,380 @@
+// What the attention kernels share: which keys a row sees, tiles of K and V in shared memory, and results.
+//
+// A row is one query head of one node: row r of KV head h is node r / G, query head h * G + r % G, with G query heads
+// for each KV head. Scores are in units of log2, so that exp2 serves.
+#pragma once
+
+#include <float.h>
+#include <math.h>
+
+#include "cuda/ptx.h"
+
+namespace specbranch::cuda {
+
+constexpr int attention_threads = 128;
+constexpr int attention_warps = attention_threads / warp_size;
+
+struct AttentionArguments {
+  const void *query, *keys, *values;
+  void* output;
+  const int64_t* prefix_length;
+  const uint64_t* ancestors;  // null: a chain
+  int64_t query_stride[2], key_stride[2], value_stride[2], output_stride[2], ancestor_stride;  // items, as in the shapes
+  int heads_per_kv, kv_heads, rows;  // rows: of one KV head
+  int dim, value_dim, width;         // width: value_dim rounded up to 4
+  int capacity, words;
+  int64_t window;  // 0: none
+  float factor;    // a product of query and key times this is a score, or twice tanh's argument when there is a cap
+  float cap;       // in units of log2; 0: none
+  int splits;      // blocks that share the keys of a row; one writes the output, more write partial results
+  float* partial;  // [splits, kv_heads, rows, width]: sums of weights times values
+  float2* sums;    // [splits, kv_heads, rows]: maximum score, sum of the weights 2^(score - maximum)
+  bool vector_query, vector_keys, vector_values, vector_output;  // aligned for vectors
+
+  __device__ int node(int row) const { return row / heads_per_kv; }
+  __device__ int head(int kv_head, int row) const { return kv_head * heads_per_kv + row % heads_per_kv; }
+};
+
+constexpr float empty_split = -1.0f;  // in place of a sum of weights: this split has no keys and wrote nothing else
+
+// ---- Which keys a row sees.
+
+__device__ inline uint64_t low_bits(int64_t count) {
+  return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1;
+}
+
+__device__ inline int tree_rows(const AttentionArguments& a, int node) {
+  const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
+#pragma unroll 1
+  for (int w = a.words - 1; w >= 0; --w) {
+    if (bits[w] != 0) return 64 * w + 64 - __clzll(static_cast<long long>(bits[w]));
+  }
+  return 0;
+}
+
+// The cache rows that a block reads. prefix_length and ancestors come from device memory and may hold anything: no row
+// outside [0, capacity) is visible.
+struct KeyRange {
+  int prefix;                    // clamped
+  int begin, end;                // no row of the block sees a key outside
+  int shared_begin, shared_end;  // every row sees the keys inside
+
+  // For nodes [first, last]; all lanes of the warp take part. `length` is what prefix_length holds.
+  __device__ KeyRange(const AttentionArguments& a, int64_t length, int first, int last) {
+    const auto clamped = [&](int64_t row) { return static_cast<int>(min(max(row, int64_t{0}), int64_t{a.capacity})); };
+    prefix = clamped(length);
+    int highest = last + 1, all_see = first + 1;   // tree rows that some node sees, and that every node sees
+    int deepest = last + 1, shallowest = first + 1;  // lengths of their paths
+    if (a.ancestors != nullptr) {
+      highest = all_see = deepest = 0;
+      shallowest = INT32_MAX;
+#pragma unroll 1
+      for (int node = first + static_cast<int>(threadIdx.x % warp_size); node <= last; node += warp_size) {
+        const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
+        int length_of_path = 0;
+#pragma unroll 1
+        for (int w = 0; w < a.words; ++w) {
+          if (bits[w] == 0) continue;
+          length_of_path += __popcll(bits[w]);
+          highest = max(highest, 64 * w + 64 - __clzll(static_cast<long long>(bits[w])));
+        }
+        deepest = max(deepest, length_of_path);
+        shallowest = min(shallowest, length_of_path);
+      }
+      for (int step = warp_size / 2; step > 0; step /= 2) {
+        highest = max(highest, __shfl_xor_sync(all_lanes, highest, step));
+        deepest = max(deepest, __shfl_xor_sync(all_lanes, deepest, step));
+        shallowest = min(shallowest, __shfl_xor_sync(all_lanes, shallowest, step));
+      }
+    }
+    end = clamped(int64_t{prefix} + highest);
+    shared_end = clamped(int64_t{prefix} + all_see);
+    begin = a.window == 0 ? 0 : clamped(prefix + shallowest - a.window);
+    shared_begin = a.window == 0 ? 0 : clamped(prefix + deepest - a.window);
+  }
+
+  // Tiles of `keys` cache rows [first, last) for one of several splits.
+  template <int keys>
+  __device__ void tiles(int split, int splits, int* first, int* last) const {
+    const int before = begin / keys, count = max((end + keys - 1) / keys - before, 0);
+    *first = before + static_cast<int>(int64_t{count} * split / splits);
+    *last = before + static_cast<int>(int64_t{count} * (split + 1) / splits);
+  }
+
+  // Whether some row of the block does not see all of the tile.
+  template <int keys>
+  __device__ bool is_edge(int tile) const {
+    return tile * keys < shared_begin || tile * keys + keys > shared_end;
+  }
+};
+
+// Ancestors in word w that the sliding window leaves: a path's last `window` nodes.
+__device__ inline uint64_t ancestor_word(const AttentionArguments& a, const uint64_t* bits, int w) {
+  if (w >= a.words) return 0;
+  uint64_t word = bits[w];
+  if (a.window != 0) {
+    int64_t left = a.window;
+#pragma unroll 1
+    for (int i = w + 1; i < a.words; ++i) left -= __popcll(bits[i]);
+#pragma unroll 1
+    for (int64_t drop = __popcll(word) - left; drop > 0 && word != 0; --drop) word &= word - 1;
+  }
+  return word;
+}
+
+// Bit k: the node sees cache row `row + k`.
+__device__ inline uint64_t visible_keys(const AttentionArguments& a, const KeyRange& range, int node, int row) {
+  const int64_t prefix = range.prefix;
+  if (a.ancestors == nullptr) {
+    const int64_t end = min(prefix + node + 1, int64_t{a.capacity});
+    const int64_t begin = a.window == 0 ? 0 : prefix + node + 1 - a.window;
+    return low_bits(end - row) & ~low_bits(begin - row);
+  }
+  const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
+  uint64_t visible = 0;
+  if (row < prefix) {
+    visible = low_bits(prefix - row);
+    if (a.window != 0) {
+      int64_t begin = prefix - a.window;
+#pragma unroll 1
+      for (int w = 0; w < a.words; ++w) begin += __popcll(bits[w]);
+      visible &= ~low_bits(begin - row);
+    }
+  }
+  const int64_t at = row - prefix;  // the tree row of bit 0
+  if (at > -64) {
+    if (at <= 0) {
+      visible |= ancestor_word(a, bits, 0) << -at;
+    } else {
+      const int w = static_cast<int>(at / 64), shift = static_cast<int>(at % 64);
+      visible |= ancestor_word(a, bits, w) >> shift;
+      if (shift != 0) visible |= ancestor_word(a, bits, w + 1) << (64 - shift);
+    }
+  }
+  return visible & low_bits(range.end - row);
+}
+
+// visible[r]: what the r-th row of a block sees of a tile, 0 behind its last row. Takes one thread for each row.
+__device__ inline void find_visible(const AttentionArguments& a, const KeyRange& range, int first_row, int count,
+                                    int block_rows, int tile_row, uint64_t* visible) {
+  const int r = thread_again();
+  if (r < block_rows) visible[r] = r < count ? visible_keys(a, range, a.node(first_row + r), tile_row) : 0;
+}
+
+// ---- Tiles in shared memory, in chunks of 16 bytes. place(row, chunk) is a chunk's offset.
+
+// Copies rows [first, first + rows) of a head into shared memory, as far as they lie before `end`; the rest, and what
+// lies behind `dim` in `used_chunks` chunks, becomes zeros. The vector copies are asynchronous.
+template <typename T, int chunks, int rows, typename Place>
+__device__ inline void load_tile(unsigned char* memory, SharedAddress address, const Place& place, const T* head,
+                                 int64_t stride, int first, int end, int dim, int used_chunks, bool vector) {
+  constexpr int items = 16 / sizeof(T);
+  const int thread = thread_again();
+  if (vector) {
+    constexpr int across = chunks & -chunks, down = attention_threads / across;
+    const int row = thread / across;
+#pragma unroll
+    for (int j = 0; j < chunks; j += across) {
+      const int chunk = thread % across + j;
+      if (chunk >= used_chunks) continue;
+      const int present_rows = chunk * items < dim ? end - first : 0;
+      const T* from = head + int64_t{first + row} * stride + chunk * items;
+#pragma unroll
+      for (int i = 0; i < rows; i += down, from += down * stride) {
+        cp_async_16(address + place(row + i, chunk), from, row + i < present_rows);
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int at = thread; at < rows * used_chunks * items; at += attention_threads) {
+    const int row = at / (used_chunks * items), d = at % (used_chunks * items);
+    T item = from_float<T>(0.0f);
+    if (d < dim && first + row < end) item = head[int64_t{first + row} * stride + d];
+    *reinterpret_cast<T*>(memory + place(row, d / items) + d % items * sizeof(T)) = item;
+  }
+}
+
+// The same for the queries of `count` of a block's rows.
+template <typename T, typename Place>
+__device__ inline void load_queries(const AttentionArguments& a, int kv_head, int first_row, int count, int rows,
+                                    unsigned char* memory, SharedAddress address, const Place& place, int used_chunks) {
+  constexpr int items = 16 / sizeof(T);
+#pragma unroll 1
+  for (int at = threadIdx.x; at < rows * used_chunks; at += attention_threads) {
+    const int row = at / used_chunks, chunk = at % used_chunks, r = first_row + row;
+    const T* from = static_cast<const T*>(a.query);
+    if (row < count) from += a.node(r) * a.query_stride[0] + a.head(kv_head, r) * a.query_stride[1] + chunk * items;
+    if (a.vector_query) {
+      cp_async_16(address + place(row, chunk), from, row < count && chunk * items < a.dim);
+      continue;
+    }
+    T* to = reinterpret_cast<T*>(memory + place(row, chunk));
+    for (int i = 0; i < items; ++i) {
+      to[i] = row < count && chunk * items + i < a.dim ? from[i] : from_float<T>(0.0f);
+    }
+  }
+}
+
+template <typename T>
+__device__ inline uint32_t without_nonfinite(uint32_t word) {
+  if constexpr (sizeof(T) == 4) {
+    return (word & 0x7F800000u) == 0x7F800000u ? 0 : word;
+  } else {
+    constexpr uint32_t exponent = std::is_same_v<T, Bfloat16> ? 0x7F80u : 0x7C00u;
+    if ((word & exponent) == exponent) word &= 0xFFFF0000u;
+    if ((word >> 16 & exponent) == exponent) word &= 0xFFFFu;
+    return word;
+  }
+}
+
+// A hidden key has the weight 0, and 0 times infinity or NaN is not 0: in a tile that not all rows see whole,
+// infinities and NaN among the values are replaced by zeros, and add_nonfinite() brings them to the rows that see them.
+// Returns whether the calling thread found any.
+template <typename T, int chunks, int rows, typename Place>
+__device__ inline bool clear_nonfinite(unsigned char* memory, const Place& place, int used_chunks) {
+  bool found = false;
+#pragma unroll 1
+  for (int at = thread_again(); at < rows * chunks; at += attention_threads) {
+    const int row = at / chunks, chunk = at % chunks;
+    if (chunk >= used_chunks) continue;
+    uint4* items = reinterpret_cast<uint4*>(memory + place(row, chunk));
+    const uint4 old = *items;
+    const uint4 clean = {without_nonfinite<T>(old.x), without_nonfinite<T>(old.y), without_nonfinite<T>(old.z),
+                         without_nonfinite<T>(old.w)};
+    if (clean.x == old.x && clean.y == old.y && clean.z == old.z && clean.w == old.w) continue;
+    *items = clean;
+    found = true;
+  }
+  return found;
+}
+
+// ---- Scores and weights.
+
+// Scores come as products of query and key. They are in units of log2 / factor, or of log2 after a transformation, which
+// a soft cap needs, and a factor that would turn maxima into minima.
+__device__ inline bool must_transform(const AttentionArguments& a) { return a.cap > 0.0f || !(a.factor > 0.0f); }
+
+template <int rows, int columns>
+__device__ inline void transform(const AttentionArguments& a, float (&products)[rows][columns]) {
+  if (a.cap > 0.0f) {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+#pragma unroll
+      for (int j = 0; j < columns; ++j) {  // cap * tanh
+        products[r][j] = a.cap - __fdividef(2.0f * a.cap, exp2_approximate(products[r][j] * a.factor) + 1.0f);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < rows; ++r) {
+#pragma unroll
+      for (int j = 0; j < columns; ++j) products[r][j] *= a.factor;
+    }
+  }
+}
+
+// A row's maximum before it has seen a score: finite, so that subtracting it from -infinity gives -infinity, not NaN.
+constexpr float lowest = -FLT_MAX;
+
+// ---- Results.
+
+// What a row's sum of weighted values is multiplied by. NaN marks a row that prefix_length or the node's ancestors send
+// beyond the cache; a row that sees nothing gives zeros.
+__device__ inline float output_factor(const AttentionArguments& a, int node, float sum) {
+  const int64_t prefix = *a.prefix_length;
+  const int rows = a.ancestors == nullptr ? node + 1 : tree_rows(a, node);
+  if (prefix < 0 || prefix > a.capacity - rows) return NAN;
+  if (sum == 0.0f && prefix == 0 && rows == 0) return 0.0f;
+  return 1.0f / sum;
+}
+
+template <typename T>
+__device__ inline void write_output(const AttentionArguments& a, int kv_head, int row, int column, float4 sum,
+                                    float factor) {
+  T* to = static_cast<T*>(a.output) + a.node(row) * a.output_stride[0] + a.head(kv_head, row) * a.output_stride[1] +
+          column;
+  const float4 o = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+  if (a.vector_output) {
+    if constexpr (sizeof(T) == 4) {
+      *reinterpret_cast<float4*>(to) = o;
+    } else {
+      *reinterpret_cast<uint2*>(to) = {pack<T>(o.x, o.y), pack<T>(o.z, o.w)};
+    }
+    return;
+  }
+  to[0] = from_float<T>(o.x);
+  if (column + 1 < a.value_dim) to[1] = from_float<T>(o.y);
+  if (column + 2 < a.value_dim) to[2] = from_float<T>(o.z);
+  if (column + 3 < a.value_dim) to[3] = from_float<T>(o.w);
+}
+
+// Four columns of a row's result: partial if there are several splits.
+template <typename T>
+__device__ inline void write_result(const AttentionArguments& a, int split, int kv_head, int row, int column,
+                                    float4 sum, float2 maximum_and_sum) {
+  if (a.splits == 1) {
+    return write_output<T>(a, kv_head, row, column, sum, output_factor(a, a.node(row), maximum_and_sum.y));
+  }
+  const int64_t at = (int64_t{split} * a.kv_heads + kv_head) * a.rows + row;
+  *reinterpret_cast<float4*>(a.partial + at * a.width + column) = sum;
+  if (column == 0) a.sums[at] = maximum_and_sum;
+}
+
+__device__ inline void write_empty(const AttentionArguments& a, int split, int kv_head, int first_row, int count) {
+  for (int r = threadIdx.x; r < count; r += attention_threads) {
+    const int64_t at = (int64_t{split} * a.kv_heads + kv_head) * a.rows + first_row + r;
+    a.sums[at] = {lowest, empty_split};
+  }
+}
+
+// Adds the values that clear_nonfinite() took away to the results of the rows that see them. Rare and slow: one warp
+// for each row, which goes once more through the keys that it sees in the edge tiles.
+template <typename T, int keys, typename RowSums>
+__device__ inline void add_nonfinite(const AttentionArguments& a, const KeyRange& range, int first_tile, int last_tile,
+                                     int split, int kv_head, int first_row, int count, const RowSums& row_sums) {
+  const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+#pragma unroll 1
+  for (int r = warp; r < count; r += attention_warps) {
+    const int row = first_row + r, node = a.node(row), head = a.head(kv_head, row);
+    const float2 sums = row_sums(r);
+    const T* query = static_cast<const T*>(a.query) + node * a.query_stride[0] + head * a.query_stride[1];
+#pragma unroll 1
+    for (int tile = first_tile; tile < last_tile; ++tile) {
+      if (!range.is_edge<keys>(tile)) continue;
+      uint64_t visible = visible_keys(a, range, node, tile * keys);
+      if (keys < 64) visible &= low_bits(keys);
+#pragma unroll 1
+      for (; visible != 0; visible &= visible - 1) {
+        const int64_t key_row = tile * keys + __ffsll(static_cast<long long>(visible)) - 1;
+        const T* value = static_cast<const T*>(a.values) + kv_head * a.value_stride[0] + key_row * a.value_stride[1];
+        const auto is_finite = [](float x) { return fabsf(x) < INFINITY; };
+        bool found = false;
+#pragma unroll 1
+        for (int d = lane; d < a.value_dim; d += warp_size) found |= !is_finite(to_float(value[d]));
+        if (!__any_sync(all_lanes, found)) continue;
+        const T* key = static_cast<const T*>(a.keys) + kv_head * a.key_stride[0] + key_row * a.key_stride[1];
+        float product = 0.0f;
+#pragma unroll 1
+        for (int d = lane; d < a.dim; d += warp_size) product = fmaf(to_float(query[d]), to_float(key[d]), product);
+        for (int step = warp_size / 2; step > 0; step /= 2) product += __shfl_xor_sync(all_lanes, product, step);
+        float score[1][1] = {{product}};
+        transform(a, score);
+        const float weight = exp2_approximate(score[0][0] - sums.x);
+#pragma unroll 1
+        for (int d = lane; d < a.value_dim; d += warp_size) {
+          const float v = to_float(value[d]);
+          if (is_finite(v)) continue;
+          if (a.splits == 1) {
+            T* to = static_cast<T*>(a.output) + node * a.output_stride[0] + head * a.output_stride[1] + d;
+            *to = from_float<T>(to_float(*to) + weight * v * output_factor(a, node, sums.y));
+          } else {
+            a.partial[((int64_t{split} * a.kv_heads + kv_head) * a.rows + row) * a.width + d] += weight * v;
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace specbranch::cuda

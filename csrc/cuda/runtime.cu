@@ -1,0 +1,34 @@
+#include "cuda/runtime.h"
+
+#include <cuda_runtime.h>
+
+namespace specbranch::cuda {
+namespace {
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+}  // namespace
+
+std::string runtime_report() {
+  int runtime = 0, driver = 0, count = 0;
+  cudaRuntimeGetVersion(&runtime);
+  cudaDriverGetVersion(&driver);
+  std::string text = "runtime " + version_text(runtime) + ", ";
+  text += driver == 0 ? "no driver" : "driver for CUDA " + version_text(driver);
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // it is sticky, and the next launch would report it
+    return text + ": " + cudaGetErrorString(error);
+  }
+  for (int device = 0; device < count; ++device) {
+    cudaDeviceProp properties;
+    if (cudaGetDeviceProperties(&properties, device) != cudaSuccess) continue;
+    text += (device ? "; " : ": ") + std::string(properties.name) + " (" + std::to_string(properties.major) + "." +
+            std::to_string(properties.minor) + ")";
+  }
+  return text;
+}
+
+}  // namespace specbranch::cuda

@@ -1,0 +1,228 @@
+// Tree attention on CUDA: the keys of a KV head are split over blocks (flash-decoding, arXiv 2205.14135 and its sequel
+// for few queries), each block keeps running maxima and sums over its tiles (online softmax), and a second launch merges
+// the partial results by their log-sum-exp. Rows are nodes x query heads of a KV head; all of them share the tiles of K
+// and V. 16-bit inputs go to tensor cores (attention_mma.h), float32 to plain cores (attention_plain.h).
+//
+// Floor: the bytes of K and V once, 2 * kv_heads * length * head_dim items; from about 64 rows for each KV head on, the
+// products, 4 * nodes * query_heads * length * head_dim floating-point operations, take as long.
+//
+// For a captured graph the grid depends on shapes only: splits come from the number of heads, rows and the capacity. A
+// block reads prefix_length and takes its share of the tiles that are in use, so a short prefix in a large cache still
+// keeps all blocks busy. The mask is made from ancestor bits, in the tiles that not every row of a block sees whole.
+//
+// Bad data cannot raise here. Rows of the cache beyond the capacity are never read; the output of a query that
+// prefix_length or its ancestors send there is NaN. A query that sees nothing gives zeros.
+//
+// Bits: the same arguments give the same bits, in any run; so do other strides, a chain given as ancestors, and other
+// contents of hidden rows. They do depend on the number of queries and heads, on the capacity and on prefix_length: these
+// decide how keys are split, and in what order their parts are added.
+#include "tree_attention.h"
+
+#include <algorithm>
+
+#include "cuda/attention_mma.h"
+#include "cuda/attention_plain.h"
+
+namespace specbranch::cuda {
+namespace {
+
+constexpr int64_t target_blocks = 264;  // two for each multiprocessor of an H100: one wave
+constexpr int64_t min_split_keys = 64;
+constexpr int64_t max_dim = 256;
+constexpr int64_t largest_block_rows = 128;
+
+// One block for each row of the output: its warps share the splits.
+template <typename T>
+__global__ void __launch_bounds__(attention_threads) merge_splits(const __grid_constant__ AttentionArguments a) {
+  const int row = blockIdx.x, kv_head = blockIdx.y;
+  const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
+  const int64_t first = int64_t{kv_head} * a.rows + row, step = int64_t{a.kv_heads} * a.rows;
+
+  float maximum = lowest;
+  for (int s = lane; s < a.splits; s += warp_size) {
+    const float2 sums = a.sums[first + s * step];
+    if (sums.y != empty_split) maximum = fmaxf(maximum, sums.x);
+  }
+  for (int lanes = warp_size / 2; lanes > 0; lanes /= 2) {
+    maximum = fmaxf(maximum, __shfl_xor_sync(all_lanes, maximum, lanes));
+  }
+
+  constexpr int columns = max_dim / (4 * warp_size);  // times 4, of a lane
+  float4 total[columns] = {};
+  float weights = 0.0f;
+#pragma unroll 4
+  for (int s = warp; s < a.splits; s += attention_warps) {
+    const float2 sums = a.sums[first + s * step];
+    if (sums.y == empty_split) continue;
+    const float share = exp2_approximate(sums.x - maximum);
+    weights = fmaf(sums.y, share, weights);
+    const float* part = a.partial + (first + s * step) * a.width;
+#pragma unroll
+    for (int i = 0; i < columns; ++i) {
+      const int column = 4 * (lane + i * warp_size);
+      if (column < a.width) {
+        total[i] = multiply_add(*reinterpret_cast<const float4*>(part + column), share, total[i]);
+      }
+    }
+  }
+
+  float4* const all = shared_memory<float4>();  // [warps, max_dim / 4]
+  float* const all_weights = reinterpret_cast<float*>(all + attention_warps * max_dim / 4);
+#pragma unroll
+  for (int i = 0; i < columns; ++i) all[warp * max_dim / 4 + lane + i * warp_size] = total[i];
+  if (lane == 0) all_weights[warp] = weights;
+  __syncthreads();
+  const int column = 4 * threadIdx.x;
+  if (column >= a.width) return;
+  float4 sum = {};
+  weights = 0.0f;
+  for (int w = 0; w < attention_warps; ++w) {
+    weights += all_weights[w];
+    sum = multiply_add(all[w * max_dim / 4 + threadIdx.x], 1.0f, sum);
+  }
+  write_output<T>(a, kv_head, row, column, sum, output_factor(a, a.node(row), weights));
+}
+
+int64_t split_count(int64_t blocks, int64_t capacity) {
+  return std::max<int64_t>(1, std::min(target_blocks / std::max<int64_t>(blocks, 1), capacity / min_split_keys));
+}
+
+// Whether the base, the strides and the length of a tensor's rows are multiples of `bytes`.
+bool aligned(const Tensor& t, int64_t bytes) {
+  uint64_t bits = reinterpret_cast<uint64_t>(t.data) | static_cast<uint64_t>(t.shape[t.dims - 1] * t.item_bytes);
+  for (int i = 0; i < t.dims - 1; ++i) {
+    if (t.shape[i] > 1) bits |= static_cast<uint64_t>(t.stride[i] * t.item_bytes);
+  }
+  return bits % bytes == 0;
+}
+
+struct Grid {
+  int64_t block_rows;
+  AttentionArguments* arguments;
+  const TreeAttentionParams* params;
+
+  // Decides about the splits; kernel(arguments, …) then runs once for each block of rows, split and KV head.
+  template <typename Kernel, typename... More>
+  void run(Kernel kernel, int shared_bytes, More... more) const {
+    AttentionArguments& a = *arguments;
+    const int64_t blocks = divide_up(a.rows, block_rows);
+    a.splits = static_cast<int>(split_count(blocks * a.kv_heads, a.capacity));
+    a.partial = static_cast<float*>(params->launch.workspace);
+    a.sums = reinterpret_cast<float2*>(a.partial + int64_t{a.splits} * a.kv_heads * a.rows * a.width);
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.splits), static_cast<unsigned>(a.kv_heads));
+    launch("tree_attention", kernel, params->launch, grid, dim3(attention_threads), shared_bytes, a, more...);
+  }
+};
+
+template <typename T, int Dim, bool wide>
+void run_mma(const TreeAttentionParams& p, AttentionArguments& a, int row_warps) {
+  using Shape = MmaShape<Dim>;
+  const Grid grid{row_warps * Shape::warp_rows, &a, &p};
+  grid.run(attend_mma<T, Dim, wide>, Shape::shared_bytes(row_warps), row_warps);
+}
+
+template <typename T>
+void attend(const TreeAttentionParams& p, AttentionArguments& a, int dim) {
+  if (dim <= 128) {
+    constexpr int warp_rows = MmaShape<128>::warp_rows;
+    if (a.rows <= 2 * warp_rows) return run_mma<T, 128, false>(p, a, a.rows <= warp_rows ? 1 : 2);
+    if (dim <= 64) return run_mma<T, 64, true>(p, a, attention_warps);
+    if (dim <= 96) return run_mma<T, 96, true>(p, a, attention_warps);
+    return run_mma<T, 128, true>(p, a, attention_warps);
+  }
+  if (a.rows <= 2 * MmaShape<256>::warp_rows) return run_mma<T, 256, false>(p, a, 2);
+  run_mma<T, 256, true>(p, a, attention_warps);
+}
+
+template <int Dim, bool wide>
+void run_plain(const TreeAttentionParams& p, AttentionArguments& a) {
+  using Shape = PlainShape<Dim, wide>;
+  const Grid grid{Shape::rows, &a, &p};
+  grid.run(attend_plain<Dim, wide>, Shape::shared_bytes);
+}
+
+template <>
+void attend<float>(const TreeAttentionParams& p, AttentionArguments& a, int dim) {
+  if (dim <= 128) return a.rows <= 8 ? run_plain<128, false>(p, a) : run_plain<128, true>(p, a);
+  a.rows <= 8 ? run_plain<256, false>(p, a) : run_plain<256, true>(p, a);
+}
+
+template <typename T>
+void run(const TreeAttentionParams& p) {
+  const Tensor &query = p.query, &keys = p.keys, &values = p.values, &output = p.output;
+  const int64_t nodes = query.shape[0], kv_heads = keys.shape[0], capacity = keys.shape[1];
+  const int64_t dim = std::max(query.shape[2], values.shape[2]), heads_per_kv = query.shape[1] / kv_heads;
+  if (query.shape[2] > max_dim) {
+    fail("query: expected at most 256 elements per head on CUDA, got shape " + shape_text(query));
+  }
+  if (values.shape[2] > max_dim) {
+    fail("values: expected at most 256 elements per head on CUDA, got shape " + shape_text(values));
+  }
+  if (capacity > INT32_MAX - 256 || kv_heads > 65535) {
+    fail("keys: expected at most 65535 heads and fewer than 2^31 - 256 rows on CUDA, got shape " + shape_text(keys));
+  }
+  const int64_t words = p.chain ? 0 : p.ancestors.shape[1];
+  if (nodes * heads_per_kv > INT32_MAX - 256 || nodes * words > INT32_MAX / 64) {
+    fail("query: expected fewer nodes on CUDA, got shape " + shape_text(query));
+  }
+
+  AttentionArguments a{};
+  a.query = query.data;
+  a.keys = keys.data;
+  a.values = values.data;
+  a.output = output.data;
+  a.prefix_length = p.prefix_length.as<const int64_t>();
+  a.ancestors = p.chain ? nullptr : p.ancestors.as<const uint64_t>();
+  for (int i = 0; i < 2; ++i) {
+    a.query_stride[i] = query.stride[i];
+    a.key_stride[i] = keys.stride[i];
+    a.value_stride[i] = values.stride[i];
+    a.output_stride[i] = output.stride[i];
+  }
+  a.ancestor_stride = p.chain ? 0 : p.ancestors.stride[0];
+  a.heads_per_kv = static_cast<int>(heads_per_kv);
+  a.kv_heads = static_cast<int>(kv_heads);
+  a.rows = static_cast<int>(nodes * heads_per_kv);
+  a.dim = static_cast<int>(query.shape[2]);
+  a.value_dim = static_cast<int>(values.shape[2]);
+  a.width = static_cast<int>(divide_up(values.shape[2], 4) * 4);
+  a.capacity = static_cast<int>(capacity);
+  a.words = static_cast<int>(words);
+  a.window = p.sliding_window;
+  const double log2_e = 1.4426950408889634;
+  a.cap = static_cast<float>(p.softcap * log2_e);
+  a.factor = static_cast<float>(p.scale * log2_e * (p.softcap > 0 ? 2.0 / p.softcap : 1.0));
+  a.vector_query = aligned(query, 16);
+  a.vector_keys = aligned(keys, 16);
+  a.vector_values = aligned(values, 16);
+  a.vector_output = aligned(output, 4 * output.item_bytes);
+
+  attend<T>(p, a, static_cast<int>(dim));
+  if (a.splits > 1) {
+    launch("tree_attention (merge)", merge_splits<T>, p.launch,
+           dim3(static_cast<unsigned>(a.rows), static_cast<unsigned>(a.kv_heads)), dim3(attention_threads),
+           attention_warps * (max_dim * sizeof(float) + sizeof(float)), a);
+  }
+}
+
+}  // namespace
+
+int64_t tree_attention_workspace(int64_t nodes, int64_t query_heads, int64_t kv_heads, int64_t value_dim,
+                                 int64_t capacity) {
+  if (kv_heads < 1) return 0;
+  const int64_t rows = nodes * (query_heads / kv_heads);
+  const int64_t splits = split_count(divide_up(rows, largest_block_rows) * kv_heads, capacity);
+  const int64_t width = divide_up(value_dim, 4) * 4;
+  return splits == 1 ? 0 : splits * kv_heads * rows * (width + 2) * static_cast<int64_t>(sizeof(float));
+}
+
+void tree_attention(const TreeAttentionParams& params) {
+  if (params.query.shape[0] == 0 || params.values.shape[2] == 0) return;
+  switch (params.query.dtype) {
+    case Dtype::float32: return run<float>(params);
+    case Dtype::bfloat16: return run<Bfloat16>(params);
+    default: return run<Float16>(params);
+  }
+}
+
+}  // namespace specbranch::cuda

@@ -1,0 +1,158 @@
+"""verify_rejection: speculative sampling in its classical form, from the logits of target and draft."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _library
+from ._library import int64_scalar, register
+
+
+class RejectionVerification(NamedTuple):
+    """What `verify_rejection` returns; both int64 [].
+
+    accepted: how many drafted tokens are kept: tokens[1] to tokens[accepted].
+    next_token: the token that follows them.
+    """
+
+    accepted: Tensor
+    next_token: Tensor
+
+
+def _kernel(
+    target_logits: Tensor,
+    draft_logits: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    seed: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    block: bool,
+) -> tuple[Tensor, Tensor]:
+    accepted, next_token = torch.empty_like(seed), torch.empty_like(seed)
+    _library.core.verify_rejection(
+        target_logits,
+        draft_logits,
+        tokens,
+        positions,
+        seed,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        block,
+        accepted,
+        next_token,
+        _library.launch_handle(target_logits),
+        _library.workspace(
+            target_logits,
+            "verify_rejection",
+            positions.numel(),
+            target_logits.shape[-1:].numel(),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+        ),
+    )
+    return accepted, next_token
+
+
+def _fake(
+    target_logits: Tensor,
+    draft_logits: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    seed: Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    block: bool,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(seed), torch.empty_like(seed)
+
+
+_op = register(
+    "verify_rejection(Tensor target_logits, Tensor draft_logits, Tensor tokens, Tensor positions, Tensor seed, "
+    "float temperature, int top_k, float top_p, float min_p, bool block) -> (Tensor, Tensor)",
+    _kernel,
+    _fake,
+)
+
+
+def verify_rejection(
+    target_logits: Tensor,
+    draft_logits: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    *,
+    block: bool = False,
+    seed: int | Tensor = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> RejectionVerification:
+    """Accept drafted tokens with the chance that leaves the target's law, and draw the token that follows them.
+
+    Speculative sampling in its classical form: from a draft that drew its tokens from distributions of its own. With
+    P the target's and D the draft's probabilities after the filters, drafted token x is accepted with chance
+    min(1, P(x) / D(x)), and after the first rejection the next token is drawn from max(P - D, 0), scaled to a sum
+    of 1; after the last accepted token, from P (Leviathan, Kalman and Matias, arXiv 2211.17192; Chen et al., arXiv
+    2302.01318). With `block` the chances are those of the whole path: p = min(1, p P(x) / D(x)) along it; the
+    accepted tokens are those up to the last one whose coin says yes, with chance p at the end and else with
+    r / (r + 1 - p), r the sum of max(p P - D, 0), from which the next token is then drawn (Sun et al., arXiv
+    2403.10444, algorithm 2). That accepts no fewer tokens on average, and often more.
+
+    Unlike `verify`, the text for one seed depends on the draft; its law is the target's. Weights exp(z - max z) count
+    in units of 2^-40, and a token below that has probability 0.
+
+    What the law rests on: given the text so far, tokens[i + 1] was drawn from the filtered distribution of
+    draft_logits[i], with randomness that nothing before depends on. `draft_sample` draws so, but its noise at a
+    position is the same in every call with one seed: after a rejection, draft the next tokens with another seed.
+    The coins are keyed by (seed, positions[0], place in the chain) and the next token's draw by (seed, its
+    position), so that calls on one text, of which each starts behind the tokens of the last one, share none.
+
+    Args:
+        target_logits: float32, bfloat16 or float16 [n, V] with V up to 2^22; row i holds the logits after node i of
+            the chain (the root, then n - 1 drafted tokens). Rows may have any stride. -inf masks a token.
+        draft_logits: the same dtype [n - 1, V]; row i is what tokens[i + 1] was drawn from. (Where the two models pad
+            their vocabularies differently, pass views of the tokens that both have.)
+        tokens: int64 [n]; the root's is ignored. The first drafted token outside 0 to V - 1, such as -1 for padding,
+            ends the chain: no row behind it is read, and the token in its place is drawn from P. A drafted token with
+            D(x) = 0, which the draft cannot have drawn, is rejected in the same way.
+        positions: int64 [n], the absolute position of the token that row i predicts.
+        block: False verifies token by token, True the chain as a block.
+        seed: int or int64 [].
+        temperature: 0 or more. At 0 both distributions are 1 on the lowest of the largest logits, and the filters are
+            not applied.
+        top_k: 0 is off.
+        top_p: above 0; 1 is off.
+        min_p: 0 is off.
+
+    Returns:
+        A `RejectionVerification`.
+
+    Raises:
+        ValueError: wrong shape, dtype or range, NaN or +inf in the logits, or a row that masks every token; the
+            message names the tensor and the row. On a CUDA device bad values do not raise: next_token is then -1,
+            with nothing accepted.
+    """
+    return RejectionVerification(
+        *_op(
+            target_logits,
+            draft_logits,
+            tokens,
+            positions,
+            int64_scalar(seed, "seed", positions.device),
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            block,
+        )
+    )
