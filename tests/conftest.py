@@ -5,6 +5,9 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
+
+import implementations
 import pytest
 from transformers.utils import logging
 
@@ -22,3 +25,10 @@ logging.disable_progress_bar()
 def bundled_pair() -> SpecBranch:
     """The bundled target and draft in float32."""
     return SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32")
+
+
+@pytest.fixture(scope="module", params=implementations.NAMES)
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test of a module that uses it runs on the CPU kernels, the emulated CUDA kernels and, if there is a device,
+    the CUDA kernels."""
+    yield from implementations.use(request.param)

@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from implementations import on_cpu
 
 from specbranch_ext import ancestor_mask, reference
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def check(parents: list[int]) -> None:
@@ -51,6 +54,7 @@ def test_chains_and_stars_at_word_boundaries(n):
     check([-1] * n)
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("parents", "message"),
     [
@@ -66,6 +70,7 @@ def test_a_parent_must_come_before_its_child(parents, message):
             function(torch.tensor(parents))
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("parents", "message"),
     [

@@ -6,8 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import on_cpu
 
 from specbranch_ext import draft_sample, reference, verify
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 FILTERS = [
     {},
@@ -120,6 +123,7 @@ def bad(**changes):
     return {**arguments, **changes}
 
 
+@on_cpu
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
 @pytest.mark.parametrize(
     ("arguments", "message"),

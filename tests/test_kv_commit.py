@@ -6,9 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import on_cpu
 from torch import Tensor
 
 from specbranch_ext import kv_commit, reference
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 CAPACITY = 40
 
@@ -112,6 +115,7 @@ def test_no_buffers_and_empty_buffers():
     kv_commit([torch.empty(0, 5, 4), torch.empty(2, 5, 0)], torch.tensor([3, 1]), 0)
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("rows", "start", "message"),
     [
@@ -133,6 +137,7 @@ def test_rows_and_start_out_of_range(rows, start, message):
             reference.kv_commit(buffers, torch.tensor(rows), start)
 
 
+@on_cpu
 def test_nothing_moves_when_a_later_buffer_is_too_small():
     buffers = [torch.randn(2, CAPACITY, 8), torch.randn(2, 10, 8)]
     before = [buffer.clone() for buffer in buffers]
@@ -141,6 +146,7 @@ def test_nothing_moves_when_a_later_buffer_is_too_small():
     assert all(torch.equal(a, b) for a, b in zip(buffers, before, strict=True))
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("buffer", "rows", "message"),
     [
@@ -156,6 +162,7 @@ def test_bad_input(buffer, rows, message):
         kv_commit([buffer], rows, 0)
 
 
+@on_cpu
 @pytest.mark.parametrize("start", [torch.tensor([1]), torch.tensor(1.0)])
 def test_bad_start(start):
     with pytest.raises(ValueError, match="start: expected an int or an int64 tensor"):

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from implementations import on_cpu
 
 from specbranch_ext import gumbel_noise, reference
 from specbranch_ext.reference import gumbel_noise as noise_reference
 from specbranch_ext.reference.noise import GUMBEL, gumbel, noise_words, philox
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 # Known answers published with Random123 (kat_vectors, philox4x32 with 10 rounds): counter, key, output.
 KNOWN_ANSWERS = [
@@ -84,6 +87,7 @@ def test_noise_touches_no_global_generator():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("positions", "vocabulary", "seed", "name"),
     [

@@ -8,11 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import on_cpu
 from torch import Tensor
 
 import specbranch_ext
 from specbranch_ext import ancestor_mask, reference, tree_attention
 from specbranch_ext.reference.tree_attention import ancestor_matrix
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 VARIANTS = [
@@ -166,6 +169,7 @@ def test_queries_may_be_any_nodes_of_the_tree():
         assert torch.equal(actual, expected[nodes])
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("prefix", [0, 70, 1500])
 @pytest.mark.parametrize("n", [8, 70])
@@ -304,6 +308,7 @@ def bad(**changes):
     return {**arguments, **{name: change(arguments[name]) for name, change in changes.items()}}
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -334,6 +339,7 @@ def test_bad_input(changes, message):
         tree_attention(**bad(**changes))
 
 
+@on_cpu
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"sliding_window": 0}, "sliding_window"), ({"softcap": 0.0}, "softcap"), ({"softcap": float("nan")}, "softcap")],
@@ -360,6 +366,7 @@ def test_compiles_without_graph_breaks():
     assert torch.equal(compiled(query, torch.tensor(PREFIX)), expected)
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"sliding_window": 100}, {"softcap": 20.0}])
 @pytest.mark.parametrize("length", [7, 64, 300, 513, 1040])

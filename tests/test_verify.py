@@ -4,8 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from implementations import on_cpu
 
 from specbranch_ext import reference, verify
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 FILTERS = [
     {},
@@ -190,6 +193,7 @@ def with_value(value: float, token: int = 5) -> torch.Tensor:
     return logits
 
 
+@on_cpu
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -235,6 +239,7 @@ def test_bad_input_is_named(options, arguments, message):
         verify(**{**options, **arguments})
 
 
+@on_cpu
 @pytest.mark.parametrize("vocabulary", [9, 20_000])
 @pytest.mark.parametrize("where", [0, 7, 8, -1])
 def test_one_nan_is_found_anywhere(vocabulary, where):

@@ -1,0 +1,100 @@
+"""Bad data on a device: a kernel cannot raise without waiting for it, so it marks what is wrong and stays in bounds."""
+
+import pytest
+import torch
+from implementations import NAMES
+
+from specbranch_ext import ancestor_mask, draft_sample, kv_commit, tree_attention, verify
+
+pytestmark = [
+    pytest.mark.usefixtures("implementation"),
+    pytest.mark.parametrize("implementation", NAMES[1:], indirect=True, scope="module"),
+]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
+def test_verify_accepts_nothing_when_a_row_cannot_be_sampled(options, value):
+    logits = torch.randn(4, 1000, generator=torch.Generator().manual_seed(1))
+    tokens, parents, positions = torch.zeros(4, dtype=torch.int64), torch.arange(4) - 1, torch.arange(4)
+    clean = verify(logits, tokens, parents, positions, **options)
+    logits[2, 7:] = value
+    if value < 0:
+        logits[2] = value
+    result = verify(logits, tokens, parents, positions, **options)
+    assert result.target_tokens.tolist() == [*clean.target_tokens[:2].tolist(), -1, clean.target_tokens[3].item()]
+    assert result.path.tolist() == [-1] * 4
+    assert (result.accepted, result.next_token) == (0, -1)
+
+
+def test_verify_reports_values_that_overflow_with_the_temperature():
+    logits = torch.full((1, 10), 1e38)
+    arguments = (torch.zeros(1, dtype=torch.int64), torch.tensor([-1]), torch.tensor([0]))
+    assert verify(logits, *arguments, temperature=0.1).next_token == -1
+
+
+def test_verify_walks_no_parent_out_of_order():
+    logits = torch.zeros(4, 10)
+    logits[:, 3] = 5.0
+    tokens = torch.tensor([0, 3, 3, 3])
+    for parents in ([-1, 7, -5, 2**40], [5, 5, 5, 5], [-1, 1, 2, 3], [-1, 3, 0, 1]):
+        result = verify(logits, tokens, torch.tensor(parents), torch.arange(4))
+        assert result.next_token == 3
+        assert 0 <= result.accepted <= 3
+    assert result.path.tolist() == [2, -1, -1, -1]  # node 1's parent comes later, node 3's never is on the path
+
+
+def test_draft_sample_marks_the_row():
+    logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
+    clean = draft_sample(logits, torch.arange(3), 4, temperature=1.0)
+    logits[1, 499] = float("nan")
+    result = draft_sample(logits, torch.arange(3), 4, temperature=1.0)
+    assert result.tokens[1].tolist() == [-1] * 4
+    assert result.scores[1].tolist() == [-float("inf")] * 4
+    assert result.confidence[1].tolist() == [0.0] * 4
+    assert result.entropy[1].isnan()
+    for row in (0, 2):
+        for ours, before in zip(result, clean, strict=True):
+            assert torch.equal(ours[row], before[row])
+
+
+def test_ancestor_mask_gives_nothing_below_a_parent_that_is_not_earlier():
+    result = ancestor_mask(torch.tensor([-1, 0, 2, 2, 1, -7, 99]))
+    assert result.depths.tolist() == [0, 1, -1, -1, 2, -1, -1]
+    assert result.ancestors.flatten().tolist() == [0b1, 0b11, 0, 0, 0b10011, 0, 0]
+
+
+def test_kv_commit_moves_no_row_out_of_range():
+    buffer = torch.arange(10.0).reshape(1, 10, 1).repeat(2, 1, 8)
+    guard = buffer.clone()
+    kv_commit([buffer], torch.tensor([5, -1, 10, 2**40, 6]), 2)
+    assert buffer[0, :, 0].tolist() == [0, 1, 5, 3, 4, 5, 6, 7, 8, 9]  # the last one is in place already
+    for start in (-3, 9, 2**40, -(2**40)):
+        buffer.copy_(guard)
+        kv_commit([buffer], torch.tensor([5, 4]), start)
+        expected = guard.clone()
+        for i, row in enumerate((5, 4)):
+            if 0 <= start + i < 10:
+                expected[:, start + i] = guard[:, row]
+        assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 20])
+def test_tree_attention_reads_no_row_beyond_the_cache(n, dtype):
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(n, 4, 64, generator=generator).to(dtype)
+    keys, values = torch.randn(2, 2, 40, 64, generator=generator).to(dtype)
+    bits = torch.full((n, 1), -1)
+    for prefix in (30, 39, 40, 41, 2**40, -1, -(2**40)):  # the tree's bits go on behind the cache
+        assert tree_attention(query, keys, values, prefix, bits).isnan().all()
+    bits[0] = 1
+    assert not tree_attention(query, keys, values, 39, bits)[0].isnan().any()  # the others do not matter to it
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [2, 20])
+def test_a_query_that_sees_nothing_gets_zeros(n, dtype):
+    query, keys, values = (torch.randn(n, 2, 64).to(dtype), *torch.randn(2, 2, 40, 64).to(dtype))
+    result = tree_attention(query, keys, values, 0, torch.zeros(n, 1, dtype=torch.int64))
+    assert not result.any()

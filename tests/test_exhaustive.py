@@ -1,0 +1,105 @@
+"""All small cases, without a sample: every tree of up to five nodes, every token in it, every row of a grid of logits.
+
+What a verdict depends on is the tree, which drafted tokens equal the target's, and the target's tokens. With two
+tokens every pattern of equality occurs; the sampling of each row is enumerated apart, on up to four tokens.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from specbranch_ext import ancestor_mask, draft_sample, reference, verify
+
+pytestmark = pytest.mark.usefixtures("implementation")
+
+FILTERS = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 0.5, "top_k": 1},
+    {"temperature": 1.0, "top_k": 2},
+    {"temperature": 1.0, "top_p": 0.5},
+    {"temperature": 2.0, "top_p": 0.9},
+    {"temperature": 1.0, "min_p": 0.3},
+    {"temperature": 1.0, "top_k": 3, "top_p": 0.7, "min_p": 0.1},
+]
+
+
+def all_parents(n: int) -> Iterator[tuple[int, ...]]:
+    """Every assignment of an earlier node, or none, to nodes 1 to n - 1."""
+    yield from itertools.product([-1], *(range(-1, node) for node in range(1, n)))
+
+
+def walk(parents: tuple[int, ...], tokens: tuple[int, ...], target: tuple[int, ...]) -> list[int]:
+    """The accepted path by its definition: from the root, on to the first child that carries the target's token."""
+    path, node = [], 0
+    while True:
+        matching = [i for i in range(1, len(parents)) if parents[i] == node and tokens[i] == target[node]]
+        if not matching:
+            return path
+        node = matching[0]
+        path.append(node)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_every_tree_with_every_pattern_of_equal_tokens(n, implementation):
+    positions = torch.arange(n)
+    targets = list(itertools.product(range(2), repeat=n))
+    if implementation == "emulated" and n > 3:
+        # Slower: with any one row of targets, the tokens alone give every pattern of equality.
+        targets = [targets[1], targets[len(targets) // 3]]
+    logits = {target: torch.eye(2)[list(target)] for target in targets}
+    token_rows = [(tokens, torch.tensor(tokens)) for tokens in itertools.product([0], *[range(2)] * (n - 1))]
+    for parents in all_parents(n):
+        parent_row = torch.tensor(parents)
+        for tokens, token_row in token_rows:
+            for target, target_logits in logits.items():
+                result = verify(target_logits, token_row, parent_row, positions)
+                path = walk(parents, tokens, target)
+                assert result.path.tolist() == path + [-1] * (n - len(path)), (parents, tokens, target)
+                assert result.next_token == target[path[-1] if path else 0]
+                assert result.accepted == len(path)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_reference_walks_the_same(n, implementation):
+    if implementation != "cpu":
+        return  # the reference is the same for all
+    for parents in all_parents(n):
+        for tokens in itertools.product([0], *[range(2)] * (n - 1)):
+            target = tuple(hash((parents, tokens, i)) % 2 for i in range(n))
+            row = (torch.eye(2)[list(target)], torch.tensor(tokens), torch.tensor(parents), torch.arange(n))
+            path = walk(parents, tokens, target)
+            assert reference.verify(*row).path.tolist() == path + [-1] * (n - len(path))
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 4])
+def test_every_row_of_the_grid(vocabulary, options, implementation):
+    values = [-torch.inf, -2.0, 0.0, 1.0]
+    rows = [row for row in itertools.product(values, repeat=vocabulary) if max(row) > -torch.inf]
+    emulated = implementation == "emulated"  # slower: fewer draws
+    draws = 1 if emulated else 40
+    logits = torch.tensor(rows).repeat(draws, 1)
+    n = len(logits)
+    unused, positions = torch.full((n,), -1), torch.arange(n) // len(rows)
+    for seed in (2**40 + 1,) if emulated else (0, 2**40 + 1):
+        ours = verify(logits, unused, unused, positions, seed=seed, **options)
+        expected = reference.verify(logits, unused, unused, positions, seed=seed, **options)
+        assert torch.equal(ours.target_tokens, expected.target_tokens)
+        for k in {1, vocabulary} if emulated else range(1, vocabulary + 1):
+            sample = draft_sample(logits, positions, k, seed=seed, **options)
+            wanted = reference.draft_sample(logits, positions, k, seed=seed, **options)
+            assert torch.equal(sample.tokens, wanted.tokens)
+            assert torch.equal(sample.scores, wanted.scores)
+            torch.testing.assert_close(sample.confidence, wanted.confidence, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(sample.entropy, wanted.entropy, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_the_ancestors_of_every_tree(n):
+    for parents in all_parents(n):
+        ours, expected = ancestor_mask(torch.tensor(parents)), reference.ancestor_mask(torch.tensor(parents))
+        assert torch.equal(ours.ancestors, expected.ancestors)
+        assert torch.equal(ours.depths, expected.depths)
