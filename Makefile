@@ -1,6 +1,7 @@
 # make demo   text from the bundled pair, plain and with SpecBranch      make test   the tests
 # make lint   ruff and mypy                                              make bench  the benchmarks
-# make clean  remove what was built
+# make gate   the CUDA kernels for every architecture (needs nvcc)       make clean  remove what was built
+# make sanitize  the emulated CUDA kernels under sanitizers
 #
 # Needed: Python 3.10 or newer, and g++ (or clang++). Everything else comes from pip, into $(VENV).
 
@@ -20,7 +21,7 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 96
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test lint bench clean install
+.PHONY: demo test lint bench gate sanitize clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -33,6 +34,12 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gate: install
+	$(BIN)/python scripts/cuda_gate.py
+
+sanitize: install
+	$(BIN)/python scripts/sanitize.py
 
 bench: install
 	$(BIN)/specbranch bench --target $(TARGET) --draft $(DRAFT) --prompts $(PROMPTS) $(BENCH_OPTIONS)

@@ -1,0 +1,67 @@
+"""Run the tests of the ops on the emulated CUDA kernels, built with the address and undefined-behaviour sanitizers.
+
+    python scripts/sanitize.py [--build-dir build/sanitize] [PYTEST ARGUMENTS]
+
+Only with g++ on Linux: Python itself is not built with the sanitizers, so their runtimes are loaded first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Sizes that take long under a sanitizer are left to the ordinary run.
+TESTS = [
+    "tests/test_device_data.py",
+    "tests/test_kv_commit.py",
+    "tests/test_ancestor_mask.py",
+    "tests/test_verify.py",
+    "tests/test_draft_sample.py",
+    "tests/test_tree_attention.py",
+    "tests/test_verify_rejection.py",
+]
+SELECTED = "emulated and not (16403 or 20000 or layout or peaked or 1300 or (100 and 1) or opcheck or registration)"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build-dir", type=Path, default=ROOT / "build" / "sanitize")
+    arguments, rest = parser.parse_known_args()
+
+    import pybind11
+
+    build_dir = arguments.build_dir.resolve()
+    for command in (
+        [
+            *("cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", "-DSPECBRANCH_CUDA=0"),
+            *("-DSPECBRANCH_EMULATED=ON", "-DSPECBRANCH_SANITIZE=ON", f"-DSPECBRANCH_MODULE_DIR={build_dir}"),
+            *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+        ],
+        ["cmake", "--build", str(build_dir), "--target", "_emulated"],
+    ):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            print(done.stdout)
+            return 1
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": ":".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are not ours
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "SPECBRANCH_EMULATED_MODULE": str(build_dir),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTED, *(rest or TESTS)]
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
