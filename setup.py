@@ -43,7 +43,9 @@ class CMakeBuild(build_ext):
             f"-DSPECBRANCH_MODULE_DIR={module.parent}",
             f"-DSPECBRANCH_CUDA={os.environ.get('SPECBRANCH_CUDA', 'auto')}",
             f"-DSPECBRANCH_CUDA_ARCHITECTURES={os.environ.get('SPECBRANCH_CUDA_ARCHITECTURES', '')}",
-            f"-DSPECBRANCH_EMULATED={'ON' if self.editable_mode else 'OFF'}",  # only the tests use it
+            # Only the tests use it. Beside the sources, because setuptools knows of one module only.
+            f"-DSPECBRANCH_EMULATED={'ON' if self.editable_mode else 'OFF'}",
+            f"-DSPECBRANCH_EMULATED_DIR={ROOT / 'specbranch_ext'}",
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]
         subprocess.run(configure, check=True)

@@ -39,7 +39,7 @@ def main() -> int:
     for command in (
         [
             *("cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", "-DSPECBRANCH_CUDA=0"),
-            *("-DSPECBRANCH_EMULATED=ON", "-DSPECBRANCH_SANITIZE=ON", f"-DSPECBRANCH_MODULE_DIR={build_dir}"),
+            *("-DSPECBRANCH_EMULATED=ON", "-DSPECBRANCH_SANITIZE=ON", f"-DSPECBRANCH_EMULATED_DIR={build_dir}"),
             *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
         ],
         ["cmake", "--build", str(build_dir), "--target", "_emulated"],

@@ -395,6 +395,18 @@ def test_bad_values_on_a_device_give_no_token(implementation, options, arguments
         assert tuple(map(int, verify_rejection(**{**options, **arguments}))) == (0, -1)
 
 
+def test_a_device_takes_1024_rows(implementation):
+    if implementation == "cpu":
+        pytest.skip("takes any number")
+    for n in (1024, 1025):
+        arguments = (torch.zeros(n, 2), torch.zeros(n - 1, 2), torch.zeros(n, dtype=torch.int64), positions_of(n))
+        if n == 1024:
+            assert verify_rejection(*arguments).accepted == 1023
+        else:
+            with pytest.raises(ValueError, match=r"^target_logits: expected at most 1024 rows on a CUDA device"):
+                verify_rejection(*arguments)
+
+
 @on_cpu
 def test_opcheck():
     arguments = (*chain(3, 40, 0), torch.zeros(3, dtype=torch.int64), positions_of(3), torch.tensor(3))

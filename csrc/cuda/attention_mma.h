@@ -5,8 +5,8 @@
 // twice the accumulators would not fit the registers), so that each fragment of K and V read from shared memory serves
 // two products: with 16 rows, reading them would be slower than the products.
 //   wide:   four warps side by side, 128 (64) rows that share a tile, each warp all keys of it
-//   narrow: one or two warps of rows and four or two that share the keys of a tile, and merge at the end
-// Both are bound by the bytes of K and V while rows are few, so rows are padded and there is no kernel for less than 16.
+//   narrow: one or two warps of rows, and four or two that share the keys of a tile and are merged at the end
+// Few rows are padded, not left to plain cores: the bytes of K and V take longer than the products even so.
 #pragma once
 
 #include "cuda/attention_rows.h"
@@ -37,7 +37,9 @@ struct MmaShape {
   // Eight rows of a matrix that ldmatrix reads lie in different banks: chunks are exchanged within groups of 8 (of 4,
   // where 8 do not divide a row).
   static constexpr int exchanged_chunks = chunks % 8 == 0 ? 8 : 4;
-  __device__ static constexpr int exchange(int row) { return (exchanged_chunks == 8 ? row : row / 2) % exchanged_chunks; }
+  __device__ static constexpr int exchange(int row) {
+    return (exchanged_chunks == 8 ? row : row / 2) % exchanged_chunks;
+  }
   __device__ static constexpr int place(int row, int chunk) { return row * row_bytes + (chunk ^ exchange(row)) * 16; }
 
   // The offset of chunk 2 * step (+ 1) of a row, from that of chunk 0 (1).
@@ -64,6 +66,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
   constexpr int groups = wide ? keys / 16 : 1;  // of 16 keys, that one softmax step takes
 
   static_assert(sizeof(BlockState) <= Shape::state_bytes, "room for the state");
+  static_assert(Shape::shared_bytes(wide ? attention_warps : 2) <= attention_shared_bytes, "fits every device");
   BlockState& state = *shared_memory<BlockState>();
   const KeyRange& range = state.range;
   unsigned char* const memory = shared_memory<unsigned char>() + Shape::state_bytes;
@@ -80,9 +83,10 @@ __global__ void __launch_bounds__(attention_threads, 2)
   const int count = min(block_rows, a.rows - first_row);
   // In steps of 16 columns. A wide kernel is compiled for its head dimension; the narrow one leaves out what a smaller
   // one does not need, four steps at once, so that their loads need not wait for each other.
-  const int steps = wide ? Dim / 16 : (a.dim + 63) / 64 * 4, value_steps = wide ? Dim / 16 : (a.value_dim + 63) / 64 * 4;
+  const int steps = wide ? Dim / 16 : (a.dim + 63) / 64 * 4;
+  const int value_steps = wide ? Dim / 16 : (a.value_dim + 63) / 64 * 4;
 
-  load_queries<T>(a, kv_head, first_row, count, block_rows, memory, address, place, 2 * steps);
+  load_queries<T, Shape::chunks>(a, kv_head, first_row, count, block_rows, memory, address, place, 2 * steps);
   if (warp == 0) {
     const KeyRange found(a, prefix_length, a.node(first_row), a.node(first_row + count - 1));
     int first, last;
@@ -115,9 +119,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
 
   const auto load = [&](int tile) {
     const int to = tiles_offset + tile % 2 * 2 * Shape::tile_bytes;
-    load_tile<T, Shape::chunks, keys>(memory + to, address + to, place,
-                                      static_cast<const T*>(state.keys), a.key_stride[1], tile * keys, range.end,
-                                      a.dim, 2 * steps, a.vector_keys);
+    load_tile<T, Shape::chunks, keys>(memory + to, address + to, place, static_cast<const T*>(state.keys),
+                                      a.key_stride[1], tile * keys, range.end, a.dim, 2 * steps, a.vector_keys);
     load_tile<T, Shape::chunks, keys>(memory + to + Shape::tile_bytes, address + to + Shape::tile_bytes, place,
                                       static_cast<const T*>(state.values), a.value_stride[1], tile * keys, range.end,
                                       a.value_dim, 2 * value_steps, a.vector_values);
@@ -134,13 +137,15 @@ __global__ void __launch_bounds__(attention_threads, 2)
     const int tile_values = tile_keys + Shape::tile_bytes;
     if (range.is_edge<keys>(tile)) {
       find_visible(a, range, state.first_row, state.count, block_rows, tile * keys, visible);
-      if (clear_nonfinite<T, Shape::chunks, keys>(memory + tile_values, place, 2 * value_steps)) state.found_nonfinite = 1;
+      if (clear_nonfinite<T, Shape::chunks, keys>(memory + tile_values, place, 2 * value_steps)) {
+        state.found_nonfinite = 1;
+      }
       __syncthreads();
     }
     if (state.count <= row_warp * warp_rows) continue;  // the warp has no rows
 
-    // The lane gives ldmatrix the address of one row, eight columns wide, of the four matrices that make up 16 x 16. They
-    // are taken column by column for queries and values, row by row for keys: so a factor's registers are neighbours.
+    // The lane gives ldmatrix the address of one row, eight columns wide, of the four matrices that make up 16 x 16.
+    // They are taken column by column for queries and values, row by row for keys: a factor's registers are neighbours.
     const int lane = thread_again() % warp_size;
     const int lane_row = lane % 16, lane_start = (lane / 16 ^ Shape::exchange(lane_row)) * 16;
     const int lane_key = lane % 8 + lane / 16 * 8, lane_key_start = (lane / 8 % 2 ^ Shape::exchange(lane_key)) * 16;
@@ -284,9 +289,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
   }
   __syncthreads();
 
-  const auto slot_of = [&](int row, int k) {
-    return (k * row_warps + row / warp_rows) * warp_rows + row % warp_rows;
-  };
+  const auto slot_of = [&](int row, int k) { return (k * row_warps + row / warp_rows) * warp_rows + row % warp_rows; };
   const auto row_sums = [&](int row) {
     float top = lowest, sum = 0.0f;
     for (int k = 0; k < key_warps; ++k) top = fmaxf(top, all_weights[slot_of(row, k)].x);

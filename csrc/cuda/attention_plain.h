@@ -20,8 +20,8 @@ struct PlainShape {
   static constexpr int thread_columns = Dim / (4 * across);  // times 4
   static constexpr int stride = Dim + 4, weight_stride = keys + 4;  // floats; rows then lie in different banks
   static constexpr int query_floats = rows * stride, tile_floats = keys * stride;
-  static constexpr int shared_bytes =
-      4 * (query_floats + 2 * tile_floats + rows * (weight_stride + 2 + 2) + 1);
+  static constexpr int shared_bytes = 4 * (query_floats + 2 * tile_floats + rows * (weight_stride + 2 + 2) + 1);
+  static_assert(shared_bytes <= attention_shared_bytes, "fits every device");
 };
 
 __device__ inline float dot(float4 a, float4 b, float sum) {
@@ -56,7 +56,8 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
   const int count = min(Shape::rows, a.rows - first_row);
   const int steps = (a.dim + 3) / 4, value_steps = (a.value_dim + 3) / 4;
 
-  load_queries<float>(a, kv_head, first_row, count, Shape::rows, bytes(queries), shared_address(queries), place, steps);
+  load_queries<float, chunks>(a, kv_head, first_row, count, Shape::rows, bytes(queries), shared_address(queries), place,
+                              steps);
   const KeyRange range(a, prefix_length, a.node(first_row), a.node(first_row + count - 1));
   int first_tile, last_tile;
   range.tiles<keys>(split, a.splits, &first_tile, &last_tile);
@@ -77,11 +78,13 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
   const float factor = transformed ? 1.0f : a.factor;
 
   float4 sums[thread_rows][thread_columns] = {};
-  float maximum[thread_rows], weight_sum[thread_rows];
+  // By key modulo 32, so that the order of the sum, and its bits, are the same in narrow and wide blocks.
+  constexpr int key_classes = 32 / across;
+  float maximum[thread_rows], weight_sums[thread_rows][key_classes];
 #pragma unroll
   for (int r = 0; r < thread_rows; ++r) {
     maximum[r] = lowest;
-    weight_sum[r] = 0.0f;
+    for (int c = 0; c < key_classes; ++c) weight_sums[r][c] = 0.0f;
   }
   if (threadIdx.x == 0) *found_nonfinite = 0;
 
@@ -138,7 +141,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
         const float change = exp2_approximate(maximum[r] - latest);
         if (latest != maximum[r]) {
           maximum[r] = latest;
-          weight_sum[r] *= change;
+          for (int c = 0; c < key_classes; ++c) weight_sums[r][c] *= change;
 #pragma unroll
           for (int i = 0; i < thread_columns; ++i) {
             float4& sum = sums[r][i];
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
 #pragma unroll
         for (int j = 0; j < thread_keys; ++j) {
           const float weight = exp2_approximate(fmaf(products[r][j], factor, -latest));
-          weight_sum[r] += weight;
+          weight_sums[r][j % key_classes] += weight;
           weights[(ty * thread_rows + r) * Shape::weight_stride + tx + j * across] = weight;
         }
       }
@@ -192,9 +195,10 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
 
 #pragma unroll
   for (int r = 0; r < thread_rows; ++r) {
-    float sum = weight_sum[r];
+    float sum = weight_sums[r][0];
+    for (int c = 1; c < key_classes; ++c) sum += weight_sums[r][c];
 #pragma unroll
-    for (int step = 1; step < across; step *= 2) sum += __shfl_xor_sync(all_lanes, sum, step);
+    for (int step = across / 2; step > 0; step /= 2) sum += __shfl_xor_sync(all_lanes, sum, step);
     const int row = ty * thread_rows + r;
     if (tx == 0) all_sums[row] = {maximum[r], sum};
     if (row >= count) continue;

@@ -13,13 +13,14 @@ namespace specbranch::cuda {
 
 constexpr int attention_threads = 128;
 constexpr int attention_warps = attention_threads / warp_size;
+constexpr int attention_shared_bytes = 99 * 1024;  // what a block may have on compute capability 8.6, 8.9 and 12.0
 
 struct AttentionArguments {
   const void *query, *keys, *values;
   void* output;
   const int64_t* prefix_length;
   const uint64_t* ancestors;  // null: a chain
-  int64_t query_stride[2], key_stride[2], value_stride[2], output_stride[2], ancestor_stride;  // items, as in the shapes
+  int64_t query_stride[2], key_stride[2], value_stride[2], output_stride[2], ancestor_stride;  // in items
   int heads_per_kv, kv_heads, rows;  // rows: of one KV head
   int dim, value_dim, width;         // width: value_dim rounded up to 4
   int capacity, words;
@@ -195,23 +196,34 @@ __device__ inline void load_tile(unsigned char* memory, SharedAddress address, c
   }
 }
 
-// The same for the queries of `count` of a block's rows.
-template <typename T, typename Place>
+// The same for the queries of a block: `count` rows from `first_row` on, of `rows` that there is room for.
+template <typename T, int chunks, typename Place>
 __device__ inline void load_queries(const AttentionArguments& a, int kv_head, int first_row, int count, int rows,
                                     unsigned char* memory, SharedAddress address, const Place& place, int used_chunks) {
   constexpr int items = 16 / sizeof(T);
+  constexpr int across = chunks & -chunks, down = attention_threads / across;
+  const int first = threadIdx.x / across, heads = a.heads_per_kv;
+  int node = a.node(first_row + first), head = (first_row + first) % heads;  // division is slow: once is enough
 #pragma unroll 1
-  for (int at = threadIdx.x; at < rows * used_chunks; at += attention_threads) {
-    const int row = at / used_chunks, chunk = at % used_chunks, r = first_row + row;
+  for (int row = first; row < rows; row += down) {
+    const bool present = row < count;
     const T* from = static_cast<const T*>(a.query);
-    if (row < count) from += a.node(r) * a.query_stride[0] + a.head(kv_head, r) * a.query_stride[1] + chunk * items;
-    if (a.vector_query) {
-      cp_async_16(address + place(row, chunk), from, row < count && chunk * items < a.dim);
-      continue;
+    if (present) from += node * a.query_stride[0] + (kv_head * heads + head) * a.query_stride[1];
+    for (int chunk = threadIdx.x % across; chunk < used_chunks; chunk += across) {
+      if (a.vector_query) {
+        cp_async_16(address + place(row, chunk), from + chunk * items, present && chunk * items < a.dim);
+        continue;
+      }
+      T* to = reinterpret_cast<T*>(memory + place(row, chunk));
+      for (int i = 0; i < items; ++i) {
+        to[i] = present && chunk * items + i < a.dim ? from[chunk * items + i] : from_float<T>(0.0f);
+      }
     }
-    T* to = reinterpret_cast<T*>(memory + place(row, chunk));
-    for (int i = 0; i < items; ++i) {
-      to[i] = row < count && chunk * items + i < a.dim ? from[i] : from_float<T>(0.0f);
+    node += down / heads;
+    head += down % heads;
+    if (head >= heads) {
+      head -= heads;
+      ++node;
     }
   }
 }
@@ -251,8 +263,8 @@ __device__ inline bool clear_nonfinite(unsigned char* memory, const Place& place
 
 // ---- Scores and weights.
 
-// Scores come as products of query and key. They are in units of log2 / factor, or of log2 after a transformation, which
-// a soft cap needs, and a factor that would turn maxima into minima.
+// Scores come as products of query and key. They are in units of log2 / factor, or of log2 after a transformation:
+// a soft cap needs one, and a factor that would turn maxima into minima.
 __device__ inline bool must_transform(const AttentionArguments& a) { return a.cap > 0.0f || !(a.factor > 0.0f); }
 
 template <int rows, int columns>

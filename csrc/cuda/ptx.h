@@ -39,12 +39,16 @@ struct PendingCopies {
   };
   std::vector<Copy> copies;
   int64_t open_group = 0;
+  decltype(emulator::thread_serial()) serial = 0;
 
   // Those of the running CUDA thread: resident blocks differ in the address of their shared memory.
   static PendingCopies& mine() {
     static thread_local std::map<std::pair<const void*, unsigned>, PendingCopies> all;
     const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-    return all[{emulator::shared_memory(), thread}];
+    PendingCopies& pending = all[{emulator::shared_memory(), thread}];
+    // What a kernel that failed has left behind at the same place is not this thread's.
+    if (pending.serial != emulator::thread_serial()) pending = {{}, 0, emulator::thread_serial()};
+    return pending;
   }
 
   void finish(int64_t before_group) {
@@ -78,7 +82,8 @@ __device__ inline void cp_async_16(SharedAddress to, const void* from, bool pres
   memset(to, 0xFF, 16);
   pending.copies.push_back({to, present ? from : nullptr, pending.open_group});
 #else
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(present ? 16 : 0) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(present ? 16 : 0)
+               : "memory");
 #endif
 }
 

@@ -57,7 +57,7 @@ struct RowMaxShared {
 };
 
 template <typename T>
-__global__ void __launch_bounds__(row_max_threads) row_max_kernel(const RowMaxArguments a) {
+__device__ void find_row_max(const RowMaxArguments& a) {
   RowMaxShared& shared = *shared_memory<RowMaxShared>();
   const int64_t row_index = blockIdx.x / a.pieces;
   const int32_t piece = static_cast<int32_t>(blockIdx.x % a.pieces);
@@ -114,6 +114,11 @@ __global__ void __launch_bounds__(row_max_threads) row_max_kernel(const RowMaxAr
   mass = 0.0f;
   for (const float part : shared.warp_mass) mass += part;
   a.masses[blockIdx.x] = mass;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(row_max_threads) row_max_kernel(const RowMaxArguments a) {
+  find_row_max<T>(a);
 }
 
 // False for a row with NaN, +inf, nothing but -inf, or values that overflow when scaled.

@@ -100,6 +100,8 @@ class RowSampler {
   __device__ Best& best() { return best_; }
   __device__ float z(int32_t token) const { return row_[token] * a_.inverse_temperature; }
   __device__ float z_max() const { return z_max_; }
+  // What top-k and top-p keep has this z or more.
+  __device__ float threshold() const { return threshold_; }
   // Sums over all kept tokens, in units of 2^-40: of weights, and of weights times z_max - z.
   __device__ Word64 kept() const { return kept_; }
   __device__ Word64 kept_distance() const { return kept_distance_; }
@@ -154,7 +156,7 @@ class RowSampler {
   Word64* const list_key_;
   const NoiseKey noise_key_;
   bool usable_ = false;
-  float z_max_ = 0.0f;
+  float z_max_ = 0.0f, threshold_ = lowest_finite;
   Word64 kept_ = 0, kept_distance_ = 0;
 };
 
@@ -197,13 +199,12 @@ __device__ bool RowSampler<T, Best, statistics>::run() {
       return true;
     }
     if (!publish()) return false;
-    float threshold = lowest_finite;
-    if (!searches() || find_threshold(bracket, threshold)) {
-      merge_list(threshold);
+    if (!searches() || find_threshold(bracket, threshold_)) {
+      merge_list(threshold_);
       return true;
     }
     // The bracket misled: the same once more, with the threshold, for the whole row.
-    bracket.low = bracket.top = threshold;
+    bracket.low = bracket.top = threshold_;
     begin = 0;
     groups = row_.groups();
     reader = Reader(row_, thread, groups);

@@ -1,10 +1,11 @@
-// Tree attention on CUDA: the keys of a KV head are split over blocks (flash-decoding, arXiv 2205.14135 and its sequel
-// for few queries), each block keeps running maxima and sums over its tiles (online softmax), and a second launch merges
-// the partial results by their log-sum-exp. Rows are nodes x query heads of a KV head; all of them share the tiles of K
-// and V. 16-bit inputs go to tensor cores (attention_mma.h), float32 to plain cores (attention_plain.h).
+// Tree attention on CUDA: the keys of a KV head are split over blocks (as in Flash-Decoding), each block keeps running
+// maxima and sums over its tiles (online softmax, arXiv 2205.14135), and a second launch merges the partial results by
+// their log-sum-exp. Rows are nodes x query heads of a KV head; all of them share the tiles of K and V. 16-bit inputs go
+// to tensor cores (attention_mma.h), float32 to plain cores (attention_plain.h).
 //
-// Floor: the bytes of K and V once, 2 * kv_heads * length * head_dim items; from about 64 rows for each KV head on, the
-// products, 4 * nodes * query_heads * length * head_dim floating-point operations, take as long.
+// Floor: the bytes of K and V once, 2 * kv_heads * length * head_dim items. A byte of 16-bit keys or values takes part in
+// one operation for each row, so with as many rows as a device does operations in the time of a byte (about 200 on an
+// H100) the 4 * nodes * query_heads * length * head_dim operations take as long.
 //
 // For a captured graph the grid depends on shapes only: splits come from the number of heads, rows and the capacity. A
 // block reads prefix_length and takes its share of the tiles that are in use, so a short prefix in a large cache still
@@ -14,8 +15,8 @@
 // prefix_length or its ancestors send there is NaN. A query that sees nothing gives zeros.
 //
 // Bits: the same arguments give the same bits, in any run; so do other strides, a chain given as ancestors, and other
-// contents of hidden rows. They do depend on the number of queries and heads, on the capacity and on prefix_length: these
-// decide how keys are split, and in what order their parts are added.
+// contents of hidden rows and of other queries. They do depend on the number of queries and heads, on the capacity and
+// on prefix_length: these decide how keys are split, and in what order their parts are added.
 #include "tree_attention.h"
 
 #include <algorithm>

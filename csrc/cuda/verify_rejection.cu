@@ -1,26 +1,25 @@
-// verify_rejection (see verify_rejection.h for the arithmetic) in three launches, because each needs what the one before
-// found in whole rows: the weights need the largest logit, the residual the sums of the weights. Between launches travel
-// a few numbers for each row; nothing of the logits' size is written.
+// verify_rejection (see verify_rejection.h for the arithmetic) in three launches, because each needs what the one
+// before found in whole rows: the weights need the largest logit, the residual the sums of the weights. Between
+// launches travel a few numbers for each row; nothing of the logits' size is written.
 //
-//   1. max_kernel: the largest logit of each piece of all 2n - 1 rows.
-//   2. weigh_kernel: the sum of the weights that the filters keep. With top-k or top-p, a sample of the row brackets the
-//      threshold, the pass lists the tokens inside the bracket, and the block of the row that ends last finds the exact
-//      threshold among them (threshold.h); where the sample misled, in the row itself.
+//   1. max_kernel: the largest logit of each piece of all 2n - 1 rows (row_max.h).
+//   2. weigh_kernel: the threshold of the filters and the sum of the weights that they keep (row_sampler.h, without
+//      noise, so that its only candidate is the largest logit).
 //   3. residual_kernel: each block works out the chances of the chain, a few numbers, and sums the residual of its
 //      piece: of one row token-wise, and of every row for block verification, whose coins need the sums. The block that
 //      ends last tosses those coins and draws: from the pieces' sums it knows which piece to look at.
 // At temperature 0 the largest logits decide and greedy_kernel replaces the last two.
 //
-// Floor: the logits' bytes once from memory and twice more from the L2 cache (token-wise the third pass reads two rows).
+// Floor: the logits' bytes once from memory and twice more from the L2 cache (token-wise the third pass reads two
+// rows).
 //
-// A row with NaN, +inf, only -inf or an overflow cannot raise here: where the chain has one, next_token is -1, with nothing
-// accepted.
+// A row with NaN, +inf, only -inf or an overflow cannot raise here: where the chain has one, next_token is -1, with
+// nothing accepted.
 #include "verify_rejection.h"
 
 #include <climits>
 
-#include "cuda/bracket.h"
-#include "cuda/row_max.h"
+#include "cuda/row_sampler.h"
 
 namespace specbranch::cuda {
 namespace {
@@ -32,16 +31,15 @@ constexpr int residual_threads = 256;
 constexpr int residual_warps = residual_threads / warp_size;
 constexpr int greedy_threads = 256;
 
-// A row as the later launches see it. Cleared by the first.
+// A row as the last launch sees it, written by the second.
 struct RowInfo {
-  Word64 sum;           // of the kept tokens' weights
-  Word64 all, above;    // of all tokens' weights; of the tokens above the bracket (top-k: their number)
-  unsigned listed, finished;
+  Word64 sum;  // of the kept tokens' weights
   float z_max, threshold;
   int32_t argmax;
   int32_t usable;
 };
 
+// What the chain's walk needs. Rows are the target's, then the draft's: 2n - 1.
 struct Arguments {
   const void *target, *draft;
   int64_t target_stride, draft_stride;
@@ -49,15 +47,13 @@ struct Arguments {
   int64_t *accepted, *next_token;
   int32_t n, vocabulary;
   float inverse_temperature, min_p;
-  bool block, search_count, search_mass;
-  double top_k, top_p;
-  int32_t max_pieces, max_groups, weigh_pieces, weigh_groups, residual_pieces, residual_groups, list_capacity;
+  bool block;
+  int32_t max_pieces, residual_pieces, residual_groups;
   // Workspace.
-  Word64* maxima;      // [2n - 1, max_pieces]: keys of the largest logits
-  RowInfo* info;       // [2n - 1]: the target's rows, then the draft's
-  Word64* parts;       // [n, residual_pieces], or one row of them token-wise
-  float* list;         // [2n - 1, list_capacity]: z of tokens inside the bracket
-  unsigned* finished;  // blocks of the last launch
+  const Word64* maxima;  // [rows, max_pieces]: keys of the largest logits
+  RowInfo* info;         // [rows]
+  Word64* parts;         // [n, residual_pieces], or one row of them token-wise
+  unsigned* finished;    // blocks of the last launch
 
   template <typename T>
   __device__ LogitRow<T> row(int32_t i) const {
@@ -69,215 +65,31 @@ struct Arguments {
   }
 };
 
-// By one warp: the key of a row's largest logit.
-__device__ inline Word64 row_key(const Arguments& a, int32_t row_index) {
-  const Word64* maxima = a.maxima + static_cast<int64_t>(row_index) * a.max_pieces;
-  Word64 key = 0;
-  for (int i = lane_index(); i < a.max_pieces; i += warp_size) key = larger(key, maxima[i]);
-  return warp_max(key);
+// ---- The first two launches: row_max.h and row_sampler.h for the rows of both tensors. Blocks from first_of_draft on
+// read the draft, through a pointer that makes its first row number n.
+
+template <typename T>
+__global__ void __launch_bounds__(row_max_threads)
+    max_kernel(const __grid_constant__ RowMaxArguments target, const __grid_constant__ RowMaxArguments draft,
+               unsigned first_of_draft) {
+  find_row_max<T>(blockIdx.x < first_of_draft ? target : draft);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(row_max_threads) max_kernel(const __grid_constant__ Arguments a) {
-  Word64* warp_best = shared_memory<Word64>();
-  const int32_t row_index = static_cast<int32_t>(blockIdx.x) / a.max_pieces;
-  const int32_t piece = static_cast<int32_t>(blockIdx.x) % a.max_pieces;
-  if (piece == 0 && threadIdx.x == 0) {
-    a.info[row_index] = RowInfo{};
-    if (row_index == 0) *a.finished = 0;
-  }
-  const LogitRow<T> row = a.row<T>(row_index);
-  const int32_t begin = piece * a.max_groups, end = min(begin + a.max_groups, row.groups());
-  GroupReader<T, row_max_threads> reader(row, begin + static_cast<int32_t>(threadIdx.x), end);
-  Word64 best = 0;
-  int32_t token = group_tokens * (begin + static_cast<int32_t>(threadIdx.x));
-  constexpr int unroll = 4;  // loads in flight
-  for (int32_t base = begin; base < end; base += unroll * row_max_threads) {
-    Group groups[unroll];
-#pragma unroll
-    for (Group& group : groups) group = reader.next();
-#pragma unroll
-    for (const Group& group : groups) {
-#pragma unroll
-      for (int j = 0; j < group_tokens; ++j) {
-        const float x = group.x[j];
-        best = larger(best, x != x ? nan_key : candidate_key(x, token + j));
-      }
-      token += group_tokens * row_max_threads;
-    }
-  }
-  best = warp_max(best);
-  if (lane_index() == 0) warp_best[warp_index()] = best;
-  __syncthreads();
-  if (threadIdx.x != 0) return;
-  for (int w = 1; w < row_max_threads / warp_size; ++w) best = larger(best, warp_best[w]);
-  a.maxima[blockIdx.x] = best;
-}
-
-// ---- The second launch.
-
-struct WeighShared {
-  union {
-    SelectShared select;
-    BracketShared bracket;
-  };
-  Word64 warps[4][sampler_warps];
-  Word64 key;
-  bool is_last;
-};
-
-// What the threshold is searched in: the row's list, or all of it.
-template <typename T>
-struct Entries {
-  const LogitRow<T>& row;
-  const float* list;
-  uint32_t listed;
-  bool of_list, by_mass;
-  float inverse_temperature, z_max;
-
-  __device__ uint32_t count() const { return of_list ? listed : static_cast<uint32_t>(row.vocabulary); }
-  __device__ float z(uint32_t i) const {
-    return of_list ? __ldcg(list + i) : row[static_cast<int32_t>(i)] * inverse_temperature;
-  }
-  __device__ Word64 key(uint32_t i) const { return ordered(z(i)); }
-  __device__ Word64 mass(uint32_t i) const { return FixedPoint(exp_nonpositive(z(i) - z_max)).value(); }
-  __device__ Word64 weight(uint32_t i) const { return by_mass ? mass(i) : 1; }
-  // By all threads: the weights of what a threshold and min-p keep.
-  __device__ Word64 sum(Word64 cut, float min_p, Word64 (&warps)[sampler_warps]) const {
-    Word64 mine = 0;
-    for (uint32_t i = threadIdx.x; i < count(); i += sampler_threads) {
-      const float w = exp_nonpositive(z(i) - z_max);
-      if (key(i) >= cut && w >= min_p) mine += FixedPoint(w).value();
-    }
-    return block_sum(mine, warps);
-  }
-};
-
-// By all threads of the row's last block: sets the row's threshold and sum. False when the bracket misled.
-template <typename T>
-__device__ bool find_threshold(const Arguments& a, WeighShared& s, Entries<T> entries, const Bracket& bracket,
-                               Word64 above, Word64 all, Word64 kept_above, RowInfo& info) {
-  const Word64 largest = ordered(entries.z_max), lowest = ordered(lowest_finite);
-  Word64 low = larger(ordered(bracket.low), lowest), high = ordered(bracket.top), cut = lowest;
-  if (high > largest) high = largest;
-  const bool has_all_above = bracket.top == infinity, has_all_below = low == lowest;
-  const auto search = [&](double target) {
-    if (!has_all_above && !(static_cast<double>(above) < target)) return false;
-    return (low <= high && radix_select(s.select, entries, low, high, above, target, true, cut)) || has_all_below;
-  };
-  if (a.search_count) {
-    entries.by_mass = false;
-    if (!search(a.top_k)) return false;
-  }
-  if (a.search_mass) {
-    entries.by_mass = true;
-    if (a.search_count) {  // the list reaches up to the largest token, and goes down to the cut at least
-      all = entries.sum(cut, 0.0f, s.warps[0]);
-      above = 0;
-      low = cut;
-    }
-    if (!search(a.top_p * static_cast<double>(all)) && !a.search_count) return false;
-  }
-  const Word64 sum = kept_above + entries.sum(cut, a.min_p, s.warps[1]);
-  if (threadIdx.x == 0) {
-    info.threshold = from_ordered(static_cast<uint32_t>(cut));
-    info.sum = sum;
-  }
-  return true;
-}
-
-template <typename T, bool search>
-__global__ void __launch_bounds__(sampler_threads) weigh_kernel(const __grid_constant__ Arguments a) {
-  WeighShared& s = *shared_memory<WeighShared>();
-  const int32_t row_index = static_cast<int32_t>(blockIdx.x) / a.weigh_pieces;
-  const int32_t piece = static_cast<int32_t>(blockIdx.x) % a.weigh_pieces;
-  const LogitRow<T> row = a.row<T>(row_index);
-  RowInfo& info = a.info[row_index];
-
-  if (warp_index() == 0) {
-    const Word64 key = row_key(a, row_index);
-    if (lane_index() == 0) s.key = key;
-  }
-  __syncthreads();
-  const Word64 max_key = s.key;
-  if (!usable(max_key, a.inverse_temperature)) return;  // info says so already
-  const float z_max = key_score(max_key) * a.inverse_temperature;
-  if (piece == 0 && threadIdx.x == 0) {
-    info.z_max = z_max;
-    info.argmax = key_token(max_key);
-    info.usable = 1;
-    if (!search) info.threshold = lowest_finite;
-  }
-
-  Bracket bracket{lowest_finite, infinity};
-  // The pass. Without a search every token lies above the bracket, and nothing is listed.
-  MassSum kept, all, above;
-  unsigned number_above = 0;
-  float* list = a.list + static_cast<int64_t>(row_index) * a.list_capacity;
-  const int32_t begin = piece * a.weigh_groups, end = min(begin + a.weigh_groups, row.groups());
-  GroupReader<T, sampler_threads> reader(row, begin + static_cast<int32_t>(threadIdx.x), end);
-  Group next = reader.next();
-  for (int32_t base = begin; base < end; base += sampler_threads) {
-    const Group group = next;
-    next = reader.next();
-#pragma unroll
-    for (int j = 0; j < group_tokens; ++j) {
-      const float z = group.x[j] * a.inverse_temperature;
-      const float w = exp_nonpositive(z - z_max);
-      const FixedPoint q(w);
-      const bool over = !search || z > bracket.top;
-      if (over && w >= a.min_p) kept.add(q);
-      if (!search) continue;
-      all.add(q);
-      if (over) {
-        above.add(q);
-        ++number_above;
-      }
-      const bool inside = z >= bracket.low && !over;
-      const unsigned lanes = __ballot_sync(all_lanes, inside);
-      if (lanes == 0) continue;
-      unsigned first = 0;
-      if (lane_index() == 0) first = atomicAdd(&info.listed, static_cast<unsigned>(__popc(lanes)));
-      const unsigned at = __shfl_sync(all_lanes, first, 0) + static_cast<unsigned>(rank_in(lanes));
-      if (inside && at < static_cast<unsigned>(a.list_capacity)) list[at] = z;
-    }
-  }
-  const Word64 kept_sum = block_sum(kept.value(), s.warps[0]);
-  if (!search) {
-    if (threadIdx.x == 0) atomicAdd(&info.sum, kept_sum);
-    return;
-  }
-  const Word64 all_sum = block_sum(all.value(), s.warps[1]);
-  const Word64 above_sum = block_sum(a.search_count ? number_above : above.value(), s.warps[2]);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    atomicAdd(&info.sum, kept_sum);
-    atomicAdd(&info.all, all_sum);
-    atomicAdd(&info.above, above_sum);
-    __threadfence();
-    s.is_last = atomicAdd(&info.finished, 1u) == static_cast<unsigned>(a.weigh_pieces) - 1;
-  }
-  __syncthreads();
-  if (!s.is_last) return;
-  __threadfence();
-
-  const unsigned listed = __ldcg(&info.listed);
-  const Word64 row_kept = __ldcg(&info.sum), row_all = __ldcg(&info.all), row_above = __ldcg(&info.above);
-  __syncthreads();  // before thread 0 writes the sum
-  // First in the list and, where the bracket misled, in the row.
-  bool of_list = listed <= static_cast<unsigned>(a.list_capacity);
-#pragma unroll 1
-  for (;; of_list = false) {
-    const Entries<T> entries{row, list, listed, of_list, false, a.inverse_temperature, z_max};
-    const Bracket searched = of_list ? bracket : Bracket{lowest_finite, infinity};
-    if (find_threshold(a, s, entries, searched, of_list ? row_above : 0, row_all, of_list ? row_kept : 0, info)) return;
-  }
+__global__ void __launch_bounds__(sampler_threads)
+    weigh_kernel(const __grid_constant__ SampleArguments target, const __grid_constant__ SampleArguments draft,
+                 unsigned first_of_draft, RowInfo* info) {
+  using Sampler = RowSampler<T, BestOne, /*statistics=*/true>;
+  typename Sampler::Shared& shared = *shared_memory<typename Sampler::Shared>();
+  Sampler sampler(blockIdx.x < first_of_draft ? target : draft, shared, BestOne(shared.best), 1);
+  if (!sampler.run() || threadIdx.x != 0) return;
+  info[sampler.row_index()] = {sampler.kept(), sampler.z_max(), sampler.threshold(), key_token(shared.max_key),
+                               sampler.is_usable() ? 1 : 0};
 }
 
 // ---- The last launch.
 
-struct WalkShared {
+struct ResidualShared {
   Word64 warps[residual_warps];
   Word64 left;  // of the uniform integer, in the piece
   int drafted, drawn, accepted, piece;
@@ -285,8 +97,8 @@ struct WalkShared {
   // Then of every row of the target: one over the sum of its weights; of its drafted token q of the target, and D; and
   // the chance of the path with that token.
 };
-__host__ __device__ inline size_t walk_shared_bytes(int64_t n) {
-  return sizeof(WalkShared) + 4 * sizeof(double) * static_cast<size_t>(n);
+__host__ __device__ inline size_t residual_shared_bytes(int64_t n) {
+  return sizeof(ResidualShared) + 4 * sizeof(double) * static_cast<size_t>(n);
 }
 
 // floor(2^40 * exp(z - z_max)) of a token that the filters keep, 0 for the others; exactly.
@@ -341,7 +153,7 @@ class ResidualReader {
 
 template <typename T>
 __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid_constant__ Arguments a) {
-  WalkShared& s = *shared_memory<WalkShared>();
+  ResidualShared& s = *shared_memory<ResidualShared>();
   double* share = reinterpret_cast<double*>(&s + 1);
   double *target_weight = share + a.n, *draft_chance = target_weight + a.n, *path = draft_chance + a.n;
   const int thread = static_cast<int>(threadIdx.x);
@@ -502,6 +314,14 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
 
 // ---- Temperature 0.
 
+// By one warp: the key of a row's largest logit.
+__device__ inline Word64 row_key(const Arguments& a, int32_t row_index) {
+  const Word64* maxima = a.maxima + static_cast<int64_t>(row_index) * a.max_pieces;
+  Word64 key = 0;
+  for (int i = lane_index(); i < a.max_pieces; i += warp_size) key = larger(key, maxima[i]);
+  return warp_max(key);
+}
+
 __global__ void __launch_bounds__(greedy_threads) greedy_kernel(const __grid_constant__ Arguments a) {
   int* shared = shared_memory<int>();  // the tokens drafted, those accepted, whether a row is unusable
   int &drafted = shared[0], &accepted = shared[1], &unusable = shared[2];
@@ -527,105 +347,124 @@ __global__ void __launch_bounds__(greedy_threads) greedy_kernel(const __grid_con
   *a.next_token = unusable != 0 ? -1 : key_token(key);
 }
 
-// ---- The workspace, and how rows are cut: from shapes alone, so that a captured graph stays valid.
+// ---- Host.
 
-bool searches_count(const Filters& f, int64_t vocabulary) { return f.top_k > 0 && f.top_k < vocabulary; }
-bool searches_mass(const Filters& f) { return f.top_p < 1.0; }
+// Pieces of the last launch: no more than it has threads.
+Pieces residual_pieces(int64_t n, int64_t vocabulary, bool block) {
+  return Pieces(block ? n : 1, vocabulary, /*wanted_blocks=*/(block ? 4 : 1) * 132, /*min_tokens=*/1024,
+                residual_threads);
+}
 
-struct Layout {
-  Pieces max, weigh, residual;
-  int32_t list_capacity;
-  int64_t maxima, info, parts, list, finished, bytes;
+// The workspace of the first two launches, then what the last one needs.
+struct RejectionWorkspace {
+  SampleWorkspace rows;
+  RowInfo* info = nullptr;
+  Word64* parts = nullptr;
+  int64_t bytes;
 
-  Layout(int64_t n, int64_t vocabulary, const Filters& f, bool block)
-      : Layout(n, vocabulary, !f.greedy() && (searches_count(f, vocabulary) || searches_mass(f)), block) {}
-  Layout(int64_t n, int64_t vocabulary, bool search, bool block)
-      : max(Pieces::for_max(2 * n - 1, vocabulary)),
-        // With a search, a block for each multiprocessor of an H100: each has a sample to draw first.
-        weigh(2 * n - 1, vocabulary, /*wanted_blocks=*/(search ? 1 : 3) * 132,
-              /*min_tokens=*/sampler_threads * group_tokens, /*max_count=*/1024),
-        residual(block ? n : 1, vocabulary, /*wanted_blocks=*/(block ? 4 : 1) * 132, /*min_tokens=*/1024,
-                 /*max_count=*/residual_threads),
-        list_capacity(search ? static_cast<int32_t>(std::min<int64_t>(vocabulary, 16384)) : 0) {
-    const auto place = [this](int64_t size) {
-      const int64_t at = bytes;
-      bytes += divide_up(size, 256) * 256;
-      return at;
-    };
-    bytes = 0;
-    maxima = place((2 * n - 1) * max.count * static_cast<int64_t>(sizeof(Word64)));
-    info = place((2 * n - 1) * static_cast<int64_t>(sizeof(RowInfo)));
-    parts = place(n * residual_threads * static_cast<int64_t>(sizeof(Word64)));
-    list = place((2 * n - 1) * list_capacity * static_cast<int64_t>(sizeof(float)));
-    finished = place(sizeof(unsigned));
+  RejectionWorkspace(void* memory, int64_t n, int64_t vocabulary, const Filters& filters)
+      : rows(memory, 2 * n - 1, vocabulary, /*many_k=*/0, filters), bytes(rows.bytes) {
+    if (filters.greedy() || n < 1) return;
+    parts = take<Word64>(memory, n * residual_threads);
+    info = take<RowInfo>(memory, 2 * n - 1);
+  }
+
+ private:
+  template <typename V>
+  V* take(void* memory, int64_t count) {
+    V* part = reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes));
+    bytes += divide_up(count * static_cast<int64_t>(sizeof(V)), 256) * 256;
+    return part;
   }
 };
 
+// Where the draft's rows would begin if its first one were number n.
+const void* behind_the_target(const Tensor& draft, int64_t n) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(draft.data) -
+                                       static_cast<uintptr_t>(n * draft.stride[0] * draft.item_bytes));
+}
+
 template <typename T>
-void run(const VerifyRejectionParams& p, const Arguments& a) {
-  const auto blocks = [](int64_t count) { return dim3(static_cast<unsigned>(count)); };
-  const int64_t rows = 2 * p.target_logits.shape[0] - 1;
-  launch("verify_rejection (max)", max_kernel<T>, p.launch, blocks(rows * a.max_pieces), dim3(row_max_threads),
-         row_max_threads / warp_size * sizeof(Word64), a);
-  if (p.filters.greedy()) {
-    launch("verify_rejection (greedy)", greedy_kernel, p.launch, dim3(1), dim3(greedy_threads), 3 * sizeof(int), a);
+void run(const VerifyRejectionParams& p) {
+  const int64_t n = p.target_logits.shape[0], vocabulary = p.target_logits.shape[1], rows = 2 * n - 1;
+  const Filters& f = p.filters;
+  const RejectionWorkspace workspace(p.launch.workspace, n, vocabulary, f);
+  const void* draft_rows = behind_the_target(p.draft_logits, n);
+  const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
+
+  const Pieces max_pieces = Pieces::for_max(rows, vocabulary);
+  const RowMaxArguments max_target{p.target_logits.data,
+                                   p.target_logits.stride[0],
+                                   static_cast<int32_t>(vocabulary),
+                                   max_pieces.count,
+                                   max_pieces.groups,
+                                   mass_scale(f),
+                                   workspace.rows.maxima,
+                                   workspace.rows.masses,
+                                   workspace.rows.state,
+                                   workspace.rows.rows_done};
+  RowMaxArguments max_draft = max_target;
+  max_draft.logits = draft_rows;
+  max_draft.stride = p.draft_logits.stride[0];
+  launch("verify_rejection", max_kernel<T>, p.launch, dim3(blocks(rows * max_pieces.count)), dim3(row_max_threads),
+         sizeof(RowMaxShared), max_target, max_draft, blocks(n * max_pieces.count));
+
+  const Pieces pieces = residual_pieces(n, vocabulary, p.block);
+  const Arguments a{p.target_logits.data,
+                    p.draft_logits.data,
+                    p.target_logits.stride[0],
+                    p.draft_logits.stride[0],
+                    p.tokens.as<const int64_t>(),
+                    p.positions.as<const int64_t>(),
+                    p.seed.as<const int64_t>(),
+                    p.accepted.as<int64_t>(),
+                    p.next_token.as<int64_t>(),
+                    static_cast<int32_t>(n),
+                    static_cast<int32_t>(vocabulary),
+                    f.inverse_temperature(),
+                    static_cast<float>(f.min_p),
+                    p.block,
+                    max_pieces.count,
+                    pieces.count,
+                    pieces.groups,
+                    workspace.rows.maxima,
+                    workspace.info,
+                    workspace.parts,
+                    workspace.rows.rows_done};
+  if (f.greedy()) {
+    launch("verify_rejection", greedy_kernel, p.launch, dim3(1), dim3(greedy_threads), 3 * sizeof(int), a);
     return;
   }
-  launch("verify_rejection (weigh)", a.search_count || a.search_mass ? weigh_kernel<T, true> : weigh_kernel<T, false>,
-         p.launch, blocks(rows * a.weigh_pieces), dim3(sampler_threads), sizeof(WeighShared), a);
-  launch("verify_rejection (residual)", residual_kernel<T>, p.launch, blocks((p.block ? a.n : 1) * a.residual_pieces),
-         dim3(residual_threads), walk_shared_bytes(a.n), a);
+
+  Tensor all_rows = p.target_logits, no_positions = p.positions;
+  all_rows.shape[0] = rows;
+  no_positions.data = workspace.rows.maxima;  // there are fewer positions than rows, and nothing is drawn for them
+  SampleArguments weigh_target = sample_arguments(all_rows, no_positions, p.seed, f, workspace.rows);
+  weigh_target.greedy = true;  // no noise
+  SampleArguments weigh_draft = weigh_target;
+  weigh_draft.logits = draft_rows;
+  weigh_draft.stride = p.draft_logits.stride[0];
+  launch("verify_rejection", weigh_kernel<T>, p.launch, dim3(blocks(rows * weigh_target.pieces)), dim3(sampler_threads),
+         sizeof(SamplerShared<BestOne>), weigh_target, weigh_draft, blocks(n * weigh_target.pieces),
+         workspace.info);
+  launch("verify_rejection", residual_kernel<T>, p.launch, dim3(blocks((p.block ? n : 1) * pieces.count)),
+         dim3(residual_threads), residual_shared_bytes(n), a);
 }
 
 }  // namespace
 
 int64_t verify_rejection_workspace(int64_t n, int64_t vocabulary, const Filters& filters) {
-  if (n < 1 || vocabulary < 1) return 0;  // refused later
-  return Layout(n, vocabulary, filters, /*block=*/true).bytes;  // parts has room for all rows
+  return RejectionWorkspace(nullptr, n, vocabulary, filters).bytes;
 }
 
 void verify_rejection(const VerifyRejectionParams& p) {
-  const int64_t n = p.target_logits.shape[0], vocabulary = p.target_logits.shape[1];
-  if (n > max_rows) {
+  if (p.target_logits.shape[0] > max_rows) {
     fail("target_logits: expected at most 1024 rows on a CUDA device, got " + shape_text(p.target_logits));
   }
-  const Layout layout(n, vocabulary, p.filters, p.block);
-  char* memory = static_cast<char*>(p.launch.workspace);
-  Arguments a{};
-  a.target = p.target_logits.data;
-  a.draft = p.draft_logits.data;
-  a.target_stride = p.target_logits.stride[0];
-  a.draft_stride = p.draft_logits.stride[0];
-  a.tokens = p.tokens.as<const int64_t>();
-  a.positions = p.positions.as<const int64_t>();
-  a.seed = p.seed.as<const int64_t>();
-  a.accepted = p.accepted.as<int64_t>();
-  a.next_token = p.next_token.as<int64_t>();
-  a.n = static_cast<int32_t>(n);
-  a.vocabulary = static_cast<int32_t>(vocabulary);
-  a.inverse_temperature = p.filters.inverse_temperature();
-  a.min_p = static_cast<float>(p.filters.min_p);
-  a.block = p.block;
-  a.search_count = searches_count(p.filters, vocabulary);
-  a.search_mass = searches_mass(p.filters);
-  a.top_k = static_cast<double>(p.filters.top_k);
-  a.top_p = p.filters.top_p;
-  a.max_pieces = layout.max.count;
-  a.max_groups = layout.max.groups;
-  a.weigh_pieces = layout.weigh.count;
-  a.weigh_groups = layout.weigh.groups;
-  a.residual_pieces = layout.residual.count;
-  a.residual_groups = layout.residual.groups;
-  a.list_capacity = layout.list_capacity;
-  a.maxima = reinterpret_cast<Word64*>(memory + layout.maxima);
-  a.info = reinterpret_cast<RowInfo*>(memory + layout.info);
-  a.parts = reinterpret_cast<Word64*>(memory + layout.parts);
-  a.list = reinterpret_cast<float*>(memory + layout.list);
-  a.finished = reinterpret_cast<unsigned*>(memory + layout.finished);
   switch (p.target_logits.dtype) {
-    case Dtype::bfloat16: return run<Bfloat16>(p, a);
-    case Dtype::float16: return run<Float16>(p, a);
-    default: return run<float>(p, a);
+    case Dtype::bfloat16: return run<Bfloat16>(p);
+    case Dtype::float16: return run<Float16>(p);
+    default: return run<float>(p);
   }
 }
 

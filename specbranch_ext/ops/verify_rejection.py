@@ -119,7 +119,8 @@ def verify_rejection(
 
     Args:
         target_logits: float32, bfloat16 or float16 [n, V] with V up to 2^22; row i holds the logits after node i of
-            the chain (the root, then n - 1 drafted tokens). Rows may have any stride. -inf masks a token.
+            the chain (the root, then n - 1 drafted tokens). Rows may have any stride. -inf masks a token. On a CUDA
+            device n is at most 1024.
         draft_logits: the same dtype [n - 1, V]; row i is what tokens[i + 1] was drawn from. (Where the two models pad
             their vocabularies differently, pass views of the tokens that both have.)
         tokens: int64 [n]; the root's is ignored. The first drafted token outside 0 to V - 1, such as -1 for padding,
