@@ -1,6 +1,7 @@
 """pip's door to CMake: builds the torch-free `specbranch_ext._C`; the rest is in pyproject.toml."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ class CMakeBuild(build_ext):
             str(build_dir),
             "-G",
             "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",  # an earlier build environment's is gone
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
