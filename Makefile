@@ -19,6 +19,8 @@ PROMPTS ?= python/specbranch/bundled/prompts.jsonl
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 96
 
 BIN := $(VENV)/bin
+# cmake, ctest and ninja come from there too.
+export PATH := $(abspath $(BIN)):$(PATH)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
 .PHONY: demo test lint bench gate sanitize clean install

@@ -14,7 +14,7 @@ def test_emulator(sanitize, tmp_path):
     for tool in ("cmake", "ctest"):
         assert shutil.which(tool), f"{tool} is missing: pip install -e '.[dev]'"
     for command in (
-        ["cmake", "-S", str(SOURCE), "-B", ".", f"-DSANITIZE={sanitize}", "-DCMAKE_BUILD_TYPE=Release"],
+        ["cmake", "-S", str(SOURCE), "-B", ".", "-G", "Ninja", f"-DSANITIZE={sanitize}", "-DCMAKE_BUILD_TYPE=Release"],
         ["cmake", "--build", ".", "--parallel", "2"],
         ["ctest", "--output-on-failure"],
     ):
