@@ -51,7 +51,8 @@ Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle, c
     if (!workspace.is_none()) {
       const Tensor memory = tensor(workspace, "workspace");
       launch.workspace = memory.data;
-      if (emulated) std::memset(memory.data, 0xA5, memory.shape[0]);  // nobody may count on what it holds
+      // Nobody may count on what it holds.
+      if (emulated && memory.shape[0] > 0) std::memset(memory.data, 0xA5, memory.shape[0]);
     }
   } else {
     launch.threads = static_cast<int>(handle);

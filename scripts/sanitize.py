@@ -59,7 +59,7 @@ def main() -> int:
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "SPECBRANCH_EMULATED_MODULE": str(build_dir),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTED, *(rest or TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", "-k", SELECTED, *(rest or TESTS)]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
