@@ -84,5 +84,5 @@ def test_the_module_links_no_torch_library():
         pytest.skip("needs ldd")
     module = Path(specbranch_ext._C.__file__)
     needed = subprocess.run(["ldd", str(module)], capture_output=True, text=True, check=True).stdout
-    assert "torch" not in needed
-    assert "c10" not in needed
+    names = [line.split()[0] for line in needed.splitlines()]  # not the addresses: those may well hold "c10"
+    assert not [name for name in names if "torch" in name or "c10" in name]
