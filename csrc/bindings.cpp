@@ -31,19 +31,21 @@ constexpr bool emulated = true;
 constexpr bool emulated = false;
 #endif
 
+void check_same_device(const Tensor& first, const Tensor& other) {
+  if (other.data == nullptr || other.device == first.device) return;
+  const auto where = [](int device) {
+    return device == cpu_device ? std::string("the CPU") : "CUDA device " + std::to_string(device);
+  };
+  fail(std::string(other.name) + ": expected a tensor on " + where(first.device) + " as " + first.name +
+       " is, got one on " + where(other.device));
+}
+
 // Where an op runs: where its tensors are, which must be one device. `handle` is the number of threads on the CPU, and
 // the current stream on a CUDA device.
-Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle, const py::object& workspace = py::none()) {
+Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle,
+                 const py::object& workspace = py::none()) {
   const Tensor& first = **tensors.begin();
-  for (const Tensor* t : tensors) {
-    if (t->data != nullptr && t->device != first.device) {
-      const auto where = [](int device) {
-        return device == cpu_device ? std::string("the CPU") : "CUDA device " + std::to_string(device);
-      };
-      fail(std::string(t->name) + ": expected a tensor on " + where(first.device) + " as " + first.name + " is, got one on " +
-           where(t->device));
-    }
-  }
+  for (const Tensor* t : tensors) check_same_device(first, *t);
   Launch launch;
   launch.device = emulated ? 0 : first.device;
   if (launch.on_cuda()) {
@@ -63,7 +65,6 @@ Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle, c
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
-  info["emulated"] = emulated;
   info["isa_levels"] = py::str(SPECBRANCH_ISA_NAMES).attr("split")(",");
   info["isa"] = isa_name(isa());
 #ifdef SPECBRANCH_WITH_CUDA
@@ -126,7 +127,7 @@ void kv_commit(const py::list& buffers, Object rows, Object start, int64_t handl
   KvCommitParams params{{}, views.data(), static_cast<int64_t>(views.size()), tensor(rows, "rows"),
                         tensor(start, "start")};
   params.launch = launch_on({&params.rows, &params.start}, handle);
-  for (const Tensor& view : views) launch_on({&params.rows, &view}, handle);
+  for (const Tensor& view : views) check_same_device(params.rows, view);
   check_kv_commit(params);
   py::gil_scoped_release unlocked;
   run_kv_commit(params);

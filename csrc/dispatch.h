@@ -4,7 +4,8 @@
 #include "isa.h"
 #include "tensor.h"
 
-// Defines <Declared>run_<op>(params), which calls cuda::<op> or cpu::<level>::<op> of the level in use.
+// SPECBRANCH_DISPATCH defines run_<op>(params): calls cuda::<op>(params), or cpu::<level>::<op>(params) of the level in
+// use. SPECBRANCH_CPU_KERNEL is its second half.
 #ifdef SPECBRANCH_X86
 #define SPECBRANCH_CPU_KERNEL(op, Params)                     \
   namespace cpu {                                             \

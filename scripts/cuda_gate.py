@@ -19,7 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+
+
+def release_architectures() -> tuple[str, ...]:
+    """The list that the build itself uses where it finds no device."""
+    text = (ROOT / "cmake" / "cuda.cmake").read_text()
+    found = re.search(r"set\(SPECBRANCH_CUDA_RELEASE_ARCHITECTURES ([\d ]+)\)", text)
+    assert found, "cmake/cuda.cmake names no release architectures"
+    return tuple(found[1].split())
+
+
+ARCHITECTURES = release_architectures()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ emulated: bool
 
 class BuildInfo(TypedDict, total=False):
     compiler: str
-    emulated: bool
     isa_levels: list[str]
     isa: str
     cuda: bool

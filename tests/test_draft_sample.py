@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from filters import FILTERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from implementations import on_cpu
@@ -11,18 +12,6 @@ from implementations import on_cpu
 from specbranch_ext import draft_sample, reference, verify
 
 pytestmark = pytest.mark.usefixtures("implementation")
-
-FILTERS = [
-    {},
-    {"temperature": 1.0},
-    {"temperature": 0.7, "top_k": 20},
-    {"temperature": 1.0, "top_p": 0.95},
-    {"temperature": 1.5, "top_p": 0.3},
-    {"temperature": 1.0, "min_p": 0.05},
-    {"temperature": 0.8, "top_k": 3000, "top_p": 0.9},
-    {"temperature": 1.0, "top_k": 12_000, "top_p": 0.9},  # too many for a list: two searches
-    {"temperature": 1.2, "top_k": 200, "top_p": 0.5, "min_p": 0.01},
-]
 
 
 def assert_same(logits, positions, k, **options):

@@ -64,7 +64,7 @@ def _threads() -> dict[str, Any]:
 def _core() -> dict[str, Any]:
     import specbranch_ext
 
-    return {key: value for key, value in specbranch_ext.build_info().items() if key != "emulated"}
+    return dict(specbranch_ext.build_info())
 
 
 def _openmp() -> dict[str, Any]:
