@@ -3,8 +3,11 @@
 import pytest
 
 from specbranch import METHODS, SpecBranchError
+from specbranch.branching import SpecBranch
+from specbranch.chains import Autoregressive, Pearl, Speculative
 from specbranch.costs import ModeCosts
-from specbranch.policy import Autoregressive, Pearl, Situation, SpecBranch, Speculative, make_policy
+from specbranch.methods import make_policy
+from specbranch.policy import Situation
 from specbranch.tree import Proposals, Tree
 
 

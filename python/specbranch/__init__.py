@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from specbranch.engine import SpecBranch
     from specbranch.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
     from specbranch.generation import Generation, TextStream
-    from specbranch.policy import METHODS
+    from specbranch.methods import METHODS
     from specbranch.sampling import Sampling
     from specbranch.stats import Stats
 
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "METHODS": "policy",
+    "METHODS": "methods",
     "Generation": "generation",
     "GenerationFailed": "errors",
     "GenerationInterrupted": "errors",

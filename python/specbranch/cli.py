@@ -22,7 +22,7 @@ from specbranch.commands.messages import (
 )
 
 # Spelled out here because `specbranch --help` must not wait for torch; a test compares with the package's.
-METHODS = ("autoregressive", "speculative", "pearl", "specbranch")
+METHODS = ("autoregressive", "speculative", "adaptive", "pearl", "ssd", "specbranch-paper", "specbranch")
 PEERS = ("greedy", "assisted", "prompt-lookup")
 
 

@@ -5,17 +5,16 @@ Every method is this loop with another policy. Only `_commit` changes what both 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+
+from torch import Tensor
 
 from specbranch.costs import Costs
-from specbranch.drafter import Drafter
-from specbranch.overlap import Overlap
+from specbranch.interfaces import Draft, Pending, Target, Workers
 from specbranch.policy import Cut, Policy, Situation
-from specbranch.stats import Stats
+from specbranch.stats import Stats, Step
 from specbranch.tree import Tree
-from specbranch.verifier import Verdict, Verifier
+from specbranch.verifier import Verdict
 
 
 class Decoder:
@@ -26,16 +25,19 @@ class Decoder:
 
     def __init__(
         self,
-        verifier: Verifier,
-        drafter: Drafter | None,
+        verifier: Target,
+        drafter: Draft | None,
         policy: Policy,
         costs: Costs,
-        workers: Overlap,
+        workers: Workers,
         overlap: bool | None,
     ) -> None:
         self.verifier, self.drafter, self.policy = verifier, drafter, policy
         self.costs, self.workers, self.overlap = costs, workers, overlap
+        self.clock = workers.clock
         self.tokens: list[int] = []
+        self.idle = 0
+        self.features: Tensor | None = None
         self.stats = Stats(method=policy.name)
 
     def rounds(self, prompt: list[int], max_new_tokens: int) -> Iterator[list[int]]:
@@ -43,80 +45,83 @@ class Decoder:
         tree = self._prefill(prompt)
         remaining = max_new_tokens
         while remaining > 0:
-            begin = time.perf_counter()
             situation = self._situation(remaining)
+            self.stats.begin_round(self.clock(), situation.overlapped)
             tree = self._draft_ahead(tree, situation)
             cut = self.policy.cut(tree, situation)
             self.stats.drafted += len(cut.tree) - len(tree)
             if situation.overlapped:
                 pending = self.workers.submit(self._verify, cut, overlapped=True)
-                tree = self._draft_meanwhile(cut, pending)
+                tree = self._draft_meanwhile(cut, pending, situation)
                 verdict = pending.result()
             else:
                 tree, verdict = cut.tree, self._verify(cut, overlapped=False)
             committed, tree = self._commit(tree, cut, verdict)
-            self._record(situation, cut, verdict, time.perf_counter() - begin, len(committed))
+            self._record(situation, cut, verdict, len(committed))
             remaining -= len(committed)
             yield committed
 
     def _prefill(self, prompt: list[int]) -> Tree:
         """Both models read the prompt but its last token, which becomes the root."""
-        begin = time.perf_counter()
+        begin = self.clock()
         self.tokens = list(prompt)
-        self.verifier.model.prefill(prompt[:-1])
+        self.verifier.prefill(prompt[:-1])
         if self.drafter is not None:
-            self.drafter.model.prefill(prompt[:-1])
+            self.drafter.prefill(prompt[:-1])
         self.stats.prompt_tokens = len(prompt)
-        self.stats.prefill_seconds = time.perf_counter() - begin
+        self.stats.prefill_seconds = self.clock() - begin
         return Tree.rooted(prompt[-1], len(prompt) - 1)
 
     def _situation(self, remaining: int) -> Situation:
         overlapped = False
         if self.policy.overlaps:
             overlapped = self.costs.prefer_overlap() if self.overlap is None else self.overlap
-        return Situation(overlapped, self.costs.mode(overlapped), self.costs.acceptance, remaining)
+        mode = self.costs.mode(overlapped)
+        return Situation(overlapped, mode, self.costs.acceptance, remaining, self.idle, self.features)
 
     def _draft_ahead(self, tree: Tree, situation: Situation) -> Tree:
         while (nodes := self.policy.before(tree, situation)) and self._room(len(nodes)):
             tree = self._expand(tree, nodes, branch_point=None, overlapped=False)
         return tree
 
-    def _draft_meanwhile(self, cut: Cut, pending: Future[Verdict]) -> Tree:
+    def _draft_meanwhile(self, cut: Cut, pending: Pending, situation: Situation) -> Tree:
         """Grow the branches until the target is done, or until it would have to wait for the next step."""
-        tree, begin, cost = cut.tree, time.perf_counter(), self.costs.overlapped
+        tree, begin, cost = cut.tree, self.clock(), self.costs.overlapped
         with self.workers.draft_threads():
-            while not pending.done() and (nodes := self.policy.during(cut, tree)) and self._room(len(nodes)):
+            while not pending.done():
+                growth = self.policy.during(cut, tree, situation)
+                if not growth.nodes or not self._room(len(growth.nodes)):
+                    break
                 if cost.target.known and self.stats.overlapped_rounds > 1:
-                    left = cost.target.of(len(cut.trunk)) - (time.perf_counter() - begin)
-                    if left < 0.5 * cost.draft.of(len(nodes)):
+                    left = cost.target.of(len(cut.trunk)) - (self.clock() - begin)
+                    if left < 0.5 * cost.draft.of(len(growth.nodes)):
                         break
-                tree = self._expand(tree, nodes, cut.branch_point, overlapped=True)
+                self.stats.drafted += len(growth.tree) - len(tree)
+                tree = self._expand(growth.tree, growth.nodes, cut.branch_point, overlapped=True)
         return tree
 
     def _expand(self, tree: Tree, nodes: list[int], branch_point: int | None, overlapped: bool) -> Tree:
         """Run the draft over `nodes` and make children of as many of its candidates as the policy wants."""
         assert self.drafter is not None
-        begin = time.perf_counter()
+        begin = self.clock()
         grown = self.drafter.propose(tree, nodes, self.tokens)
         for node in nodes:
             grown = grown.branch(node, self.policy.width(grown, node, branch_point))
-        seconds = time.perf_counter() - begin
-        self.costs.mode(overlapped).draft.record(len(nodes), seconds)
-        self.stats.draft_forwards += 1
-        self.stats.draft_busy += seconds
+        step = Step(begin, self.clock(), len(nodes))
+        self.costs.mode(overlapped).draft.record(step.rows, step.seconds)
+        self.stats.add_draft(step)
         self.stats.drafted += len(grown) - len(tree)
         return grown
 
     def _room(self, count: int) -> bool:
-        return self.drafter is not None and self.drafter.model.cache.room >= count
+        return self.drafter is not None and self.drafter.room >= count
 
     def _verify(self, cut: Cut, overlapped: bool) -> Verdict:
-        begin = time.perf_counter()
+        begin = self.clock()
         verdict = self.verifier.verify(cut.tree, cut.trunk)
-        seconds = time.perf_counter() - begin
-        self.costs.mode(overlapped).target.record(len(cut.trunk), seconds)
-        self.stats.target_busy += seconds
-        self.stats.target_forwards += 1
+        step = Step(begin, self.clock(), len(cut.trunk))
+        self.costs.mode(overlapped).target.record(step.rows, step.seconds)
+        self.stats.add_target(step)
         return verdict
 
     def _commit(self, tree: Tree, cut: Cut, verdict: Verdict) -> tuple[list[int], Tree]:
@@ -129,19 +134,23 @@ class Decoder:
             rerooted = Tree.rooted(verdict.next_token, tree.position + len(committed))
         else:
             rerooted, survivors = tree.reroot(node)
-        self.verifier.model.cache.commit(verdict.path)
+        self.verifier.commit(verdict.path)
         if self.drafter is not None:
-            self.drafter.model.cache.commit(verdict.path, survivors)
+            self.drafter.commit(verdict.path, survivors)
+            self.drafter.learn(tree, verdict.path, verdict.next_token)
         self.tokens += committed
+        self.features = verdict.features
         self.stats.new_tokens += len(committed)
         return committed, rerooted
 
-    def _record(self, situation: Situation, cut: Cut, verdict: Verdict, seconds: float, tokens: int) -> None:
+    def _record(self, situation: Situation, cut: Cut, verdict: Verdict, tokens: int) -> None:
         """Measurements for the rounds to come."""
+        round = self.stats.end_round(self.clock(), tokens)
         if self.drafter is None:
             return
+        self.idle = 0 if round.draft else self.idle + 1
         mode = self.costs.mode(situation.overlapped)
-        mode.record_round(seconds, tokens)
+        mode.record_round(round.seconds, tokens)
         judged = any(cut.tree.nodes[node].parent == verdict.path[-1] for node in cut.trunk)
         self.costs.record_verdict(verdict.accepted, rejected=judged)
         self.stats.overlapped_rounds += situation.overlapped

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specbranch.calibration import Calibrator
 from specbranch.costs import Costs
 from specbranch.decoder import Decoder
 from specbranch.drafter import Drafter
@@ -22,9 +23,11 @@ from specbranch.loading import (
     load_model,
     load_tokenizer,
 )
+from specbranch.measuring import measure_costs
+from specbranch.methods import make_policy
 from specbranch.model import CachedModel
 from specbranch.overlap import Overlap
-from specbranch.policy import make_policy
+from specbranch.record import RecordedText, record_text
 from specbranch.sampling import Sampling
 from specbranch.text import TextBuilder
 from specbranch.verifier import Verifier
@@ -68,6 +71,7 @@ class SpecBranch:
         self._draft = None if draft is None else CachedModel(draft, "draft")
         self._workers = Overlap(self.threads, target_threads)
         self._costs = Costs()
+        self._calibrator = Calibrator()
         self._eos = end_of_sequence(target)
         make_policy(method, options)
 
@@ -177,6 +181,46 @@ class SpecBranch:
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
         return TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options))
 
+    def record(
+        self,
+        prompt: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        id: str,
+        task: str,
+        k: int = 8,
+        sampling: Sampling | None = None,
+    ) -> RecordedText:
+        """What the draft says along a text that the target generated from `prompt`; see record.py.
+
+        tokens: the new ids. k: candidates kept at each position. sampling: as the text was sampled.
+        """
+        if self._draft is None:
+            raise SpecBranchError("a record needs a draft model: pass draft=")
+        drafter = Drafter(self._draft, sampling or Sampling(), k, self._target.vocabulary)
+        self._draft.reset(len(prompt) + len(tokens))
+        with self._running():
+            return record_text(drafter, prompt, tokens, id=id, task=task, features=None)
+
+    def measure_costs(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
+        """What forwards of this pair cost on this machine; see measuring.py."""
+        if self._draft is None:
+            raise SpecBranchError("costs are measured for a pair: pass draft=")
+        with self._running():
+            return measure_costs(self._target, self._draft, self._workers)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Both models attached, with this engine's threads."""
+        with ExitStack() as stack:
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(self.threads)
+            stack.enter_context(self._target.attached())
+            if self._draft is not None:
+                stack.enter_context(self._draft.attached())
+            stack.callback(self._workers.wait)
+            yield
+
     def _run(
         self,
         prompt: str | Sequence[int] | Tensor,
@@ -196,15 +240,10 @@ class SpecBranch:
         decoder = self._decoder(method, sampling, overlap, options)
         self._target.reset(len(ids) + max_new_tokens)
         if decoder.drafter is not None:
-            decoder.drafter.model.reset(len(ids) + max_new_tokens)
+            assert self._draft is not None
+            self._draft.reset(len(ids) + max_new_tokens)
         reason = "length"
-        with ExitStack() as stack:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(self.threads)
-            stack.enter_context(self._target.attached())
-            if self._draft is not None:
-                stack.enter_context(self._draft.attached())
-            stack.callback(self._workers.wait)
+        with self._running():
             try:
                 for committed in decoder.rounds(ids, max_new_tokens):
                     if any(builder.add(token) for token in committed):
@@ -230,7 +269,8 @@ class SpecBranch:
         if policy.candidates > 0:
             if self._draft is None:
                 raise SpecBranchError(f"method {policy.name!r} needs a draft model: pass draft=")
-            drafter = Drafter(self._draft, sampling, policy.candidates, self._target.vocabulary)
+            calibrator = self._calibrator if policy.calibrated else None
+            drafter = Drafter(self._draft, sampling, policy.candidates, self._target.vocabulary, calibrator)
         mode = self._overlap if overlap is None else check_overlap(overlap)
         return Decoder(Verifier(self._target, sampling), drafter, policy, self._costs, self._workers, mode)
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec
 
 import torch
 
+from specbranch.interfaces import Pending
+from specbranch.verifier import Verdict
+
 P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class Overlap:
@@ -25,7 +28,11 @@ class Overlap:
         self.draft = max(1, threads - self.target)
         self._executor: ThreadPoolExecutor | None = None
 
-    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+    def clock(self) -> float:
+        """Seconds."""
+        return time.perf_counter()
+
+    def submit(self, function: Callable[P, Verdict], *args: P.args, **kwargs: P.kwargs) -> Pending:
         """Start `function` on the target's thread."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(

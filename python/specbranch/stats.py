@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from specbranch.tree import Tree
@@ -11,6 +11,44 @@ from specbranch.verifier import Verdict
 
 def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward: when it began and ended, in seconds of the decoder's clock, and over how many rows."""
+
+    begin: float
+    end: float
+    rows: int
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+
+@dataclass(slots=True)
+class Round:
+    """What happened between two commits.
+
+    draft, target: the forwards. verified, accepted: drafted tokens scored, and those that stood. hit: the next token
+    was in the tree. rolled_back, wasted: tokens of the best path, and of the whole tree, that were thrown away.
+    """
+
+    begin: float
+    overlapped: bool
+    end: float = 0.0
+    draft: list[Step] = field(default_factory=list)
+    target: list[Step] = field(default_factory=list)
+    verified: int = 0
+    accepted: int = 0
+    hit: bool = False
+    rolled_back: int = 0
+    wasted: int = 0
+    tokens: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
 
 
 @dataclass
@@ -39,15 +77,39 @@ class Stats:
     hits: int = 0
     target_busy: float = 0.0
     draft_busy: float = 0.0
+    log: list[Round] = field(default_factory=list)
+
+    def begin_round(self, now: float, overlapped: bool) -> None:
+        self.log.append(Round(now, overlapped))
+
+    def end_round(self, now: float, tokens: int) -> Round:
+        round = self.log[-1]
+        round.end, round.tokens = now, tokens
+        return round
+
+    def add_draft(self, step: Step) -> None:
+        self.draft_forwards += 1
+        self.draft_busy += step.seconds
+        self.log[-1].draft.append(step)
+
+    def add_target(self, step: Step) -> None:
+        self.target_forwards += 1
+        self.target_busy += step.seconds
+        self.log[-1].target.append(step)
 
     def count(self, tree: Tree, trunk: tuple[int, ...], verdict: Verdict, next_node: int | None) -> None:
         """Add one round. tree: as it stood at the verdict; next_node: the node of the next token, if drafted."""
         kept = {*verdict.path, *(() if next_node is None else tree.below(next_node))}
+        round = self.log[-1]
+        round.verified, round.accepted = len(trunk) - 1, verdict.accepted
+        round.hit = next_node is not None
+        round.rolled_back = sum(node not in kept for node in tree.best_path())
+        round.wasted = len(tree) - len(kept)
         self.rounds += 1
-        self.verified += len(trunk) - 1
-        self.accepted += verdict.accepted
-        self.hits += next_node is not None
-        self.rolled_back += sum(node not in kept for node in tree.best_path())
+        self.verified += round.verified
+        self.accepted += round.accepted
+        self.hits += round.hit
+        self.rolled_back += round.rolled_back
 
     @property
     def decode_seconds(self) -> float:

@@ -7,6 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+
+class Signals(NamedTuple):
+    """What the draft said at one node, before calibration.
+
+    agreement: the estimated chance that the target picks the first candidate (a softmax of perturbed scores; at
+    temperature 0 the draft's probability). entropy: of the draft's distribution, in nats. margin: score of the first
+    candidate less that of the second. depth: the node's, in the tree where the draft ran over it.
+    """
+
+    agreement: float
+    entropy: float
+    margin: float
+    depth: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +30,7 @@ class Proposals:
 
     tokens: tuple[int, ...]
     confidence: tuple[float, ...]
+    signals: Signals | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +115,18 @@ class Tree:
         ]
         return Tree((*self.nodes, *added), self.position) if added else self
 
+    def adopt(self, node: int, rank: int) -> Tree:
+        """This tree, with candidate number `rank` of `node` as its newest child."""
+        parent = self.nodes[node]
+        assert parent.proposals is not None
+        chance = parent.reach * parent.proposals.confidence[rank]
+        return Tree((*self.nodes, Node(parent.proposals.tokens[rank], node, parent.depth + 1, chance)), self.position)
+
+    def hang(self, node: int, token: int) -> Tree:
+        """This tree, with `token` below `node` whatever the draft thinks of it."""
+        parent = self.nodes[node]
+        return Tree((*self.nodes, Node(token, node, parent.depth + 1, parent.reach)), self.position)
+
     def reroot(self, node: int) -> tuple[Tree, dict[int, int]]:
         """The subtree at `node` as a tree of its own, and the map from old to new indices of what survives."""
         kept = {old: new for new, old in enumerate(self.below(node))}
@@ -113,6 +141,11 @@ class Tree:
             for old in kept
         )
         return Tree(nodes, self.position + top.depth), kept
+
+    def chance(self, node: int) -> float:
+        """The estimated chance that the target agrees with `node`, given that it accepts its parent."""
+        above = self.nodes[self.nodes[node].parent].reach
+        return self.nodes[node].reach / above if above > 0 else 0.0
 
     def tokens(self, nodes: Iterable[int]) -> list[int]:
         return [self.nodes[i].token for i in nodes]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from specbranch.model import CachedModel
 from specbranch.sampling import Sampling
@@ -15,10 +16,14 @@ from specbranch_ext import verify
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The target's word on a trunk: the accepted path, from the root down, and the token that follows it."""
+    """The target's word on a trunk: the accepted path, from the root down, and the token that follows it.
+
+    features: the target's hidden features at the path's end, where they are collected (see hrad.py).
+    """
 
     path: tuple[int, ...]
     next_token: int
+    features: Tensor | None = None
 
     @property
     def accepted(self) -> int:
@@ -32,6 +37,13 @@ class Verifier:
     def __init__(self, model: CachedModel, sampling: Sampling) -> None:
         self.model = model
         self.sampling = sampling
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        self.model.prefill(tokens)
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Keep the accepted path; drop the rest."""
+        self.model.cache.commit(path)
 
     def verify(self, tree: Tree, trunk: Sequence[int]) -> Verdict:
         """One target forward over `trunk`: tree nodes, the root first, parents before children."""

@@ -1,0 +1,217 @@
+"""Policies with branches: SpecBranch, its paper's settings, and SSD's fixed fan-out. One code, different settings.
+
+What may follow a verdict is a pair (i, t): the first i trunk tokens are accepted and the target's next token is t. Its
+probability is the `reach` of the node that t would be, beside the trunk or below its end. While the target verifies,
+the draft works on the outcomes that `hedge` allows, the likeliest first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from specbranch.errors import SpecBranchError
+from specbranch.hrad import HRad, Outlook
+from specbranch.policy import Cut, Growth, Situation, open_end
+from specbranch.tree import Tree
+
+HEDGES = ("any", "point", "fan", "none")
+FIRST_RETRY = 8  # rounds without the draft before it gets another chance; doubled by every failure
+
+
+@dataclass(frozen=True)
+class SpecBranch:
+    """SpecBranch (arXiv 2506.01979) and past it.
+
+    hedge: where branches grow while the target verifies. "point": at one branch point, the first token whose
+    confidence is below epsilon, max(1, floor(k_max * (1 - confidence))) of them (the paper). "fan": `fan` candidates
+    beside every trunk token (SSD, arXiv 2603.03251). "any": wherever the outcome is likely enough to pay for its row.
+    "none": below the trunk's end only.
+    k_max: most branches at a point. batch: most nodes in a draft step.
+    max_trunk: most tokens drafted before the target is asked. limit: deepest node drafted while it verifies.
+    verify_tail: also verify the drafted tail behind the branch point; False ends the trunk there, as the paper does.
+    calibrate: correct confidences by what the verdicts say. thrifty: draft only while a token is worth its step.
+    hrad: a trained predictor of how much of the trunk will be accepted.
+    """
+
+    hedge: str = "any"
+    epsilon: float = 0.7
+    k_max: int = 6
+    fan: int = 2
+    batch: int = 8
+    max_trunk: int = 12
+    limit: int = 32
+    verify_tail: bool = True
+    calibrate: bool = True
+    thrifty: bool = True
+    hrad: HRad | None = None
+    name = "specbranch"
+    overlaps = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon <= 1:
+            raise SpecBranchError(f"epsilon is {self.epsilon}; expected 0 <= epsilon <= 1")
+        if self.hedge not in HEDGES:
+            raise SpecBranchError(f"hedge is {self.hedge!r}; expected one of {', '.join(HEDGES)}")
+        if min(self.k_max, self.max_trunk, self.limit, self.batch, self.fan) < 1:
+            raise SpecBranchError("k_max, fan, batch, max_trunk and limit must be at least 1")
+
+    @property
+    def candidates(self) -> int:
+        return max(self.k_max, self.fan + 1)
+
+    @property
+    def calibrated(self) -> bool:
+        return self.calibrate
+
+    def before(self, tree: Tree, situation: Situation) -> list[int]:
+        """Draft on while the next token is worth more, by its chance to stand, than the step costs."""
+        path = tree.best_path()
+        if situation.overlapped and len(path) > 1:
+            return []  # after a hit there is a trunk: let the target start at once
+        if not (self._worth_a_step(tree, path, situation) if self.thrifty else self._sure(tree, path)):
+            return []
+        return open_end(path, tree, min(self.max_trunk, situation.remaining - 1))
+
+    def cut(self, tree: Tree, situation: Situation) -> Cut:
+        path = self._worth_verifying(tree, tree.best_path()[: situation.remaining], situation)
+        point = self._branch_point(tree, path, situation)
+        if not self.verify_tail:
+            return Cut(tree, path[: path.index(point) + 1], point)
+        if situation.overlapped:
+            return Cut(tree, path, point)
+        # Serial: nothing grows meanwhile, so likely outcomes are verified beside the trunk where a row pays.
+        trunk = [*path]
+        if tree.nodes[path[-1]].depth + 1 < situation.remaining:
+            price = situation.costs.target.per_row / max(situation.costs.seconds_per_token, 1e-9)
+            for node, rank, reach in self._hedges(tree, path, point):
+                if reach > price and len(trunk) < len(path) + self.k_max:
+                    tree = tree.adopt(node, rank)
+                    trunk.append(len(tree) - 1)
+        return Cut(tree, tuple(trunk), point)
+
+    def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
+        """The likeliest outcomes that the draft has not run over: leaves of the tree, and candidates beside it."""
+        leaves = [
+            (node.reach, i, -1)
+            for i, node in enumerate(tree.nodes)
+            if node.proposals is None and node.depth < self.limit and (i not in cut.trunk or i == cut.trunk[-1])
+        ]
+        beside = [(reach, node, rank) for node, rank, reach in self._hedges(tree, cut.trunk, cut.branch_point)]
+        ranked = sorted(leaves + beside, key=lambda item: (-item[0], item[1], item[2]))
+        nodes = []
+        for place, (reach, node, rank) in enumerate(ranked[: self.batch]):
+            if place > 0 and not self._worth_a_row(reach, situation):
+                break
+            if rank >= 0:
+                tree = tree.adopt(node, rank)
+                node = len(tree) - 1
+            nodes.append(node)
+        return Growth(tree, nodes)
+
+    def width(self, tree: Tree, node: int, branch_point: int | None) -> int:
+        if node != branch_point or self.hedge != "point":
+            return 1
+        return self._branches(tree, node)
+
+    def _hedges(self, tree: Tree, trunk: tuple[int, ...], point: int) -> Iterator[tuple[int, int, float]]:
+        """Outcomes that are not in the tree yet, as (node, rank of its candidate, reach), the likeliest first."""
+        nodes: tuple[int, ...] | range = range(len(tree)) if self.hedge == "any" else trunk
+        if self.hedge == "point":
+            nodes = (point,)
+        found = []
+        for node in () if self.hedge == "none" else nodes:
+            proposals = tree.nodes[node].proposals
+            if proposals is None or tree.nodes[node].depth >= self.limit:
+                continue
+            known = {tree.nodes[child].token for child in tree.children(node)}
+            most = {"point": self._branches(tree, node), "fan": self.fan + 1}.get(self.hedge, self.k_max)
+            found += [
+                (node, rank, tree.nodes[node].reach * chance)
+                for rank, (token, chance) in enumerate(zip(proposals.tokens[:most], proposals.confidence, strict=False))
+                if token not in known
+            ]
+        return iter(sorted(found, key=lambda item: (-item[2], item[0], item[1])))
+
+    def _branch_point(self, tree: Tree, path: tuple[int, ...], situation: Situation) -> int:
+        if self.hrad is not None and situation.features is not None:
+            outlook = self.hrad.predict(situation.features)
+            if outlook is Outlook.NONE:
+                return path[0]
+            if outlook is Outlook.ALL:
+                return path[-1]
+        unsure = next((node for node in path[1:] if tree.chance(node) < self.epsilon), None)
+        return path[-1] if unsure is None else tree.nodes[unsure].parent
+
+    def _worth_a_step(self, tree: Tree, path: tuple[int, ...], situation: Situation) -> bool:
+        costs = situation.costs
+        if len(path) == 1 and (costs.rounds < 2 or _retry(situation.idle)):
+            return True  # nothing is known yet, or it is time to look again
+        chance = tree.nodes[path[-1]].reach * situation.acceptance
+        return chance * costs.seconds_per_token >= costs.draft.of(1) + costs.target.per_row
+
+    def _sure(self, tree: Tree, path: tuple[int, ...]) -> bool:
+        return len(path) == 1 or tree.chance(path[-1]) >= self.epsilon
+
+    def _worth_verifying(self, tree: Tree, path: tuple[int, ...], situation: Situation) -> tuple[int, ...]:
+        """The path as far as a token is worth its row in the target's forward."""
+        if not self.thrifty:
+            return path
+        costs = situation.costs
+        return tuple(
+            node
+            for node in path
+            if node == path[0] or tree.nodes[node].reach * costs.seconds_per_token >= costs.target.per_row
+        )
+
+    def _worth_a_row(self, reach: float, situation: Situation) -> bool:
+        """Whether an outcome pays for one more row: if it comes true, a draft step is saved."""
+        if self.hedge != "any":
+            return True
+        return reach * situation.costs.draft.of(1) > situation.costs.draft.per_row
+
+    def _branches(self, tree: Tree, node: int) -> int:
+        proposals = tree.nodes[node].proposals
+        assert proposals is not None
+        return max(1, int(self.k_max * (1 - proposals.confidence[0])))
+
+
+@dataclass(frozen=True)
+class PaperSpecBranch(SpecBranch):
+    """SpecBranch as its paper describes it: one branch point, the trunk ends there, confidences as the draft says."""
+
+    hedge: str = "point"
+    verify_tail: bool = False
+    calibrate: bool = False
+    thrifty: bool = False
+    name = "specbranch-paper"
+
+
+@dataclass(frozen=True)
+class Ssd(SpecBranch):
+    """SSD (Saguaro, arXiv 2603.03251): a fixed number of candidates beside every trunk token.
+
+    Without overlap nothing grows beside the trunk, and it drafts `length` tokens first.
+    """
+
+    hedge: str = "fan"
+    length: int = 5
+    batch: int = 24
+    calibrate: bool = False
+    thrifty: bool = False
+    name = "ssd"
+
+    def before(self, tree: Tree, situation: Situation) -> list[int]:
+        path = tree.best_path()
+        if situation.overlapped and len(path) > 1:
+            return []
+        return open_end(path, tree, min(self.length, situation.remaining - 1))
+
+    def cut(self, tree: Tree, situation: Situation) -> Cut:
+        path = tree.best_path()[: situation.remaining]
+        return Cut(tree, path, path[-1])
+
+
+def _retry(idle: int) -> bool:
+    return idle >= FIRST_RETRY and math.log2(idle / FIRST_RETRY).is_integer()

@@ -1,0 +1,55 @@
+"""What the decoding loop asks of the two models and of the clock; real ones and replayed ones answer alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import ParamSpec, Protocol
+
+from specbranch.tree import Tree
+from specbranch.verifier import Verdict
+
+P = ParamSpec("P")
+
+
+class Target(Protocol):
+    """Judges drafted tokens: verifier.Verifier, replay.ReplayVerifier."""
+
+    def prefill(self, tokens: Sequence[int]) -> None: ...
+
+    def verify(self, tree: Tree, trunk: Sequence[int]) -> Verdict: ...
+
+    def commit(self, path: Sequence[int]) -> None: ...
+
+
+class Draft(Protocol):
+    """Guesses: drafter.Drafter, replay.ReplayDrafter."""
+
+    @property
+    def room(self) -> int: ...
+
+    def prefill(self, tokens: Sequence[int]) -> None: ...
+
+    def propose(self, tree: Tree, nodes: Sequence[int], text: Sequence[int]) -> Tree: ...
+
+    def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None: ...
+
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int) -> None: ...
+
+
+class Pending(Protocol):
+    """A verdict that is being made."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> Verdict: ...
+
+
+class Workers(Protocol):
+    """Runs the target beside the draft, and says what time it is: overlap.Overlap, replay.VirtualTime."""
+
+    def clock(self) -> float: ...
+
+    def submit(self, function: Callable[P, Verdict], *args: P.args, **kwargs: P.kwargs) -> Pending: ...
+
+    def draft_threads(self) -> AbstractContextManager[None]: ...

@@ -1,0 +1,88 @@
+"""What forwards of a loaded pair cost here, by rows: alone, and while the other model runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from specbranch.model import CachedModel
+from specbranch.overlap import Overlap
+from specbranch.tree import Tree
+
+ROWS = (1, 2, 4, 6, 8, 12, 16)
+REPEATS = 5
+
+Points = list[tuple[int, float]]
+
+
+def forward(model: CachedModel, rows: int) -> Callable[[], float]:
+    """A function that runs one forward over a chain of `rows` tree nodes and returns its seconds."""
+    length = model.cache.length
+    tree = Tree.rooted(1, length)
+    for node in range(rows - 1):
+        tree = tree.hang(node, 1)
+
+    def run() -> float:
+        begin = time.perf_counter()
+        model.score(tree, range(rows))
+        seconds = time.perf_counter() - begin
+        model.cache.rollback(length)
+        return seconds
+
+    return run
+
+
+def measure_costs(
+    target: CachedModel, draft: CachedModel, workers: Overlap, prefix: int = 256
+) -> dict[str, dict[str, Points]]:
+    """Median seconds of forwards by mode ("serial", "overlapped") and model ("target", "draft"), as [rows, seconds].
+
+    Both models must be attached. prefix: committed tokens behind which they run.
+    """
+    for model in (target, draft):
+        limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", prefix + 1)
+        model.reset(min(prefix, limit - 1))
+        model.prefill([1] * min(prefix, limit - 1))
+    costs: dict[str, dict[str, Points]] = {"serial": {}, "overlapped": {}}
+    for name, model in (("target", target), ("draft", draft)):
+        costs["serial"][name] = [(rows, _median(forward(model, rows))) for rows in ROWS]
+    for name, model, other in (("target", target, draft), ("draft", draft, target)):
+        costs["overlapped"][name] = [
+            (
+                rows,
+                _median_beside(forward(model, rows), forward(other, 4), workers, measured_is_target=name == "target"),
+            )
+            for rows in ROWS
+        ]
+    return costs
+
+
+def _median(run: Callable[[], float]) -> float:
+    run()
+    return statistics.median(run() for _ in range(REPEATS))
+
+
+def _median_beside(
+    run: Callable[[], float], other: Callable[[], float], workers: Overlap, measured_is_target: bool
+) -> float:
+    """While `other` runs over and over on a thread of its own; each side with its share of the threads."""
+    shares = (workers.target, workers.draft) if measured_is_target else (workers.draft, workers.target)
+    going = True
+
+    def repeat() -> None:
+        while going:
+            other()
+
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(shares[1],)) as pool:
+        beside = pool.submit(repeat)
+        torch.set_num_threads(shares[0])
+        try:
+            return _median(run)
+        finally:
+            going = False
+            torch.set_num_threads(workers.threads)
+            beside.result()
