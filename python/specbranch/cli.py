@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(arguments)
         args.argv = arguments
-        command = importlib.import_module(f"specbranch.commands.{args.command}")
+        command = importlib.import_module(f"specbranch.commands.{args.command.replace('-', '_')}")
         status: int = command.run(args)
         sys.stdout.flush()
         return status
@@ -94,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="compare methods, and transformers' own, on the same prompts")
     _add_models(bench, draft_required=True)
-    bench.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="JSON lines with id, prompt, chat")
+    _add_prompts(bench)
     bench.add_argument(
         "--methods",
         type=_names(METHODS),
@@ -112,8 +112,36 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_sampling(bench)
     _add_policy(bench)
-    bench.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N prompts of each file")
     bench.add_argument("--json", metavar="OUT", help="write everything measured to this file")
+
+    record = commands.add_parser("record", help="decode prompts once and keep what any method could ask of the pair")
+    _add_models(record, draft_required=True)
+    _add_prompts(record)
+    record.add_argument("--out", required=True, metavar="FILE", help="a safetensors file; an unfinished one goes on")
+    record.add_argument("--features", action="store_true", help="keep the target's features too, for H-RAD")
+    _add_sampling(record)
+
+    plan = commands.add_parser("plan", help="replay every method over records: expected speed and best settings")
+    plan.add_argument("records", nargs="+", metavar="RECORD", help="files made by specbranch record, of one pair")
+    plan.add_argument(
+        "--ratio",
+        type=_number(0, math.inf, open_low=True),
+        action="append",
+        metavar="C",
+        help="a target forward costs C draft forwards, instead of what was measured; may be repeated",
+    )
+    plan.add_argument(
+        "--row", type=_number(0, math.inf), default=0.0, metavar="R", help="with --ratio: what one more row adds (0.02)"
+    )
+    plan.add_argument("--json", metavar="OUT", help="write everything replayed to this file")
+
+    train = commands.add_parser(
+        "train-hrad", help="train H-RAD, the predictor of how much will be accepted, for a pair"
+    )
+    _add_models(train, draft_required=True)
+    _add_prompts(train)
+    train.add_argument("--out", required=True, metavar="DIR", help="of the predictor; an unfinished one goes on")
+    _add_sampling(train)
 
     demo = commands.add_parser("demo", help="the bundled pair, autoregressive and SpecBranch side by side")
     demo.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's)")
@@ -148,6 +176,11 @@ def _add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> Non
     )
 
 
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="JSON lines with id, prompt, chat")
+    parser.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N prompts of each file")
+
+
 def _add_policy(parser: argparse.ArgumentParser) -> None:
     policy = parser.add_argument_group("drafting", "these change the speed, never the text")
     policy.add_argument(
@@ -157,6 +190,7 @@ def _add_policy(parser: argparse.ArgumentParser) -> None:
     policy.add_argument(
         "--max-trunk", type=_at_least(1), metavar="N", help="specbranch: most tokens drafted before verifying"
     )
+    policy.add_argument("--hrad", metavar="DIR", help="specbranch: a predictor for this pair, of train-hrad")
     policy.add_argument("--length", type=_at_least(1), metavar="N", help="speculative, pearl: tokens drafted a round")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from specbranch.costs import Costs
 from specbranch.decoder import Decoder
 from specbranch.drafter import Drafter
 from specbranch.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
+from specbranch.features import FeatureTap
 from specbranch.generation import Generation, TextStream
+from specbranch.hrad import HRad, load_hrad
 from specbranch.loading import (
     ModelSource,
     check_vocabularies,
@@ -25,9 +28,10 @@ from specbranch.loading import (
 )
 from specbranch.measuring import measure_costs
 from specbranch.methods import make_policy
-from specbranch.model import CachedModel
+from specbranch.model import PREFILL_CHUNK, CachedModel
 from specbranch.overlap import Overlap
-from specbranch.record import RecordedText, record_text
+from specbranch.record import RecordedText
+from specbranch.recording import record_text
 from specbranch.sampling import Sampling
 from specbranch.text import TextBuilder
 from specbranch.verifier import Verifier
@@ -56,7 +60,8 @@ class SpecBranch:
 
         overlap: True, False or "auto" (measure both and take the faster). threads: intra-op threads (default:
         torch's); target_threads: the target's share of them when both models run. options: of the policy, such as
-        epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
+        epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL); hrad: a predictor for this pair, or the
+        directory of one (`specbranch train-hrad`).
 
         Raises SpecBranchError for a model or option that cannot be used.
         """
@@ -68,12 +73,14 @@ class SpecBranch:
             raise SpecBranchError(f"threads is {threads}; expected at least 1")
         self.threads = torch.get_num_threads() if threads is None else threads
         self._target = CachedModel(target, "target")
+        self._tap: FeatureTap | None = None
         self._draft = None if draft is None else CachedModel(draft, "draft")
         self._workers = Overlap(self.threads, target_threads)
         self._costs = Costs()
         self._calibrator = Calibrator()
         self._eos = end_of_sequence(target)
-        make_policy(method, options)
+        self._hrad: dict[str, HRad] = {}
+        make_policy(method, self._with_hrad(options))
 
     @classmethod
     def from_pretrained(
@@ -190,17 +197,53 @@ class SpecBranch:
         task: str,
         k: int = 8,
         sampling: Sampling | None = None,
+        features: bool = False,
     ) -> RecordedText:
         """What the draft says along a text that the target generated from `prompt`; see record.py.
 
         tokens: the new ids. k: candidates kept at each position. sampling: as the text was sampled.
+        features: also keep the target's, for a learned predictor; this takes a target forward over the text.
         """
         if self._draft is None:
             raise SpecBranchError("a record needs a draft model: pass draft=")
         drafter = Drafter(self._draft, sampling or Sampling(), k, self._target.vocabulary)
         self._draft.reset(len(prompt) + len(tokens))
+        seen = self._features(prompt, tokens) if features else None
         with self._running():
-            return record_text(drafter, prompt, tokens, id=id, task=task, features=None)
+            return record_text(drafter, prompt, tokens, id=id, task=task, features=seen)
+
+    def _features(self, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """The target's features before each of `tokens`, [len(tokens), F]: those that its verdicts would have given."""
+        tap, text = self._feature_tap(), [*prompt, *tokens]
+        self._target.reset(len(text))
+        found = []
+        with self._running(tap):
+            first = max(len(prompt) - 2, 0)
+            self._target.prefill(text[:first])
+            for start in range(first, len(text) - 2, PREFILL_CHUNK):
+                chunk = text[start : min(start + PREFILL_CHUNK, len(text) - 2)]
+                self._target.prefill(chunk)
+                found.append(tap.rows(slice(None), text[start + 1 : start + 1 + len(chunk)]))
+        features = torch.cat(found)
+        if len(prompt) == 1:  # nothing was verified before the first token
+            features = torch.cat([torch.zeros_like(features[:1]), features])
+        return features
+
+    def _feature_tap(self) -> FeatureTap:
+        if self._tap is None:
+            self._tap = FeatureTap(self.target)
+        return self._tap
+
+    def _with_hrad(self, options: dict[str, object]) -> dict[str, object]:
+        """The options with a predictor's directory replaced by the predictor."""
+        source = options.get("hrad")
+        if not isinstance(source, (str, Path)):
+            return options
+        if self.draft is None:
+            raise SpecBranchError("hrad predicts for a pair: pass draft=")
+        if str(source) not in self._hrad:
+            self._hrad[str(source)] = load_hrad(source, self.target, self.draft)
+        return {**options, "hrad": self._hrad[str(source)]}
 
     def measure_costs(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """What forwards of this pair cost on this machine; see measuring.py."""
@@ -210,14 +253,16 @@ class SpecBranch:
             return measure_costs(self._target, self._draft, self._workers)
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
-        """Both models attached, with this engine's threads."""
+    def _running(self, tap: FeatureTap | None = None) -> Iterator[None]:
+        """Both models attached, with this engine's threads; tap: reads the target's features meanwhile."""
         with ExitStack() as stack:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.threads)
             stack.enter_context(self._target.attached())
             if self._draft is not None:
                 stack.enter_context(self._draft.attached())
+            if tap is not None:
+                stack.enter_context(tap.attached())
             stack.callback(self._workers.wait)
             yield
 
@@ -243,7 +288,7 @@ class SpecBranch:
             assert self._draft is not None
             self._draft.reset(len(ids) + max_new_tokens)
         reason = "length"
-        with self._running():
+        with self._running(decoder.verifier.tap):
             try:
                 for committed in decoder.rounds(ids, max_new_tokens):
                     if any(builder.add(token) for token in committed):
@@ -264,7 +309,7 @@ class SpecBranch:
     def _decoder(
         self, method: str | None, sampling: Sampling, overlap: bool | str | None, options: dict[str, object]
     ) -> Decoder:
-        policy = make_policy(method or self.method, {**self.options, **options})
+        policy = make_policy(method or self.method, self._with_hrad({**self.options, **options}))
         drafter = None
         if policy.candidates > 0:
             if self._draft is None:
@@ -272,7 +317,9 @@ class SpecBranch:
             calibrator = self._calibrator if policy.calibrated else None
             drafter = Drafter(self._draft, sampling, policy.candidates, self._target.vocabulary, calibrator)
         mode = self._overlap if overlap is None else check_overlap(overlap)
-        return Decoder(Verifier(self._target, sampling), drafter, policy, self._costs, self._workers, mode)
+        tap = None if getattr(policy, "hrad", None) is None else self._feature_tap()
+        verifier = Verifier(self._target, sampling, tap)
+        return Decoder(verifier, drafter, policy, self._costs, self._workers, mode)
 
     def _prompt_ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
         if isinstance(prompt, str):

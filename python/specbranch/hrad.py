@@ -1,14 +1,32 @@
-"""H-RAD, the hybrid rollback-aware draft of SpecBranch (arXiv 2506.01979): how much of the trunk will be accepted."""
+"""H-RAD, the hybrid rollback-aware draft of SpecBranch (arXiv 2506.01979): how much of the trunk will be accepted.
+
+A small network on the target's features at the last verified token. It is trained for one pair (training.py).
+"""
 
 from __future__ import annotations
 
-from enum import Enum
-from typing import Protocol
+import itertools
+import json
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specbranch.errors import SpecBranchError
+from specbranch.identity import ModelIdentity
+
+FORMAT = "specbranch-hrad-1"
+WIDTHS = (256, 64)
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-class Outlook(Enum):
+class Outlook(IntEnum):
     """NONE of the drafted tokens will stand, SOME will (ask the confidence), or ALL."""
 
     NONE = 0
@@ -16,5 +34,94 @@ class Outlook(Enum):
     ALL = 2
 
 
-class HRad(Protocol):
-    def predict(self, features: Tensor) -> Outlook: ...
+@dataclass(frozen=True)
+class HRadConfig:
+    """target, draft: the pair it is for. features: inputs of the network. length: tokens of ALL.
+
+    metrics: what training printed.
+    """
+
+    target: ModelIdentity
+    draft: ModelIdentity
+    features: int
+    length: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class HRad(nn.Module):
+    """The predictor: standardised features, two hidden layers, three classes."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: HRadConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("mean", torch.zeros(config.features))
+        self.register_buffer("scale", torch.ones(config.features))
+        sizes = (config.features, *WIDTHS)
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(sizes):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(0.3)]
+        self.layers = nn.Sequential(*layers, nn.Linear(WIDTHS[-1], len(Outlook)))
+        self.eval()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features [n, F] to logits [n, 3]."""
+        logits: Tensor = self.layers((features.float() - self.mean) * self.scale)
+        return logits
+
+    @torch.inference_mode()
+    def chances(self, features: Tensor) -> tuple[float, float, float]:
+        """Probabilities of NONE, SOME and ALL; features [F]."""
+        none, some, all_ = self(features[None].to(self.mean.device))[0].softmax(0).tolist()
+        return none, some, all_
+
+    def predict(self, features: Tensor) -> Outlook:
+        """The likeliest outlook; features [F]."""
+        chances = self.chances(features)
+        return Outlook(chances.index(max(chances)))
+
+    def save(self, directory: Path) -> None:
+        """Write the configuration and the weights; the weights come last, so that half a save cannot be loaded."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / WEIGHTS).unlink(missing_ok=True)
+        config = {"format": FORMAT, **asdict(self.config)}
+        (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        partial = directory / f"{WEIGHTS}.part"
+        save_file({name: values.contiguous() for name, values in self.state_dict().items()}, partial)
+        partial.replace(directory / WEIGHTS)
+
+
+def load_hrad(directory: str | Path, target: PreTrainedModel, draft: PreTrainedModel) -> HRad:
+    """Read a predictor that was trained for this pair.
+
+    Raises SpecBranchError for a missing, truncated or foreign file, and for a predictor of another pair.
+    """
+    directory = Path(directory)
+    config = _read_config(directory)
+    for role, trained, model in (("target", config.target, target), ("draft", config.draft, draft)):
+        found = ModelIdentity.of(model)
+        if found.fingerprint != trained.fingerprint:
+            raise SpecBranchError(
+                f"{directory}: this predictor was trained for the {role} {trained.name} ({trained.fingerprint}); "
+                f"the {role} here is {found.name} ({found.fingerprint})"
+            )
+    hrad = HRad(config)
+    try:
+        hrad.load_state_dict(load_file(directory / WEIGHTS))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise SpecBranchError(f"{directory / WEIGHTS}: not the weights of a predictor: {error}") from error
+    return hrad
+
+
+def _read_config(directory: Path) -> HRadConfig:
+    path = directory / CONFIG
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(read, dict) or read.pop("format", None) != FORMAT:
+            raise SpecBranchError(f"{path}: expected a predictor of the format {FORMAT}")
+        target, draft = ModelIdentity(**read.pop("target")), ModelIdentity(**read.pop("draft"))
+        return HRadConfig(target=target, draft=draft, **read)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SpecBranchError(f"{path}: not a readable configuration of a predictor: {error}") from error

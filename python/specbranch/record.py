@@ -7,7 +7,6 @@ without the models (replay.py).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from specbranch.drafter import Drafter
 from specbranch.errors import SpecBranchError
-from specbranch.tree import Proposals, Tree
+from specbranch.identity import ModelIdentity
 
 FORMAT = "specbranch-record-1"
-WINDOW = 16  # positions whose tails are drafted together
 TAIL = 7  # tokens drafted behind a wrong one
 
 
@@ -45,7 +42,7 @@ class RecordedText:
 
     tokens: int64 [N], the target's. said: at each position, after the tokens before it. tails: the same for the TAIL
     tokens that the draft goes on with after its own first candidate, where that is wrong: `[N * TAIL]` rows, NaN
-    where it is right. features: float16 [N, F], the target's, where they were asked for.
+    where it is right. features: bfloat16 [N, F], the target's before each token, where they were asked for.
     """
 
     id: str
@@ -62,14 +59,14 @@ class RecordedText:
 
 @dataclass(frozen=True)
 class Record:
-    """Texts of one pair under one sampling, and what forwards cost when they were made.
+    """Texts of one pair under one sampling, and what forwards cost where they were made.
 
-    costs: seconds by mode ("serial", "overlapped") and model ("target", "draft") as [rows, seconds] pairs, plus
-    "round": seconds of a round outside the models.
+    sampling: the parameters, with max_new_tokens. costs: seconds by mode ("serial", "overlapped") and model
+    ("target", "draft") as [rows, seconds] pairs. round_seconds: of a round outside the models.
     """
 
-    target: str
-    draft: str
+    target: ModelIdentity
+    draft: ModelIdentity
     sampling: dict[str, float]
     texts: list[RecordedText]
     costs: dict[str, dict[str, list[tuple[int, float]]]] = field(default_factory=dict)
@@ -88,7 +85,7 @@ class Record:
                     kept = values.to(torch.int32) if part == "tokens" else values.to(torch.float16)
                     tensors[f"{i}.{name}.{part}"] = kept.contiguous()
             if text.features is not None:
-                tensors[f"{i}.features"] = text.features.to(torch.float16).contiguous()
+                tensors[f"{i}.features"] = text.features.to(torch.bfloat16).contiguous()
         head = {key: value for key, value in asdict(self, dict_factory=_without_texts).items() if key != "texts"}
         metadata = {"format": FORMAT, "head": json.dumps(head), "texts": json.dumps(entries)}
         partial = path.with_name(path.name + ".part")
@@ -115,9 +112,10 @@ class Record:
                     )
                     for i, entry in enumerate(json.loads(metadata["texts"]))
                 ]
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise SpecBranchError(f"{path}: not a readable record: {error}") from error
-        return Record(texts=texts, **head)
+        target, draft = ModelIdentity(**head.pop("target")), ModelIdentity(**head.pop("draft"))
+        return Record(target, draft, texts=texts, **head)
 
 
 def _without_texts(items: list[tuple[str, object]]) -> dict[str, object]:
@@ -127,71 +125,3 @@ def _without_texts(items: list[tuple[str, object]]) -> dict[str, object]:
 def _said(file: Any, name: str) -> Said:
     tokens = file.get_tensor(f"{name}.tokens").long()
     return Said(tokens, *(file.get_tensor(f"{name}.{part}").float() for part in ("agreement", "entropy", "margin")))
-
-
-def record_text(
-    drafter: Drafter, prompt: Sequence[int], tokens: Sequence[int], *, id: str, task: str, features: Tensor | None
-) -> RecordedText:
-    """Run the draft along a text that the target has generated, and a little way down each of its wrong turns.
-
-    drafter: with an attached draft model, reset for the whole text, and without a calibrator.
-    """
-    drafter.prefill(prompt[:-1])
-    text = [*prompt, *tokens]
-    said: list[Proposals] = []
-    tails: list[list[Proposals | None]] = []
-    for start in range(0, len(tokens), WINDOW):
-        position = len(prompt) - 1 + start
-        window = text[position + 1 : position + 1 + min(WINDOW, len(tokens) - start)]
-        tree = Tree.rooted(text[position], position)
-        tree = drafter.propose(tree, [0], text)
-        for depth, token in enumerate(window):
-            tree = tree.hang(depth, token)
-        chain = list(range(1, len(window)))
-        if chain:
-            tree = drafter.propose(tree, chain, text)
-        here = [_proposals(tree, node) for node in range(len(window))]
-        ends = {}
-        for node, proposals in enumerate(here):
-            if proposals.tokens[0] != window[node]:
-                tree = tree.adopt(node, 0)
-                ends[node] = len(tree) - 1
-        found: list[list[Proposals | None]] = [[None] * TAIL for _ in window]
-        for step in range(TAIL if ends else 0):
-            tree = drafter.propose(tree, list(ends.values()), text)
-            for node, end in ends.items():
-                found[node][step] = _proposals(tree, end)
-                tree = tree.adopt(end, 0)
-                ends[node] = len(tree) - 1
-        said += here
-        tails += found
-        drafter.commit(range(len(window)), {})
-    flat = [proposals for tail in tails for proposals in tail]
-    k = len(said[0].tokens)
-    return RecordedText(id, task, len(prompt), torch.tensor(list(tokens)), _stack(said, k), _stack(flat, k), features)
-
-
-def _proposals(tree: Tree, node: int) -> Proposals:
-    proposals = tree.nodes[node].proposals
-    assert proposals is not None
-    return proposals
-
-
-def _stack(all_proposals: Sequence[Proposals | None], k: int) -> Said:
-    """As tensors; what is missing is -1 and NaN."""
-
-    def rows() -> Iterator[tuple[list[int], list[float], float, float]]:
-        for proposals in all_proposals:
-            if proposals is None or proposals.signals is None:
-                yield [-1] * k, [torch.nan] * k, torch.nan, torch.nan
-                continue
-            missing = k - len(proposals.tokens)
-            yield (
-                [*proposals.tokens, *[-1] * missing],
-                [*proposals.confidence, *[0.0] * missing],
-                proposals.signals.entropy,
-                min(proposals.signals.margin, 100.0),
-            )
-
-    tokens, agreement, entropy, margin = zip(*rows(), strict=True)
-    return Said(torch.tensor(tokens), torch.tensor(agreement), torch.tensor(entropy), torch.tensor(margin))

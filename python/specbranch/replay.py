@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ParamSpec
 
+from torch import Tensor
+
 from specbranch.calibration import Calibrator
 from specbranch.costs import Costs
 from specbranch.decoder import Decoder
@@ -121,6 +123,7 @@ class ReplayVerifier:
     text: RecordedText
     time: VirtualTime
     costs: ReplayCosts
+    tap: None = None
 
     def prefill(self, tokens: Sequence[int]) -> None:
         pass
@@ -137,9 +140,11 @@ class ReplayVerifier:
             token = int(self.text.tokens[at + len(path) - 1]) if at + len(path) - 1 < len(self.text) else -1
             child = next((i for i in tree.children(path[-1]) if i in trunk and tree.nodes[i].token == token), None)
             if child is None:
-                features = None if self.text.features is None else self.text.features[min(at, len(self.text) - 1)]
-                return Verdict(tuple(path), token, features)
+                return Verdict(tuple(path), token, self._features(at + len(path)))
             path.append(child)
+
+    def _features(self, at: int) -> Tensor | None:
+        return self.text.features[at] if self.text.features is not None and at < len(self.text) else None
 
 
 @dataclass

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specbranch.features import FeatureTap
 from specbranch.model import CachedModel
 from specbranch.sampling import Sampling
 from specbranch.tree import Tree
@@ -18,7 +19,7 @@ from specbranch_ext import verify
 class Verdict:
     """The target's word on a trunk: the accepted path, from the root down, and the token that follows it.
 
-    features: the target's hidden features at the path's end, where they are collected (see hrad.py).
+    features: the target's, at the path's end, where a predictor wants them; see features.py.
     """
 
     path: tuple[int, ...]
@@ -34,9 +35,11 @@ class Verdict:
 class Verifier:
     """The target samples every token itself; a drafted token stands while it equals the target's."""
 
-    def __init__(self, model: CachedModel, sampling: Sampling) -> None:
+    def __init__(self, model: CachedModel, sampling: Sampling, tap: FeatureTap | None = None) -> None:
+        """tap: attached to the model, when a predictor wants features."""
         self.model = model
         self.sampling = sampling
+        self.tap = tap
 
     def prefill(self, tokens: Sequence[int]) -> None:
         self.model.prefill(tokens)
@@ -59,5 +62,6 @@ class Verifier:
         verdict = verify(logits, tokens, parents, positions, **self.sampling.op_arguments)
         if verdict.next_token < 0:  # on a device, where a kernel cannot raise
             raise ValueError("target_logits: a row has NaN or +inf, or masks every token")
-        path = verdict.path[: int(verdict.accepted)].tolist()
-        return Verdict((trunk[0], *(trunk[i] for i in path)), int(verdict.next_token))
+        path, next_token = verdict.path[: int(verdict.accepted)].tolist(), int(verdict.next_token)
+        features = None if self.tap is None else self.tap.after(path[-1] if path else 0, next_token)
+        return Verdict((trunk[0], *(trunk[i] for i in path)), next_token, features)

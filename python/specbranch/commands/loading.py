@@ -22,7 +22,7 @@ def quiet_libraries() -> None:
 
 
 OVERLAP: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
-POLICY_OPTIONS = ("epsilon", "k_max", "max_trunk", "length")
+POLICY_OPTIONS = ("epsilon", "k_max", "max_trunk", "hrad", "length")
 
 
 def load_engine(args: argparse.Namespace) -> SpecBranch:

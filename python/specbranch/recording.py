@@ -1,0 +1,140 @@
+"""Making records: a pair decodes prompts once, and what a policy could ask of it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specbranch.drafter import Drafter
+from specbranch.errors import SpecBranchError
+from specbranch.identity import ModelIdentity
+from specbranch.prompts import Prompt
+from specbranch.record import TAIL, Record, RecordedText, Said
+from specbranch.sampling import Sampling
+from specbranch.tree import Proposals, Tree
+
+if TYPE_CHECKING:
+    from specbranch.engine import SpecBranch
+
+WINDOW = 16  # positions whose tails are drafted together
+
+
+def collect(
+    engine: SpecBranch,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    max_new_tokens: int,
+    path: Path,
+    features: bool,
+    before: Callable[[str], None],
+) -> Record:
+    """Decode and record every prompt that the file at `path` does not hold yet; it is written after each.
+
+    before: told each prompt's id when its turn comes. Raises SpecBranchError when the file there is of another pair
+    or other settings.
+    """
+    assert engine.draft is not None
+    settings: dict[str, float] = {**asdict(sampling), "max_new_tokens": max_new_tokens}
+    record = Record(ModelIdentity.of(engine.target), ModelIdentity.of(engine.draft), settings, [])
+    if path.exists():
+        found = Record.load(path)
+        check_continues(found, record, features, path)
+        record = found
+    done = {(text.task, text.id) for text in record.texts}
+    for prompt in prompts:
+        before(prompt.id)
+        if (prompt.task, prompt.id) in done:
+            continue
+        ids = engine.encode(prompt.text, chat=prompt.chat)
+        tokens = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling)).tokens
+        if not tokens:
+            continue
+        text = engine.record(ids, tokens, id=prompt.id, task=prompt.task, sampling=sampling, features=features)
+        record = replace(record, texts=[*record.texts, text])
+        record.save(path)
+    return record
+
+
+def check_continues(found: Record, wanted: Record, features: bool, path: Path) -> None:
+    """That a record at `path` may be continued with these settings."""
+    for name, here, there in (
+        ("target", wanted.target, found.target),
+        ("draft", wanted.draft, found.draft),
+        *((name, value, found.sampling.get(name)) for name, value in wanted.sampling.items()),
+        *(("choice of features", features, text.features is not None) for text in found.texts[:1]),
+    ):
+        if here != there:
+            raise SpecBranchError(f"{path}: a record with another {name} ({there}, here {here}); choose another file")
+
+
+def record_text(
+    drafter: Drafter, prompt: Sequence[int], tokens: Sequence[int], *, id: str, task: str, features: Tensor | None
+) -> RecordedText:
+    """Run the draft along a text that the target has generated, and a little way down each of its wrong turns.
+
+    drafter: with an attached draft model, reset for the whole text, and without a calibrator.
+    """
+    drafter.prefill(prompt[:-1])
+    text = [*prompt, *tokens]
+    said: list[Proposals] = []
+    tails: list[list[Proposals | None]] = []
+    for start in range(0, len(tokens), WINDOW):
+        position = len(prompt) - 1 + start
+        window = text[position + 1 : position + 1 + min(WINDOW, len(tokens) - start)]
+        tree = Tree.rooted(text[position], position)
+        tree = drafter.propose(tree, [0], text)
+        for depth, token in enumerate(window):
+            tree = tree.hang(depth, token)
+        chain = list(range(1, len(window)))
+        if chain:
+            tree = drafter.propose(tree, chain, text)
+        here = [_proposals(tree, node) for node in range(len(window))]
+        ends = {}
+        for node, proposals in enumerate(here):
+            if proposals.tokens[0] != window[node]:
+                tree = tree.adopt(node, 0)
+                ends[node] = len(tree) - 1
+        found: list[list[Proposals | None]] = [[None] * TAIL for _ in window]
+        for step in range(TAIL if ends else 0):
+            tree = drafter.propose(tree, list(ends.values()), text)
+            for node, end in ends.items():
+                found[node][step] = _proposals(tree, end)
+                tree = tree.adopt(end, 0)
+                ends[node] = len(tree) - 1
+        said += here
+        tails += found
+        drafter.commit(range(len(window)), {})
+    flat = [proposals for tail in tails for proposals in tail]
+    k = len(said[0].tokens)
+    return RecordedText(id, task, len(prompt), torch.tensor(list(tokens)), _stack(said, k), _stack(flat, k), features)
+
+
+def _proposals(tree: Tree, node: int) -> Proposals:
+    proposals = tree.nodes[node].proposals
+    assert proposals is not None
+    return proposals
+
+
+def _stack(all_proposals: Sequence[Proposals | None], k: int) -> Said:
+    """As tensors; what is missing is -1 and NaN."""
+
+    def rows() -> Iterator[tuple[list[int], list[float], float, float]]:
+        for proposals in all_proposals:
+            if proposals is None or proposals.signals is None:
+                yield [-1] * k, [torch.nan] * k, torch.nan, torch.nan
+                continue
+            missing = k - len(proposals.tokens)
+            yield (
+                [*proposals.tokens, *[-1] * missing],
+                [*proposals.confidence, *[0.0] * missing],
+                proposals.signals.entropy,
+                min(proposals.signals.margin, 100.0),
+            )
+
+    tokens, agreement, entropy, margin = zip(*rows(), strict=True)
+    return Said(torch.tensor(tokens), torch.tensor(agreement), torch.tensor(entropy), torch.tensor(margin))
