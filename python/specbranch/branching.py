@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from specbranch.errors import SpecBranchError
-from specbranch.hrad import HRad, Outlook
 from specbranch.policy import Cut, Growth, Situation, open_end
 from specbranch.tree import Tree
 
@@ -32,7 +31,7 @@ class SpecBranch:
     max_trunk: most tokens drafted before the target is asked. limit: deepest node drafted while it verifies.
     verify_tail: also verify the drafted tail behind the branch point; False ends the trunk there, as the paper does.
     calibrate: correct confidences by what the verdicts say. thrifty: draft only while a token is worth its step.
-    hrad: a trained predictor of how much of the trunk will be accepted.
+    decide_by_outlook: H-RAD's class, where there is a predictor, decides the branch point before the confidence does.
     """
 
     hedge: str = "any"
@@ -45,7 +44,7 @@ class SpecBranch:
     verify_tail: bool = True
     calibrate: bool = True
     thrifty: bool = True
-    hrad: HRad | None = None
+    decide_by_outlook: bool = False
     name = "specbranch"
     overlaps = True
 
@@ -135,11 +134,10 @@ class SpecBranch:
         return iter(sorted(found, key=lambda item: (-item[2], item[0], item[1])))
 
     def _branch_point(self, tree: Tree, path: tuple[int, ...], situation: Situation) -> int:
-        if self.hrad is not None and situation.features is not None:
-            outlook = self.hrad.predict(situation.features)
-            if outlook is Outlook.NONE:
+        if self.decide_by_outlook and situation.outlook is not None:
+            if situation.outlook.likeliest == "none":
                 return path[0]
-            if outlook is Outlook.ALL:
+            if situation.outlook.likeliest == "all":
                 return path[-1]
         unsure = next((node for node in path[1:] if tree.chance(node) < self.epsilon), None)
         return path[-1] if unsure is None else tree.nodes[unsure].parent
@@ -185,6 +183,7 @@ class PaperSpecBranch(SpecBranch):
     verify_tail: bool = False
     calibrate: bool = False
     thrifty: bool = False
+    decide_by_outlook: bool = True
     name = "specbranch-paper"
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor
-
 from specbranch.costs import Costs
+from specbranch.hrad import Outlook
 from specbranch.interfaces import Draft, Pending, Target, Workers
 from specbranch.policy import Cut, Policy, Situation
 from specbranch.stats import Stats, Step
@@ -37,7 +36,7 @@ class Decoder:
         self.clock = workers.clock
         self.tokens: list[int] = []
         self.idle = 0
-        self.features: Tensor | None = None
+        self.outlook: Outlook | None = None
         self.stats = Stats(method=policy.name)
 
     def rounds(self, prompt: list[int], max_new_tokens: int) -> Iterator[list[int]]:
@@ -77,7 +76,7 @@ class Decoder:
         if self.policy.overlaps:
             overlapped = self.costs.prefer_overlap() if self.overlap is None else self.overlap
         mode = self.costs.mode(overlapped)
-        return Situation(overlapped, mode, self.costs.acceptance, remaining, self.idle, self.features)
+        return Situation(overlapped, mode, self.costs.acceptance, remaining, self.idle, self.outlook)
 
     def _draft_ahead(self, tree: Tree, situation: Situation) -> Tree:
         while (nodes := self.policy.before(tree, situation)) and self._room(len(nodes)):
@@ -139,7 +138,7 @@ class Decoder:
             self.drafter.commit(verdict.path, survivors)
             self.drafter.learn(tree, verdict.path, verdict.next_token)
         self.tokens += committed
-        self.features = verdict.features
+        self.outlook = verdict.outlook
         self.stats.new_tokens += len(committed)
         return committed, rerooted
 

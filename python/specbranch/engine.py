@@ -18,7 +18,7 @@ from specbranch.drafter import Drafter
 from specbranch.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
 from specbranch.features import FeatureTap
 from specbranch.generation import Generation, TextStream
-from specbranch.hrad import HRad, load_hrad
+from specbranch.hrad import HRad, Predictor, load_hrad
 from specbranch.loading import (
     ModelSource,
     check_vocabularies,
@@ -54,14 +54,15 @@ class SpecBranch:
         overlap: bool | str | None = "auto",
         threads: int | None = None,
         target_threads: int | None = None,
+        hrad: HRad | str | Path | None = None,
         **options: object,
     ) -> None:
         """Take loaded models.
 
         overlap: True, False or "auto" (measure both and take the faster). threads: intra-op threads (default:
-        torch's); target_threads: the target's share of them when both models run. options: of the policy, such as
-        epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL); hrad: a predictor for this pair, or the
-        directory of one (`specbranch train-hrad`).
+        torch's); target_threads: the target's share of them when both models run. hrad: a predictor trained for
+        this pair, or the directory of one (`specbranch train-hrad`); SpecBranch uses it. options: of the policy, such
+        as epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
 
         Raises SpecBranchError for a model or option that cannot be used.
         """
@@ -79,8 +80,12 @@ class SpecBranch:
         self._costs = Costs()
         self._calibrator = Calibrator()
         self._eos = end_of_sequence(target)
-        self._hrad: dict[str, HRad] = {}
-        make_policy(method, self._with_hrad(options))
+        self.hrad: HRad | None = None
+        if hrad is not None:
+            if draft is None:
+                raise SpecBranchError("hrad predicts for a pair: pass draft=")
+            self.hrad = hrad if isinstance(hrad, HRad) else load_hrad(hrad, target, draft)
+        make_policy(method, options)
 
     @classmethod
     def from_pretrained(
@@ -95,6 +100,7 @@ class SpecBranch:
         overlap: bool | str | None = "auto",
         threads: int | None = None,
         target_threads: int | None = None,
+        hrad: HRad | str | Path | None = None,
         **options: object,
     ) -> SpecBranch:
         """Load a pair: directories, hub names, "bundled" for the pair in this package, or loaded models.
@@ -116,6 +122,7 @@ class SpecBranch:
             overlap=overlap,
             threads=threads,
             target_threads=target_threads,
+            hrad=hrad,
             **options,
         )
 
@@ -234,17 +241,6 @@ class SpecBranch:
             self._tap = FeatureTap(self.target)
         return self._tap
 
-    def _with_hrad(self, options: dict[str, object]) -> dict[str, object]:
-        """The options with a predictor's directory replaced by the predictor."""
-        source = options.get("hrad")
-        if not isinstance(source, (str, Path)):
-            return options
-        if self.draft is None:
-            raise SpecBranchError("hrad predicts for a pair: pass draft=")
-        if str(source) not in self._hrad:
-            self._hrad[str(source)] = load_hrad(source, self.target, self.draft)
-        return {**options, "hrad": self._hrad[str(source)]}
-
     def measure_costs(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
         """What forwards of this pair cost on this machine; see measuring.py."""
         if self._draft is None:
@@ -282,13 +278,13 @@ class SpecBranch:
         if max_new_tokens < 1 or int(max_new_tokens) != max_new_tokens:
             raise SpecBranchError(f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1")
         builder = TextBuilder(self.tokenizer, self._eos, self._stop_strings(stop))
-        decoder = self._decoder(method, sampling, overlap, options)
+        decoder, tap = self._decoder(method, sampling, overlap, options)
         self._target.reset(len(ids) + max_new_tokens)
         if decoder.drafter is not None:
             assert self._draft is not None
             self._draft.reset(len(ids) + max_new_tokens)
         reason = "length"
-        with self._running(decoder.verifier.tap):
+        with self._running(tap):
             try:
                 for committed in decoder.rounds(ids, max_new_tokens):
                     if any(builder.add(token) for token in committed):
@@ -308,8 +304,9 @@ class SpecBranch:
 
     def _decoder(
         self, method: str | None, sampling: Sampling, overlap: bool | str | None, options: dict[str, object]
-    ) -> Decoder:
-        policy = make_policy(method or self.method, self._with_hrad({**self.options, **options}))
+    ) -> tuple[Decoder, FeatureTap | None]:
+        """The decoder, and the tap that must be attached while it runs."""
+        policy = make_policy(method or self.method, {**self.options, **options})
         drafter = None
         if policy.candidates > 0:
             if self._draft is None:
@@ -317,9 +314,12 @@ class SpecBranch:
             calibrator = self._calibrator if policy.calibrated else None
             drafter = Drafter(self._draft, sampling, policy.candidates, self._target.vocabulary, calibrator)
         mode = self._overlap if overlap is None else check_overlap(overlap)
-        tap = None if getattr(policy, "hrad", None) is None else self._feature_tap()
-        verifier = Verifier(self._target, sampling, tap)
-        return Decoder(verifier, drafter, policy, self._costs, self._workers, mode)
+        predictor = None
+        if self.hrad is not None and policy.candidates > 1:
+            predictor = Predictor(self._feature_tap(), self.hrad)
+        verifier = Verifier(self._target, sampling, predictor)
+        decoder = Decoder(verifier, drafter, policy, self._costs, self._workers, mode)
+        return decoder, None if predictor is None else predictor.tap
 
     def _prompt_ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
         if isinstance(prompt, str):

@@ -8,9 +8,8 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import asdict, dataclass, field
-from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,24 +18,33 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specbranch.errors import SpecBranchError
+from specbranch.features import FeatureTap
 from specbranch.identity import ModelIdentity
 
 FORMAT = "specbranch-hrad-1"
 WIDTHS = (256, 64)
+DROPOUT = 0.3
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-class Outlook(IntEnum):
-    """NONE of the drafted tokens will stand, SOME will (ask the confidence), or ALL."""
+CLASSES = ("none", "some", "all")
 
-    NONE = 0
-    SOME = 1
-    ALL = 2
+
+class Outlook(NamedTuple):
+    """Probabilities that none of the next `length` drafted tokens stand, that some do, that all do."""
+
+    none: float
+    some: float
+    all: float
+
+    @property
+    def likeliest(self) -> str:
+        return CLASSES[self.index(max(self))]
 
 
 @dataclass(frozen=True)
 class HRadConfig:
-    """target, draft: the pair it is for. features: inputs of the network. length: tokens of ALL.
+    """target, draft: the pair it is for. features: inputs of the network. length: tokens that "all" means.
 
     metrics: what training printed.
     """
@@ -62,8 +70,8 @@ class HRad(nn.Module):
         sizes = (config.features, *WIDTHS)
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(sizes):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(0.3)]
-        self.layers = nn.Sequential(*layers, nn.Linear(WIDTHS[-1], len(Outlook)))
+            layers += [nn.Dropout(DROPOUT), nn.Linear(inputs, outputs), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(WIDTHS[-1], len(CLASSES)))
         self.eval()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -72,15 +80,9 @@ class HRad(nn.Module):
         return logits
 
     @torch.inference_mode()
-    def chances(self, features: Tensor) -> tuple[float, float, float]:
-        """Probabilities of NONE, SOME and ALL; features [F]."""
-        none, some, all_ = self(features[None].to(self.mean.device))[0].softmax(0).tolist()
-        return none, some, all_
-
     def predict(self, features: Tensor) -> Outlook:
-        """The likeliest outlook; features [F]."""
-        chances = self.chances(features)
-        return Outlook(chances.index(max(chances)))
+        """The outlook after one verdict; features [F]."""
+        return Outlook(*self(features[None].to(self.mean.device))[0].softmax(0).tolist())
 
     def save(self, directory: Path) -> None:
         """Write the configuration and the weights; the weights come last, so that half a save cannot be loaded."""
@@ -91,6 +93,18 @@ class HRad(nn.Module):
         partial = directory / f"{WEIGHTS}.part"
         save_file({name: values.contiguous() for name, values in self.state_dict().items()}, partial)
         partial.replace(directory / WEIGHTS)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network and where its features come from."""
+
+    tap: FeatureTap
+    network: HRad
+
+    def after(self, row: int, token: int) -> Outlook:
+        """The outlook when the target's newest forward is accepted up to `row` and `token` comes next."""
+        return self.network.predict(self.tap.after(row, token))
 
 
 def load_hrad(directory: str | Path, target: PreTrainedModel, draft: PreTrainedModel) -> HRad:

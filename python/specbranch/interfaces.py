@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import ParamSpec, Protocol
 
-from specbranch.features import FeatureTap
 from specbranch.tree import Tree
 from specbranch.verifier import Verdict
 
@@ -14,10 +13,7 @@ P = ParamSpec("P")
 
 
 class Target(Protocol):
-    """Judges drafted tokens: verifier.Verifier, replay.ReplayVerifier. tap: what it reads features with, if any."""
-
-    @property
-    def tap(self) -> FeatureTap | None: ...
+    """Judges drafted tokens: verifier.Verifier, replay.ReplayVerifier."""
 
     def prefill(self, tokens: Sequence[int]) -> None: ...
 

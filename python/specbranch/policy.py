@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from specbranch.costs import ModeCosts
+from specbranch.hrad import Outlook
 from specbranch.tree import Tree
 
 
@@ -20,9 +19,8 @@ class Situation:
 
     overlapped: the draft keeps growing the tree while the target verifies. costs: measured in this mode.
     acceptance: recent chance that the target agrees with a drafted token. remaining: tokens that may still be
-    committed. idle: rounds since the draft last ran. features: the target's hidden features at the last verified
-    token, for a learned predictor (H-RAD); None while nothing collects them. Policies read target features here and
-    nowhere else.
+    committed. idle: rounds since the draft last ran. outlook: a learned predictor's word
+    on the next drafted tokens (H-RAD), where there is one.
     """
 
     overlapped: bool
@@ -30,7 +28,7 @@ class Situation:
     acceptance: float
     remaining: int
     idle: int = 0
-    features: Tensor | None = None
+    outlook: Outlook | None = None
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ParamSpec
 
-from torch import Tensor
-
 from specbranch.calibration import Calibrator
 from specbranch.costs import Costs
 from specbranch.decoder import Decoder
 from specbranch.drafter import learn, note
+from specbranch.hrad import HRad, Outlook
 from specbranch.policy import Policy
 from specbranch.record import TAIL, Record, RecordedText, Said
 from specbranch.stats import Stats
@@ -123,7 +122,7 @@ class ReplayVerifier:
     text: RecordedText
     time: VirtualTime
     costs: ReplayCosts
-    tap: None = None
+    hrad: HRad | None = None
 
     def prefill(self, tokens: Sequence[int]) -> None:
         pass
@@ -140,11 +139,13 @@ class ReplayVerifier:
             token = int(self.text.tokens[at + len(path) - 1]) if at + len(path) - 1 < len(self.text) else -1
             child = next((i for i in tree.children(path[-1]) if i in trunk and tree.nodes[i].token == token), None)
             if child is None:
-                return Verdict(tuple(path), token, self._features(at + len(path)))
+                return Verdict(tuple(path), token, self._outlook(at + len(path)))
             path.append(child)
 
-    def _features(self, at: int) -> Tensor | None:
-        return self.text.features[at] if self.text.features is not None and at < len(self.text) else None
+    def _outlook(self, at: int) -> Outlook | None:
+        if self.hrad is None or self.text.features is None or at >= len(self.text):
+            return None
+        return self.hrad.predict(self.text.features[at])
 
 
 @dataclass
@@ -226,6 +227,7 @@ def replay(
     costs: ReplayCosts,
     overlap: bool | None,
     texts: Sequence[RecordedText] | None = None,
+    hrad: HRad | None = None,
 ) -> list[Stats]:
     """Decode every recorded text again with another policy, in virtual seconds.
 
@@ -239,7 +241,7 @@ def replay(
         drafter = None
         if policy.candidates > 0:
             drafter = ReplayDrafter(text, time, costs, policy.candidates, calibrator if policy.calibrated else None)
-        decoder = Decoder(ReplayVerifier(text, time, costs), drafter, policy, measured, time, overlap)
+        decoder = Decoder(ReplayVerifier(text, time, costs, hrad), drafter, policy, measured, time, overlap)
         prompt = [0] * text.prompt_tokens
         count = 0
         for committed in decoder.rounds(prompt, len(text)):

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from specbranch.features import FeatureTap
+from specbranch.hrad import Outlook, Predictor
 from specbranch.model import CachedModel
 from specbranch.sampling import Sampling
 from specbranch.tree import Tree
@@ -19,12 +18,12 @@ from specbranch_ext import verify
 class Verdict:
     """The target's word on a trunk: the accepted path, from the root down, and the token that follows it.
 
-    features: the target's, at the path's end, where a predictor wants them; see features.py.
+    outlook: what a predictor says of the next drafted tokens, where there is one.
     """
 
     path: tuple[int, ...]
     next_token: int
-    features: Tensor | None = None
+    outlook: Outlook | None = None
 
     @property
     def accepted(self) -> int:
@@ -35,11 +34,11 @@ class Verdict:
 class Verifier:
     """The target samples every token itself; a drafted token stands while it equals the target's."""
 
-    def __init__(self, model: CachedModel, sampling: Sampling, tap: FeatureTap | None = None) -> None:
-        """tap: attached to the model, when a predictor wants features."""
+    def __init__(self, model: CachedModel, sampling: Sampling, predictor: Predictor | None = None) -> None:
+        """predictor: attached to the model; None for no outlooks."""
         self.model = model
         self.sampling = sampling
-        self.tap = tap
+        self.predictor = predictor
 
     def prefill(self, tokens: Sequence[int]) -> None:
         self.model.prefill(tokens)
@@ -63,5 +62,5 @@ class Verifier:
         if verdict.next_token < 0:  # on a device, where a kernel cannot raise
             raise ValueError("target_logits: a row has NaN or +inf, or masks every token")
         path, next_token = verdict.path[: int(verdict.accepted)].tolist(), int(verdict.next_token)
-        features = None if self.tap is None else self.tap.after(path[-1] if path else 0, next_token)
-        return Verdict((trunk[0], *(trunk[i] for i in path)), next_token, features)
+        outlook = None if self.predictor is None else self.predictor.after(path[-1] if path else 0, next_token)
+        return Verdict((trunk[0], *(trunk[i] for i in path)), next_token, outlook)

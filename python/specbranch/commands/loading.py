@@ -22,7 +22,7 @@ def quiet_libraries() -> None:
 
 
 OVERLAP: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
-POLICY_OPTIONS = ("epsilon", "k_max", "max_trunk", "hrad", "length")
+POLICY_OPTIONS = ("epsilon", "k_max", "max_trunk", "length")
 
 
 def load_engine(args: argparse.Namespace) -> SpecBranch:
@@ -39,6 +39,7 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
             device=args.device,
             overlap=OVERLAP[args.overlap],
             threads=args.threads,
+            hrad=getattr(args, "hrad", None),
             **{name: value for name, value in policy.items() if value is not None},
         )
 
