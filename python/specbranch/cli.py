@@ -91,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_policy(generate)
     generate.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N prompts of the file")
     generate.add_argument("--json", action="store_true", help="one JSON object a prompt, one a line")
+    generate.add_argument(
+        "--trace", metavar="FILE", help="write when each model ran, for chrome://tracing or ui.perfetto.dev"
+    )
 
     bench = commands.add_parser("bench", help="compare methods, and transformers' own, on the same prompts")
     _add_models(bench, draft_required=True)

@@ -7,12 +7,11 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specbranch.commands import memory, report
+from specbranch.commands import files, memory, report
 from specbranch.commands.loading import load_engine, sampling_options
 from specbranch.commands.machine import describe_machine, describe_versions
 from specbranch.commands.messages import FAILURE, INTERRUPTED, complain, one_line
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, write the JSON; Ctrl-C does so with what is there, and ends with 130."""
     prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
     if args.json is not None:
-        _check_writable(args.json)
+        files.check_writable(args.json)
     resident_before_loading = _resident_with_libraries()
     engine = load_engine(args)
     bench = Bench(engine, contenders(engine, args), args, resident_before_loading)
@@ -63,12 +62,12 @@ def run(args: argparse.Namespace) -> int:
             for number, prompt in enumerate(prompts):
                 bench.measure(prompt, number, progress)
                 if args.json is not None:
-                    report.write_json(args.json, bench.report(interrupted=True))
+                    files.write_json(args.json, bench.report(interrupted=True))
     except KeyboardInterrupt:
         interrupted = True
     result = bench.report(interrupted)
     if args.json is not None:
-        report.write_json(args.json, result)
+        files.write_json(args.json, result)
     if result["rows"]:
         output_console().print(report.table(result["rows"], bench.title()))
         for line in report.difference_lines(result["rows"]):
@@ -263,13 +262,6 @@ def _resident_with_libraries() -> int:
     import specbranch.engine  # noqa: F401
 
     return memory.resident_bytes()
-
-
-def _check_writable(path: str) -> None:
-    """Say now, not after the run, that the report cannot be written."""
-    with Path(f"{path}.part").open("a"):
-        pass
-    Path(f"{path}.part").unlink()
 
 
 def _at(tokens: list[int], position: int) -> int | None:

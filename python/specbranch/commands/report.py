@@ -1,11 +1,8 @@
-"""From the records of a benchmark to its rows, its table and its JSON file."""
+"""From the records of a benchmark to its rows and its tables."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -129,13 +126,6 @@ def difference_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"{difference['position']}{decided}"
             )
     return lines
-
-
-def write_json(path: str | Path, report: dict[str, Any]) -> None:
-    """Write the report, whole or not at all: a run cut short keeps the file written last."""
-    temporary = Path(f"{path}.part")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _figure(value: float | None) -> str:
