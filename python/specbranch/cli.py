@@ -116,7 +116,13 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling(bench)
     _add_policy(bench)
     bench.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N prompts of each file")
-    bench.add_argument("--json", metavar="OUT", help="write everything measured to this file")
+    bench.add_argument(
+        "--json",
+        metavar="OUT",
+        help="write everything measured to this file; what an interrupted run left there is gone on with",
+    )
+    bench.add_argument("--fresh", action="store_true", help="measure anew what the file of --json holds already")
+    bench.add_argument("--plot", metavar="OUT.png", help="draw the figures (needs matplotlib; also .svg, .pdf, …)")
 
     demo = commands.add_parser("demo", help="the bundled pair, autoregressive and SpecBranch side by side")
     demo.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's)")
