@@ -12,7 +12,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specbranch import SpecBranch, bundled, cli
 from specbranch.commands import memory, report
 from specbranch.commands.bench import top_two_gap
+from specbranch.commands.intervals import ratio_interval
 from specbranch.commands.peers import Peers, PeerText
+from specbranch.commands.terminal import output_console
+from specbranch.stats import CAUSES
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
 
@@ -80,7 +83,19 @@ def test_rows_and_records_of_a_run(capsys, tmp_path, prompts):
     for record in result["records"]:
         assert record["new_tokens"] == len(record["tokens"]) <= 16
 
+    for row in result["rows"]:
+        assert row["ratio_to_autoregressive"] > 0
+        assert (row["ratio_to_greedy_interval"] is None) == (row["name"] == "greedy")
+        assert (row["ratio_to_autoregressive_interval"] is None) == (row["name"] == "autoregressive")
+        own = [record["stats"] for record in result["records"] if record["name"] == row["name"]]
+        if row["acceptance_rate"] is None:
+            assert row["wasted_per_token"] is None
+        else:
+            assert row["wasted_per_token"] == sum(s["wasted_tokens"] for s in own) / row["new_tokens"]
+            assert sum(row[f"{cause}_per_token"] for cause in CAUSES) == pytest.approx(row["wasted_per_token"])
+
     table = capsys.readouterr().out
+    assert max(map(len, table.splitlines())) <= 100
     assert all(name in table for name in names)
     assert "float32, threads: 1, new tokens: 16, greedy" in table
 
@@ -116,7 +131,7 @@ def test_ctrl_c_keeps_what_is_measured(capsys, monkeypatch, tmp_path, prompts):
     assert done == [*first, ("bundled/1", "autoregressive")]
     captured = capsys.readouterr()
     assert "greedy" in captured.out
-    assert captured.err == "specbranch: interrupted after 4 of 9 measurements\n"
+    assert captured.err == ("specbranch: interrupted after 4 of 9 measurements; the same command goes on from there\n")
 
 
 def test_a_contender_that_fails_is_reported_and_the_others_go_on(capsys, monkeypatch, tmp_path, prompts):
@@ -219,6 +234,54 @@ def test_tasks_have_rows_of_their_own_and_one_together():
     rows = {row["task"]: row for row in report.summarize([*records, failed])}
     assert {task: row["tokens_per_second"] for task, row in rows.items()} == {"x": 1.0, "y": 4.0, "all": 3.0}
     assert rows["all"]["prompts"] == 3
+
+
+def test_interval_covers_what_resampling_prompts_gives():
+    exact = [(2.0 * speed, speed) for speed in (1.0, 3.0, 7.0)]
+    assert ratio_interval(exact) == (2.0, 2.0)  # figures of a prompt stay together
+    assert ratio_interval(exact[:1]) is None
+    pairs = [(1.0, 1.0), (3.0, 1.0)]  # drawn: both the first (1/4), both the second (1/4), one of each (1/2)
+    assert ratio_interval(pairs) == (1.0, 3.0)
+    many = [(1.0 + 0.01 * i, 1.0) for i in range(101)]
+    low, high = ratio_interval(many)
+    assert 1.3 < low < 1.5 < high < 1.7
+    assert ratio_interval(many) == (low, high)  # the same seed every time
+
+
+def test_speed_ups_are_over_greedy_or_else_over_autoregressive():
+    plain = [record("autoregressive", speed, id=id) for id, speed in (("a", 1.0), ("b", 2.0))]
+    ours = [record("pearl", speed, id=id) for id, speed in (("a", 3.0), ("b", 3.0))]
+    rows = {row["name"]: row for row in report.summarize([*plain, *ours])}
+    assert report.base_of(list(rows.values())) == "autoregressive"
+    assert rows["pearl"]["ratio_to_autoregressive"] == 2.0
+    assert rows["pearl"]["ratio_to_autoregressive_interval"] == (1.5, 3.0)
+    assert rows["pearl"]["decode_ratio_to_autoregressive"] == 2.0
+    assert (rows["pearl"]["ratio_to_greedy"], rows["pearl"]["ratio_to_greedy_interval"]) == (None, None)
+    greedy = [record("greedy", 1.0, id=id) for id in ("a", "b")]
+    rows = {row["name"]: row for row in report.summarize([*plain, *ours, *greedy])}
+    assert report.base_of(list(rows.values())) == "greedy"
+    assert rows["pearl"]["ratio_to_greedy_interval"] == (3.0, 3.0)
+
+
+def test_every_task_names_the_contenders_in_one_order():
+    records = [record(name, 1.0, task=task) for task, name in (("x", "a"), ("x", "b"), ("y", "b"), ("y", "a"))]
+    assert [row["name"] for row in report.summarize(records)] == ["a", "b"] * 3
+
+
+def test_tables_fit_100_columns(capsys):
+    stats = {"drafted_tokens": 10, "new_tokens": 10, "tokens_per_target_forward": 12.5, "wasted_tokens": 10}
+    stats |= dict.fromkeys(CAUSES, 10) | dict.fromkeys(("acceptance_rate", "hit_rate", "rollback_rate"), 1.0)
+    records = [
+        record(name, speed, id=id, task="a-long-task-name") | {"stats": stats if name == "specbranch-paper" else None}
+        for name, fast in (("specbranch-paper", 1234.5), ("autoregressive", 88.0), ("greedy", 99.0))
+        for id, speed in (("a", fast), ("b", 2 * fast))
+    ]
+    for table in report.tables(report.summarize(records), "title"):
+        output_console().print(table)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    for figure in ("1851.75", "12.47-12.47", "14.03", "3703.50", "12.50", "specbranch-paper"):
+        assert figure in printed, figure
 
 
 def test_differences_are_counted_and_the_first_is_told():

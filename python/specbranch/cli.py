@@ -91,6 +91,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_policy(generate)
     generate.add_argument("--limit", type=_at_least(1), metavar="N", help="only the first N prompts of the file")
     generate.add_argument("--json", action="store_true", help="one JSON object a prompt, one a line")
+    generate.add_argument(
+        "--trace", metavar="FILE", help="write when each model ran, for chrome://tracing or ui.perfetto.dev"
+    )
 
     bench = commands.add_parser("bench", help="compare methods, and transformers' own, on the same prompts")
     _add_models(bench, draft_required=True)
@@ -112,7 +115,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _add_sampling(bench)
     _add_policy(bench)
-    bench.add_argument("--json", metavar="OUT", help="write everything measured to this file")
+    bench.add_argument(
+        "--json",
+        metavar="OUT",
+        help="write everything measured to this file; what an interrupted run left there is gone on with",
+    )
+    bench.add_argument("--fresh", action="store_true", help="measure anew what the file of --json holds already")
+    bench.add_argument("--plot", metavar="OUT.png", help="draw the figures (needs matplotlib; also .svg, .pdf, …)")
 
     record = commands.add_parser("record", help="decode prompts once and keep what any method could ask of the pair")
     _add_models(record, draft_required=True)

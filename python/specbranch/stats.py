@@ -8,6 +8,8 @@ from typing import Any
 from specbranch.tree import Tree
 from specbranch.verifier import Verdict
 
+CAUSES = ("rejected", "behind_rejection", "losing_branches", "left_over")  # why a drafted token was wasted
+
 
 def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
@@ -32,6 +34,7 @@ class Round:
 
     draft, target: the forwards. verified, accepted: drafted tokens scored, and those that stood. hit: the next token
     was in the tree. rolled_back, wasted: tokens of the best path, and of the whole tree, that were thrown away.
+    rejected, behind_rejection, losing_branches: what the wasted ones were, as in Stats.
     """
 
     begin: float
@@ -42,13 +45,22 @@ class Round:
     verified: int = 0
     accepted: int = 0
     hit: bool = False
-    rolled_back: int = 0
-    wasted: int = 0
+    rejected: int = 0
+    behind_rejection: int = 0
+    losing_branches: int = 0
     tokens: int = 0
 
     @property
     def seconds(self) -> float:
         return self.end - self.begin
+
+    @property
+    def rolled_back(self) -> int:
+        return self.rejected + self.behind_rejection
+
+    @property
+    def wasted(self) -> int:
+        return self.rolled_back + self.losing_branches
 
 
 @dataclass
@@ -73,7 +85,9 @@ class Stats:
     drafted: int = 0
     verified: int = 0
     accepted: int = 0
-    rolled_back: int = 0
+    rejected: int = 0
+    behind_rejection: int = 0
+    losing_branches: int = 0
     hits: int = 0
     target_busy: float = 0.0
     draft_busy: float = 0.0
@@ -103,13 +117,29 @@ class Stats:
         round = self.log[-1]
         round.verified, round.accepted = len(trunk) - 1, verdict.accepted
         round.hit = next_node is not None
-        round.rolled_back = sum(node not in kept for node in tree.best_path())
-        round.wasted = len(tree) - len(kept)
+        refused = sum(node not in kept for node in tree.best_path())  # the first of them has a parent that stands
+        round.rejected = min(refused, 1)
+        round.behind_rejection = refused - round.rejected
+        round.losing_branches = len(tree) - len(kept) - refused
         self.rounds += 1
         self.verified += round.verified
         self.accepted += round.accepted
         self.hits += round.hit
-        self.rolled_back += round.rolled_back
+        self.rejected += round.rejected
+        self.behind_rejection += round.behind_rejection
+        self.losing_branches += round.losing_branches
+
+    @property
+    def rolled_back(self) -> int:
+        return self.rejected + self.behind_rejection
+
+    @property
+    def wasted(self) -> int:
+        return self.drafted - self.accepted - self.hits
+
+    @property
+    def left_over(self) -> int:
+        return self.wasted - self.rolled_back - self.losing_branches
 
     @property
     def decode_seconds(self) -> float:
@@ -147,7 +177,8 @@ class Stats:
             "acceptance_rate": ratio(self.accepted, self.verified),
             "hit_rate": ratio(self.hits, self.rounds),
             "rollback_rate": ratio(self.rolled_back, self.rolled_back + self.accepted + self.hits),
-            "wasted_tokens": self.drafted - self.accepted - self.hits,
+            "wasted_tokens": self.wasted,
+            **{cause: getattr(self, cause) for cause in CAUSES},
             "bubble_seconds": self.bubble_seconds,
             "target_busy_seconds": self.target_busy,
             "draft_busy_seconds": self.draft_busy,

@@ -7,12 +7,11 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specbranch.commands import memory, report
+from specbranch.commands import files, memory, plot, report, resume
 from specbranch.commands.loading import load_engine, sampling_options
 from specbranch.commands.machine import describe_machine, describe_versions
 from specbranch.commands.messages import FAILURE, INTERRUPTED, complain, one_line
@@ -49,38 +48,73 @@ class Contender:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print the table, write the JSON; Ctrl-C does so with what is there, and ends with 130."""
+    """Measure, print the tables, write the files; Ctrl-C does so with what is there, and ends with 130.
+
+    What the JSON file holds already is not measured again.
+    """
+    if args.fresh and args.json is None:
+        raise ValueError("--fresh needs --json: without a file nothing is kept")
     prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
+    if args.plot is not None:
+        plot.check(args.plot)
+    request = resume.request(args, prompts)
+    before = None
     if args.json is not None:
-        _check_writable(args.json)
+        files.check_writable(args.json)
+        before = resume.read_report(args.json, request, fresh=args.fresh)
+    wanted = len(prompts) * len(names(args))
+    if before is not None:
+        if len(before["records"]) >= wanted:
+            complain(f"{args.json} is complete; --fresh measures again")
+            whole = before | {"interrupted": False, "rows": report.summarize(before["records"])}
+            if before["interrupted"]:  # after the last measurement
+                files.write_json(args.json, whole)
+            return _show(args, whole, wanted)
+        complain(f"going on after {len(before['records'])} of {wanted} measurements; --fresh starts anew")
     resident_before_loading = _resident_with_libraries()
     engine = load_engine(args)
-    bench = Bench(engine, contenders(engine, args), args, resident_before_loading)
+    bench = Bench(engine, contenders(engine, args), args, request, resident_before_loading, before)
     interrupted = False
     try:
-        with steps((len(prompts) + 1) * len(bench.contenders)) as progress:
+        with steps(len(bench.contenders) + wanted - len(bench.records)) as progress:
             bench.warm_up(prompts[0], progress)
             for number, prompt in enumerate(prompts):
                 bench.measure(prompt, number, progress)
                 if args.json is not None:
-                    report.write_json(args.json, bench.report(interrupted=True))
+                    files.write_json(args.json, bench.report(interrupted=True))
     except KeyboardInterrupt:
         interrupted = True
     result = bench.report(interrupted)
     if args.json is not None:
-        report.write_json(args.json, result)
+        files.write_json(args.json, result)
+    return _show(args, result, wanted)
+
+
+def _show(args: argparse.Namespace, result: dict[str, Any], wanted: int) -> int:
+    """Print and draw a report, and give the exit status."""
     if result["rows"]:
-        output_console().print(report.table(result["rows"], bench.title()))
+        title, console = report.title(result["settings"]), output_console()
+        for number, table in enumerate(report.tables(result["rows"], title)):
+            if number:
+                console.print()
+            console.print(table)
         for line in report.difference_lines(result["rows"]):
             print(line)
-    if interrupted:
-        complain(f"interrupted after {len(bench.records)} of {len(prompts) * len(bench.contenders)} measurements")
+        if args.plot is not None:
+            plot.plot(args.plot, result["rows"], title)
+    if result["interrupted"]:
+        more = "" if args.json is None else "; the same command goes on from there"
+        complain(f"interrupted after {len(result['records'])} of {wanted} measurements{more}")
         return INTERRUPTED
-    return FAILURE if any(record["error"] for record in bench.records) else 0
+    return FAILURE if any(record["error"] for record in result["records"]) else 0
+
+
+def names(args: argparse.Namespace) -> list[str]:
+    """The methods and peers asked for; autoregressive is always there, for the tokens."""
+    return [*dict.fromkeys([*args.methods, report.REFERENCE]), *args.peers]
 
 
 def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
-    """The methods and peers asked for; autoregressive is always there, for the tokens."""
     options = sampling_options(args)
     del options["max_new_tokens"]
     peers = Peers(engine.target, engine.draft, args.threads) if args.peers and engine.draft else None
@@ -100,22 +134,25 @@ def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
 
         return Contender(name, generate, comparable=args.temperature == 0)  # else they draw other noise
 
-    ours = [*args.methods, *({report.REFERENCE} - set(args.methods))]
-    return [method(name) for name in ours] + ([peer(name, peers) for name in args.peers] if peers else [])
+    return [peer(name, peers) if peers and name in args.peers else method(name) for name in names(args)]
 
 
 class Bench:
-    """One benchmark run: its contenders and the records so far."""
+    """One benchmark run: its contenders and the records so far, those of a report `before` among them."""
 
     def __init__(
         self,
         engine: SpecBranch,
         contenders: Sequence[Contender],
         args: argparse.Namespace,
+        request: dict[str, Any],
         resident_before_loading: int,
+        before: dict[str, Any] | None,
     ) -> None:
         self.engine, self.contenders, self.args = engine, list(contenders), args
-        self.records: list[report.Record] = []
+        self.records: list[report.Record] = [] if before is None else list(before["records"])
+        self._request = request
+        self._resumed = 0 if before is None else before.get("resumed", 0) + 1
         self._resident_before_loading = resident_before_loading
         self._weights = memory.weight_bytes(engine.target, engine.draft)
         memory.make_resident(engine.target, engine.draft)
@@ -130,17 +167,25 @@ class Bench:
             progress.done()
 
     def measure(self, prompt: Prompt, number: int, progress: Steps) -> None:
-        """Every contender on one prompt, in an order that rotates with the prompt's number: none is always first."""
+        """Every contender on one prompt, in an order that rotates with the prompt's number: none is always first.
+
+        Those whose record is there already are left out.
+        """
+        earlier = [record for record in self.records if record["prompt"] == number]
+        done = {record["name"] for record in earlier}
+        if len(done) == len(self.contenders):
+            return
         ids = self.engine.encode(prompt.text, chat=prompt.chat)
         start = number % len(self.contenders)
         records: list[report.Record] = []
         try:
             for contender in self.contenders[start:] + self.contenders[:start]:
-                progress.next(f"{prompt.id}: {contender.name}")
-                records.append(self._measure_one(contender, prompt, ids))
-                progress.done()
+                if contender.name not in done:
+                    progress.next(f"{prompt.id}: {contender.name}")
+                    records.append(self._measure_one(contender, prompt, ids) | {"prompt": number})
+                    progress.done()
         finally:  # also when interrupted: what is measured counts
-            self._compare(records, ids)
+            self._compare([*earlier, *records], ids)
             self.records += records
 
     def _measure_one(self, contender: Contender, prompt: Prompt, ids: list[int]) -> report.Record:
@@ -197,23 +242,17 @@ class Bench:
                     "logit_gap": top_two_gap(self.engine, ids + shared, self.args),
                 }
 
-    def title(self) -> str:
-        args = self.args
-        sampling = "greedy" if args.temperature == 0 else f"temperature {args.temperature:g}, top-p {args.top_p:g}"
-        dtype = str(self.engine.target.dtype).removeprefix("torch.")
-        threads = args.threads or torch.get_num_threads()
-        return f"{dtype}, threads: {threads}, new tokens: {args.max_new_tokens}, {sampling}"
-
     def report(self, interrupted: bool) -> dict[str, Any]:
         """Everything measured so far, ready for JSON."""
         peaks = [r["peak_resident_bytes"] for r in self.records if r["error"] is None]
-        settings = {key: value for key, value in vars(self.args).items() if key not in ("argv", "command", "json")}
         return {
             "command": shlex.join(["specbranch", *self.args.argv]),
             "interrupted": interrupted,
             "machine": self._machine,
             "versions": self._versions,
-            "settings": settings
+            "request": self._request,
+            "resumed": self._resumed,
+            "settings": self._request["options"]
             | {
                 "dtype": str(self.engine.target.dtype).removeprefix("torch."),
                 "threads": self.args.threads or torch.get_num_threads(),
@@ -263,13 +302,6 @@ def _resident_with_libraries() -> int:
     import specbranch.engine  # noqa: F401
 
     return memory.resident_bytes()
-
-
-def _check_writable(path: str) -> None:
-    """Say now, not after the run, that the report cannot be written."""
-    with Path(f"{path}.part").open("a"):
-        pass
-    Path(f"{path}.part").unlink()
 
 
 def _at(tokens: list[int], position: int) -> int | None:

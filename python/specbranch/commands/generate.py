@@ -8,6 +8,7 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from specbranch.commands.files import check_writable, write_json
 from specbranch.commands.loading import load_engine, sampling_options
 from specbranch.commands.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.commands.terminal import steps
@@ -15,6 +16,7 @@ from specbranch.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from specbranch import Generation, SpecBranch
+    from specbranch.stats import Stats
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,8 +31,23 @@ def run(args: argparse.Namespace) -> int:
         prompts = [Prompt(id="prompt", text=args.prompt, chat=args.chat)]
     else:
         prompts = read_prompts(args.prompts, args.limit)
+    if args.trace is not None:
+        check_writable(args.trace)
     engine = load_engine(args)
+    runs: list[tuple[str, Stats]] = []
+    try:
+        return _generate_all(engine, prompts, args, runs)
+    finally:  # also when interrupted: the rounds up to there are what one wants to see
+        if args.trace is not None:
+            from specbranch.trace import trace
 
+            write_json(args.trace, trace(runs))
+
+
+def _generate_all(
+    engine: SpecBranch, prompts: list[Prompt], args: argparse.Namespace, runs: list[tuple[str, Stats]]
+) -> int:
+    """Generate for every prompt in turn and add what each cost to `runs`."""
     from specbranch import GenerationFailed, GenerationInterrupted, SpecBranchError
 
     options = {**sampling_options(args), "stop": args.stop, "method": args.method}
@@ -41,12 +58,16 @@ def run(args: argparse.Namespace) -> int:
             try:
                 ids = engine.encode(prompt.text, chat=prompt.chat)
                 if args.json:
-                    _print_json(prompt, engine.generate(ids, **options))
+                    generation = engine.generate(ids, **options)
+                    _print_json(prompt, generation)
                 else:
                     if args.prompts is not None:
                         print(f"{chr(10) if number else ''}=== {prompt.id}", flush=True)
-                    _print_summary(_print_stream(engine, ids, options))
+                    generation = _print_stream(engine, ids, options)
+                    _print_summary(generation)
+                runs.append((prompt.id, generation.stats))
             except (GenerationFailed, GenerationInterrupted) as ending:
+                runs.append((prompt.id, ending.generation.stats))
                 if args.json:
                     _print_json(prompt, ending.generation)
                 if isinstance(ending, GenerationFailed):
