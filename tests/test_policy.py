@@ -3,35 +3,50 @@
 import pytest
 
 from specbranch import METHODS, SpecBranchError
-from specbranch.branching import SpecBranch
-from specbranch.chains import Autoregressive, Pearl, Speculative
+from specbranch.branching import PaperSpecBranch, SpecBranch, Ssd
+from specbranch.chains import Adaptive, Autoregressive, Pearl, Speculative
 from specbranch.costs import ModeCosts
+from specbranch.hrad import Outlook
 from specbranch.methods import make_policy
 from specbranch.policy import Situation
 from specbranch.tree import Proposals, Tree
 
+CANDIDATES = 6
 
-def chain(*confidence: float, candidates: int = 6) -> Tree:
-    """A drafted chain with these confidences; every node but the last has proposals."""
+
+def proposals(depth: int, chance: float) -> Proposals:
+    """Candidates 10 * depth, 10 * depth + 1, …: the first with this chance, the others sharing half the rest."""
+    rest = [(1 - chance) / 2 / (CANDIDATES - 1)] * (CANDIDATES - 1)
+    return Proposals(tuple(range(depth * 10, depth * 10 + CANDIDATES)), (chance, *rest))
+
+
+def chain(*chances: float) -> Tree:
+    """A drafted chain with these chances; every node but the last has proposals."""
     tree = Tree.rooted(0, 10)
-    for depth, chance in enumerate(confidence):
-        rest = [(1 - chance) / candidates] * (candidates - 1)
-        tokens = tuple(range(depth * 10, depth * 10 + candidates))
-        tree = tree.propose(depth, Proposals(tokens, (chance, *rest))).branch(depth, 1)
+    for depth, chance in enumerate(chances):
+        tree = tree.propose(depth, proposals(depth, chance)).branch(depth, 1)
     return tree
 
 
 def costs(target: float = 0.23, draft: float = 0.1, per_row: float = 0.0, value: float = 0.14) -> ModeCosts:
+    """value: seconds that a committed token is worth."""
     mode = ModeCosts()
     for rows in (1, 1, 2, 5):
         mode.target.record(rows, target + per_row * rows)
-        mode.draft.record(1, draft)
+        mode.draft.record(rows, draft + per_row * rows)
     mode.rounds, mode.seconds, mode.tokens = 9, value, 1.0
     return mode
 
 
-def situation(overlapped: bool = False, remaining: int = 99, acceptance: float = 0.9, **kwargs: float) -> Situation:
-    return Situation(overlapped, costs(**kwargs), acceptance, remaining)
+def situation(
+    overlapped: bool = False,
+    remaining: int = 99,
+    acceptance: float = 0.9,
+    idle: int = 0,
+    outlook: Outlook | None = None,
+    **kwargs: float,
+) -> Situation:
+    return Situation(overlapped, costs(**kwargs), acceptance, remaining, idle, outlook)
 
 
 def test_chain_policies_draft_their_length_and_no_further_than_needed() -> None:
@@ -42,15 +57,24 @@ def test_chain_policies_draft_their_length_and_no_further_than_needed() -> None:
     assert Pearl(4).before(chain(), situation(overlapped=True)) == []
     cut = Pearl(4).cut(chain(0.9, 0.9), situation(overlapped=True))
     assert cut.trunk == (0, 1, 2)
-    assert Pearl(4).during(cut, cut.tree) == [2]
+    assert Pearl(4).during(cut, cut.tree, situation(overlapped=True)).nodes == [2]
+
+
+def test_adaptive_stops_behind_the_first_unsure_token() -> None:
+    policy = Adaptive(stop=0.4, max_length=3)
+    assert policy.before(chain(0.5), situation()) == [1]
+    assert policy.before(chain(0.5, 0.3), situation()) == []
+    assert policy.before(chain(0.9, 0.9, 0.9), situation()) == []
+    assert policy.cut(chain(0.5, 0.3), situation()).trunk == (0, 1, 2)
 
 
 def test_a_trunk_never_outruns_the_tokens_that_may_be_committed() -> None:
     tree = chain(0.9, 0.9, 0.9, 0.9)
-    for policy in (Speculative(), Pearl(), SpecBranch()):
+    for policy in (Speculative(), Pearl(), Ssd(), PaperSpecBranch(), SpecBranch()):
         for remaining in (1, 2, 3):
-            trunk = policy.cut(tree, situation(remaining=remaining)).trunk
-            assert max(tree.nodes[i].depth for i in trunk if i < len(tree)) < remaining
+            for overlapped in (False, True):
+                cut = policy.cut(tree, situation(overlapped, remaining))
+                assert max(cut.tree.nodes[i].depth for i in cut.trunk) < remaining
 
 
 def test_specbranch_drafts_while_the_next_token_is_worth_its_step() -> None:
@@ -63,34 +87,96 @@ def test_specbranch_drafts_while_the_next_token_is_worth_its_step() -> None:
     assert SpecBranch(max_trunk=2).before(chain(0.99, 0.99), situation(draft=0.001)) == []
 
 
+def test_specbranch_knows_when_not_to_draft_and_looks_again_from_time_to_time() -> None:
+    """A draft that costs more than its tokens are worth rests, and gets a chance after 8, 16, 32, … rounds."""
+    policy, tree = SpecBranch(), chain()
+    tried = [idle for idle in range(100) if policy.before(tree, situation(draft=0.2, idle=idle))]
+    assert tried == [8, 16, 32, 64]
+
+
+def test_hedging_any_outcome_takes_the_likeliest_first_wherever_they_are() -> None:
+    policy = SpecBranch(batch=4)
+    now = situation(overlapped=True)
+    cut = policy.cut(chain(0.5, 0.9), now)
+    growth = policy.during(cut, cut.tree, now)
+    reaches = [growth.tree.nodes[node].reach for node in growth.nodes]
+    assert reaches == sorted(reaches, reverse=True) == pytest.approx([0.45, 0.05, 0.05, 0.05])
+    assert growth.nodes[0] == 2  # the trunk's end
+    assert [growth.tree.nodes[node].parent for node in growth.nodes[1:]] == [0, 0, 0]  # beside the unsure token
+    assert [growth.tree.nodes[node].token for node in growth.nodes[1:]] == [1, 2, 3]
+    sure = policy.cut(chain(0.9, 0.5), now)
+    beside = policy.during(sure, sure.tree, now)
+    assert {beside.tree.nodes[node].parent for node in beside.nodes[1:]} == {1}
+
+
+def test_an_outcome_gets_a_row_only_if_it_pays_for_it() -> None:
+    tree = chain(0.5, 0.9)
+    policy = SpecBranch()
+    free, dear = situation(overlapped=True), situation(overlapped=True, per_row=0.02)
+    assert len(policy.during(policy.cut(tree, free), tree, free).nodes) == 8
+    assert len(policy.during(policy.cut(tree, dear), tree, dear).nodes) == 1  # 0.05 * 0.1 s < 0.02 s
+    frugal = SpecBranch(min_reach=0.1)
+    assert len(frugal.during(frugal.cut(tree, free), tree, free).nodes) == 1
+    assert SpecBranch(min_reach=0.5).during(policy.cut(tree, free), tree, free).nodes == []
+
+
 @pytest.mark.parametrize(("confidence", "branches"), [(0.65, 2), (0.4, 3), (0.05, 5)])
-def test_branches_at_the_first_unsure_position(confidence: float, branches: int) -> None:
+def test_the_paper_ends_its_trunk_at_the_first_unsure_position_and_branches_there(
+    confidence: float, branches: int
+) -> None:
     """k = max(1, floor(k_max * (1 - confidence))), the drafted tail being branch 1."""
-    policy = SpecBranch(epsilon=0.7, k_max=6)
+    policy = PaperSpecBranch(epsilon=0.7, k_max=6)
     tree = chain(0.95, confidence, 0.9)
-    cut = policy.cut(tree, situation(overlapped=True))
+    now = situation(overlapped=True)
+    cut = policy.cut(tree, now)
     assert cut.branch_point == 1
-    assert len(cut.tree.children(1)) == branches
-    assert cut.trunk == (0, 1, 2, 3)  # the tail is verified too
-    assert set(policy.during(cut, cut.tree)) == {3, *(i for i in cut.tree.children(1) if i != 2)}
-    paper = SpecBranch(epsilon=0.7, k_max=6, verify_tail=False).cut(tree, situation(overlapped=True))
-    assert paper.trunk == (0, 1)
+    assert cut.trunk == (0, 1)
+    growth = policy.during(cut, cut.tree, now)
+    assert len(growth.tree.children(1)) == branches
+    assert set(growth.nodes) == {3, *(i for i in growth.tree.children(1) if i != 2)}
+    with_tail = PaperSpecBranch(epsilon=0.7, verify_tail=True).cut(tree, now)
+    assert with_tail.trunk == (0, 1, 2, 3)
 
 
 def test_a_sure_trunk_branches_at_its_end() -> None:
-    policy = SpecBranch(epsilon=0.5)
-    cut = policy.cut(chain(0.9, 0.8), situation(overlapped=True))
+    policy = PaperSpecBranch(epsilon=0.5)
+    now = situation(overlapped=True)
+    cut = policy.cut(chain(0.9, 0.8), now)
     assert cut.branch_point == cut.trunk[-1] == 2
-    assert policy.during(cut, cut.tree) == [2]
+    assert policy.during(cut, cut.tree, now).nodes == [2]
     tree = cut.tree.propose(2, Proposals((1, 2, 3, 4, 5, 6), (0.3, 0.2, 0.1, 0.1, 0.1, 0.1)))
     assert policy.width(tree, 2, cut.branch_point) == 4
     assert policy.width(tree, 1, cut.branch_point) == 1
 
 
+def test_the_outlook_decides_before_the_confidence_where_the_paper_cuts() -> None:
+    tree = chain(0.95, 0.4, 0.9)
+    none, some, all_ = Outlook(0.6, 0.3, 0.1), Outlook(0.1, 0.8, 0.1), Outlook(0.1, 0.2, 0.7)
+    points = [PaperSpecBranch().cut(tree, situation(True, outlook=word)).branch_point for word in (none, some, all_)]
+    assert points == [0, 1, 3]
+    assert PaperSpecBranch(decide_by_outlook=False).cut(tree, situation(True, outlook=none)).branch_point == 1
+
+
+def test_ssd_hedges_a_fixed_number_beside_every_trunk_token() -> None:
+    policy = Ssd(fan=2)
+    now = situation(overlapped=True, per_row=0.05)
+    cut = policy.cut(chain(0.9, 0.1, 0.9), now)
+    growth = policy.during(cut, cut.tree, now)
+    assert [len(growth.tree.children(node)) for node in (0, 1, 2)] == [3, 3, 3]
+    assert len(growth.nodes) == 7  # with the trunk's end
+
+
+def test_no_hedge_grows_below_the_trunk_only() -> None:
+    policy = SpecBranch(hedge="none")
+    now = situation(overlapped=True)
+    cut = policy.cut(chain(0.5, 0.5), now)
+    assert policy.during(cut, cut.tree, now).nodes == [2]
+
+
 def test_serial_branches_are_verified_where_a_row_pays() -> None:
     tree = chain(0.9, 0.4, 0.9)
-    assert len(SpecBranch().cut(tree, situation(per_row=0.0)).trunk) == 6
-    assert len(SpecBranch().cut(tree, situation(per_row=0.1)).trunk) == 4
+    assert len(SpecBranch().cut(tree, situation(per_row=0.0)).trunk) == 4 + 6
+    assert len(SpecBranch().cut(tree, situation(per_row=0.1)).trunk) == 2  # the unsure token is not worth its row
 
 
 def test_methods_and_options() -> None:
@@ -102,3 +188,5 @@ def test_methods_and_options() -> None:
         make_policy("specbranch", {"lenght": 3})
     with pytest.raises(SpecBranchError, match="epsilon"):
         make_policy("specbranch", {"epsilon": 2.0})
+    with pytest.raises(SpecBranchError, match="hedge is 'all'; expected one of any"):
+        make_policy("specbranch", {"hedge": "all"})

@@ -31,6 +31,8 @@ class SpecBranch:
     max_trunk: most tokens drafted before the target is asked. limit: deepest node drafted while it verifies.
     verify_tail: also verify the drafted tail behind the branch point; False ends the trunk there, as the paper does.
     calibrate: correct confidences by what the verdicts say. thrifty: draft only while a token is worth its step.
+    min_reach: least chance of being accepted, in the draft's eyes, that makes a node worth drafting while the target
+    verifies; higher values waste less and are slower.
     decide_by_outlook: H-RAD's class, where there is a predictor, decides the branch point before the confidence does.
     """
 
@@ -44,13 +46,15 @@ class SpecBranch:
     verify_tail: bool = True
     calibrate: bool = True
     thrifty: bool = True
+    min_reach: float = 0.0
     decide_by_outlook: bool = False
     name = "specbranch"
     overlaps = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epsilon <= 1:
-            raise SpecBranchError(f"epsilon is {self.epsilon}; expected 0 <= epsilon <= 1")
+        for name, value in (("epsilon", self.epsilon), ("min_reach", self.min_reach)):
+            if not 0 <= value <= 1:
+                raise SpecBranchError(f"{name} is {value}; expected 0 <= {name} <= 1")
         if self.hedge not in HEDGES:
             raise SpecBranchError(f"hedge is {self.hedge!r}; expected one of {', '.join(HEDGES)}")
         if min(self.k_max, self.max_trunk, self.limit, self.batch, self.fan) < 1:
@@ -74,6 +78,8 @@ class SpecBranch:
         return open_end(path, tree, min(self.max_trunk, situation.remaining - 1))
 
     def cut(self, tree: Tree, situation: Situation) -> Cut:
+        if self.hedge == "any":
+            tree = self._with_last_word(tree)
         path = self._worth_verifying(tree, tree.best_path()[: situation.remaining], situation)
         point = self._branch_point(tree, path, situation)
         if not self.verify_tail:
@@ -101,7 +107,7 @@ class SpecBranch:
         ranked = sorted(leaves + beside, key=lambda item: (-item[0], item[1], item[2]))
         nodes = []
         for place, (reach, node, rank) in enumerate(ranked[: self.batch]):
-            if place > 0 and not self._worth_a_row(reach, situation):
+            if reach < self.min_reach or (place > 0 and not self._worth_a_row(reach, situation)):
                 break
             if rank >= 0:
                 tree = tree.adopt(node, rank)
@@ -110,9 +116,16 @@ class SpecBranch:
         return Growth(tree, nodes)
 
     def width(self, tree: Tree, node: int, branch_point: int | None) -> int:
+        if branch_point is not None and self.hedge == "any":
+            return 0  # while the target verifies, a candidate becomes a node when its turn comes
         if node != branch_point or self.hedge != "point":
             return 1
         return self._branches(tree, node)
+
+    def _with_last_word(self, tree: Tree) -> Tree:
+        """The tree with the best path's open end: the target may as well judge what the draft said there."""
+        end = tree.best_path()[-1]
+        return tree if tree.nodes[end].proposals is None else tree.adopt(end, 0)
 
     def _hedges(self, tree: Tree, trunk: tuple[int, ...], point: int) -> Iterator[tuple[int, int, float]]:
         """Outcomes that are not in the tree yet, as (node, rank of its candidate, reach), the likeliest first."""

@@ -164,13 +164,13 @@ def _recalibrate(model: HRad, validation: Examples, weights: Tensor) -> None:
     """Fold the class weights out of the last layer, and the temperature in that suits the validation texts best."""
     last = model.layers[-1]
     assert isinstance(last, torch.nn.Linear)
-    last.bias -= weights.log()
+    last.bias.sub_(weights.log())
     logits = model(validation.features)
     temperatures = [0.5 * 1.1**step for step in range(25)]
     losses = [float(F.cross_entropy(logits / temperature, validation.labels)) for temperature in temperatures]
     temperature = temperatures[losses.index(min(losses))]
-    last.weight /= temperature
-    last.bias /= temperature
+    last.weight.div_(temperature)
+    last.bias.div_(temperature)
 
 
 @dataclass(frozen=True)
