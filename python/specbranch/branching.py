@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from heapq import heappop, heappush
 
 from specbranch.errors import SpecBranchError
 from specbranch.policy import Cut, Growth, Situation, open_end
@@ -27,7 +28,7 @@ class SpecBranch:
     confidence is below epsilon, max(1, floor(k_max * (1 - confidence))) of them (the paper). "fan": `fan` candidates
     beside every trunk token (SSD, arXiv 2603.03251). "any": wherever the outcome is likely enough to pay for its row.
     "none": below the trunk's end only.
-    k_max: most branches at a point. batch: most nodes in a draft step.
+    k_max: most branches at a point. batch: most nodes in a draft step. beside: most tokens verified beside the path.
     max_trunk: most tokens drafted before the target is asked. limit: deepest node drafted while it verifies.
     verify_tail: also verify the drafted tail behind the branch point; False ends the trunk there, as the paper does.
     calibrate: correct confidences by what the verdicts say. thrifty: draft only while a token is worth its step.
@@ -41,6 +42,7 @@ class SpecBranch:
     k_max: int = 6
     fan: int = 2
     batch: int = 8
+    beside: int = 8
     max_trunk: int = 12
     limit: int = 32
     verify_tail: bool = True
@@ -68,6 +70,10 @@ class SpecBranch:
     def calibrated(self) -> bool:
         return self.calibrate
 
+    @property
+    def foresees(self) -> bool:
+        return self.calibrate or self.decide_by_outlook
+
     def before(self, tree: Tree, situation: Situation) -> list[int]:
         """Draft on while the next token is worth more, by its chance to stand, than the step costs."""
         path = tree.best_path()
@@ -84,27 +90,16 @@ class SpecBranch:
         point = self._branch_point(tree, path, situation)
         if not self.verify_tail:
             return Cut(tree, path[: path.index(point) + 1], point)
-        if situation.overlapped:
-            return Cut(tree, path, point)
-        # Serial: nothing grows meanwhile, so likely outcomes are verified beside the trunk where a row pays.
-        trunk = [*path]
-        if tree.nodes[path[-1]].depth + 1 < situation.remaining:
-            price = situation.costs.target.per_row / max(situation.costs.seconds_per_token, 1e-9)
-            for node, rank, reach in self._hedges(tree, path, point):
-                if reach > price and len(trunk) < len(path) + self.k_max:
-                    tree = tree.adopt(node, rank)
-                    trunk.append(len(tree) - 1)
-        return Cut(tree, tuple(trunk), point)
+        return self._with_others(Cut(tree, path, point), situation)
 
     def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
         """The likeliest outcomes that the draft has not run over: leaves of the tree, and candidates beside it."""
         leaves = [
             (node.reach, i, -1)
             for i, node in enumerate(tree.nodes)
-            if node.proposals is None and node.depth < self.limit and (i not in cut.trunk or i == cut.trunk[-1])
+            if node.proposals is None and node.depth < self.limit
         ]
-        beside = [(reach, node, rank) for node, rank, reach in self._hedges(tree, cut.trunk, cut.branch_point)]
-        ranked = sorted(leaves + beside, key=lambda item: (-item[0], item[1], item[2]))
+        ranked = sorted(leaves + self._hedges(cut, tree), key=lambda item: (-item[0], item[1], item[2]))
         nodes = []
         for place, (reach, node, rank) in enumerate(ranked[: self.batch]):
             if reach < self.min_reach or (place > 0 and not self._worth_a_row(reach, situation)):
@@ -114,6 +109,36 @@ class SpecBranch:
                 node = len(tree) - 1
             nodes.append(node)
         return Growth(tree, nodes)
+
+    def _with_others(self, cut: Cut, situation: Situation) -> Cut:
+        """The cut with outcomes beside its path in the trunk, the likeliest first, while their rows pay."""
+        tree, trunk = cut.tree, [*cut.trunk]
+        price = situation.costs.target.per_row / max(situation.costs.seconds_per_token, 1e-9)
+        found: list[tuple[float, int, int]] = []  # (-reach, node, -1) or, not in the tree yet, (-reach, parent, rank)
+
+        def look_below(node: int) -> None:
+            if self.hedge == "point" and node != cut.branch_point:
+                return
+            for child in tree.children(node):
+                if child not in trunk:
+                    heappush(found, (-tree.nodes[child].reach, child, -1))
+            for rank, reach in self._untried(tree, node):
+                heappush(found, (-reach, node, rank))
+
+        if self.hedge in ("any", "point"):
+            for node in cut.trunk:
+                look_below(node)
+        while found and len(trunk) < len(cut.trunk) + self.beside:
+            reach, node, rank = heappop(found)
+            if -reach <= price:
+                break
+            if rank >= 0:
+                tree = tree.adopt(node, rank)
+                node = len(tree) - 1
+            if tree.nodes[node].depth < situation.remaining:
+                trunk.append(node)
+                look_below(node)
+        return Cut(tree, tuple(trunk), cut.branch_point)
 
     def width(self, tree: Tree, node: int, branch_point: int | None) -> int:
         if branch_point is not None and self.hedge == "any":
@@ -127,24 +152,21 @@ class SpecBranch:
         end = tree.best_path()[-1]
         return tree if tree.nodes[end].proposals is None else tree.adopt(end, 0)
 
-    def _hedges(self, tree: Tree, trunk: tuple[int, ...], point: int) -> Iterator[tuple[int, int, float]]:
-        """Outcomes that are not in the tree yet, as (node, rank of its candidate, reach), the likeliest first."""
-        nodes: tuple[int, ...] | range = range(len(tree)) if self.hedge == "any" else trunk
-        if self.hedge == "point":
-            nodes = (point,)
-        found = []
-        for node in () if self.hedge == "none" else nodes:
-            proposals = tree.nodes[node].proposals
-            if proposals is None or tree.nodes[node].depth >= self.limit:
-                continue
-            known = {tree.nodes[child].token for child in tree.children(node)}
-            most = {"point": self._branches(tree, node), "fan": self.fan + 1}.get(self.hedge, self.k_max)
-            found += [
-                (node, rank, tree.nodes[node].reach * chance)
-                for rank, (token, chance) in enumerate(zip(proposals.tokens[:most], proposals.confidence, strict=False))
-                if token not in known
-            ]
-        return iter(sorted(found, key=lambda item: (-item[2], item[0], item[1])))
+    def _hedges(self, cut: Cut, tree: Tree) -> list[tuple[float, int, int]]:
+        """Outcomes that are not in the tree yet, as (reach, node, rank of its candidate)."""
+        nodes = {"any": tuple(range(len(tree))), "point": (cut.branch_point,), "fan": cut.trunk, "none": ()}[self.hedge]
+        return [(reach, node, rank) for node in nodes for rank, reach in self._untried(tree, node)]
+
+    def _untried(self, tree: Tree, node: int) -> Iterator[tuple[int, float]]:
+        """Candidates of a node that are not in the tree, as (rank, reach)."""
+        proposals = tree.nodes[node].proposals
+        if proposals is None or tree.nodes[node].depth >= self.limit:
+            return
+        known = {tree.nodes[child].token for child in tree.children(node)}
+        most = {"point": self._branches(tree, node), "fan": self.fan + 1}.get(self.hedge, self.k_max)
+        for rank, (token, chance) in enumerate(zip(proposals.tokens[:most], proposals.confidence, strict=False)):
+            if token not in known:
+                yield rank, tree.nodes[node].reach * chance
 
     def _branch_point(self, tree: Tree, path: tuple[int, ...], situation: Situation) -> int:
         if self.decide_by_outlook and situation.outlook is not None:

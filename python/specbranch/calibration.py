@@ -2,8 +2,9 @@
 
 Every verdict labels every drafted token that it judged: the accepted ones were right, the first rejected one was
 wrong. A logistic model on what the draft said there is updated label by label (the extended Kalman filter of logistic
-regression), so that it needs no training run. Its prior is the draft's own word. It steers how far to draft and where
-to branch; it never changes the text.
+regression), so that it needs no training run. Its prior is the draft's own word; a learned predictor's (H-RAD) is one
+more feature, which counts as far as the labels say that it is right. It steers how far to draft and where to branch;
+it never changes the text.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from specbranch.tree import Signals
 
 Vector = NDArray[np.float64]
 
-FEATURES = ("bias", "logit of the agreement", "entropy", "margin", "depth", "last token stood", "stood lately")
-PRIOR_MEAN = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # the draft's own word
-PRIOR_SPREAD = (0.7, 0.3, 0.2, 0.1, 0.1, 0.5, 0.5)
+# bias, logit of the agreement, entropy, margin, depth, last token stood, tokens stood lately, outlook
+PRIOR_MEAN = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # the draft's own word
+PRIOR_SPREAD = (0.7, 0.3, 0.2, 0.1, 0.1, 0.5, 0.5, 0.1)
 FORGETTING = 0.999  # the text changes its subject
 COVERED = 0.75  # prior chance that the target's token is among the other candidates, given that the first is not it
 
@@ -53,6 +54,7 @@ class Calibrator:
                 math.log1p(signals.depth) - 1.0,
                 self._last - 0.8,
                 self._lately - 0.8,
+                signals.outlook,
             ]
         )
 

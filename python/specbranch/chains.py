@@ -16,6 +16,7 @@ class ChainPolicy:
     candidates = 1
     overlaps = False
     calibrated = False
+    foresees = False
 
     def before(self, tree: Tree, situation: Situation) -> list[int]:
         return []

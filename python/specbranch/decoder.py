@@ -136,7 +136,7 @@ class Decoder:
         self.verifier.commit(verdict.path)
         if self.drafter is not None:
             self.drafter.commit(verdict.path, survivors)
-            self.drafter.learn(tree, verdict.path, verdict.next_token)
+            self.drafter.learn(tree, verdict.path, verdict.next_token, verdict.outlook)
         self.tokens += committed
         self.outlook = verdict.outlook
         self.stats.new_tokens += len(committed)

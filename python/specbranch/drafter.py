@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from specbranch.calibration import Calibrator
+from specbranch.hrad import Outlook
 from specbranch.model import CachedModel
 from specbranch.sampling import Sampling
 from specbranch.tree import Proposals, Signals, Tree
@@ -32,6 +33,7 @@ class Drafter:
         self.vocabulary = min(vocabulary, model.vocabulary)
         self.candidates = min(max(candidates, 2), self.vocabulary)
         self.calibrator = calibrator
+        self.outlook: Outlook | None = None
 
     def propose(self, tree: Tree, nodes: Sequence[int], text: Sequence[int]) -> Tree:
         """The tree with candidates noted at each of `nodes`, after one forward over them.
@@ -49,7 +51,7 @@ class Drafter:
                 raise ValueError("draft_logits: a row has NaN or +inf, or masks every token")
             word = confidence[:count] if self.sampling.temperature == 0 else agreement(scores[:count])
             margin = scores[0] - scores[1] if count > 1 else math.inf
-            signals = Signals(word[0], entropy, margin, tree.nodes[node].depth)
+            signals = Signals(word[0], entropy, margin, depth := tree.nodes[node].depth, stands(self.outlook, depth))
             tree = tree.propose(node, note(tokens[:count], word, signals, self.calibrator))
         return tree
 
@@ -65,9 +67,10 @@ class Drafter:
         """Keep the accepted path and what lives on, old index to new index; drop the rest."""
         self.model.cache.commit(path, survivors)
 
-    def learn(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
-        """Take the verdict's labels."""
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int, outlook: Outlook | None) -> None:
+        """Take the verdict's labels, and a predictor's outlook on the round to come."""
         learn(self.calibrator, tree, path, next_token)
+        self.outlook = outlook
 
 
 def learn(calibrator: Calibrator | None, tree: Tree, path: Sequence[int], next_token: int) -> None:
@@ -78,6 +81,10 @@ def learn(calibrator: Calibrator | None, tree: Tree, path: Sequence[int], next_t
         proposals = tree.nodes[node].proposals
         if proposals is not None and proposals.signals is not None:
             calibrator.learn(proposals.signals, proposals.tokens[0] == token, token in proposals.tokens)
+
+
+def stands(outlook: Outlook | None, depth: int) -> float:
+    return 0.0 if outlook is None else outlook.stands(depth)
 
 
 def note(tokens: Sequence[int], word: Sequence[float], signals: Signals, calibrator: Calibrator | None) -> Proposals:

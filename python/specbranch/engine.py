@@ -315,7 +315,7 @@ class SpecBranch:
             drafter = Drafter(self._draft, sampling, policy.candidates, self._target.vocabulary, calibrator)
         mode = self._overlap if overlap is None else check_overlap(overlap)
         predictor = None
-        if self.hrad is not None and policy.candidates > 1:
+        if self.hrad is not None and policy.foresees:
             predictor = Predictor(self._feature_tap(), self.hrad)
         verifier = Verifier(self._target, sampling, predictor)
         decoder = Decoder(verifier, drafter, policy, self._costs, self._workers, mode)

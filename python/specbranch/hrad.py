@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,11 @@ class Outlook(NamedTuple):
     @property
     def likeliest(self) -> str:
         return CLASSES[self.index(max(self))]
+
+    def stands(self, depth: int) -> float:
+        """Log-odds that the draft's first candidate after a node at `depth` stands, those above it standing."""
+        yes, no = (self.some + self.all, self.none) if depth == 0 else (self.all, self.some)
+        return math.log(max(yes, 1e-3) / max(no, 1e-3))
 
 
 @dataclass(frozen=True)

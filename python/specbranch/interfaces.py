@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import ParamSpec, Protocol
 
+from specbranch.hrad import Outlook
 from specbranch.tree import Tree
 from specbranch.verifier import Verdict
 
@@ -34,7 +35,7 @@ class Draft(Protocol):
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None: ...
 
-    def learn(self, tree: Tree, path: Sequence[int], next_token: int) -> None: ...
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int, outlook: Outlook | None) -> None: ...
 
 
 class Pending(Protocol):

@@ -1,4 +1,4 @@
-"""What forwards of a loaded pair cost here, by rows: alone, and while the other model runs."""
+"""What steps of a loaded pair cost here, by rows: alone, and while the other model runs."""
 
 from __future__ import annotations
 
@@ -9,52 +9,68 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from specbranch.drafter import Drafter
 from specbranch.model import CachedModel
 from specbranch.overlap import Overlap
+from specbranch.sampling import Sampling
 from specbranch.tree import Tree
+from specbranch.verifier import Verifier
 
 ROWS = (1, 2, 4, 6, 8, 12, 16)
 REPEATS = 5
+CANDIDATES = 6
 
 Points = list[tuple[int, float]]
 
 
-def forward(model: CachedModel, rows: int) -> Callable[[], float]:
-    """A function that runs one forward over a chain of `rows` tree nodes and returns its seconds."""
+def forward(model: CachedModel, run: Callable[[Tree, range], object], rows: int) -> Callable[[], float]:
+    """A function that makes one step over a chain of `rows` tree nodes and returns its seconds."""
     length = model.cache.length
     tree = Tree.rooted(1, length)
     for node in range(rows - 1):
         tree = tree.hang(node, 1)
 
-    def run() -> float:
+    def step() -> float:
         begin = time.perf_counter()
-        model.score(tree, range(rows))
+        run(tree, range(rows))
         seconds = time.perf_counter() - begin
         model.cache.rollback(length)
         return seconds
 
-    return run
+    return step
 
 
 def measure_costs(
     target: CachedModel, draft: CachedModel, workers: Overlap, prefix: int = 256
 ) -> dict[str, dict[str, Points]]:
-    """Median seconds of forwards by mode ("serial", "overlapped") and model ("target", "draft"), as [rows, seconds].
+    """Median seconds of steps by mode ("serial", "overlapped") and model ("target", "draft"), as [rows, seconds].
 
-    Both models must be attached. prefix: committed tokens behind which they run.
+    A step is the forward and what is done with its logits: `verify`, or `draft_sample`. Both models must be
+    attached. prefix: committed tokens behind which they run.
     """
+    verifier = Verifier(target, Sampling())
+    drafter = Drafter(draft, Sampling(), CANDIDATES, target.vocabulary)
+    steps: dict[str, Callable[[Tree, range], object]] = {
+        "target": verifier.verify,
+        "draft": lambda tree, nodes: drafter.propose(tree, nodes, [1] * tree.position),
+    }
     for model in (target, draft):
         limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", prefix + 1)
         model.reset(min(prefix, limit - 1))
         model.prefill([1] * min(prefix, limit - 1))
     costs: dict[str, dict[str, Points]] = {"serial": {}, "overlapped": {}}
     for name, model in (("target", target), ("draft", draft)):
-        costs["serial"][name] = [(rows, _median(forward(model, rows))) for rows in ROWS]
-    for name, model, other in (("target", target, draft), ("draft", draft, target)):
+        costs["serial"][name] = [(rows, _median(forward(model, steps[name], rows))) for rows in ROWS]
+    for name, model, other, model_beside in (("target", target, "draft", draft), ("draft", draft, "target", target)):
         costs["overlapped"][name] = [
             (
                 rows,
-                _median_beside(forward(model, rows), forward(other, 4), workers, measured_is_target=name == "target"),
+                _median_beside(
+                    forward(model, steps[name], rows),
+                    forward(model_beside, steps[other], 4),
+                    workers,
+                    measured_is_target=name == "target",
+                ),
             )
             for rows in ROWS
         ]

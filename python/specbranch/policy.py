@@ -56,6 +56,7 @@ class Policy(Protocol):
     candidates: int  # wanted from the draft at every node; 0: no draft
     overlaps: bool  # has something to draft while the target verifies
     calibrated: bool  # wants confidences corrected by what the verdicts say
+    foresees: bool  # uses a learned predictor's outlook, where there is one
 
     def before(self, tree: Tree, situation: Situation) -> list[int]:
         """Nodes to run the draft over before the trunk is cut; none when it is time to verify."""

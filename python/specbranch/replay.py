@@ -15,7 +15,7 @@ from typing import ParamSpec
 from specbranch.calibration import Calibrator
 from specbranch.costs import Costs
 from specbranch.decoder import Decoder
-from specbranch.drafter import learn, note
+from specbranch.drafter import learn, note, stands
 from specbranch.hrad import HRad, Outlook
 from specbranch.policy import Policy
 from specbranch.record import TAIL, Record, RecordedText, Said
@@ -158,6 +158,7 @@ class ReplayDrafter:
     candidates: int
     calibrator: Calibrator | None
     room: int = ROOM
+    outlook: Outlook | None = None
     _ran: set[int] = field(default_factory=set)
     _seen: int = 0
 
@@ -183,14 +184,15 @@ class ReplayDrafter:
         for node in nodes:
             tokens, word, entropy, margin = self._row(tree, node)
             count = min(self.candidates, len(tokens))
-            signals = Signals(word[0], entropy, margin, tree.nodes[node].depth)
+            signals = Signals(word[0], entropy, margin, depth := tree.nodes[node].depth, stands(self.outlook, depth))
             tree = tree.propose(node, note(tokens[:count], word[:count], signals, self.calibrator))
         self._ran.update(nodes)
         self.room -= len(nodes)
         return tree
 
-    def learn(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int, outlook: Outlook | None) -> None:
         learn(self.calibrator, tree, path, next_token)
+        self.outlook = outlook
 
     def _row(self, tree: Tree, node: int) -> Row:
         """What the draft said after this node; behind a wrong turn, its words with tokens that nothing equals."""

@@ -24,7 +24,7 @@ LENGTH = 5  # drafted tokens that "all" means
 BATCH = 128
 EPOCHS = 200
 PATIENCE = 12  # epochs without a better validation loss
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 0.05
 NONE, SOME, ALL = range(3)
 

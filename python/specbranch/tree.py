@@ -15,13 +15,15 @@ class Signals(NamedTuple):
 
     agreement: the estimated chance that the target picks the first candidate (a softmax of perturbed scores; at
     temperature 0 the draft's probability). entropy: of the draft's distribution, in nats. margin: score of the first
-    candidate less that of the second. depth: the node's, in the tree where the draft ran over it.
+    candidate less that of the second. depth: the node's, in the tree where the draft ran over it. outlook: log-odds
+    that a learned predictor gave the first candidate; 0 without one.
     """
 
     agreement: float
     entropy: float
     margin: float
     depth: int
+    outlook: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
