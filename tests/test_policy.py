@@ -135,7 +135,8 @@ def test_the_paper_ends_its_trunk_at_the_first_unsure_position_and_branches_ther
     assert len(growth.tree.children(1)) == branches
     assert set(growth.nodes) == {3, *(i for i in growth.tree.children(1) if i != 2)}
     with_tail = PaperSpecBranch(epsilon=0.7, verify_tail=True).cut(tree, now)
-    assert with_tail.trunk == (0, 1, 2, 3)
+    assert with_tail.trunk[:4] == (0, 1, 2, 3)
+    assert {with_tail.tree.nodes[node].parent for node in with_tail.trunk[4:]} == {1}
 
 
 def test_a_sure_trunk_branches_at_its_end() -> None:
@@ -173,10 +174,27 @@ def test_no_hedge_grows_below_the_trunk_only() -> None:
     assert policy.during(cut, cut.tree, now).nodes == [2]
 
 
-def test_serial_branches_are_verified_where_a_row_pays() -> None:
+@pytest.mark.parametrize("overlapped", [False, True])
+def test_outcomes_beside_the_path_are_verified_where_a_row_pays(overlapped: bool) -> None:
     tree = chain(0.9, 0.4, 0.9)
-    assert len(SpecBranch().cut(tree, situation(per_row=0.0)).trunk) == 4 + 6
-    assert len(SpecBranch().cut(tree, situation(per_row=0.1)).trunk) == 2  # the unsure token is not worth its row
+    free = SpecBranch(beside=5).cut(tree, situation(overlapped))
+    assert len(free.trunk) == 4 + 5
+    assert free.trunk[:4] == (0, 1, 2, 3)
+    others = [free.tree.nodes[node] for node in free.trunk[4:]]
+    assert [node.reach for node in others] == sorted((node.reach for node in others), reverse=True)
+    assert len(SpecBranch().cut(tree, situation(overlapped, per_row=0.1)).trunk) == 2  # nor is the unsure token
+
+
+def test_branches_that_survived_are_verified_below_their_parents() -> None:
+    """A trunk is a tree: every node of it has its parent in it, whatever lived on from the last round."""
+    tree = chain(0.6, 0.9)
+    tree = tree.adopt(0, 1)
+    side = len(tree) - 1
+    tree = tree.propose(side, Proposals((77, 78), (0.9, 0.05))).branch(side, 1)
+    cut = SpecBranch(beside=20).cut(tree, situation(overlapped=True))
+    assert {77, 78} <= {cut.tree.nodes[node].token for node in cut.trunk}
+    for place, node in enumerate(cut.trunk[1:], start=1):
+        assert cut.tree.nodes[node].parent in cut.trunk[:place]
 
 
 def test_methods_and_options() -> None:
