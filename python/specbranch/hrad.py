@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,6 +89,11 @@ class HRad(nn.Module):
     def predict(self, features: Tensor) -> Outlook:
         """The outlook after one verdict; features [F]."""
         return Outlook(*self(features[None].to(self.mean.device))[0].softmax(0).tolist())
+
+    def with_metrics(self, metrics: dict[str, Any]) -> HRad:
+        """This predictor, with what its training printed in its configuration."""
+        self.config = replace(self.config, metrics=metrics)
+        return self
 
     def save(self, directory: Path) -> None:
         """Write the configuration and the weights; the weights come last, so that half a save cannot be loaded."""

@@ -79,7 +79,7 @@ def plan(record: Record, costs: ReplayCosts, modes: Sequence[str] = tuple(MODES)
     """
     sample = record.texts[::2]
     for method, mode in itertools.product(METHODS, modes):
-        if method == "autoregressive" and mode != "serial":
+        if MODES[mode] and not make_policy(method, {}).overlaps:
             continue
         default = expect(record, costs, method, mode, {}, record.texts)
         yield default

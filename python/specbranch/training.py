@@ -17,6 +17,7 @@ from torch import Tensor
 from specbranch.calibration import Calibrator
 from specbranch.errors import SpecBranchError
 from specbranch.hrad import CLASSES, HRad, HRadConfig
+from specbranch.identity import ModelIdentity
 from specbranch.record import TAIL, Record, RecordedText
 from specbranch.tree import Signals
 
@@ -119,7 +120,8 @@ def _calibrated(text: RecordedText, at: int, depth: int, word: float, calibrator
 def fit(
     train: Examples,
     validation: Examples,
-    config: HRadConfig,
+    target: ModelIdentity,
+    draft: ModelIdentity,
     seed: int = 0,
     after_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> HRad:
@@ -128,7 +130,7 @@ def fit(
     The network's probabilities are then put back on the classes' own frequencies.
     """
     torch.manual_seed(seed)
-    model = HRad(config)
+    model = HRad(HRadConfig(target, draft, train.features.shape[1], train.words.shape[1]))
     deviation = train.features.std(0)
     model.mean.copy_(train.features.mean(0))
     model.scale.copy_(1 / deviation.clamp(min=float(deviation.median()) * 1e-2 + 1e-6))

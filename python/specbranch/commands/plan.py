@@ -77,12 +77,12 @@ def table(expectations: list[Expectation], title: str) -> Table:
     view = Table(title=title, title_justify="left")
     view.add_column("method", no_wrap=True)
     view.add_column("mode")
-    for heading in ("tokens/s", "x alone", "per forward", "rollback", "wasted/token"):
+    for heading in ("tokens/s", "speed-up", "per forward", "rollback", "wasted"):
         view.add_column(heading, justify="right")
-    view.add_column("settings")
+    view.add_column("settings", min_width=22)
     best = max(expectations, key=lambda expectation: expectation.tokens_per_second)
     for expectation in expectations:
-        settings = ", ".join(f"{name}={value}" for name, value in expectation.settings.items())
+        settings = " ".join(f"{name}={value}" for name, value in expectation.settings.items())
         view.add_row(
             expectation.method,
             expectation.mode,
