@@ -131,6 +131,18 @@ def test_walk(tokens, parents, targets, path, next_token):
     assert result.next_token == next_token
 
 
+@pytest.mark.parametrize("n", [255, 256, 257, 700])
+def test_more_nodes_than_the_threads_of_a_block(n):
+    """A chain of every second node; the others are siblings that carry another token."""
+    parents = torch.arange(n) - 1
+    parents[2::2] -= 1
+    targets = [i % 9 for i in range(n)]
+    tokens = torch.tensor([0, *(targets[parent] for parent in parents[1:])])
+    tokens[1::2] += 1
+    result = assert_same(one_hot_logits(targets), tokens, parents, positions_of(n))
+    assert result.accepted == (n - 1) // 2
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_random_trees(data):
