@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from cases_cache import ancestor_mask_cases, kv_commit_cases, tree_attention_cases
 from cases_linear import linear_cases
-from cases_sampling import draft_sample_cases, verify_cases
+from cases_sampling import draft_sample_cases, verify_cases, verify_rejection_cases
 from op_case import Case, CudaTiming, Timing, copy_bandwidth, measure, measure_cuda, read_bandwidth
 
 from specbranch.commands.machine import describe_machine, describe_versions
 
 CASES = {
     "verify": verify_cases,
+    "verify_rejection": verify_rejection_cases,
     "draft_sample": draft_sample_cases,
     "tree_attention": tree_attention_cases,
     "kv_commit": kv_commit_cases,
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 HEAD = (
-    f"{'op':14} {'case':66} {'eager':>9} {'ours':>9} {'torch':>10} {'ratio':>6} {'MB':>8} {'GB/s':>7} {'share':>6} "
+    f"{'op':16} {'case':83} {'eager':>9} {'ours':>9} {'torch':>10} {'ratio':>6} {'MB':>8} {'GB/s':>7} {'share':>6} "
     f"{'GFLOP/s':>8}"
 )
 
@@ -87,7 +88,7 @@ def line(row: dict[str, Any]) -> str:
 
     rate = f"{row['flops'] / row['seconds'] / 1e9:8.1f}" if row["flops"] else f"{'-':>8}"
     return (
-        f"{row['op']:14} {row['case']:66} {micro(row.get('eager_seconds')):>9} {micro(row['seconds']):>9} "
+        f"{row['op']:16} {row['case']:83} {micro(row.get('eager_seconds')):>9} {micro(row['seconds']):>9} "
         f"{micro(row['torch_seconds']):>10} {row['ratio']:6.2f} {row['bytes'] / 1e6:8.2f} "
         f"{row['bytes_per_second'] / 1e9:7.1f} {row['share_of_bandwidth']:6.1%} {rate}"
     )

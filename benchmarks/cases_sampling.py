@@ -1,4 +1,4 @@
-"""Cases of verify and draft_sample: flat rows and rows as peaked as a real model's."""
+"""Cases of verify, verify_rejection and draft_sample: flat rows and rows as peaked as a real model's."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from op_case import Case, Functions
 from torch import Tensor
 
-from specbranch_ext import draft_sample, reference, verify
+from specbranch_ext import draft_sample, reference, verify, verify_rejection
 
 QWEN = 151_936
 OPTIONS: list[dict[str, Any]] = [
@@ -33,12 +33,10 @@ def peaked_logits(rows: int, vocabulary: int, device: str) -> Tensor:
 LOGITS = {"peaked": peaked_logits, "flat": flat_logits}
 
 
-def torch_scores(
+def torch_filtered(
     logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> tuple[Tensor, Tensor | None]:
-    """Filtered scores with Gumbel noise the usual way: float32 [n, V], in the order of the second result if any."""
-    if temperature == 0.0:
-        return logits, None
+    """Scaled logits, -inf where a filter drops the token: float32 [n, V], in the order of the second result if any."""
     scores, order = logits / temperature, None
     if top_k:
         scores = scores.masked_fill(scores < scores.topk(top_k, dim=1).values[:, -1:], -torch.inf)
@@ -49,6 +47,14 @@ def torch_scores(
     if min_p:
         share = scores.softmax(dim=1)
         scores = scores.masked_fill(share < min_p * share.amax(dim=1, keepdim=True), -torch.inf)
+    return scores, order
+
+
+def torch_scores(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+    """Filtered scores with Gumbel noise the usual way, in the order of the second result if any."""
+    if not options.get("temperature"):
+        return logits, None
+    scores, order = torch_filtered(logits, **options)
     return scores - torch.empty_like(scores).exponential_().log(), order
 
 
@@ -67,6 +73,37 @@ def torch_verify(logits: Tensor, tokens: list[int], parents: list[int], **option
             node = child
             path.append(child)
     return path, target[node]
+
+
+def torch_probabilities(logits: Tensor, **options: Any) -> Tensor:
+    scores, order = torch_filtered(logits, **options)
+    share = scores.softmax(dim=1)
+    return share if order is None else torch.empty_like(share).scatter_(1, order, share)
+
+
+def torch_verify_rejection(
+    target_logits: Tensor, draft_logits: Tensor, tokens: Tensor, block: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The classical algorithms without waiting for a device: the number accepted and the next token."""
+    target, draft = torch_probabilities(target_logits, **options), torch_probabilities(draft_logits, **options)
+    drafted = tokens[1:].unsqueeze(1)
+    ratio = (target[:-1].gather(1, drafted) / draft.gather(1, drafted)).squeeze(1)
+    coins = torch.rand_like(ratio)
+    against = torch.nn.functional.pad(draft, (0, 0, 0, 1))  # behind the last token nothing is taken away
+    if block:
+        path = torch.ones_like(ratio[:1])
+        for step in ratio.split(1):
+            path = torch.cat([path, (path[-1:] * step).clamp(max=1.0)])
+        residual = (path.unsqueeze(1) * target - against).clamp(min=0.0)
+        mass = residual.sum(dim=1)
+        chance = torch.cat([(mass / (mass + 1.0 - path))[1:-1], path[-1:]])
+        accepted = ((coins < chance) * torch.arange(1, len(tokens), device=coins.device)).amax()
+        law = residual.index_select(0, accepted.reshape(1))
+    else:
+        accepted = (coins < ratio).cumprod(dim=0).sum()
+        row = accepted.reshape(1)
+        law = (target.index_select(0, row) - against.index_select(0, row)).clamp(min=0.0)
+    return accepted, (law / torch.empty_like(law).exponential_()).argmax(dim=1)
 
 
 def torch_draft_sample(logits: Tensor, k: int, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +153,44 @@ def verify_case(
         return functions
 
     return Case("verify", describe(rows, vocabulary, what, dtype, options), build, rows * vocabulary * dtype.itemsize)
+
+
+def verify_rejection_cases(device: str) -> Iterator[Case]:
+    vocabularies, all_rows = ((QWEN,), (9,)) if device == "cpu" else ((32_000, QWEN), (5, 9, 33))
+    for vocabulary in vocabularies:
+        for rows in all_rows:
+            full = rows == 9 and vocabulary == QWEN
+            for what in LOGITS if full else ("peaked",):
+                for dtype in (torch.float32, torch.bfloat16) if full else (torch.float32,):
+                    for options in OPTIONS[1:] if full and dtype == torch.float32 else OPTIONS[1:3]:
+                        for block in (False, True):
+                            yield verify_rejection_case(device, rows, vocabulary, what, dtype, options, block)
+
+
+def verify_rejection_case(
+    device: str, rows: int, vocabulary: int, what: str, dtype: torch.dtype, options: dict[str, Any], block: bool
+) -> Case:
+    """A draft whose logits are not far from the target's, so that some of its tokens are accepted."""
+
+    def build() -> Functions:
+        target = LOGITS[what](rows, vocabulary, device)
+        draft = (target[:-1] + 0.3 * torch.randn(rows - 1, vocabulary, device=device)).to(dtype)
+        target = target.to(dtype)
+        drafted = torch.multinomial(torch_probabilities(draft.float(), **options), 1).squeeze(1)
+        tokens = torch.nn.functional.pad(drafted, (1, 0))
+        positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
+        ours = verify_rejection(target, draft, tokens, positions, block=block, seed=seed, **options)
+        on_cpu = (tensor.cpu() for tensor in (target, draft, tokens, positions))
+        expected = reference.verify_rejection(*on_cpu, block=block, seed=7, **options)
+        assert tuple(map(int, ours)) == tuple(map(int, expected))
+        return {
+            "ours": lambda: verify_rejection(target, draft, tokens, positions, block=block, seed=seed, **options),
+            "softmax, sort, residual, noise": lambda: torch_verify_rejection(target, draft, tokens, block, **options),
+        }
+
+    mode = "block" if block else "token-wise"
+    description = f"{describe(rows, vocabulary, what, dtype, options)}, {mode}"
+    return Case("verify_rejection", description, build, (2 * rows - 1) * vocabulary * dtype.itemsize)
 
 
 def draft_sample_cases(device: str) -> Iterator[Case]:

@@ -65,13 +65,13 @@ def test_first_candidate_is_the_target_token_of_equal_logits(options):
 
 
 @pytest.mark.parametrize("options", FILTERS, ids=str)
-def test_threads_and_strides_do_not_matter(options):
+def test_threads_and_strides_do_not_matter(options, implementation):
     base = torch.randn(4, 30_100, generator=torch.Generator().manual_seed(2))
     view, positions = base[::2, 50:30_050], torch.tensor([1, 2])
     expected = draft_sample(view.contiguous(), positions, 5, seed=3, **options)
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 5) if implementation == "cpu" else (1,):
             torch.set_num_threads(threads)
             ours = draft_sample(view, positions, 5, seed=3, **options)
             assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))

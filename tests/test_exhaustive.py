@@ -1,7 +1,8 @@
 """All small cases, without a sample: every tree of up to five nodes, every token in it, every row of a grid of logits.
 
 What a verdict depends on is the tree, which drafted tokens equal the target's, and the target's tokens. With two
-tokens every pattern of equality occurs; the sampling of each row is enumerated apart, on up to four tokens.
+tokens every pattern of equality occurs; the sampling of each row is enumerated apart, on up to four tokens. A verdict
+by rejection depends on all logits of target and draft: short chains with every combination of a few rows.
 """
 
 import itertools
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from specbranch_ext import ancestor_mask, draft_sample, reference, verify
+from specbranch_ext import ancestor_mask, draft_sample, reference, verify, verify_rejection
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
@@ -95,6 +96,47 @@ def test_every_row_of_the_grid(vocabulary, options, implementation):
             assert torch.equal(sample.scores, wanted.scores)
             torch.testing.assert_close(sample.confidence, wanted.confidence, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(sample.entropy, wanted.entropy, rtol=1e-5, atol=1e-6)
+
+
+def grid(*values: float, vocabulary: int) -> list[tuple[float, ...]]:
+    """Rows up to a constant: 0 is the largest of `values` and of each row."""
+    return [row for row in itertools.product(values, repeat=vocabulary) if max(row) == 0.0]
+
+
+def all_chains(
+    n: int, vocabulary: int, rows: list[tuple[float, ...]]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Target and draft logits of every combination of rows, with every token drafted; -1 ends a chain."""
+    for logits in itertools.product(rows, repeat=2 * n - 1):
+        target, draft = torch.tensor(logits).split([n, n - 1])
+        for drafted in itertools.product(range(-1, vocabulary), repeat=n - 1):
+            yield target, draft, torch.tensor([0, *drafted])
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, *FILTERS[1:]], ids=str)
+@pytest.mark.parametrize(
+    ("n", "rows"),
+    [
+        (1, grid(-torch.inf, -2.0, 0.0, vocabulary=3)),
+        (2, grid(-torch.inf, -2.0, 0.0, vocabulary=2)),
+        (2, grid(-torch.inf, 0.0, vocabulary=3)),
+        (3, [(-torch.inf, 0.0), (0.0, 0.0), (0.0, -2.0)]),
+    ],
+    ids=["root", "a token of 2", "a token of 3", "two tokens of 2"],
+)
+def test_every_chain_of_the_grid(n, rows, options, implementation):
+    vocabulary = len(rows[0])
+    if n * vocabulary > 4 and options != FILTERS[1]:
+        return  # the filters are tested on the others
+    positions = torch.arange(n)
+    for i, chain in enumerate(all_chains(n, vocabulary, rows)):
+        if implementation != "cpu" and n > 1 and i % 11 != 0:
+            continue  # slower; 11 divides no number of choices
+        expected = None
+        for block in (False, True):
+            if expected is None or n > 2:  # with one token drafted both modes are the same
+                expected = reference.verify_rejection(*chain, positions, block=block, seed=i, **options)
+            assert verify_rejection(*chain, positions, block=block, seed=i, **options) == expected, (*chain, block)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])

@@ -111,8 +111,16 @@ def test_many_large_buffers_and_threads():
 
 
 def test_no_buffers_and_empty_buffers():
-    kv_commit([], torch.tensor([3]), 0)
-    kv_commit([torch.empty(0, 5, 4), torch.empty(2, 5, 0)], torch.tensor([3, 1]), 0)
+    rows = torch.tensor([3, 1])
+    kv_commit([], rows, 0)
+    assert rows.tolist() == [3, 1]
+    # Views of no heads and of no columns: nothing of the memory behind them may change, but the full one goes along.
+    behind = torch.randn(2, 5, 4)
+    full = torch.randn(2, 5, 4)
+    before, (expected,) = behind.clone(), gathered([full], [3, 1], 0)
+    kv_commit([behind[:0], full, behind[..., :0]], rows, 0)
+    assert torch.equal(behind, before)
+    assert torch.equal(full, expected)
 
 
 @on_cpu

@@ -318,6 +318,13 @@ def test_a_long_chain(block):
         assert_same(target, draft, drawn_from(draft, seed), positions_of(70), seed=seed, block=block)
 
 
+def test_a_long_chain_of_long_rows():
+    """So many rows that a CUDA block draws from more of its row than its threads read at once."""
+    target, draft = chain(140, 6000, 8, distance=0.02)
+    for seed in range(2):
+        assert_same(target, draft, drawn_from(draft, seed), positions_of(140), seed=seed, block=True)
+
+
 # ---- Arguments.
 
 

@@ -45,7 +45,7 @@ struct Segments {
 };
 
 struct SegmentState {
-  float max_logit;
+  float max_logit, mass;  // mass: see segment_mass
   bool nan;
   uint64_t weight_above, weight_total;  // of the threshold search, see threshold.h
   int64_t listed;                       // tokens on the segment's list
@@ -56,6 +56,7 @@ struct SegmentState {
 struct RowState {
   RowReport::Problem problem;
   float z_max;
+  float mass;         // of exp(z - z_max) within 4%, with top-p
   int64_t argmax;     // lowest token with the largest logit
   float threshold;    // kept: z >= threshold ...
   float low, high;    // the bracket being searched

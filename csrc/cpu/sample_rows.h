@@ -40,6 +40,8 @@ class RowSampler {
         greedy_(request.filters.greedy()),
         search_count_(!greedy_ && request.filters.top_k > 0 && request.filters.top_k < vocabulary_),
         search_mass_(!greedy_ && request.filters.top_p < 1.0),
+        guesses_mass_(search_mass_ && vocabulary_ > short_list &&
+                      (!search_count_ || request.filters.top_k > short_list / 2)),
         min_p_(greedy_ ? 0.0f : static_cast<float>(request.filters.min_p)),
         segments_(vocabulary_),
         row_(rows_),
@@ -62,8 +64,15 @@ class RowSampler {
 #pragma omp parallel num_threads(threads)
     {
       // The flags are set within one pass and read after it, so all threads take the same way.
-      pass([&](int64_t i, int64_t s) { segment_max(logits(i), segments_.begin(s), segments_.end(s), segment(i, s)); },
-           [&](int64_t i) { start_row(i); });
+      pass(
+          [&](int64_t i, int64_t s) {
+            const int64_t begin = segments_.begin(s), end = segments_.end(s);
+            segment_max(logits(i), begin, end, segment(i, s));
+            if (guesses_mass_) {
+              segment_mass(logits(i), begin, end, inverse_temperature_, segment(i, s));
+            }
+          },
+          [&](int64_t i) { start_row(i); });
       if (!failed_ && !(greedy_ && r_.k <= 1 && !r_.statistics)) {
         if (search_count_) {
           search<Weight::count>();
@@ -132,6 +141,13 @@ class RowSampler {
     // The largest logit is always kept, so its score is a first bar.
     const float floor = r_.k != 1 ? -HUGE_VALF : greedy_ ? row.z_max : row.z_max + token_noise(key(i), row.argmax);
     row.score_floor.store(floor, std::memory_order_relaxed);
+    if (guesses_mass_) {
+      row.mass = 0.0f;
+      for (int64_t s = 0; s < segments_.count; ++s) {
+        const float distance = (segment(i, s).max_logit - max_logit) * inverse_temperature_;
+        row.mass += segment(i, s).mass * exp_nonpositive(distance);
+      }
+    }
     if (search_count_) {
       set_bracket<Weight::count>(i);
     } else if (search_mass_) {
@@ -147,10 +163,12 @@ class RowSampler {
   void set_bracket(int64_t i) {
     RowState& row = row_[i];
     Bracket bracket = whole_row;
-    if (vocabulary_ > short_list) {
-      const SampledHistogram sample(logits(i), vocabulary_, inverse_temperature_, row.z_max, row.threshold);
+    if (vocabulary_ > short_list && (weight == Weight::count || guesses_mass_)) {
+      const float bins_per_unit =
+          weight == Weight::count ? 32.0f : mass_bins(vocabulary_, row.mass, r_.filters.top_p);
+      const SampledHistogram sample(logits(i), vocabulary_, inverse_temperature_, row.z_max, bins_per_unit);
       bracket = weight == Weight::count ? bracket_count(sample, row.z_max, static_cast<double>(r_.filters.top_k))
-                                        : bracket_mass(sample, row.z_max, r_.filters.top_p);
+                                        : bracket_mass(sample, row.z_max, row.threshold, row.mass, r_.filters.top_p);
     }
     row.low = bracket.low;
     row.high = bracket.high;
@@ -274,6 +292,7 @@ class RowSampler {
   const int64_t first_rows_, rows_, vocabulary_;
   const float inverse_temperature_;
   const bool greedy_, search_count_, search_mass_;
+  const bool guesses_mass_;  // not where top-k leaves a list anyway
   const float min_p_;
   const Segments segments_;
   Buffer<RowState> row_;

@@ -25,17 +25,19 @@ struct Bracket {
 constexpr Bracket whole_row{lowest_finite, HUGE_VALF};
 constexpr int64_t short_list = 8192;  // listing everything kept is cheaper than another pass up to about here
 
-// A histogram of z_max - z over one in `step` tokens, in bins of 1/32.
+// A histogram of z_max - z over one in `step` tokens.
 struct SampledHistogram {
-  static constexpr int bins = 1024, step = 16, bins_per_unit = 32;
-  uint32_t count[bins + 1] = {};  // the last one: masked, or below the floor
+  static constexpr int bins = 1024, step = 16;
+  const float bins_per_unit;
+  uint32_t count[bins + 1] = {};  // the last one: masked
 
   template <typename T>
-  SampledHistogram(const T* row, int64_t vocabulary, float inverse_temperature, float z_max, float floor) {
+  SampledHistogram(const T* row, int64_t vocabulary, float inverse_temperature, float z_max, float bins_per_unit)
+      : bins_per_unit(bins_per_unit) {
     for (int64_t t = 0; t + simd_width <= vocabulary; t += step * simd_width) {
       const FloatVec z = load(row + t) * inverse_temperature;
-      const FloatVec bin = min((z_max - z) * static_cast<float>(bins_per_unit), broadcast(bins - 1.0f));
-      const IntVec index = select((IntVec)(z >= floor), __builtin_convertvector(bin, IntVec), broadcast(bins));
+      const FloatVec bin = min((z_max - z) * bins_per_unit, broadcast(bins - 1.0f));
+      const IntVec index = select((IntVec)(z >= lowest_finite), __builtin_convertvector(bin, IntVec), broadcast(bins));
       for (int i = 0; i < simd_width; ++i) ++count[index[i]];
     }
   }
@@ -49,7 +51,7 @@ inline Bracket bracket_count(const SampledHistogram& h, float z_max, double k) {
   bool high_found = false;
   for (int i = 0; i < SampledHistogram::bins - 1; ++i) {
     above += h.count[i];
-    const float edge = 1.0f / SampledHistogram::bins_per_unit;
+    const float edge = 1.0f / h.bins_per_unit;
     if (!high_found && above > expected - slack) {
       bracket.high = z_max - i * edge;
       high_found = true;
@@ -63,34 +65,42 @@ inline Bracket bracket_count(const SampledHistogram& h, float z_max, double k) {
   return bracket;
 }
 
-inline Bracket bracket_mass(const SampledHistogram& h, float z_max, double top_p) {
+// Bins for each unit of z: the last one begins where the tokens further down weigh exp(-6) of what top-p drops, or
+// less. So they are fine for flat rows and coarse for peaked ones.
+inline float mass_bins(int64_t vocabulary, float mass, double top_p) {
+  const double dropped = (1.0 - top_p) * mass;
+  return static_cast<float>((SampledHistogram::bins - 1) / (std::log(static_cast<double>(vocabulary) / dropped) + 6.0));
+}
+
+// mass: of the row, within 4%; the sample says how much of it lies below a place, which is many small weights. (A mass
+// from the sample would be a guess: a few large tokens decide it.) Tokens below the floor are no longer in the row.
+inline Bracket bracket_mass(const SampledHistogram& h, float z_max, float floor, double mass, double top_p) {
   constexpr int last = SampledHistogram::bins - 1;
-  constexpr float width = 1.0f / SampledHistogram::bins_per_unit;
-  // Mass of each bin; a bin with few samples may be a fluke, so it counts only for the larger estimate.
+  const float width = 1.0f / h.bins_per_unit;
+  double each[last + 1], below_floor = 0.0, samples = 0.0;
+  double weight = std::exp(-0.5 * width) * SampledHistogram::step;
   const double ratio = std::exp(-width);
-  double weight = std::exp(-0.5 * width) * SampledHistogram::step, surely = 1.0, perhaps = 1.0;
-  double tail[last + 1];
-  for (int i = 0; i < last; ++i, weight *= ratio) {
-    tail[i] = weight * h.count[i];
-    perhaps += tail[i];
-    if (h.count[i] >= 4) surely += tail[i];
-  }
-  tail[last] = 0.0;
-  // From the bottom up: the dropped tokens are the smallest ones, with 1 - top_p of the mass.
-  Bracket bracket = whole_row;
-  double total = 0.0;
-  for (int i = 0; i <= last; ++i) total += h.count[i];
-  double below = 0.0, samples = 0.0, listed = total;
-  for (int i = last; i >= 0; --i) {
-    below += tail[i];
+  for (int i = 0; i <= last; ++i, weight *= ratio) {
+    each[i] = weight;
     samples += h.count[i];
-    const double error = std::min(0.7, 0.03 + 3.0 / std::sqrt(samples + 1.0));
-    // A few dozen samples stay above the bracket's low end: the largest tokens are too few to be sampled well.
-    if (below <= (1.0 - top_p) * surely * (1.0 - error) && total - samples >= std::min(32.0, 0.5 * total)) {
+    if (z_max - (i + 1) * width < floor) below_floor += weight * h.count[i];
+  }
+  const double dropped = (1.0 - top_p) * mass + top_p * std::min(below_floor, mass), mass_error = 0.04 * dropped;
+  // From the bottom up: the dropped tokens are the smallest ones.
+  Bracket bracket = whole_row;
+  double below = 0.0, variance = 0.0, listed = samples;
+  for (int i = last; i >= 0; --i) {
+    const double tail = each[i] * h.count[i];
+    below += tail;
+    variance += tail * each[i];
+    samples -= h.count[i];
+    // Counts scatter like Poisson variables; and of the tokens in a bin, a few dozen can escape the sample.
+    const double error = 3.5 * std::sqrt(variance) + mass_error;
+    if (below * (1.0 + 0.5 * width) + error + 4.0 * each[i] <= dropped) {
       bracket.low = z_max - i * width;
-      listed = total - samples;
+      listed = samples;
     }
-    if (below >= (1.0 - top_p) * perhaps * (1.0 + error)) {
+    if (below * (1.0 - 0.5 * width) - error >= dropped) {
       bracket.high = z_max - i * width;
       break;
     }

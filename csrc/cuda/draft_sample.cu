@@ -9,6 +9,7 @@
 #include "draft_sample.h"
 
 #include "cuda/row_sampler.h"
+#include "cuda/row_sampler_launch.h"
 
 namespace specbranch::cuda {
 namespace {

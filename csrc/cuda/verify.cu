@@ -7,6 +7,7 @@
 #include "verify.h"
 
 #include "cuda/row_sampler.h"
+#include "cuda/row_sampler_launch.h"
 #include "cuda/tree_walk.h"
 
 namespace specbranch::cuda {

@@ -20,6 +20,7 @@
 #include <climits>
 
 #include "cuda/row_sampler.h"
+#include "cuda/row_sampler_launch.h"
 
 namespace specbranch::cuda {
 namespace {
