@@ -27,6 +27,7 @@ EPOCHS = 200
 PATIENCE = 12  # epochs without a better validation loss
 LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 0.05
+FEWEST_PROMPTS = 5
 NONE, SOME, ALL = range(3)
 
 
@@ -54,13 +55,19 @@ class Split:
 
     @staticmethod
     def of(record: Record, seed: int = 0) -> Split:
-        """A fifth held out, a sixth for validation. Raises SpecBranchError for fewer than five texts."""
+        """A fifth held out, a sixth for validation. Raises SpecBranchError for fewer texts than check_enough wants."""
         texts = sorted(record.texts, key=lambda text: (text.task, text.id))
-        if len(texts) < 5:
-            raise SpecBranchError(f"{len(texts)} prompts: expected at least 5, to train on some and hold others out")
+        check_enough(len(texts))
         random.Random(seed).shuffle(texts)
         held, validation = max(1, len(texts) // 5), max(1, len(texts) // 6)
         return Split(texts[held + validation :], texts[held : held + validation], texts[:held])
+
+
+def check_enough(prompts: int) -> None:
+    if prompts < FEWEST_PROMPTS:
+        raise SpecBranchError(
+            f"{prompts} prompts: expected at least {FEWEST_PROMPTS}, to train on some and hold others out"
+        )
 
 
 def draft_run(text: RecordedText, at: int, length: int) -> tuple[int | None, list[float]]:

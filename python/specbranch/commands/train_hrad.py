@@ -25,7 +25,11 @@ ROUNDS = "rounds.safetensors"
 
 def run(args: argparse.Namespace) -> int:
     """Collect (what is there already is kept), train, evaluate on held-out prompts, save."""
+    from specbranch.hrad import CLASSES
+    from specbranch.training import EPOCHS, Split, check_enough, evaluate, examples, fit
+
     prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
+    check_enough(len(prompts))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     engine = load_engine(args)
@@ -36,9 +40,6 @@ def run(args: argparse.Namespace) -> int:
         with status("measuring forwards"):
             record = replace(record, costs=engine.measure_costs())
         record.save(out / ROUNDS)
-
-    from specbranch.hrad import CLASSES
-    from specbranch.training import EPOCHS, Split, evaluate, examples, fit
 
     split = Split.of(record)
     with status("sorting rounds"):
