@@ -87,8 +87,25 @@ def test_every_wasted_token_has_one_cause(
         ).stats
     row = stats.as_dict()
     assert [round.wasted for round in stats.log] == lost
-    assert row["left_over"] == standing[0]
-    assert sum(row[cause] for cause in CAUSES) == row["wasted_tokens"] == sum(lost) + standing[0]
+    beyond = sum(round.tokens for round in stats.log) - stats.new_tokens  # committed behind the end of the text
+    left = standing[0] + (beyond - (not stats.log[-1].hit) if beyond else 0)
+    assert row["left_over"] == left
+    assert sum(row[cause] for cause in CAUSES) == row["wasted_tokens"] == sum(lost) + left
     for cause in CAUSES[:3]:
         assert sum(getattr(round, cause) for round in stats.log) == row[cause]
     assert row["rejected"] <= row["target_forwards"]  # at most one a verdict
+
+
+def test_tokens_behind_a_stop_are_wasted(bundled_pair: SpecBranch):
+    """Every drafted token is in the text or wasted, also where a verdict reaches past the end of the text."""
+    prompt, past_the_end = bundled.prompts()[0]["prompt"], 0
+    plain = bundled_pair.generate(prompt, max_new_tokens=48)
+    for end in range(8, len(plain.text), 5):
+        for overlap in (False, True):
+            stats = bundled_pair.generate(
+                prompt, max_new_tokens=48, stop=plain.text[end : end + 3], method="speculative", overlap=overlap
+            ).stats
+            past_the_end += sum(round.tokens for round in stats.log) > stats.new_tokens
+            assert stats.accepted + stats.hits <= stats.new_tokens
+            assert stats.drafted == stats.accepted + stats.hits + stats.wasted
+    assert past_the_end > 3

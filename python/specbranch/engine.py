@@ -40,8 +40,8 @@ from specbranch.verifier import Verifier
 class SpecBranch:
     """Speculative decoding of one text at a time, with the tokens that the target alone would give.
 
-    Implements SpecBranch (arXiv 2506.01979) and, over the same loop, autoregressive decoding, speculative sampling
-    and PEARL; see `specbranch.METHODS`.
+    Implements SpecBranch (arXiv 2506.01979) and, over the same loop, the methods that it is compared with; see
+    `specbranch.METHODS`.
     """
 
     def __init__(
@@ -348,7 +348,7 @@ class SpecBranch:
     def _result(decoder: Decoder, builder: TextBuilder, begin: float, reason: str) -> Generation:
         stats = decoder.stats
         stats.seconds = time.perf_counter() - begin
-        stats.new_tokens = len(builder.tokens)
+        stats.end(len(builder.tokens))
         return Generation(builder.text, builder.tokens, stats, reason)
 
 

@@ -129,6 +129,14 @@ class Stats:
         self.behind_rejection += round.behind_rejection
         self.losing_branches += round.losing_branches
 
+    def end(self, new_tokens: int) -> None:
+        """The text has so many tokens; what the last round committed behind a stop was drafted in vain."""
+        beyond, self.new_tokens = self.new_tokens - new_tokens, new_tokens
+        if beyond > 0:
+            last = self.log[-1]
+            self.hits -= last.hit  # the round's last token
+            self.accepted -= min(beyond - 1, last.accepted)
+
     @property
     def rolled_back(self) -> int:
         return self.rejected + self.behind_rejection

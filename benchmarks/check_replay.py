@@ -1,0 +1,43 @@
+"""Replayed speeds beside measured ones: decode tokens per second of a `specbranch bench` report, method by method.
+
+    python benchmarks/check_replay.py RECORD BENCH.json
+
+The record must hold the same prompts and costs measured on the machine of the report. "auto" is replayed as it ran:
+both modes tried, then the faster one.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from specbranch.methods import METHODS, make_policy
+from specbranch.record import Record
+from specbranch.replay import ReplayCosts, replay
+
+
+def main() -> None:
+    record = Record.load(Path(sys.argv[1]))
+    report = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    texts = {(text.task, text.id): text for text in record.texts}
+    print(f"{'method':18} {'measured':>9} {'replayed':>9} {'off by':>7}   tokens per forward: measured, replayed")
+    for method in METHODS:
+        runs = [run for run in report["records"] if run["name"] == method and (run["task"], run["id"]) in texts]
+        if not runs:
+            continue
+        chosen = [texts[run["task"], run["id"]] for run in runs]
+        overlap = {"auto": None, "on": True, "off": False}[report["settings"]["overlap"]]
+        stats = replay(record, make_policy(method, {}), ReplayCosts.of(record), overlap, chosen)
+        tokens, forwards = sum(run["new_tokens"] for run in runs), sum(run["stats"]["target_forwards"] for run in runs)
+        measured = tokens / sum(run["seconds"] - run["prefill_seconds"] for run in runs)
+        replayed = sum(s.new_tokens for s in stats) / sum(s.seconds for s in stats)
+        per_forward = sum(s.new_tokens for s in stats) / sum(s.target_forwards for s in stats)
+        print(
+            f"{method:18} {measured:9.2f} {replayed:9.2f} {replayed / measured - 1:+7.1%}   "
+            f"{tokens / forwards:.2f}, {per_forward:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
