@@ -54,3 +54,14 @@ def test_acceptance_follows_the_verdicts() -> None:
     for _ in range(200):
         costs.record_verdict(1, rejected=True)
     assert costs.acceptance == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_machine_that_slept_does_not_upset_the_costs() -> None:
+    mode = ModeCosts()
+    for _ in range(20):
+        mode.target.record(2, 0.1)
+        mode.record_round(0.2, 2)
+    mode.target.record(2, 900.0)
+    mode.record_round(900.0, 2)
+    assert mode.target.of(2) < 0.15
+    assert mode.seconds_per_token < 0.15

@@ -32,8 +32,8 @@ class SpecBranch:
     max_trunk: most tokens drafted before the target is asked. limit: deepest node drafted while it verifies.
     verify_tail: also verify the drafted tail behind the branch point; False ends the trunk there, as the paper does.
     calibrate: correct confidences by what the verdicts say. thrifty: draft only while a token is worth its step.
-    min_reach: least chance of being accepted, in the draft's eyes, that makes a node worth drafting while the target
-    verifies; higher values waste less and are slower.
+    min_reach: least chance of being accepted, in the draft's eyes, that makes a token worth drafting while the target
+    verifies, or worth verifying; higher values waste less and are slower.
     decide_by_outlook: H-RAD's class, where there is a predictor, decides the branch point before the confidence does.
     """
 
@@ -86,7 +86,10 @@ class SpecBranch:
     def cut(self, tree: Tree, situation: Situation) -> Cut:
         if self.hedge == "any":
             tree = self._with_last_word(tree)
-        path = self._worth_verifying(tree, tree.best_path()[: situation.remaining], situation)
+        best = tree.best_path()
+        path = self._worth_verifying(tree, best[: situation.remaining], situation)
+        if self.hedge == "any" and best[-1] not in path:
+            tree = tree.without(best[-1])  # neither run over nor verified: it stays a candidate
         point = self._branch_point(tree, path, situation)
         if not self.verify_tail:
             return Cut(tree, path[: path.index(point) + 1], point)
@@ -113,7 +116,7 @@ class SpecBranch:
     def _with_others(self, cut: Cut, situation: Situation) -> Cut:
         """The cut with outcomes beside its path in the trunk, the likeliest first, while their rows pay."""
         tree, trunk = cut.tree, [*cut.trunk]
-        price = situation.costs.target.per_row / max(situation.costs.seconds_per_token, 1e-9)
+        least = self._least(situation)
         found: list[tuple[float, int, int]] = []  # (-reach, node, -1) or, not in the tree yet, (-reach, parent, rank)
 
         def look_below(node: int) -> None:
@@ -130,7 +133,7 @@ class SpecBranch:
                 look_below(node)
         while found and len(trunk) < len(cut.trunk) + self.beside:
             reach, node, rank = heappop(found)
-            if -reach <= price:
+            if -reach <= least:
                 break
             if rank >= 0:
                 tree = tree.adopt(node, rank)
@@ -189,14 +192,13 @@ class SpecBranch:
 
     def _worth_verifying(self, tree: Tree, path: tuple[int, ...], situation: Situation) -> tuple[int, ...]:
         """The path as far as a token is worth its row in the target's forward."""
-        if not self.thrifty:
-            return path
-        costs = situation.costs
-        return tuple(
-            node
-            for node in path
-            if node == path[0] or tree.nodes[node].reach * costs.seconds_per_token >= costs.target.per_row
-        )
+        least = self._least(situation) if self.thrifty else 0.0
+        return tuple(node for node in path if node == path[0] or tree.nodes[node].reach >= least)
+
+    def _least(self, situation: Situation) -> float:
+        """The least chance that is worth a row in the target's forward: what the row costs, in committed tokens."""
+        price = situation.costs.target.per_row / max(situation.costs.seconds_per_token, 1e-9)
+        return max(self.min_reach, price)
 
     def _worth_a_row(self, reach: float, situation: Situation) -> bool:
         """Whether an outcome pays for one more row: if it comes true, a draft step is saved."""

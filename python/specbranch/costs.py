@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 DECAY = 0.97  # weight of the past at every new measurement
+OUTLIER = 4.0  # a measurement counts as at most so many times what was expected: a laptop that slept says nothing
 TRIAL_ROUNDS = 6  # rounds in each mode before "auto" trusts its measurements
 
 
@@ -26,6 +27,8 @@ class ForwardCost:
         self.count += 1
         if self.count == 1:
             return  # the first forward pays for page faults and lazy set-up
+        if self.known:
+            seconds = min(seconds, OUTLIER * self.of(rows))
         self.weight = self.weight * DECAY + 1
         self.rows = self.rows * DECAY + rows
         self.seconds = self.seconds * DECAY + seconds
@@ -65,6 +68,8 @@ class ModeCosts:
         self.rounds += 1
         if self.rounds == 1:
             return
+        if self.tokens:
+            seconds = min(seconds, OUTLIER * self.seconds_per_token * max(tokens, 1) + OUTLIER * self.target.of(1))
         self.seconds = self.seconds * DECAY + seconds
         self.tokens = self.tokens * DECAY + tokens
 

@@ -124,6 +124,10 @@ class Tree:
         chance = parent.reach * parent.proposals.confidence[rank]
         return Tree((*self.nodes, Node(parent.proposals.tokens[rank], node, parent.depth + 1, chance)), self.position)
 
+    def without(self, leaf: int) -> Tree:
+        """This tree before `leaf`, its newest node, was added; a leaf that is not the newest stays."""
+        return Tree(self.nodes[:-1], self.position) if leaf == len(self.nodes) - 1 else self
+
     def hang(self, node: int, token: int) -> Tree:
         """This tree, with `token` below `node` whatever the draft thinks of it."""
         parent = self.nodes[node]
