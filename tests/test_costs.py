@@ -2,7 +2,7 @@
 
 import pytest
 
-from specbranch.costs import TRIAL_ROUNDS, Costs, ForwardCost
+from specbranch.costs import TRIAL_ROUNDS, Costs, ForwardCost, ModeCosts
 
 
 def test_a_line_is_recovered_and_the_first_forward_is_left_out() -> None:
