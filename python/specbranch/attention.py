@@ -133,5 +133,6 @@ def _exact_activation(module: nn.Module, input: Tensor) -> Tensor:
     """Row by row: torch's vector loop ends in a tail with another exponential, which differs in the last bit."""
     rows = input.reshape(-1, input.shape[-1])
     if len(rows) == 1:
-        return type(module).forward(module, input)
+        alone: Tensor = type(module).forward(module, input)
+        return alone
     return torch.stack([type(module).forward(module, row) for row in rows]).view(input.shape)
