@@ -95,6 +95,7 @@ def test_rows_in_place_move_nothing():
     for start in (0, 7, 36):
         kv_commit([buffer], torch.arange(start, start + 4), start)
     kv_commit([buffer], torch.tensor([], dtype=torch.int64), CAPACITY)
+    assert not buffer.any()
 
 
 def test_many_large_buffers_and_threads():

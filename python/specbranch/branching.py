@@ -61,6 +61,8 @@ class SpecBranch:
             raise SpecBranchError(f"hedge is {self.hedge!r}; expected one of {', '.join(HEDGES)}")
         if min(self.k_max, self.max_trunk, self.limit, self.batch, self.fan) < 1:
             raise SpecBranchError("k_max, fan, batch, max_trunk and limit must be at least 1")
+        if self.beside < 0:
+            raise SpecBranchError(f"beside is {self.beside}; expected at least 0")
 
     @property
     def candidates(self) -> int:
@@ -122,6 +124,8 @@ class SpecBranch:
         def look_below(node: int) -> None:
             if self.hedge == "point" and node != cut.branch_point:
                 return
+            if tree.nodes[node].depth + 1 >= situation.remaining:
+                return
             for child in tree.children(node):
                 if child not in trunk:
                     heappush(found, (-tree.nodes[child].reach, child, -1))
@@ -138,9 +142,8 @@ class SpecBranch:
             if rank >= 0:
                 tree = tree.adopt(node, rank)
                 node = len(tree) - 1
-            if tree.nodes[node].depth < situation.remaining:
-                trunk.append(node)
-                look_below(node)
+            trunk.append(node)
+            look_below(node)
         return Cut(tree, tuple(trunk), cut.branch_point)
 
     def width(self, tree: Tree, node: int, branch_point: int | None) -> int:

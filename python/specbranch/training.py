@@ -96,7 +96,6 @@ def examples(texts: Sequence[RecordedText], calibrator: Calibrator, length: int 
             raise SpecBranchError("the record has no features: make it with --features")
         for at in range(len(text)):
             stood, confidence = draft_run(text, at, length)
-            first = None
             if stood is not None:
                 chances = [_calibrated(text, at, j, confidence[j], calibrator) for j in range(length)]
                 first, through = chances[0], float(torch.tensor(chances).prod())

@@ -27,10 +27,7 @@ def run(args: argparse.Namespace) -> int:
     record = record_prompts(engine, prompts, sampling_options(args), path, args.features)
     if record is None:
         return INTERRUPTED
-    if not record.costs:
-        with status("measuring forwards"):
-            record = replace(record, costs=engine.measure_costs(), machine=machine(engine))
-        record.save(path)
+    record = with_costs(engine, record, path)
     positions = sum(len(text) for text in record.texts)
     print(f"{path}: {len(record.texts)} texts, {positions} tokens, agreement {agreement(record):.3f}")
     return 0
@@ -59,6 +56,16 @@ def record_prompts(
         except KeyboardInterrupt:
             complain(f"interrupted at prompt {seen} of {len(prompts)}; run it again to go on")
             return None
+
+
+def with_costs(engine: SpecBranch, record: Record, path: Path) -> Record:
+    """The record at `path`, with what forwards cost here if it did not hold that yet."""
+    if record.costs:
+        return record
+    with status("measuring forwards"):
+        record = replace(record, costs=engine.measure_costs(), machine=machine(engine))
+    record.save(path)
+    return record
 
 
 def machine(engine: SpecBranch) -> dict[str, object]:

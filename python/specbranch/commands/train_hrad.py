@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from specbranch.commands.loading import load_engine, sampling_options
 from specbranch.commands.messages import INTERRUPTED, complain
-from specbranch.commands.record import record_prompts
+from specbranch.commands.record import record_prompts, with_costs
 from specbranch.commands.terminal import output_console, status, steps
 from specbranch.prompts import read_prompts
 
@@ -36,11 +36,7 @@ def run(args: argparse.Namespace) -> int:
     record = record_prompts(engine, prompts, sampling_options(args), out / ROUNDS, features=True)
     if record is None:
         return INTERRUPTED
-    if not record.costs:
-        with status("measuring forwards"):
-            record = replace(record, costs=engine.measure_costs())
-        record.save(out / ROUNDS)
-
+    record = with_costs(engine, record, out / ROUNDS)
     split = Split.of(record)
     with status("sorting rounds"):
         from specbranch.calibration import Calibrator
