@@ -8,8 +8,20 @@
 
 namespace specbranch::cuda {
 
-// The parts of the workspace; with memory = nullptr only its size.
-struct SampleWorkspace {
+// A workspace is cut into parts one after another; with memory = nullptr only its size counts.
+struct Workspace {
+  int64_t bytes = 0;
+
+ protected:
+  template <typename V>
+  V* take(void* memory, int64_t count) {
+    V* part = reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes));
+    bytes += divide_up(count * static_cast<int64_t>(sizeof(V)), 256) * 256;
+    return part;
+  }
+};
+
+struct SampleWorkspace : Workspace {
   Word64* maxima = nullptr;
   float* masses = nullptr;
   RowState* state = nullptr;
@@ -17,7 +29,6 @@ struct SampleWorkspace {
   float* list_z = nullptr;
   Word64* list_key = nullptr;
   Word64* candidates = nullptr;  // [rows, pieces, BestMany::published_by(k)]
-  int64_t bytes = 0;
   int32_t list_capacity = 0;
 
   // many_k: of BestMany, or 0.
@@ -31,14 +42,6 @@ struct SampleWorkspace {
   static Pieces pieces(int64_t rows, int64_t vocabulary) {
     const int64_t wanted_blocks = rows <= 66 ? 132 : 4 * 132;
     return Pieces(rows, vocabulary, wanted_blocks, /*min_tokens=*/sampler_threads * group_tokens, 132);
-  }
-
- private:
-  template <typename V>
-  V* take(void* memory, int64_t count) {
-    V* part = reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes));
-    bytes += divide_up(count * static_cast<int64_t>(sizeof(V)), 256) * 256;
-    return part;
   }
 };
 

@@ -357,25 +357,17 @@ Pieces residual_pieces(int64_t n, int64_t vocabulary, bool block) {
 }
 
 // The workspace of the first two launches, then what the last one needs.
-struct RejectionWorkspace {
+struct RejectionWorkspace : Workspace {
   SampleWorkspace rows;
   RowInfo* info = nullptr;
   Word64* parts = nullptr;
-  int64_t bytes;
 
   RejectionWorkspace(void* memory, int64_t n, int64_t vocabulary, const Filters& filters)
-      : rows(memory, 2 * n - 1, vocabulary, /*many_k=*/0, filters), bytes(rows.bytes) {
+      : rows(memory, 2 * n - 1, vocabulary, /*many_k=*/0, filters) {
+    bytes = rows.bytes;
     if (filters.greedy() || n < 1) return;
     parts = take<Word64>(memory, n * residual_threads);
     info = take<RowInfo>(memory, 2 * n - 1);
-  }
-
- private:
-  template <typename V>
-  V* take(void* memory, int64_t count) {
-    V* part = reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes));
-    bytes += divide_up(count * static_cast<int64_t>(sizeof(V)), 256) * 256;
-    return part;
   }
 };
 
