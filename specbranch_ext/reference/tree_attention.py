@@ -40,16 +40,19 @@ def tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """As `specbranch_ext.tree_attention`: [n, Hq, D], [Hkv, C, D] and [Hkv, C, Dv] to [n, Hq, Dv]."""
+    """As `specbranch_ext.tree_attention`: [n, Hq, D], [Hkv, C, D] and [Hkv, C, Dv] to [n, Hq, Dv].
+
+    In float64: besides rounding, a process's first float32 tanh in torch is now and then off by 1e-4 on one thread.
+    """
     prefix = int(prefix_length)
     visible, rows = visible_keys(query.shape[0], prefix, ancestors, sliding_window)
     length = prefix + rows
     if length > keys.shape[1]:
         raise ValueError(f"ancestors: expected {prefix} + {rows} rows to fit keys' {keys.shape[1]}")
     heads_per_kv = query.shape[1] // keys.shape[0]
-    k = keys[:, :length].float().repeat_interleave(heads_per_kv, 0)
-    v = values[:, :length].float().repeat_interleave(heads_per_kv, 0)
-    scores = torch.einsum("nhd,hcd->hnc", query.float(), k)
+    k = keys[:, :length].double().repeat_interleave(heads_per_kv, 0)
+    v = values[:, :length].double().repeat_interleave(heads_per_kv, 0)
+    scores = torch.einsum("nhd,hcd->hnc", query.double(), k)
     scores *= query.shape[2] ** -0.5 if scale is None else scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
