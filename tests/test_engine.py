@@ -200,14 +200,14 @@ def test_a_failure_in_the_middle_keeps_what_was_committed(
     bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = bundled_pair.generate(PROMPT, max_new_tokens=32)
-    score, calls = bundled_pair._target.score, iter(range(100))
+    verify, calls = bundled_pair._target.verify, iter(range(100))
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 3:
             raise RuntimeError("out of memory")
-        return score(*args, **kwargs)
+        return verify(*args, **kwargs)
 
-    monkeypatch.setattr(bundled_pair._target, "score", failing)
+    monkeypatch.setattr(bundled_pair._target, "verify", failing)
     with pytest.raises(GenerationFailed, match="out of memory") as caught:
         bundled_pair.generate(PROMPT, max_new_tokens=32)
     partial = caught.value.generation

@@ -1,5 +1,7 @@
 """Every supported family against transformers' own eager forward: tree nodes, after commit, after rollback."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -7,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbranch import SpecBranchError
+from specbranch.batch import Inputs
+from specbranch.cache import TREE_ROWS
 from specbranch.model import CachedModel
 from specbranch.tree import Node, Tree
 
@@ -34,6 +38,12 @@ def tree() -> Tree:
     return Tree(nodes, len(PROMPT))
 
 
+def score(cached: CachedModel, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Tensor:
+    """Logits after each of `nodes`."""
+    batch = cached.place(tree, nodes, backlog)
+    return cached.forward(Inputs.of(batch, cached.device), slice(batch.leaves))
+
+
 def eager(model: PreTrainedModel, tokens: list[int]) -> Tensor:
     """transformers' own logits after the last token."""
     assert model.config._attn_implementation == "eager"
@@ -55,8 +65,8 @@ def test_tree_forward_commit_and_rollback_equal_eager(family: str) -> None:
     with cached.attached():
         cached.prefill(PROMPT[:7])
         cached.prefill(PROMPT[7:])
-        first = cached.score(speculation, [0, 1, 2])
-        second = cached.score(speculation, [3, 4, 5, 6])
+        first = score(cached, speculation, [0, 1, 2])
+        second = score(cached, speculation, [3, 4, 5, 6])
     texts = [PROMPT + speculation.tokens(speculation.path(i)) for i in range(7)]
     check(first, texts[:3])
     check(second, texts[3:])
@@ -66,14 +76,14 @@ def test_tree_forward_commit_and_rollback_equal_eager(family: str) -> None:
     grown = Tree((*rerooted.nodes, Node(9, 2, 2)), rerooted.position)
     with cached.attached():
         cached.cache.commit(speculation.path(1), survivors)
-        third = cached.score(grown, [3])
+        third = score(cached, grown, [3])
     committed = [*PROMPT, 5, 7]
     check(third, [committed + grown.tokens(grown.path(3))])
 
     # Roll the tree and one committed token back, and go on another way.
     with cached.attached():
         cached.cache.rollback(len(PROMPT) + 1)
-        fourth = cached.score(Tree.rooted(29, len(PROMPT) + 1), [0])
+        fourth = score(cached, Tree.rooted(29, len(PROMPT) + 1), [0])
     check(fourth, [[*PROMPT, 5, 29]])
 
 
@@ -83,7 +93,7 @@ def test_backlog_is_committed_with_the_root() -> None:
     cached.reset(32)
     with cached.attached():
         cached.prefill(PROMPT[:9])
-        logits = cached.score(Tree.rooted(PROMPT[-1], len(PROMPT) - 1), [0], backlog=PROMPT[9:-1])
+        logits = score(cached, Tree.rooted(PROMPT[-1], len(PROMPT) - 1), [0], backlog=PROMPT[9:-1])
     torch.testing.assert_close(logits[0], eager(model, PROMPT), rtol=1e-4, atol=1e-4)
     assert (cached.cache.length, cached.cache.nodes) == (len(PROMPT) - 1, [0])
 
@@ -98,11 +108,11 @@ def test_a_tree_gives_the_bits_of_decoding_one_by_one(family: str, dtype: torch.
     cached.reset(64)
     with cached.attached():
         cached.prefill(PROMPT)
-        together = cached.score(speculation, range(7))
+        together = score(cached, speculation, range(7))
         for node in range(7):
             cached.cache.rollback(len(PROMPT))
             for step, token in enumerate(speculation.tokens(speculation.path(node))):
-                alone = cached.score(Tree.rooted(token, len(PROMPT) + step), [0])
+                alone = score(cached, Tree.rooted(token, len(PROMPT) + step), [0])
                 cached.cache.commit([0])
             assert torch.equal(together[node], alone[0]), node
 
@@ -139,4 +149,4 @@ def test_context_and_capacity_are_checked() -> None:
         cached.reset(21)
     cached.reset(20)
     with cached.attached(), pytest.raises(SpecBranchError, match="no room"):
-        cached.prefill([1] * 150)
+        cached.prefill([1] * (20 + TREE_ROWS + 1))

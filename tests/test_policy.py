@@ -46,15 +46,15 @@ def situation(
     outlook: Outlook | None = None,
     **kwargs: float,
 ) -> Situation:
-    return Situation(overlapped, costs(**kwargs), acceptance, remaining, idle, outlook)
+    return Situation(overlapped, costs(**kwargs), acceptance, remaining, idle, outlook=outlook)
 
 
 def test_chain_policies_draft_their_length_and_no_further_than_needed() -> None:
-    assert Autoregressive().before(chain(), situation()) == []
-    assert Speculative(3).before(chain(0.1, 0.1), situation()) == [2]
-    assert Speculative(3).before(chain(0.1, 0.1, 0.1), situation()) == []
-    assert Speculative(3).before(chain(0.9), situation(remaining=2)) == []
-    assert Pearl(4).before(chain(), situation(overlapped=True)) == []
+    assert Autoregressive().before(chain(), situation()).nodes == []
+    assert Speculative(3).before(chain(0.1, 0.1), situation()).nodes == [2]
+    assert Speculative(3).before(chain(0.1, 0.1, 0.1), situation()).nodes == []
+    assert Speculative(3).before(chain(0.9), situation(remaining=2)).nodes == []
+    assert Pearl(4).before(chain(), situation(overlapped=True)).nodes == []
     cut = Pearl(4).cut(chain(0.9, 0.9), situation(overlapped=True))
     assert cut.trunk == (0, 1, 2)
     assert Pearl(4).during(cut, cut.tree, situation(overlapped=True)).nodes == [2]
@@ -62,9 +62,9 @@ def test_chain_policies_draft_their_length_and_no_further_than_needed() -> None:
 
 def test_adaptive_stops_behind_the_first_unsure_token() -> None:
     policy = Adaptive(stop=0.4, max_length=3)
-    assert policy.before(chain(0.5), situation()) == [1]
-    assert policy.before(chain(0.5, 0.3), situation()) == []
-    assert policy.before(chain(0.9, 0.9, 0.9), situation()) == []
+    assert policy.before(chain(0.5), situation()).nodes == [1]
+    assert policy.before(chain(0.5, 0.3), situation()).nodes == []
+    assert policy.before(chain(0.9, 0.9, 0.9), situation()).nodes == []
     assert policy.cut(chain(0.5, 0.3), situation()).trunk == (0, 1, 2)
 
 
@@ -79,18 +79,18 @@ def test_a_trunk_never_outruns_the_tokens_that_may_be_committed() -> None:
 
 def test_specbranch_drafts_while_the_next_token_is_worth_its_step() -> None:
     policy = SpecBranch()
-    assert policy.before(chain(), situation()) == [0]
-    assert policy.before(chain(0.95), situation()) == [1]  # 0.95 * 0.9 * 0.14 s > 0.1 s
-    assert policy.before(chain(0.7), situation()) == []
-    assert policy.before(chain(0.7), situation(draft=0.01)) == [1]
-    assert policy.before(chain(0.99, 0.99), situation(overlapped=True)) == []  # a hit: the target starts at once
-    assert SpecBranch(max_trunk=2).before(chain(0.99, 0.99), situation(draft=0.001)) == []
+    assert policy.before(chain(), situation()).nodes == [0]
+    assert policy.before(chain(0.95), situation()).nodes == [1]  # 0.95 * 0.9 * 0.14 s > 0.1 s
+    assert policy.before(chain(0.7), situation()).nodes == []
+    assert policy.before(chain(0.7), situation(draft=0.01)).nodes == [1]
+    assert policy.before(chain(0.99, 0.99), situation(overlapped=True)).nodes == []  # a hit: the target starts at once
+    assert SpecBranch(max_trunk=2).before(chain(0.99, 0.99), situation(draft=0.001)).nodes == []
 
 
 def test_specbranch_knows_when_not_to_draft_and_looks_again_from_time_to_time() -> None:
     """A draft that costs more than its tokens are worth rests, and gets a chance after 8, 16, 32, … rounds."""
     policy, tree = SpecBranch(), chain()
-    tried = [idle for idle in range(100) if policy.before(tree, situation(draft=0.2, idle=idle))]
+    tried = [idle for idle in range(100) if policy.before(tree, situation(draft=0.2, idle=idle)).nodes]
     assert tried == [8, 16, 32, 64]
 
 

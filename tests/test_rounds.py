@@ -3,17 +3,21 @@
 import random
 from collections.abc import Sequence
 
+import pytest
 import torch
+from recording_device import RecordingDevice
 from tiny import tiny_model
 from transformers import DynamicCache
 
 from specbranch.cache import BranchCache
+from specbranch.captured import CapturedRunner
 from specbranch.costs import Costs
 from specbranch.decoder import Decoder
 from specbranch.drafter import Drafter
 from specbranch.model import CachedModel
-from specbranch.overlap import Overlap
-from specbranch.policy import Cut, Situation
+from specbranch.overlap import Threads
+from specbranch.policy import Cut, Growth, Situation, nothing
+from specbranch.runner import EagerRunner, Runner
 from specbranch.sampling import Sampling
 from specbranch.tree import Tree
 from specbranch.verifier import Verdict, Verifier
@@ -32,13 +36,14 @@ class RandomPolicy:
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
 
-    def before(self, tree: Tree, situation: Situation) -> list[int]:
+    def before(self, tree: Tree, situation: Situation) -> Growth:
         fresh = [i for i, node in enumerate(tree.nodes) if node.proposals is None]
         if not fresh or len(tree) > 12 or self.chance.random() < 0.2:
-            return []
+            return nothing(tree)
+        steps = self.chance.randint(1, 3)
         if 0 in fresh:
-            return [0]
-        return sorted(self.chance.sample(fresh, self.chance.randint(1, min(3, len(fresh)))))
+            return Growth(tree, [0], steps)
+        return Growth(tree, sorted(self.chance.sample(fresh, self.chance.randint(1, min(3, len(fresh))))), steps)
 
     def cut(self, tree: Tree, situation: Situation) -> Cut:
         trunk = [0]
@@ -47,8 +52,8 @@ class RandomPolicy:
                 trunk.append(i)
         return Cut(tree, tuple(trunk), trunk[-1])
 
-    def during(self, cut: Cut, tree: Tree) -> list[int]:
-        return []
+    def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
+        return nothing(tree)
 
     def width(self, tree: Tree, node: int, branch_point: int | None) -> int:
         return self.chance.randint(1, 3)
@@ -60,7 +65,7 @@ class RandomVerifier(Verifier):
     chance: random.Random
 
     def verify(self, tree: Tree, trunk: Sequence[int]) -> Verdict:
-        super().verify(tree, trunk)
+        step = super().verify(tree, trunk).step
         path = [0]
         while (children := [i for i in tree.children(path[-1]) if i in trunk]) and self.chance.random() < 0.6:
             path.append(self.chance.choice(children))
@@ -68,8 +73,8 @@ class RandomVerifier(Verifier):
         refused = set(tree.tokens(i for i in tree.children(path[-1]) if i in trunk))
         others = [token for token in drafted if token not in refused]
         if others and self.chance.random() < 0.7:
-            return Verdict(tuple(path), self.chance.choice(others))
-        return Verdict(tuple(path), self.chance.choice([t for t in range(32) if t not in refused]))
+            return Verdict(tuple(path), self.chance.choice(others), step)
+        return Verdict(tuple(path), self.chance.choice([t for t in range(32) if t not in refused]), step)
 
 
 def assert_holds(cache: BranchCache, cached: CachedModel, text: list[int]) -> None:
@@ -83,18 +88,21 @@ def assert_holds(cache: BranchCache, cached: CachedModel, text: list[int]) -> No
             torch.testing.assert_close(held, getattr(theirs, name), rtol=0, atol=1e-4)
 
 
-def test_caches_equal_a_fresh_forward_after_every_round() -> None:
+@pytest.mark.parametrize("captured", [False, True])
+def test_caches_equal_a_fresh_forward_after_every_round(captured: bool) -> None:
     chance = random.Random(5)
     target = CachedModel(tiny_model(seed=1), "target")
     draft = CachedModel(tiny_model(seed=2, num_hidden_layers=1), "draft")
+    target_runner: Runner = CapturedRunner(target, RecordingDevice(seed=1)) if captured else EagerRunner(target)
+    draft_runner: Runner = CapturedRunner(draft, RecordingDevice(seed=2)) if captured else EagerRunner(draft)
     rounds = hits = moved = 0
     while rounds < ROUNDS:
         target.reset(200)
         draft.reset(200)
-        verifier = RandomVerifier(target, Sampling())
+        verifier = RandomVerifier(target_runner, Sampling())
         verifier.chance = chance
-        drafter = Drafter(draft, Sampling(), 3, 32)
-        decoder = Decoder(verifier, drafter, RandomPolicy(chance), Costs(), Overlap(1), overlap=False)
+        drafter = Drafter(draft_runner, Sampling(), 3, 32)
+        decoder = Decoder(verifier, drafter, RandomPolicy(chance), Costs(), Threads(1), overlap=False)
         prompt = [chance.randrange(32) for _ in range(chance.randint(1, 9))]
         stepper = decoder.rounds(prompt, 150)
         for _ in range(TEXT):
@@ -102,6 +110,8 @@ def test_caches_equal_a_fresh_forward_after_every_round() -> None:
                 if not next(stepper, None):
                     break
             rounds += 1
+            for runner in (target_runner, draft_runner):
+                runner.device.mark().wait()  # a commit may be enqueued
             assert target.cache.length == len(decoder.tokens) - 1
             assert_holds(target.cache, target, decoder.tokens)
             assert draft.cache.length <= len(decoder.tokens) - 1

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.stats import CAUSES, Stats
+from specbranch.steps import Step
 from specbranch.tree import Node, Tree
 from specbranch.verifier import Verdict
 
@@ -40,7 +41,7 @@ def test_causes_on_a_small_tree(path, next_token, rejected, behind, losing, left
     stats = Stats(drafted=len(TREE) - 1)
     stats.begin_round(0.0, overlapped=False)
     node = TREE.child(path[-1], next_token)
-    stats.count(TREE, TRUNK, Verdict(path, next_token), node)
+    stats.count(TREE, TRUNK, Verdict(path, next_token, Step(0.0, 0.1, len(TRUNK))), node)
     round = stats.end_round(1.0, tokens=len(path))
     assert (round.rejected, round.behind_rejection, round.losing_branches) == (rejected, behind, losing)
     assert (round.rolled_back, round.wasted) == (rejected + behind, rejected + behind + losing)

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from specbranch import SpecBranch, bundled, cli
-from specbranch.decoder import Decoder
-from specbranch.stats import Round, Stats, Step
+from specbranch.stats import Round, Stats
+from specbranch.steps import Step
 from specbranch.trace import outcome, trace
+from specbranch.verifier import Verifier
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "2"]
 ROUNDING = 0.002  # microseconds: two ends rounded to nanoseconds
@@ -98,15 +99,15 @@ def test_generate_writes_the_trace_of_every_prompt(capsys, tmp_path):
 
 
 def test_ctrl_c_leaves_the_trace_of_what_was_done(capsys, tmp_path, monkeypatch):
-    verify, calls = Decoder._verify, []
+    verify, calls = Verifier.verify, []
 
-    def interrupted(self, cut, overlapped):
-        calls.append(cut)
+    def interrupted(self, tree, trunk):
+        calls.append(trunk)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return verify(self, cut, overlapped)
+        return verify(self, tree, trunk)
 
-    monkeypatch.setattr(Decoder, "_verify", interrupted)
+    monkeypatch.setattr(Verifier, "verify", interrupted)
     out = tmp_path / "trace.json"
     arguments = ["--prompt", bundled.prompts()[0]["prompt"], "--overlap", "off", "--trace", str(out)]
     assert cli.main(["generate", *PAIR, *arguments]) == 130

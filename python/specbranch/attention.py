@@ -43,6 +43,13 @@ class TreeContext:
     ancestors: Tensor | None = None
     calls: int = 0
 
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """prefix_length and ancestors on a layer's device: a model may be spread over several."""
+        if self.prefix_length.device == device:
+            return self.prefix_length, self.ancestors
+        ancestors = None if self.ancestors is None else self.ancestors.to(device, non_blocking=True)
+        return self.prefix_length.to(device, non_blocking=True), ancestors
+
 
 def specbranch_attention(
     module: nn.Module,
@@ -67,12 +74,13 @@ def specbranch_attention(
     if kwargs.get("s_aux") is not None:
         raise SpecBranchError(f"{type(module).__name__} uses attention sinks, which specbranch does not support")
     specbranch.calls += 1
+    prefix_length, ancestors = specbranch.on(query.device)
     out = tree_attention(
         query[0].transpose(0, 1),
         key[0],
         value[0],
-        specbranch.prefix_length,
-        specbranch.ancestors,
+        prefix_length,
+        ancestors,
         scale=scaling,
         sliding_window=sliding_window,
         softcap=softcap,

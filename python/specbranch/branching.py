@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from specbranch.errors import SpecBranchError
-from specbranch.policy import Cut, Growth, Situation, open_end
+from specbranch.policy import Cut, Growth, Situation, grow_end, nothing
 from specbranch.tree import Tree
 
 HEDGES = ("any", "point", "fan", "none")
@@ -76,14 +76,14 @@ class SpecBranch:
     def foresees(self) -> bool:
         return self.calibrate or self.decide_by_outlook
 
-    def before(self, tree: Tree, situation: Situation) -> list[int]:
+    def before(self, tree: Tree, situation: Situation) -> Growth:
         """Draft on while the next token is worth more, by its chance to stand, than the step costs."""
         path = tree.best_path()
         if situation.overlapped and len(path) > 1:
-            return []  # after a hit there is a trunk: let the target start at once
+            return nothing(tree)  # after a hit there is a trunk: let the target start at once
         if not (self._worth_a_step(tree, path, situation) if self.thrifty else self._sure(tree, path)):
-            return []
-        return open_end(path, tree, min(self.max_trunk, situation.remaining - 1))
+            return nothing(tree)
+        return grow_end(tree, path, min(self.max_trunk, situation.remaining - 1))
 
     def cut(self, tree: Tree, situation: Situation) -> Cut:
         if self.hedge == "any":
@@ -99,12 +99,11 @@ class SpecBranch:
 
     def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
         """The likeliest outcomes that the draft has not run over: leaves of the tree, and candidates beside it."""
+        depth = min(self.limit, situation.remaining - 1)  # no deeper token can be committed
         leaves = [
-            (node.reach, i, -1)
-            for i, node in enumerate(tree.nodes)
-            if node.proposals is None and node.depth < self.limit
+            (node.reach, i, -1) for i, node in enumerate(tree.nodes) if node.proposals is None and node.depth < depth
         ]
-        ranked = sorted(leaves + self._hedges(cut, tree), key=lambda item: (-item[0], item[1], item[2]))
+        ranked = sorted(leaves + self._hedges(cut, tree, depth), key=lambda item: (-item[0], item[1], item[2]))
         nodes = []
         for place, (reach, node, rank) in enumerate(ranked[: self.batch]):
             if reach < self.min_reach or (place > 0 and not self._worth_a_row(reach, situation)):
@@ -113,7 +112,8 @@ class SpecBranch:
                 tree = tree.adopt(node, rank)
                 node = len(tree) - 1
             nodes.append(node)
-        return Growth(tree, nodes)
+        deepest = max((tree.nodes[node].depth for node in nodes), default=0)
+        return Growth(tree, nodes, min(situation.burst, max(1, depth - deepest)))
 
     def _with_others(self, cut: Cut, situation: Situation) -> Cut:
         """The cut with outcomes beside its path in the trunk, the likeliest first, while their rows pay."""
@@ -129,7 +129,7 @@ class SpecBranch:
             for child in tree.children(node):
                 if child not in trunk:
                     heappush(found, (-tree.nodes[child].reach, child, -1))
-            for rank, reach in self._untried(tree, node):
+            for rank, reach in self._untried(tree, node, self.limit):
                 heappush(found, (-reach, node, rank))
 
         if self.hedge in ("any", "point"):
@@ -158,15 +158,15 @@ class SpecBranch:
         end = tree.best_path()[-1]
         return tree if tree.nodes[end].proposals is None else tree.adopt(end, 0)
 
-    def _hedges(self, cut: Cut, tree: Tree) -> list[tuple[float, int, int]]:
+    def _hedges(self, cut: Cut, tree: Tree, depth: int) -> list[tuple[float, int, int]]:
         """Outcomes that are not in the tree yet, as (reach, node, rank of its candidate)."""
         nodes = {"any": tuple(range(len(tree))), "point": (cut.branch_point,), "fan": cut.trunk, "none": ()}[self.hedge]
-        return [(reach, node, rank) for node in nodes for rank, reach in self._untried(tree, node)]
+        return [(reach, node, rank) for node in nodes for rank, reach in self._untried(tree, node, depth)]
 
-    def _untried(self, tree: Tree, node: int) -> Iterator[tuple[int, float]]:
-        """Candidates of a node that are not in the tree, as (rank, reach)."""
+    def _untried(self, tree: Tree, node: int, depth: int) -> Iterator[tuple[int, float]]:
+        """Candidates of a node above `depth` that are not in the tree, as (rank, reach)."""
         proposals = tree.nodes[node].proposals
-        if proposals is None or tree.nodes[node].depth >= self.limit:
+        if proposals is None or tree.nodes[node].depth >= depth:
             return
         known = {tree.nodes[child].token for child in tree.children(node)}
         most = {"point": self._branches(tree, node), "fan": self.fan + 1}.get(self.hedge, self.k_max)
@@ -241,11 +241,11 @@ class Ssd(SpecBranch):
     thrifty: bool = False
     name = "ssd"
 
-    def before(self, tree: Tree, situation: Situation) -> list[int]:
+    def before(self, tree: Tree, situation: Situation) -> Growth:
         path = tree.best_path()
         if situation.overlapped and len(path) > 1:
-            return []
-        return open_end(path, tree, min(self.length, situation.remaining - 1))
+            return nothing(tree)
+        return grow_end(tree, path, min(self.length, situation.remaining - 1), situation.burst)
 
     def cut(self, tree: Tree, situation: Situation) -> Cut:
         path = tree.best_path()[: situation.remaining]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from specbranch.errors import SpecBranchError
 from specbranch_ext import kv_commit
+
+TREE_ROWS = 256  # rows kept free behind the text for tree nodes
+MAX_BACKLOG = 16  # of them, for text that is caught up with in the same forward
 
 
 class BranchLayer(CacheLayerMixin):
@@ -47,8 +51,9 @@ class BranchLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        self.keys.index_copy_(2, self.owner.rows, key_states)
-        self.values.index_copy_(2, self.owner.rows, value_states)
+        rows = self.owner.rows_on(key_states.device)
+        self.keys.index_copy_(2, rows, key_states)
+        self.values.index_copy_(2, rows, value_states)
         return self.keys, self.values
 
     def get_seq_length(self) -> int:
@@ -78,7 +83,6 @@ class BranchCache(Cache):
         self.length = 0
         self.nodes: list[int] = []
         self.rows = torch.empty(0, dtype=torch.int64, device=device)
-        self._device = device
         self._branch_layers = [BranchLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._branch_layers))
 
@@ -88,16 +92,24 @@ class BranchCache(Cache):
 
     @property
     def room(self) -> int:
-        """Rows that are still free."""
-        return self.capacity - self.used
+        """Rows that are still free. The last row is nobody's: what pads a captured batch is written there."""
+        return self.capacity - 1 - self.used
+
+    @property
+    def tree_room(self) -> int:
+        """Tree nodes that there may still be before the next commit."""
+        return min(self.room, TREE_ROWS - MAX_BACKLOG - len(self.nodes))
+
+    def rows_on(self, device: torch.device) -> torch.Tensor:
+        """`rows` on a layer's device: a model may be spread over several."""
+        return self.rows if self.rows.device == device else self.rows.to(device, non_blocking=True)
 
     def reserve(self, count: int) -> None:
-        """Name the next `count` free rows as those that the coming forward writes."""
+        """Raise SpecBranchError when there are no `count` free rows."""
         if count > self.room:
             raise SpecBranchError(
                 f"the cache has {self.capacity} rows and {self.used} are in use: no room for {count} more"
             )
-        self.rows = torch.arange(self.used, self.used + count, device=self._device)
 
     @torch.inference_mode()  # the buffers are inference tensors: they were made in a forward
     def commit(self, path: Sequence[int], survivors: Mapping[int, int] | None = None) -> None:
@@ -106,16 +118,24 @@ class BranchCache(Cache):
         path: tree nodes from the root down; those that have no row (the model never ran over them) are skipped,
         and may only stand at the end. survivors: old index to new index of the nodes that live on.
         """
-        survivors = survivors or {}
-        row_of = {node: row for row, node in enumerate(self.nodes)}
+        start = self.length
+        if moved := self.accept(path, survivors or {}):
+            for device, buffers in groupby(self.buffers(), key=lambda buffer: buffer.device):
+                kv_commit(list(buffers), torch.tensor(moved, device=device), start)
+
+    def accept(self, path: Sequence[int], survivors: Mapping[int, int]) -> list[int]:
+        """Take note of a commit; return the rows that must move behind the prefix, in order, none if they are in place.
+
+        Whoever calls it moves them.
+        """
+        row_of = {node: row for row, node in enumerate(self.nodes, self.length)}
         accepted = [row_of[node] for node in path if node in row_of]
-        living = [(row, survivors[node]) for row, node in enumerate(self.nodes) if node in survivors]
-        source = [*accepted, *(row for row, _ in living)]
-        if source != list(range(len(source))):
-            rows = torch.tensor(source, dtype=torch.int64, device=self._device) + self.length
-            kv_commit(self._buffers(), rows, self.length)
+        living = [(row_of[node], survivors[node]) for node in self.nodes if node in survivors]
+        rows = [*accepted, *(row for row, _ in living)]
+        in_place = rows == list(range(self.length, self.length + len(rows)))
         self.length += len(accepted)
         self.nodes = [node for _, node in living]
+        return [] if in_place else rows
 
     def rollback(self, length: int) -> None:
         """Drop all tree rows and the committed rows from `length` on: no bytes move."""
@@ -123,6 +143,6 @@ class BranchCache(Cache):
             raise SpecBranchError(f"cannot roll back to {length} rows: {self.length} are committed")
         self.length, self.nodes = length, []
 
-    def _buffers(self) -> list[torch.Tensor]:
+    def buffers(self) -> list[torch.Tensor]:
         buffers = [buffer for layer in self._branch_layers for buffer in (layer.keys, layer.values)]
         return [buffer[0] for buffer in buffers if buffer is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specbranch.errors import SpecBranchError
-from specbranch.policy import Cut, Growth, Situation, open_end
+from specbranch.policy import Cut, Growth, Situation, grow_end, nothing
 from specbranch.tree import Tree
 
 
@@ -18,15 +18,15 @@ class ChainPolicy:
     calibrated = False
     foresees = False
 
-    def before(self, tree: Tree, situation: Situation) -> list[int]:
-        return []
+    def before(self, tree: Tree, situation: Situation) -> Growth:
+        return nothing(tree)
 
     def cut(self, tree: Tree, situation: Situation) -> Cut:
         trunk = tree.best_path()[: situation.remaining]
         return Cut(tree, trunk, trunk[-1])
 
     def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
-        return Growth(tree, [])
+        return nothing(tree)
 
     def width(self, tree: Tree, node: int, branch_point: int | None) -> int:
         return 1
@@ -46,8 +46,8 @@ class Speculative(ChainPolicy):
     length: int = 5
     name = "speculative"
 
-    def before(self, tree: Tree, situation: Situation) -> list[int]:
-        return open_end(tree.best_path(), tree, min(self.length, situation.remaining - 1))
+    def before(self, tree: Tree, situation: Situation) -> Growth:
+        return grow_end(tree, tree.best_path(), min(self.length, situation.remaining - 1), situation.burst)
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,11 @@ class Adaptive(ChainPolicy):
         if not 0 <= self.stop <= 1:
             raise SpecBranchError(f"stop is {self.stop}; expected 0 <= stop <= 1")
 
-    def before(self, tree: Tree, situation: Situation) -> list[int]:
+    def before(self, tree: Tree, situation: Situation) -> Growth:
         path = tree.best_path()
         if len(path) > 1 and tree.chance(path[-1]) < self.stop:
-            return []
-        return open_end(path, tree, min(self.max_length, situation.remaining - 1))
+            return nothing(tree)
+        return grow_end(tree, path, min(self.max_length, situation.remaining - 1))
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,11 @@ class Pearl(ChainPolicy):
     name = "pearl"
     overlaps = True
 
-    def before(self, tree: Tree, situation: Situation) -> list[int]:
+    def before(self, tree: Tree, situation: Situation) -> Growth:
         if situation.overlapped:
-            return []
-        return open_end(tree.best_path(), tree, min(self.length, situation.remaining - 1))
+            return nothing(tree)
+        return grow_end(tree, tree.best_path(), min(self.length, situation.remaining - 1), situation.burst)
 
     def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
-        return Growth(tree, open_end(tree.best_path(cut.trunk[-1]), tree, self.limit))
+        depth = min(self.limit, situation.remaining - 1)
+        return grow_end(tree, tree.best_path(cut.trunk[-1]), depth, situation.burst)

@@ -5,13 +5,14 @@ Every method is this loop with another policy. Only `_commit` changes what both 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from specbranch.costs import Costs
+from specbranch.drafter import always
 from specbranch.hrad import Outlook
 from specbranch.interfaces import Draft, Pending, Target, Workers
-from specbranch.policy import Cut, Policy, Situation
-from specbranch.stats import Stats, Step
+from specbranch.policy import Cut, Growth, Policy, Situation
+from specbranch.stats import Stats
 from specbranch.tree import Tree
 from specbranch.verifier import Verdict
 
@@ -50,11 +51,11 @@ class Decoder:
             cut = self.policy.cut(tree, situation)
             self.stats.drafted += len(cut.tree) - len(tree)
             if situation.overlapped:
-                pending = self.workers.submit(self._verify, cut, overlapped=True)
+                pending = self.workers.submit(self.verifier, cut.tree, cut.trunk)
                 tree = self._draft_meanwhile(cut, pending, situation)
                 verdict = pending.result()
             else:
-                tree, verdict = cut.tree, self._verify(cut, overlapped=False)
+                tree, verdict = cut.tree, self.verifier.verify(cut.tree, cut.trunk)
             committed, tree = self._commit(tree, cut, verdict)
             self._record(situation, cut, verdict, len(committed))
             remaining -= len(committed)
@@ -76,52 +77,61 @@ class Decoder:
         if self.policy.overlaps:
             overlapped = self.costs.prefer_overlap() if self.overlap is None else self.overlap
         mode = self.costs.mode(overlapped)
-        return Situation(overlapped, mode, self.costs.acceptance, remaining, self.idle, self.outlook)
+        burst = 1 if self.drafter is None else self.drafter.burst
+        return Situation(overlapped, mode, self.costs.acceptance, remaining, self.idle, burst, self.outlook)
 
     def _draft_ahead(self, tree: Tree, situation: Situation) -> Tree:
-        while (nodes := self.policy.before(tree, situation)) and self._room(len(nodes)):
-            tree = self._expand(tree, nodes, branch_point=None, overlapped=False)
+        while steps := self._steps(growth := self.policy.before(tree, situation)):
+            tree = self._expand(tree, growth, steps, None, situation, always)
         return tree
 
     def _draft_meanwhile(self, cut: Cut, pending: Pending, situation: Situation) -> Tree:
         """Grow the branches until the target is done, or until it would have to wait for the next step."""
         tree, begin, cost = cut.tree, self.clock(), self.costs.overlapped
+        growth = Growth(tree, [])
+
+        def going() -> bool:
+            if pending.done():
+                return False
+            if not cost.target.known or self.stats.overlapped_rounds < 2:
+                return True
+            left = cost.target.of(len(cut.trunk)) - (self.clock() - begin)
+            return left >= 0.5 * cost.draft.of(len(growth.nodes))
+
         with self.workers.draft_threads():
             while not pending.done():
                 growth = self.policy.during(cut, tree, situation)
-                if not growth.nodes or not self._room(len(growth.nodes)):
+                steps = self._steps(growth)
+                if not steps or not going():
                     break
-                if cost.target.known and self.stats.overlapped_rounds > 1:
-                    left = cost.target.of(len(cut.trunk)) - (self.clock() - begin)
-                    if left < 0.5 * cost.draft.of(len(growth.nodes)):
-                        break
-                self.stats.drafted += len(growth.tree) - len(tree)
-                tree = self._expand(growth.tree, growth.nodes, cut.branch_point, overlapped=True)
+                tree = self._expand(tree, growth, steps, cut.branch_point, situation, going)
         return tree
 
-    def _expand(self, tree: Tree, nodes: list[int], branch_point: int | None, overlapped: bool) -> Tree:
-        """Run the draft over `nodes` and make children of as many of its candidates as the policy wants."""
+    def _steps(self, growth: Growth) -> int:
+        """How many of the steps that the policy wants there is room for."""
+        if self.drafter is None or not growth.nodes:
+            return 0
+        return min(growth.steps, self.drafter.room // len(growth.nodes))
+
+    def _expand(
+        self,
+        tree: Tree,
+        growth: Growth,
+        steps: int,
+        branch_point: int | None,
+        situation: Situation,
+        going: Callable[[], bool],
+    ) -> Tree:
+        """Run the draft as the policy wants, and make children of as many of its candidates."""
         assert self.drafter is not None
-        begin = self.clock()
-        grown = self.drafter.propose(tree, nodes, self.tokens)
+        grown, nodes, done = self.drafter.propose(growth.tree, growth.nodes, self.tokens, steps, going)
         for node in nodes:
             grown = grown.branch(node, self.policy.width(grown, node, branch_point))
-        step = Step(begin, self.clock(), len(nodes))
-        self.costs.mode(overlapped).draft.record(step.rows, step.seconds)
-        self.stats.add_draft(step)
+        for step in done:
+            self.costs.mode(situation.overlapped).draft.record(step.rows, step.seconds)
+            self.stats.add_draft(step)
         self.stats.drafted += len(grown) - len(tree)
         return grown
-
-    def _room(self, count: int) -> bool:
-        return self.drafter is not None and self.drafter.room >= count
-
-    def _verify(self, cut: Cut, overlapped: bool) -> Verdict:
-        begin = self.clock()
-        verdict = self.verifier.verify(cut.tree, cut.trunk)
-        step = Step(begin, self.clock(), len(cut.trunk))
-        self.costs.mode(overlapped).target.record(step.rows, step.seconds)
-        self.stats.add_target(step)
-        return verdict
 
     def _commit(self, tree: Tree, cut: Cut, verdict: Verdict) -> tuple[list[int], Tree]:
         """Both caches take the accepted path; the tree is re-rooted at the target's next token."""
@@ -144,6 +154,8 @@ class Decoder:
 
     def _record(self, situation: Situation, cut: Cut, verdict: Verdict, tokens: int) -> None:
         """Measurements for the rounds to come."""
+        self.costs.mode(situation.overlapped).target.record(verdict.step.rows, verdict.step.seconds)
+        self.stats.add_target(verdict.step)
         round = self.stats.end_round(self.clock(), tokens)
         if self.drafter is None:
             return

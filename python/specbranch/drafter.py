@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-import torch
-
+from specbranch.cache import MAX_BACKLOG
 from specbranch.calibration import Calibrator
 from specbranch.hrad import Outlook
-from specbranch.model import CachedModel
+from specbranch.runner import Guesses, Runner
 from specbranch.sampling import Sampling
+from specbranch.steps import Step
 from specbranch.tree import Proposals, Signals, Tree
-from specbranch_ext import draft_sample
+
+
+class Drafted(NamedTuple):
+    """What a run of the draft gave: the tree with candidates noted at `nodes`, and the steps that it took."""
+
+    tree: Tree
+    nodes: list[int]
+    steps: list[Step]
+
+
+def always() -> bool:
+    return True
 
 
 class Drafter:
@@ -20,7 +32,7 @@ class Drafter:
 
     def __init__(
         self,
-        model: CachedModel,
+        runner: Runner,
         sampling: Sampling,
         candidates: int,
         vocabulary: int,
@@ -28,44 +40,73 @@ class Drafter:
     ) -> None:
         """candidates: how many per node. vocabulary: ids from here on are padding and are never proposed.
         calibrator: corrects the draft's confidence; None takes its word."""
-        self.model = model
+        self.runner = runner
         self.sampling = sampling
-        self.vocabulary = min(vocabulary, model.vocabulary)
+        self.vocabulary = min(vocabulary, runner.model.vocabulary)
         self.candidates = min(max(candidates, 2), self.vocabulary)
         self.calibrator = calibrator
         self.outlook: Outlook | None = None
 
-    def propose(self, tree: Tree, nodes: Sequence[int], text: Sequence[int]) -> Tree:
-        """The tree with candidates noted at each of `nodes`, after one forward over them.
+    def propose(
+        self,
+        tree: Tree,
+        nodes: Sequence[int],
+        text: Sequence[int],
+        steps: int = 1,
+        going: Callable[[], bool] = always,
+    ) -> Drafted:
+        """Run the draft over `nodes`, and then over the first candidates there, until there are `steps` steps or
+        `going`, asked before each further one, says no. Those candidates become nodes.
 
         text: the committed tokens, for those that the draft has not seen yet.
         """
-        backlog = text[self.model.cache.length : tree.position] if 0 in nodes else ()
-        logits = self.model.score(tree, nodes, backlog)
-        positions = logits.new_tensor([tree.position + tree.nodes[i].depth + 1 for i in nodes], dtype=torch.int64)
-        sample = draft_sample(logits[:, : self.vocabulary], positions, self.candidates, **self.sampling.op_arguments)
-        rows = zip(nodes, *(part.tolist() for part in sample), strict=True)
-        for node, tokens, scores, confidence, entropy in rows:
-            count = sum(token >= 0 for token in tokens)
-            if count == 0:  # on a device, where a kernel cannot raise
-                raise ValueError("draft_logits: a row has NaN or +inf, or masks every token")
-            word = confidence[:count] if self.sampling.temperature == 0 else agreement(scores[:count])
-            margin = scores[0] - scores[1] if count > 1 else math.inf
-            signals = Signals(word[0], entropy, margin, depth := tree.nodes[node].depth, stands(self.outlook, depth))
-            tree = tree.propose(node, note(tokens[:count], word, signals, self.calibrator))
-        return tree
+        cache = self.runner.model.cache
+        backlog = text[cache.length : tree.position] if 0 in nodes else ()
+        if len(backlog) > MAX_BACKLOG:  # after rounds without the draft
+            self.runner.prefill(backlog[:-MAX_BACKLOG])
+            backlog = backlog[-MAX_BACKLOG:]
+        batch = self.runner.model.place(tree, nodes, backlog)
+        all_guesses = self.runner.draft(batch, self.candidates, self.vocabulary, self.sampling, steps, going)
+        everywhere: list[int] = []
+        below = list(nodes)
+        for number, guesses in enumerate(all_guesses):
+            if number:
+                first = len(tree)
+                for node in below:
+                    tree = tree.adopt(node, 0)
+                below = list(range(first, len(tree)))
+                cache.nodes += below
+            for place, node in enumerate(below):
+                tree = tree.propose(node, self._proposals(guesses, place, tree.nodes[node].depth))
+            everywhere += below
+        return Drafted(tree, everywhere, [guesses.step for guesses in all_guesses])
+
+    def _proposals(self, guesses: Guesses, place: int, depth: int) -> Proposals:
+        tokens, scores = guesses.tokens[place], guesses.scores[place]
+        count = sum(token >= 0 for token in tokens)
+        if count == 0:  # on a device, where a kernel cannot raise
+            raise ValueError("draft_logits: a row has NaN or +inf, or masks every token")
+        word = guesses.confidence[place][:count] if self.sampling.temperature == 0 else agreement(scores[:count])
+        margin = scores[0] - scores[1] if count > 1 else math.inf
+        signals = Signals(word[0], guesses.entropy[place], margin, depth, stands(self.outlook, depth))
+        return note(tokens[:count], word, signals, self.calibrator)
+
+    @property
+    def burst(self) -> int:
+        """Draft steps that are best asked for at once."""
+        return self.runner.burst
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        self.model.prefill(tokens)
+        self.runner.prefill(tokens)
 
     @property
     def room(self) -> int:
         """Nodes that the draft may still run over before the next commit."""
-        return self.model.cache.room
+        return self.runner.model.cache.tree_room
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None:
         """Keep the accepted path and what lives on, old index to new index; drop the rest."""
-        self.model.cache.commit(path, survivors)
+        self.runner.commit(path, survivors)
 
     def learn(self, tree: Tree, path: Sequence[int], next_token: int, outlook: Outlook | None) -> None:
         """Take the verdict's labels, and a predictor's outlook on the round to come."""

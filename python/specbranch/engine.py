@@ -28,10 +28,10 @@ from specbranch.loading import (
 )
 from specbranch.measuring import measure_costs
 from specbranch.methods import make_policy
-from specbranch.model import PREFILL_CHUNK, CachedModel
-from specbranch.overlap import Overlap
+from specbranch.model import CachedModel
+from specbranch.placement import eager, make_runner, make_workers
 from specbranch.record import RecordedText
-from specbranch.recording import record_text
+from specbranch.recording import read_features, record_text
 from specbranch.sampling import Sampling
 from specbranch.text import TextBuilder
 from specbranch.verifier import Verifier
@@ -55,14 +55,16 @@ class SpecBranch:
         threads: int | None = None,
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
+        cuda_graphs: bool = True,
         **options: object,
     ) -> None:
         """Take loaded models.
 
         overlap: True, False or "auto" (measure both and take the faster). threads: intra-op threads (default:
         torch's); target_threads: the target's share of them when both models run. hrad: a predictor trained for
-        this pair, or the directory of one (`specbranch train-hrad`); SpecBranch uses it. options: of the policy, such
-        as epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
+        this pair, or the directory of one (`specbranch train-hrad`); SpecBranch uses it. cuda_graphs: on a GPU, replay
+        steps that were captured; models whose steps cannot be captured run eagerly. options: of the policy, such as
+        epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
 
         Raises SpecBranchError for a model or option that cannot be used.
         """
@@ -73,10 +75,10 @@ class SpecBranch:
         if threads is not None and threads < 1:
             raise SpecBranchError(f"threads is {threads}; expected at least 1")
         self.threads = torch.get_num_threads() if threads is None else threads
-        self._target = CachedModel(target, "target")
+        self._target = make_runner(CachedModel(target, "target"), cuda_graphs)
         self._tap: FeatureTap | None = None
-        self._draft = None if draft is None else CachedModel(draft, "draft")
-        self._workers = Overlap(self.threads, target_threads)
+        self._draft = None if draft is None else make_runner(CachedModel(draft, "draft"), cuda_graphs)
+        self._workers = make_workers(self._target, self._draft, self.threads, target_threads)
         self._costs = Costs()
         self._calibrator = Calibrator()
         self._eos = end_of_sequence(target)
@@ -96,33 +98,38 @@ class SpecBranch:
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str | torch.dtype = "auto",
         device: str = "cpu",
+        draft_device: str | None = None,
+        device_map: str | dict[str, int | str] | None = None,
         method: str = "specbranch",
         overlap: bool | str | None = "auto",
         threads: int | None = None,
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
+        cuda_graphs: bool = True,
         **options: object,
     ) -> SpecBranch:
         """Load a pair: directories, hub names, "bundled" for the pair in this package, or loaded models.
 
-        dtype: "auto" (the checkpoint's own), "bfloat16", "float16", "float32" or a torch dtype. The rest is as for
-        the constructor.
+        dtype: "auto" (the checkpoint's own), "bfloat16", "float16", "float32" or a torch dtype. device: of both models;
+        draft_device: of the draft, if it has one of its own. device_map: spreads the target over devices instead, as
+        transformers does. The rest is as for the constructor.
 
         Raises SpecBranchError when a checkpoint cannot be loaded or the vocabularies differ.
         """
         own_tokenizer = tokenizer if tokenizer is not None else load_tokenizer(target, "target")
         if draft is not None:
             check_vocabularies(own_tokenizer, load_tokenizer(draft, "draft"))
-        target_model = load_model(target, "target", dtype, device)
+        target_model = load_model(target, "target", dtype, device, device_map)
         return cls(
             target_model,
-            None if draft is None else load_model(draft, "draft", dtype, device),
+            None if draft is None else load_model(draft, "draft", dtype, draft_device or device),
             tokenizer=own_tokenizer,
             method=method,
             overlap=overlap,
             threads=threads,
             target_threads=target_threads,
             hrad=hrad,
+            cuda_graphs=cuda_graphs,
             **options,
         )
 
@@ -213,28 +220,14 @@ class SpecBranch:
         """
         if self._draft is None:
             raise SpecBranchError("a record needs a draft model: pass draft=")
-        drafter = Drafter(self._draft, sampling or Sampling(), k, self._target.vocabulary)
-        self._draft.reset(len(prompt) + len(tokens))
-        seen = self._features(prompt, tokens) if features else None
+        drafter = Drafter(self._draft, sampling or Sampling(), k, self._target.model.vocabulary)
+        self._draft.model.reset(len(prompt) + len(tokens))
+        seen = None
+        if features:
+            with self._running(tap := self._feature_tap()):
+                seen = read_features(self._target, tap, prompt, tokens)
         with self._running():
             return record_text(drafter, prompt, tokens, id=id, task=task, features=seen)
-
-    def _features(self, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
-        """The target's features before each of `tokens`, [len(tokens), F]: those that its verdicts would have given."""
-        tap, text = self._feature_tap(), [*prompt, *tokens]
-        self._target.reset(len(text))
-        found = []
-        with self._running(tap):
-            first = max(len(prompt) - 2, 0)
-            self._target.prefill(text[:first])
-            for start in range(first, len(text) - 2, PREFILL_CHUNK):
-                chunk = text[start : min(start + PREFILL_CHUNK, len(text) - 2)]
-                self._target.prefill(chunk)
-                found.append(tap.rows(slice(None), text[start + 1 : start + 1 + len(chunk)]))
-        features = torch.cat(found)
-        if len(prompt) == 1:  # nothing was verified before the first token
-            features = torch.cat([torch.zeros_like(features[:1]), features])
-        return features
 
     def _feature_tap(self) -> FeatureTap:
         if self._tap is None:
@@ -254,9 +247,9 @@ class SpecBranch:
         with ExitStack() as stack:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(self.threads)
-            stack.enter_context(self._target.attached())
+            stack.enter_context(self._target.model.attached())
             if self._draft is not None:
-                stack.enter_context(self._draft.attached())
+                stack.enter_context(self._draft.model.attached())
             if tap is not None:
                 stack.enter_context(tap.attached())
             stack.callback(self._workers.wait)
@@ -279,10 +272,10 @@ class SpecBranch:
             raise SpecBranchError(f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1")
         builder = TextBuilder(self.tokenizer, self._eos, self._stop_strings(stop))
         decoder, tap = self._decoder(method, sampling, overlap, options)
-        self._target.reset(len(ids) + max_new_tokens)
+        self._target.model.reset(len(ids) + max_new_tokens)
         if decoder.drafter is not None:
             assert self._draft is not None
-            self._draft.reset(len(ids) + max_new_tokens)
+            self._draft.model.reset(len(ids) + max_new_tokens)
         reason = "length"
         with self._running(tap):
             try:
@@ -312,13 +305,15 @@ class SpecBranch:
             if self._draft is None:
                 raise SpecBranchError(f"method {policy.name!r} needs a draft model: pass draft=")
             calibrator = self._calibrator if policy.calibrated else None
-            drafter = Drafter(self._draft, sampling, policy.candidates, self._target.vocabulary, calibrator)
+            drafter = Drafter(self._draft, sampling, policy.candidates, self._target.model.vocabulary, calibrator)
         mode = self._overlap if overlap is None else check_overlap(overlap)
-        predictor = None
+        predictor, target = None, self._target
         if self.hrad is not None and policy.foresees:
             predictor = Predictor(self._feature_tap(), self.hrad)
-        verifier = Verifier(self._target, sampling, predictor)
-        decoder = Decoder(verifier, drafter, policy, self._costs, self._workers, mode)
+            target = eager(target, "H-RAD reads the hidden states of every forward")
+        decoder = Decoder(Verifier(target, sampling, predictor), drafter, policy, self._costs, self._workers, mode)
+        decoder.stats.target_runner = target.note
+        decoder.stats.draft_runner = "" if drafter is None else drafter.runner.note
         return decoder, None if predictor is None else predictor.tap
 
     def _prompt_ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
@@ -332,8 +327,10 @@ class SpecBranch:
             ids = [int(token) for token in prompt]
         if not ids:
             raise SpecBranchError("the prompt is empty: expected at least one token")
-        if bad := [token for token in ids if not 0 <= token < self._target.vocabulary]:
-            raise SpecBranchError(f"token id {bad[0]} is outside the target's vocabulary of {self._target.vocabulary}")
+        if bad := [token for token in ids if not 0 <= token < self._target.model.vocabulary]:
+            raise SpecBranchError(
+                f"token id {bad[0]} is outside the target's vocabulary of {self._target.model.vocabulary}"
+            )
         return ids
 
     def _stop_strings(self, stop: str | Sequence[str] | None) -> tuple[str, ...]:

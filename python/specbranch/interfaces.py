@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import ParamSpec, Protocol
+from typing import Protocol
 
+from specbranch.drafter import Drafted
 from specbranch.hrad import Outlook
 from specbranch.tree import Tree
 from specbranch.verifier import Verdict
 
-P = ParamSpec("P")
+
+class Pending(Protocol):
+    """A verdict that is being made."""
+
+    def done(self) -> bool: ...
+
+    def result(self) -> Verdict: ...
 
 
 class Target(Protocol):
@@ -19,6 +26,8 @@ class Target(Protocol):
     def prefill(self, tokens: Sequence[int]) -> None: ...
 
     def verify(self, tree: Tree, trunk: Sequence[int]) -> Verdict: ...
+
+    def start(self, tree: Tree, trunk: Sequence[int]) -> Pending: ...
 
     def commit(self, path: Sequence[int]) -> None: ...
 
@@ -31,26 +40,24 @@ class Draft(Protocol):
 
     def prefill(self, tokens: Sequence[int]) -> None: ...
 
-    def propose(self, tree: Tree, nodes: Sequence[int], text: Sequence[int]) -> Tree: ...
+    @property
+    def burst(self) -> int: ...
+
+    def propose(
+        self, tree: Tree, nodes: Sequence[int], text: Sequence[int], steps: int, going: Callable[[], bool]
+    ) -> Drafted: ...
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None: ...
 
     def learn(self, tree: Tree, path: Sequence[int], next_token: int, outlook: Outlook | None) -> None: ...
 
 
-class Pending(Protocol):
-    """A verdict that is being made."""
-
-    def done(self) -> bool: ...
-
-    def result(self) -> Verdict: ...
-
-
 class Workers(Protocol):
-    """Runs the target beside the draft, and says what time it is: overlap.Overlap, replay.VirtualTime."""
+    """Runs the target beside the draft, and says what time it is: overlap.Threads and Streams, replay.VirtualTime."""
 
     def clock(self) -> float: ...
 
-    def submit(self, function: Callable[P, Verdict], *args: P.args, **kwargs: P.kwargs) -> Pending: ...
+    def submit(self, target: Target, tree: Tree, trunk: Sequence[int]) -> Pending:
+        """Start `target.verify(tree, trunk)`; the caller goes on."""
 
     def draft_threads(self) -> AbstractContextManager[None]: ...

@@ -40,8 +40,15 @@ def resolve(source: str | os.PathLike[str], role: str) -> str:
     return name
 
 
-def load_model(source: ModelSource, role: str, dtype: str | torch.dtype, device: str) -> PreTrainedModel:
-    """A causal language model in evaluation mode on `device`; a loaded one is taken as it is.
+def load_model(
+    source: ModelSource,
+    role: str,
+    dtype: str | torch.dtype,
+    device: str,
+    device_map: str | dict[str, int | str] | None = None,
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode on `device`, or spread as `device_map` says; a loaded one is taken as
+    it is.
 
     Raises SpecBranchError when there is no such checkpoint or it is not a causal language model.
     """
@@ -54,7 +61,9 @@ def load_model(source: ModelSource, role: str, dtype: str | torch.dtype, device:
             raise SpecBranchError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
         wanted = DTYPES[dtype]
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(source, role), dtype=wanted)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            resolve(source, role), dtype=wanted, device_map=device_map
+        )
     except (OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise SpecBranchError(f"{role} {source}: cannot be loaded: {reason}") from error
@@ -64,6 +73,9 @@ def load_model(source: ModelSource, role: str, dtype: str | torch.dtype, device:
         raise SpecBranchError(
             f"{role} {source}: expected a decoder-only causal language model: {str(error).splitlines()[0]}"
         ) from error
+    if device_map is not None:
+        model.eval()
+        return model
     try:
         model.to(torch.device(device))  # type: ignore[arg-type]
         model.eval()

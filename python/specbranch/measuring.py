@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from specbranch.drafter import Drafter
-from specbranch.model import CachedModel
-from specbranch.overlap import Overlap
+from specbranch.overlap import Streams, Threads
+from specbranch.runner import Runner
 from specbranch.sampling import Sampling
 from specbranch.tree import Tree
 from specbranch.verifier import Verifier
@@ -23,9 +23,10 @@ CANDIDATES = 6
 Points = list[tuple[int, float]]
 
 
-def forward(model: CachedModel, run: Callable[[Tree, range], object], rows: int) -> Callable[[], float]:
+def forward(model: Runner, run: Callable[[Tree, range], object], rows: int) -> Callable[[], float]:
     """A function that makes one step over a chain of `rows` tree nodes and returns its seconds."""
-    length = model.cache.length
+    cache = model.model.cache
+    length = cache.length
     tree = Tree.rooted(1, length)
     for node in range(rows - 1):
         tree = tree.hang(node, 1)
@@ -34,14 +35,14 @@ def forward(model: CachedModel, run: Callable[[Tree, range], object], rows: int)
         begin = time.perf_counter()
         run(tree, range(rows))
         seconds = time.perf_counter() - begin
-        model.cache.rollback(length)
+        cache.rollback(length)
         return seconds
 
     return step
 
 
 def measure_costs(
-    target: CachedModel, draft: CachedModel, workers: Overlap, prefix: int = 256
+    target: Runner, draft: Runner, workers: Threads | Streams, prefix: int = 256
 ) -> dict[str, dict[str, Points]]:
     """Median seconds of steps by mode ("serial", "overlapped") and model ("target", "draft"), as [rows, seconds].
 
@@ -49,14 +50,14 @@ def measure_costs(
     attached. prefix: committed tokens behind which they run.
     """
     verifier = Verifier(target, Sampling())
-    drafter = Drafter(draft, Sampling(), CANDIDATES, target.vocabulary)
+    drafter = Drafter(draft, Sampling(), CANDIDATES, target.model.vocabulary)
     steps: dict[str, Callable[[Tree, range], object]] = {
         "target": verifier.verify,
         "draft": lambda tree, nodes: drafter.propose(tree, nodes, [1] * tree.position),
     }
     for model in (target, draft):
-        limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", prefix + 1)
-        model.reset(min(prefix, limit - 1))
+        limit = getattr(model.model.model.config.get_text_config(), "max_position_embeddings", prefix + 1)
+        model.model.reset(min(prefix, limit - 1))
         model.prefill([1] * min(prefix, limit - 1))
     costs: dict[str, dict[str, Points]] = {"serial": {}, "overlapped": {}}
     for name, model in (("target", target), ("draft", draft)):
@@ -83,22 +84,27 @@ def _median(run: Callable[[], float]) -> float:
 
 
 def _median_beside(
-    run: Callable[[], float], other: Callable[[], float], workers: Overlap, measured_is_target: bool
+    run: Callable[[], float], other: Callable[[], float], workers: Threads | Streams, measured_is_target: bool
 ) -> float:
     """While `other` runs over and over on a thread of its own; each side with its share of the threads."""
-    shares = (workers.target, workers.draft) if measured_is_target else (workers.draft, workers.target)
+    threads = torch.get_num_threads()
+    mine = beside = threads
+    if isinstance(workers, Threads):
+        mine, beside = workers.target, workers.draft
+        if not measured_is_target:
+            mine, beside = beside, mine
     going = True
 
     def repeat() -> None:
         while going:
             other()
 
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(shares[1],)) as pool:
-        beside = pool.submit(repeat)
-        torch.set_num_threads(shares[0])
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(beside,)) as pool:
+        repeating = pool.submit(repeat)
+        torch.set_num_threads(mine)
         try:
             return _median(run)
         finally:
             going = False
-            torch.set_num_threads(workers.threads)
-            beside.result()
+            torch.set_num_threads(threads)
+            repeating.result()

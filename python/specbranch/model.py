@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbranch.attention import NO_MASK, TreeContext, attached
-from specbranch.cache import BranchCache
+from specbranch.batch import Batch, Inputs
+from specbranch.cache import TREE_ROWS, BranchCache
 from specbranch.errors import SpecBranchError
 from specbranch.tree import Tree
-from specbranch_ext import ancestor_mask, build_info
+from specbranch_ext import build_info
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
-TREE_ROWS = 128  # rows kept free behind the text for tree nodes
 
 # Layers whose state is a K/V row per token; anything else (state space, linear attention) cannot roll back.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
@@ -32,6 +32,7 @@ class CachedModel:
         self.layers = model.config.get_text_config().num_hidden_layers
         self.vocabulary = model.config.get_text_config().vocab_size
         self.cache = BranchCache(self.layers, 0, self.device)
+        self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
         check_supported(model, role)
 
     def attached(self) -> AbstractContextManager[None]:
@@ -48,52 +49,55 @@ class CachedModel:
             raise SpecBranchError(
                 f"prompt and new tokens together are {tokens} tokens; the {self.role} model's context holds {limit}"
             )
-        if tokens + TREE_ROWS > self.cache.capacity:
+        rows = tokens + TREE_ROWS + 1
+        if rows > self.cache.capacity:
             self.cache = BranchCache(self.layers, 0, self.device)  # free the old buffers first
-            self.cache = BranchCache(self.layers, tokens + TREE_ROWS, self.device)
+            self.cache = BranchCache(self.layers, -(-rows // self.granularity) * self.granularity, self.device)
         self.cache.rollback(0)
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Commit a chain of tokens behind the prefix, in chunks."""
         for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[start : start + PREFILL_CHUNK]
-            self._forward(chunk, range(self.cache.length, self.cache.length + len(chunk)), None, keep=1)
+            chunk = self._known(tokens[start : start + PREFILL_CHUNK])
+            self.cache.reserve(len(chunk))
+            self.forward(Inputs.chain(chunk, self.cache.length, self.device), keep=slice(-1, None))
             self.cache.length += len(chunk)
 
-    def score(self, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Tensor:
-        """Logits after each of `nodes`: [len(nodes), V], in the model's dtype.
+    def place(self, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Batch:
+        """The next forward over `nodes`, whose rows in the cache it takes.
 
         Each node's parent must have a row already or stand earlier in `nodes`. backlog: committed tokens that the
         cache lacks; they become part of the prefix, in the same forward, and then `nodes` may only be the root.
         """
-        cache, count = self.cache, len(nodes)
-        if backlog:
-            if list(nodes) != [0] or cache.nodes:
-                raise ValueError("a backlog can only be caught up together with the root")
-            positions = range(cache.length, cache.length + len(backlog) + 1)
-            logits = self._forward([*backlog, tree.nodes[0].token], positions, None, keep=1)
-            cache.length += len(backlog)
-            cache.nodes = [0]
-        else:
-            rows = [*cache.nodes, *nodes]
-            row_of = {node: row for row, node in enumerate(rows)}
-            parents = torch.tensor([row_of.get(tree.nodes[node].parent, -1) for node in rows])
-            ancestors = ancestor_mask(parents).ancestors[-count:].to(self.device)
-            positions_of = [tree.position + tree.nodes[node].depth for node in nodes]
-            logits = self._forward(tree.tokens(nodes), positions_of, ancestors, keep=count)
-            cache.nodes = rows
-        return logits
+        cache, prefix = self.cache, self.cache.length
+        if backlog and (list(nodes) != [0] or cache.nodes):
+            raise ValueError("a backlog can only be caught up together with the root")
+        cache.reserve(len(backlog) + len(nodes))
+        first = cache.used + len(backlog)
+        cache.length += len(backlog)
+        cache.nodes = [*cache.nodes, *nodes]
+        row_of = {node: cache.length + i for i, node in enumerate(cache.nodes)}
+        caught_up = (1 << len(backlog)) - 1
+        return Batch(
+            tuple(self._known([*tree.tokens(nodes), *backlog])),
+            (*(tree.position + tree.nodes[node].depth for node in nodes), *range(prefix, cache.length)),
+            (*range(first, first + len(nodes)), *range(prefix, cache.length)),
+            (
+                *(caught_up | sum(1 << (row_of[above] - prefix) for above in tree.path(node)) for node in nodes),
+                *((1 << i + 1) - 1 for i in range(len(backlog))),
+            ),
+            prefix,
+            len(nodes),
+        )
 
     @torch.inference_mode()
-    def _forward(self, tokens: Sequence[int], positions: Sequence[int], ancestors: Tensor | None, keep: int) -> Tensor:
-        """One forward over new cache rows; logits of the last `keep` of them, [keep, V]."""
-        self.cache.reserve(len(tokens))
-        # Only a draft with fewer padding ids than the target can meet a token that it lacks; it then guesses worse.
-        known = [min(token, self.vocabulary - 1) for token in tokens]
-        context = TreeContext(torch.tensor(self.cache.length, device=self.device), ancestors)
+    def forward(self, inputs: Inputs, keep: slice = slice(None)) -> Tensor:
+        """One forward; logits of the rows that `keep` selects, [n, V], in the model's dtype."""
+        self.cache.rows = inputs.rows
+        context = TreeContext(inputs.prefix, inputs.ancestors)
         out = self.model(
-            input_ids=torch.tensor([known], device=self.device),
-            position_ids=torch.tensor([list(positions)], device=self.device),
+            input_ids=inputs.ids[None],
+            position_ids=inputs.positions[None],
             attention_mask=NO_MASK,
             past_key_values=self.cache,
             use_cache=True,
@@ -108,6 +112,10 @@ class CachedModel:
         logits: Tensor = out.logits[0]
         return logits
 
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        """Only a draft with fewer padding ids than the target can meet a token that it lacks; it then guesses worse."""
+        return [min(token, self.vocabulary - 1) for token in tokens]
+
 
 def check_supported(model: PreTrainedModel, role: str) -> None:
     """Refuse, by name, what cannot be decoded with a branch cache and a registered attention."""
@@ -119,7 +127,7 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
         raise SpecBranchError(
             f"{role} model {name} does not honour transformers' AttentionInterface: specbranch cannot run it"
         )
-    if model.device.type != "cpu" and not build_info()["cuda"]:
+    if model.device.type not in ("cpu", "meta") and not build_info()["cuda"]:
         raise SpecBranchError(
             f"{role} model on {model.device}: this build of specbranch_ext runs on the CPU only "
             f"({build_info()['cuda_reason']})"

@@ -1,23 +1,21 @@
-"""Two models at once on a CPU: a thread for the target, each side with its own number of intra-op threads."""
+"""Two models at once: on a CPU a thread for the target, on devices a stream each."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import ParamSpec
 
 import torch
 
-from specbranch.interfaces import Pending
-from specbranch.verifier import Verdict
+from specbranch.device import Device
+from specbranch.interfaces import Pending, Target
+from specbranch.tree import Tree
 
-P = ParamSpec("P")
 
-
-class Overlap:
-    """Runs the target on a thread of its own while the caller's thread drafts.
+class Threads:
+    """Runs the target on a thread of its own while the caller's thread drafts, each with its share of torch's threads.
 
     threads: all intra-op threads. The target gets target_threads of them, the draft the rest (at least one each).
     """
@@ -32,13 +30,13 @@ class Overlap:
         """Seconds."""
         return time.perf_counter()
 
-    def submit(self, function: Callable[P, Verdict], *args: P.args, **kwargs: P.kwargs) -> Pending:
-        """Start `function` on the target's thread."""
+    def submit(self, target: Target, tree: Tree, trunk: Sequence[int]) -> Pending:
+        """Verify on the target's thread."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(
                 1, "specbranch-target", initializer=torch.set_num_threads, initargs=(self.target,)
             )
-        return self._executor.submit(function, *args, **kwargs)
+        return self._executor.submit(target.verify, tree, trunk)
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
@@ -53,3 +51,26 @@ class Overlap:
         """Return when the target's thread is idle, so that its caches may be used again."""
         if self._executor is not None:
             self._executor.submit(lambda: None).result()
+
+
+class Streams:
+    """Models on devices: a step is enqueued on its model's stream, and the caller's thread goes on by itself."""
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self.devices = devices
+
+    def clock(self) -> float:
+        """Seconds."""
+        return time.perf_counter()
+
+    def submit(self, target: Target, tree: Tree, trunk: Sequence[int]) -> Pending:
+        return target.start(tree, trunk)
+
+    @contextmanager
+    def draft_threads(self) -> Iterator[None]:
+        yield
+
+    def wait(self) -> None:
+        """Return when nothing is enqueued any more."""
+        for mark in [device.mark() for device in self.devices]:
+            mark.wait()

@@ -19,8 +19,9 @@ class Situation:
 
     overlapped: the draft keeps growing the tree while the target verifies. costs: measured in this mode.
     acceptance: recent chance that the target agrees with a drafted token. remaining: tokens that may still be
-    committed. idle: rounds since the draft last ran. outlook: a learned predictor's word
-    on the next drafted tokens (H-RAD), where there is one.
+    committed. idle: rounds since the draft last ran. burst: draft steps that are best asked for at once, because the
+    draft needs no host between them. outlook: a learned predictor's word on the next drafted tokens (H-RAD), where
+    there is one.
     """
 
     overlapped: bool
@@ -28,6 +29,7 @@ class Situation:
     acceptance: float
     remaining: int
     idle: int = 0
+    burst: int = 1
     outlook: Outlook | None = None
 
 
@@ -42,13 +44,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class Growth:
-    """The next draft step: `nodes` of `tree` to run the draft over; none when nothing is left to do.
+    """What to draft next: `nodes` of `tree`, and `steps` steps down from them, each over the first candidates of the
+    one before; no nodes when nothing is left to do.
 
     The tree may hold nodes that the policy has just made from candidates.
     """
 
     tree: Tree
     nodes: list[int]
+    steps: int = 1
 
 
 class Policy(Protocol):
@@ -58,20 +62,27 @@ class Policy(Protocol):
     calibrated: bool  # wants confidences corrected by what the verdicts say
     foresees: bool  # uses a learned predictor's outlook, where there is one
 
-    def before(self, tree: Tree, situation: Situation) -> list[int]:
-        """Nodes to run the draft over before the trunk is cut; none when it is time to verify."""
+    def before(self, tree: Tree, situation: Situation) -> Growth:
+        """What to draft before the trunk is cut; nothing when it is time to verify."""
 
     def cut(self, tree: Tree, situation: Situation) -> Cut:
         """Choose the trunk and the branch point."""
 
     def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
-        """The next draft step while the target verifies."""
+        """What to draft next while the target verifies."""
 
     def width(self, tree: Tree, node: int, branch_point: int | None) -> int:
         """How many of the candidates just proposed at `node` become its children."""
 
 
-def open_end(path: tuple[int, ...], tree: Tree, depth: int) -> list[int]:
-    """The end of a path as a list, if it may still grow to `depth`; else nothing."""
+def nothing(tree: Tree) -> Growth:
+    return Growth(tree, [])
+
+
+def grow_end(tree: Tree, path: tuple[int, ...], depth: int, burst: int = 1) -> Growth:
+    """Growth at the end of a path to `depth` at most, `burst` steps of it; nothing if it may not grow."""
     end = path[-1]
-    return [end] if tree.nodes[end].depth < depth and not tree.children(end) else []
+    missing = depth - tree.nodes[end].depth
+    if missing < 1 or tree.children(end):
+        return nothing(tree)
+    return Growth(tree, [end], min(missing, burst))

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from specbranch.drafter import Drafter
 from specbranch.errors import SpecBranchError
+from specbranch.features import FeatureTap
 from specbranch.identity import ModelIdentity
+from specbranch.model import PREFILL_CHUNK
 from specbranch.prompts import Prompt
 from specbranch.record import TAIL, Record, RecordedText, Said
+from specbranch.runner import Runner
 from specbranch.sampling import Sampling
 from specbranch.tree import Proposals, Tree
 
@@ -87,12 +90,12 @@ def record_text(
         position = len(prompt) - 1 + start
         window = text[position + 1 : position + 1 + min(WINDOW, len(tokens) - start)]
         tree = Tree.rooted(text[position], position)
-        tree = drafter.propose(tree, [0], text)
+        tree = drafter.propose(tree, [0], text).tree
         for depth, token in enumerate(window):
             tree = tree.hang(depth, token)
         chain = list(range(1, len(window)))
         if chain:
-            tree = drafter.propose(tree, chain, text)
+            tree = drafter.propose(tree, chain, text).tree
         here = [_proposals(tree, node) for node in range(len(window))]
         ends = {}
         for node, proposals in enumerate(here):
@@ -101,7 +104,7 @@ def record_text(
                 ends[node] = len(tree) - 1
         found: list[list[Proposals | None]] = [[None] * TAIL for _ in window]
         for step in range(TAIL if ends else 0):
-            tree = drafter.propose(tree, list(ends.values()), text)
+            tree = drafter.propose(tree, list(ends.values()), text).tree
             for node, end in ends.items():
                 found[node][step] = _proposals(tree, end)
                 tree = tree.adopt(end, 0)
@@ -112,6 +115,27 @@ def record_text(
     flat = [proposals for tail in tails for proposals in tail]
     k = len(said[0].tokens)
     return RecordedText(id, task, len(prompt), torch.tensor(list(tokens)), _stack(said, k), _stack(flat, k), features)
+
+
+def read_features(target: Runner, tap: FeatureTap, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """The target's features before each of `tokens`, [len(tokens), F]: those that its verdicts would have given.
+
+    target: attached, and so is its tap.
+    """
+    text = [*prompt, *tokens]
+    target.model.reset(len(text))
+    found = []
+    first = max(len(prompt) - 2, 0)
+    target.prefill(text[:first])
+    for start in range(first, len(text) - 2, PREFILL_CHUNK):
+        chunk = text[start : min(start + PREFILL_CHUNK, len(text) - 2)]
+        target.prefill(chunk)
+        with target.device.running():
+            found.append(tap.rows(slice(None), text[start + 1 : start + 1 + len(chunk)]))
+    features = torch.cat(found)
+    if len(prompt) == 1:  # nothing was verified before the first token
+        features = torch.cat([torch.zeros_like(features[:1]), features])
+    return features
 
 
 def _proposals(tree: Tree, node: int) -> Proposals:

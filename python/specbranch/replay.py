@@ -10,22 +10,22 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ParamSpec
 
+from specbranch.cache import MAX_BACKLOG, TREE_ROWS
 from specbranch.calibration import Calibrator
 from specbranch.costs import Costs
 from specbranch.decoder import Decoder
-from specbranch.drafter import learn, note, stands
+from specbranch.drafter import Drafted, always, learn, note, stands
 from specbranch.hrad import HRad, Outlook
+from specbranch.interfaces import Target
 from specbranch.policy import Policy
 from specbranch.record import TAIL, Record, RecordedText, Said
 from specbranch.stats import Stats
-from specbranch.tree import Signals, Tree
+from specbranch.steps import Step
+from specbranch.tree import Proposals, Signals, Tree
 from specbranch.verifier import Verdict
 
-P = ParamSpec("P")
-
-ROOM = 128  # nodes that a draft may run over before a commit, as the cache's tree rows
+ROOM = TREE_ROWS - MAX_BACKLOG  # nodes that a draft may run over before a commit
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class VirtualTime:
     def clock(self) -> float:
         return self.now
 
-    def submit(self, function: Callable[P, Verdict], *args: P.args, **kwargs: P.kwargs) -> VirtualPending:
+    def submit(self, target: Target, tree: Tree, trunk: Sequence[int]) -> VirtualPending:
         begin, self.overlapped = self.now, True
-        verdict = function(*args, **kwargs)
+        verdict = target.verify(tree, trunk)
         end, self.now = self.now, begin
         return VirtualPending(self, verdict, end)
 
@@ -130,16 +130,20 @@ class ReplayVerifier:
     def commit(self, path: Sequence[int]) -> None:
         self.time.now += self.costs.round
 
+    def start(self, tree: Tree, trunk: Sequence[int]) -> VirtualPending:
+        return self.time.submit(self, tree, trunk)
+
     def verify(self, tree: Tree, trunk: Sequence[int]) -> Verdict:
         line = self.costs.overlapped_target if self.time.overlapped else self.costs.serial_target
-        self.time.now += line(len(trunk))
+        begin, self.time.now = self.time.now, self.time.now + line(len(trunk))
+        step = Step(begin, self.time.now, len(trunk))
         at = tree.position - self.text.prompt_tokens + 1
         path = [0]
         while True:
             token = int(self.text.tokens[at + len(path) - 1]) if at + len(path) - 1 < len(self.text) else -1
             child = next((i for i in tree.children(path[-1]) if i in trunk and tree.nodes[i].token == token), None)
             if child is None:
-                return Verdict(tuple(path), token, self._outlook(at + len(path)))
+                return Verdict(tuple(path), token, step, self._outlook(at + len(path)))
             path.append(child)
 
     def _outlook(self, at: int) -> Outlook | None:
@@ -158,6 +162,7 @@ class ReplayDrafter:
     candidates: int
     calibrator: Calibrator | None
     room: int = ROOM
+    burst: int = 1
     outlook: Outlook | None = None
     _ran: set[int] = field(default_factory=set)
     _seen: int = 0
@@ -176,19 +181,39 @@ class ReplayDrafter:
         self._ran = {survivors[node] for node in self._ran if node in survivors}
         self.room = ROOM - len(self._ran)
 
-    def propose(self, tree: Tree, nodes: Sequence[int], text: Sequence[int]) -> Tree:
+    def propose(
+        self,
+        tree: Tree,
+        nodes: Sequence[int],
+        text: Sequence[int],
+        steps: int = 1,
+        going: Callable[[], bool] = always,
+    ) -> Drafted:
         backlog = max(0, tree.position - self._seen) if 0 in nodes else 0
         self._seen += backlog
         line = self.costs.overlapped_draft if self.time.overlapped else self.costs.serial_draft
-        self.time.now += line(len(nodes) + backlog)
-        for node in nodes:
-            tokens, word, entropy, margin = self._row(tree, node)
-            count = min(self.candidates, len(tokens))
-            signals = Signals(word[0], entropy, margin, depth := tree.nodes[node].depth, stands(self.outlook, depth))
-            tree = tree.propose(node, note(tokens[:count], word[:count], signals, self.calibrator))
-        self._ran.update(nodes)
-        self.room -= len(nodes)
-        return tree
+        below, everywhere, done = list(nodes), list[int](), list[Step]()
+        while len(done) < steps and (not done or going()):
+            if done:
+                first = len(tree)
+                for node in below:
+                    tree = tree.adopt(node, 0)
+                below = list(range(first, len(tree)))
+            begin, self.time.now = self.time.now, self.time.now + line(len(below) + backlog)
+            done.append(Step(begin, self.time.now, len(below) + backlog))
+            backlog = 0
+            for node in below:
+                tree = tree.propose(node, self._proposals(tree, node))
+            everywhere += below
+        self._ran.update(everywhere)
+        self.room -= len(everywhere)
+        return Drafted(tree, everywhere, done)
+
+    def _proposals(self, tree: Tree, node: int) -> Proposals:
+        tokens, word, entropy, margin = self._row(tree, node)
+        count = min(self.candidates, len(tokens))
+        signals = Signals(word[0], entropy, margin, depth := tree.nodes[node].depth, stands(self.outlook, depth))
+        return note(tokens[:count], word[:count], signals, self.calibrator)
 
     def learn(self, tree: Tree, path: Sequence[int], next_token: int, outlook: Outlook | None) -> None:
         learn(self.calibrator, tree, path, next_token)

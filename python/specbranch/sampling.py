@@ -36,6 +36,11 @@ class Sampling:
             raise SpecBranchError(f"seed is {self.seed}; expected 0 <= seed < 2**63")
 
     @property
+    def filters(self) -> tuple[float, int, float, float]:
+        """All but the seed: temperature, top_k, top_p, min_p."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+    @property
     def op_arguments(self) -> dict[str, Any]:
         """The keyword arguments that `specbranch_ext.verify` and `draft_sample` share."""
         return {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from specbranch.steps import Step
 from specbranch.tree import Tree
 from specbranch.verifier import Verdict
 
@@ -13,19 +14,6 @@ CAUSES = ("rejected", "behind_rejection", "losing_branches", "left_over")  # why
 
 def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One forward: when it began and ended, in seconds of the decoder's clock, and over how many rows."""
-
-    begin: float
-    end: float
-    rows: int
-
-    @property
-    def seconds(self) -> float:
-        return self.end - self.begin
 
 
 @dataclass(slots=True)
@@ -67,12 +55,15 @@ class Round:
 class Stats:
     """Counts over the rounds of one generation; times in seconds.
 
+    target_runner, draft_runner: how their steps ran, "captured" or "eager", and why.
     drafted: tokens that ever became tree nodes. verified: drafted tokens that the target scored. accepted: those
     that stood. rolled_back: tokens of a tree's best path (the trunk and its likeliest continuation) thrown away.
     target_busy and draft_busy: time inside the models, prefill apart.
     """
 
     method: str = ""
+    target_runner: str = ""
+    draft_runner: str = ""
     overlap: bool = False
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -167,6 +158,8 @@ class Stats:
         """
         return {
             "method": self.method,
+            "target_runner": self.target_runner,
+            "draft_runner": self.draft_runner,
             "overlap": self.overlap,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from specbranch.stats import Round, Stats, Step
+from specbranch.stats import Round, Stats
+from specbranch.steps import Step
 
 THREADS = {"rounds": 1, "target": 2, "draft": 3}  # the lanes, in the order they are shown
 

@@ -1,0 +1,83 @@
+"""The rows of one forward: as plain lists on the host, and as the tensors that a model is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WORD = 64  # ancestor bits in an int64
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """n rows of one forward over new nodes behind a committed prefix.
+
+    tokens, positions: of each row. rows: the cache row that its K/V are written to. ancestors: bit j is set where
+    it sees cache row prefix + j, its own included. prefix: committed cache rows. leaves: how many of the rows, the
+    first ones, are asked for; the others only catch up with the text.
+    """
+
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    rows: tuple[int, ...]
+    ancestors: tuple[int, ...]
+    prefix: int
+    leaves: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def below(self, tokens: Sequence[int]) -> Batch:
+        """The batch one token further: `tokens` below the leaves, in the cache rows behind theirs."""
+        count = self.leaves
+        rows = tuple(row + count for row in self.rows[:count])
+        return Batch(
+            tuple(tokens),
+            tuple(position + 1 for position in self.positions[:count]),
+            rows,
+            tuple(bits | 1 << (row - self.prefix) for bits, row in zip(self.ancestors, rows, strict=False)),
+            self.prefix,
+            count,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a model is called with: ids, positions, rows int64 [n], prefix int64 [], and ancestors int64 [n, words] or,
+    for a chain of new rows, None."""
+
+    ids: Tensor
+    positions: Tensor
+    rows: Tensor
+    prefix: Tensor
+    ancestors: Tensor | None
+
+    @staticmethod
+    def of(batch: Batch, device: torch.device) -> Inputs:
+        words = (max(batch.ancestors).bit_length() + WORD - 1) // WORD
+        return Inputs(
+            torch.tensor(batch.tokens, device=device),
+            torch.tensor(batch.positions, device=device),
+            torch.tensor(batch.rows, device=device),
+            torch.tensor(batch.prefix, device=device),
+            torch.from_numpy(pack(batch.ancestors, words)).to(device),
+        )
+
+    @staticmethod
+    def chain(tokens: Sequence[int], prefix: int, device: torch.device) -> Inputs:
+        """Tokens of the text itself behind the prefix: their positions are their cache rows."""
+        places = torch.arange(prefix, prefix + len(tokens), device=device)
+        return Inputs(
+            torch.tensor(tokens, device=device), places, places, torch.tensor(prefix, device=device), ancestors=None
+        )
+
+
+def pack(ancestors: Sequence[int], words: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """Bits as Python integers to int64 [n, words], the lowest bits in the first word."""
+    mask = (1 << WORD) - 1
+    flat = [bits >> WORD * word & mask for bits in ancestors for word in range(words)]
+    return np.array(flat, dtype=np.uint64).view(np.int64).reshape(len(ancestors), words)

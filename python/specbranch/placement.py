@@ -1,0 +1,34 @@
+"""Which runner a model gets, and which workers a pair."""
+
+from __future__ import annotations
+
+from specbranch.capturable import why_not_captured
+from specbranch.captured import CapturedRunner
+from specbranch.device import Cuda, Host
+from specbranch.model import CachedModel
+from specbranch.overlap import Streams, Threads
+from specbranch.runner import EagerRunner, Runner
+
+
+def make_runner(model: CachedModel, cuda_graphs: bool) -> Runner:
+    """The runner for a model where its weights are. cuda_graphs: capture its steps, on a GPU and if they can be."""
+    if model.device.type != "cuda":
+        return EagerRunner(model, Host())
+    device = Cuda(model.device, urgent=model.role == "target")
+    if not cuda_graphs:
+        return EagerRunner(model, device, "CUDA graphs are switched off")
+    reason = why_not_captured(model.model)
+    return CapturedRunner(model, device) if reason is None else EagerRunner(model, device, reason)
+
+
+def eager(runner: Runner, reason: str) -> Runner:
+    """The same model, run eagerly."""
+    return EagerRunner(runner.model, runner.device, reason) if isinstance(runner, CapturedRunner) else runner
+
+
+def make_workers(target: Runner, draft: Runner | None, threads: int, target_threads: int | None) -> Threads | Streams:
+    """How the two models run at once: on streams if both are on GPUs, else on threads."""
+    runners = [target] if draft is None else [target, draft]
+    if all(runner.model.device.type == "cuda" for runner in runners):
+        return Streams([runner.device for runner in runners])
+    return Threads(threads, target_threads)
