@@ -16,7 +16,7 @@ def signals(agreement: float, depth: int = 1, outlook: float = 0.0) -> Signals:
 
 @pytest.mark.parametrize("word", [0.1, 0.5, 0.9])
 def test_before_any_label_it_takes_about_the_drafts_word(word: float) -> None:
-    chance = Calibrator().chances(signals(word), (word, 1 - word))[0]
+    chance = Calibrator().chances([signals(word)], [(word, 1 - word)])[0][0]
     assert abs(chance - word) < 0.1
     assert abs(chance - 0.5) <= abs(word - 0.5)  # and is a little less sure
 
@@ -26,7 +26,7 @@ def test_it_learns_how_often_the_draft_is_right(truth: float) -> None:
     calibrator, draw = Calibrator(), random.Random(1)
     for _ in range(400):
         calibrator.learn(signals(0.8), stood=draw.random() < truth, covered=True)
-    assert calibrator.chances(signals(0.8), (0.8, 0.2))[0] == pytest.approx(truth, abs=0.12)
+    assert calibrator.chances([signals(0.8)], [(0.8, 0.2)])[0][0] == pytest.approx(truth, abs=0.12)
 
 
 def test_it_learns_to_tell_sure_from_unsure() -> None:
@@ -35,7 +35,7 @@ def test_it_learns_to_tell_sure_from_unsure() -> None:
     for _ in range(600):
         word, truth = draw.choice([(0.9, 0.7), (0.5, 0.1)])
         calibrator.learn(signals(word), stood=draw.random() < truth, covered=False)
-    sure, unsure = (calibrator.chances(signals(word), (word,))[0] for word in (0.9, 0.5))
+    sure, unsure = (calibrator.chances([signals(word)], [(word,)])[0][0] for word in (0.9, 0.5))
     assert sure == pytest.approx(0.7, abs=0.12)
     assert unsure == pytest.approx(0.1, abs=0.12)
 
@@ -48,7 +48,7 @@ def test_an_outlook_counts_as_far_as_it_is_right() -> None:
             stood = draw.random() < 0.5
             told = stood if informed else draw.random() < 0.5
             calibrator.learn(signals(0.5, outlook=1.5 if told else -1.5), stood, covered=True)
-        likely, unlikely = (calibrator.chances(signals(0.5, outlook=sign), (0.5,))[0] for sign in (1.5, -1.5))
+        likely, unlikely = (calibrator.chances([signals(0.5, outlook=sign)], [(0.5,)])[0][0] for sign in (1.5, -1.5))
         weights.append(likely - unlikely)
     assert abs(weights[0]) < 0.1
     assert weights[1] > 0.5
@@ -66,8 +66,8 @@ def test_chances_are_probabilities_in_the_drafts_order_whatever_the_labels(
         for agreement, stood, covered, depth in labels:
             calibrator.learn(signals(agreement, depth), stood, covered or stood)
     word = tuple(sorted((weight / sum(weights) for weight in weights), reverse=True))
-    chances = calibrators[0].chances(signals(word[0]), word)
+    chances = calibrators[0].chances([signals(word[0])], [word])[0]
     assert all(0 <= chance <= 1 for chance in chances)
     assert sum(chances) <= 1 + 1e-9
     assert list(chances[1:]) == sorted(chances[1:], reverse=True)
-    assert chances == calibrators[1].chances(signals(word[0]), word)  # the same labels, the same chances
+    assert chances == calibrators[1].chances([signals(word[0])], [word])[0]  # the same labels, the same chances

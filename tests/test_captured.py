@@ -16,11 +16,12 @@ from tiny import tiny_model
 from specbranch import METHODS, SpecBranch
 from specbranch.batch import Batch, pack
 from specbranch.captured import AHEAD, GRANULARITY, KEPT, ROWS, CapturedRunner
+from specbranch.costs import ModeCosts
 from specbranch.device import Host
 from specbranch.model import CachedModel
 from specbranch.runner import EagerRunner
 from specbranch.sampling import Sampling
-from specbranch.static import StaticInputs
+from specbranch.static import STEPS, StaticInputs
 from specbranch.stats import Stats
 from specbranch.tree import Tree
 
@@ -206,6 +207,7 @@ def test_one_wait_for_each_model_and_round(monkeypatch: pytest.MonkeyPatch) -> N
     pair.generate(PROMPT, max_new_tokens=8, overlap=True)  # captures
     log = target.log
     rounds: list[int] = []
+    monkeypatch.setattr(ModeCosts, "burst", lambda self: STEPS)
     monkeypatch.setattr(Stats, "begin_round", note_calls(Stats.begin_round, lambda: rounds.append(len(log))))
     log.clear()
     stats = pair.generate(PROMPT, max_new_tokens=100, overlap=True).stats
@@ -225,9 +227,8 @@ def test_one_wait_for_each_model_and_round(monkeypatch: pytest.MonkeyPatch) -> N
         waits = {name: [place for place, _, blocking in entries if blocking] for name, entries in done.items()}
         assert len(waits["target"]) <= 1
         assert len(waits["draft"]) <= sum(what == "copy" for _, what, _ in done["draft"]) // 2  # one a burst
-    assert draft.counts()["copy"] < draft.counts()["replay"]  # several steps between what is brought and fetched
     assert draft.counts()["eager"] == 1  # the prompt
-    assert sum(len(round.draft) for round in stats.log) > 3 * stats.rounds
+    assert max(len(round.draft) for round in stats.log) > 4
 
 
 def note_calls(function: Callable[..., T], note: Callable[[], None]) -> Callable[..., T]:

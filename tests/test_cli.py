@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tiny import tiny_model
 
 from specbranch import METHODS, SpecBranch, bundled, cli
 from specbranch.prompts import Prompt, PromptFileError, read_prompts
@@ -304,10 +305,20 @@ def test_doctor_reports_what_can_run(capsys):
     assert findings["core"]["isa"] in findings["core"]["isa_levels"]
     assert set(findings["bundled_pair"]) == {"target", "draft"}
     assert findings["cuda"]["usable"] or findings["cuda"]["why_not"]
+    assert findings["cuda_graphs"] == {"target": "can be captured", "draft": "can be captured"}
     if sys.platform.startswith("linux"):
         assert findings["openmp"]["shared"], findings["openmp"]["runtimes"]
     assert cli.main(["doctor"]) == 0
     assert "bundled pair" in capsys.readouterr().out
+
+
+def test_doctor_says_why_a_model_cannot_be_captured(capsys, tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    tiny_model(rope_parameters=rope).config.save_pretrained(tmp_path)
+    assert cli.main(["doctor", "--json", "--target", str(tmp_path), "--draft", str(tmp_path / "nowhere")]) == 0
+    found = json.loads(capsys.readouterr().out)["cuda_graphs"]
+    assert found["target"].startswith("eager: a step on the meta device raised RuntimeError: Tensor.item()")
+    assert "there is no such directory" in found["draft"]
 
 
 def test_doctor_says_what_is_missing(capsys, monkeypatch):

@@ -24,7 +24,7 @@ def chain(*chances: float) -> Tree:
     """A drafted chain with these chances; every node but the last has proposals."""
     tree = Tree.rooted(0, 10)
     for depth, chance in enumerate(chances):
-        tree = tree.propose(depth, proposals(depth, chance)).branch(depth, 1)
+        tree = tree.propose({depth: proposals(depth, chance)}).branch({depth: 1})
     return tree
 
 
@@ -145,7 +145,7 @@ def test_a_sure_trunk_branches_at_its_end() -> None:
     cut = policy.cut(chain(0.9, 0.8), now)
     assert cut.branch_point == cut.trunk[-1] == 2
     assert policy.during(cut, cut.tree, now).nodes == [2]
-    tree = cut.tree.propose(2, Proposals((1, 2, 3, 4, 5, 6), (0.3, 0.2, 0.1, 0.1, 0.1, 0.1)))
+    tree = cut.tree.propose({2: Proposals((1, 2, 3, 4, 5, 6), (0.3, 0.2, 0.1, 0.1, 0.1, 0.1))})
     assert policy.width(tree, 2, cut.branch_point) == 4
     assert policy.width(tree, 1, cut.branch_point) == 1
 
@@ -190,7 +190,7 @@ def test_branches_that_survived_are_verified_below_their_parents() -> None:
     tree = chain(0.6, 0.9)
     tree = tree.adopt(0, 1)
     side = len(tree) - 1
-    tree = tree.propose(side, Proposals((77, 78), (0.9, 0.05))).branch(side, 1)
+    tree = tree.propose({side: Proposals((77, 78), (0.9, 0.05))}).branch({side: 1})
     cut = SpecBranch(beside=20).cut(tree, situation(overlapped=True))
     assert {77, 78} <= {cut.tree.nodes[node].token for node in cut.trunk}
     for place, node in enumerate(cut.trunk[1:], start=1):

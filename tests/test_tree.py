@@ -46,12 +46,12 @@ def test_reroot_keeps_the_subtree_and_its_positions(tree: Tree, data: st.DataObj
 
 
 def test_branch_adds_the_first_candidates_once() -> None:
-    tree = Tree.rooted(7, 3).propose(0, Proposals((5, 6, 8), (0.5, 0.25, 0.125)))
-    one = tree.branch(0, 1)
-    three = one.branch(0, 3)
+    tree = Tree.rooted(7, 3).propose({0: Proposals((5, 6, 8), (0.5, 0.25, 0.125))})
+    one = tree.branch({0: 1})
+    three = one.branch({0: 3})
     assert one.tokens(one.children(0)) == [5]
     assert three.tokens(three.children(0)) == [5, 6, 8]
-    assert three.branch(0, 3) is three
+    assert three.branch({0: 3}) is three
     assert [three.nodes[i].reach for i in three.children(0)] == [0.5, 0.25, 0.125]
     assert three.child(0, 6) == 2
     assert three.child(0, 9) is None
@@ -59,7 +59,7 @@ def test_branch_adds_the_first_candidates_once() -> None:
 
 def test_branch_without_proposals_is_refused() -> None:
     with pytest.raises(ValueError, match="no proposals"):
-        Tree.rooted(1, 0).branch(0, 2)
+        Tree.rooted(1, 0).branch({0: 2})
 
 
 def test_best_path_follows_the_likeliest_child() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace, nsmallest
 
 from specbranch.errors import SpecBranchError
 from specbranch.policy import Cut, Growth, Situation, grow_end, nothing
@@ -100,18 +100,20 @@ class SpecBranch:
     def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
         """The likeliest outcomes that the draft has not run over: leaves of the tree, and candidates beside it."""
         depth = min(self.limit, situation.remaining - 1)  # no deeper token can be committed
-        leaves = [
-            (node.reach, i, -1) for i, node in enumerate(tree.nodes) if node.proposals is None and node.depth < depth
+        outcomes = [
+            (-node.reach, i, -1) for i, node in enumerate(tree.nodes) if node.proposals is None and node.depth < depth
         ]
-        ranked = sorted(leaves + self._hedges(cut, tree, depth), key=lambda item: (-item[0], item[1], item[2]))
-        nodes = []
-        for place, (reach, node, rank) in enumerate(ranked[: self.batch]):
-            if reach < self.min_reach or (place > 0 and not self._worth_a_row(reach, situation)):
+        outcomes += self._hedges(cut, tree, depth)
+        nodes: list[int] = []
+        adopted: list[tuple[int, int]] = []
+        for place, (reach, node, rank) in enumerate(nsmallest(self.batch, outcomes)):
+            if -reach < self.min_reach or (place > 0 and not self._worth_a_row(-reach, situation)):
                 break
             if rank >= 0:
-                tree = tree.adopt(node, rank)
-                node = len(tree) - 1
+                adopted.append((node, rank))
+                node = len(tree) + len(adopted) - 1
             nodes.append(node)
+        tree = tree.adopt_all(adopted) if adopted else tree
         deepest = max((tree.nodes[node].depth for node in nodes), default=0)
         return Growth(tree, nodes, min(situation.burst, max(1, depth - deepest)))
 
@@ -129,7 +131,7 @@ class SpecBranch:
             for child in tree.children(node):
                 if child not in trunk:
                     heappush(found, (-tree.nodes[child].reach, child, -1))
-            for rank, reach in self._untried(tree, node, self.limit):
+            for rank, reach in self._untried(tree, node, self.limit, 0.0):
                 heappush(found, (-reach, node, rank))
 
         if self.hedge in ("any", "point"):
@@ -159,20 +161,37 @@ class SpecBranch:
         return tree if tree.nodes[end].proposals is None else tree.adopt(end, 0)
 
     def _hedges(self, cut: Cut, tree: Tree, depth: int) -> list[tuple[float, int, int]]:
-        """Outcomes that are not in the tree yet, as (reach, node, rank of its candidate)."""
-        nodes = {"any": tuple(range(len(tree))), "point": (cut.branch_point,), "fan": cut.trunk, "none": ()}[self.hedge]
-        return [(reach, node, rank) for node in nodes for rank, reach in self._untried(tree, node, depth)]
+        """The likeliest outcomes that are not in the tree yet, as (-reach, node, rank of its candidate)."""
+        nodes = {"any": range(len(tree)), "point": (cut.branch_point,), "fan": cut.trunk, "none": ()}[self.hedge]
+        found: list[tuple[float, int, int]] = []
+        best = [0.0] * self.batch  # the greatest chances so far, the least of them first
+        for node in nodes:
+            if tree.nodes[node].reach <= best[0]:
+                continue  # nothing below it is likelier
+            for rank, reach in self._untried(tree, node, depth, best[0]):
+                if reach > best[0]:
+                    found.append((-reach, node, rank))
+                    heapreplace(best, reach)
+        return found
 
-    def _untried(self, tree: Tree, node: int, depth: int) -> Iterator[tuple[int, float]]:
-        """Candidates of a node above `depth` that are not in the tree, as (rank, reach)."""
+    def _untried(self, tree: Tree, node: int, depth: int, least: float) -> Iterator[tuple[int, float]]:
+        """Candidates of a node above `depth` that are not in the tree and likelier than `least`, as (rank, reach)."""
         proposals = tree.nodes[node].proposals
         if proposals is None or tree.nodes[node].depth >= depth:
             return
-        known = {tree.nodes[child].token for child in tree.children(node)}
-        most = {"point": self._branches(tree, node), "fan": self.fan + 1}.get(self.hedge, self.k_max)
+        children = tree.children(node)
+        known = {tree.nodes[child].token for child in children} if children else ()
+        most = self.k_max
+        if self.hedge == "point":
+            most = self._branches(tree, node)
+        elif self.hedge == "fan":
+            most = self.fan + 1
+        reach = tree.nodes[node].reach
         for rank, (token, chance) in enumerate(zip(proposals.tokens[:most], proposals.confidence, strict=False)):
+            if reach * chance <= least and rank > 0:
+                return  # the others are less likely still
             if token not in known:
-                yield rank, tree.nodes[node].reach * chance
+                yield rank, reach * chance
 
     def _branch_point(self, tree: Tree, path: tuple[int, ...], situation: Situation) -> int:
         if self.decide_by_outlook and situation.outlook is not None:

@@ -10,6 +10,7 @@ it never changes the text.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +24,6 @@ PRIOR_MEAN = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # the draft's own word
 PRIOR_SPREAD = (0.7, 0.3, 0.2, 0.1, 0.1, 0.5, 0.5, 0.1)
 FORGETTING = 0.999  # the text changes its subject
 COVERED = 0.75  # prior chance that the target's token is among the other candidates, given that the first is not it
-
-
-def logit(p: float) -> float:
-    p = min(max(p, 1e-4), 1 - 1e-4)
-    return math.log(p / (1 - p))
 
 
 class Calibrator:
@@ -44,33 +40,39 @@ class Calibrator:
         self._lately = 0.8
         self._covered, self._missed = 8 * COVERED, 8.0
 
-    def features(self, signals: Signals) -> Vector:
-        return np.array(
-            [
-                1.0,
-                logit(signals.agreement),
-                signals.entropy - 1.0,
-                min(signals.margin, 8.0) - 2.0,
-                math.log1p(signals.depth) - 1.0,
-                self._last - 0.8,
-                self._lately - 0.8,
-                signals.outlook,
-            ]
-        )
+    def features(self, signals: Sequence[Signals]) -> Vector:
+        """[n, features]."""
+        agreement, entropy, margin, depth, outlook = np.array(signals, dtype=np.float64).T
+        agreement = agreement.clip(1e-4, 1 - 1e-4)
+        x = np.empty((len(signals), len(PRIOR_MEAN)))
+        x[:, 0] = 1.0
+        x[:, 1] = np.log(agreement / (1 - agreement))
+        x[:, 2] = entropy - 1.0
+        x[:, 3] = np.minimum(margin, 8.0) - 2.0
+        x[:, 4] = np.log1p(depth) - 1.0
+        x[:, 5] = self._last - 0.8
+        x[:, 6] = self._lately - 0.8
+        x[:, 7] = outlook
+        return x
 
-    def chances(self, signals: Signals, agreement: tuple[float, ...]) -> tuple[float, ...]:
-        """The chance that the target picks each candidate; agreement: the draft's own word on each, best first."""
+    def chances(self, signals: Sequence[Signals], agreement: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
+        """At each of n nodes the chance that the target picks each candidate; agreement: the draft's own word on each,
+        best first."""
         x = self.features(signals)
         # The mean over the weights' uncertainty, by MacKay's approximation: less sure while little is known.
-        spread = math.sqrt(1 + math.pi / 8 * float(x @ self.covariance @ x))
-        first = 1 / (1 + math.exp(-float(x @ self.weights) / spread))
-        others = sum(agreement[1:])
-        rest = (1 - first) * self._covered / self._missed
-        return (first, *(rest * chance / others if others > 0 else 0.0 for chance in agreement[1:]))
+        spread = np.sqrt(1 + math.pi / 8 * ((x @ self.covariance) * x).sum(1))
+        first = (1 / (1 + np.exp(-(x @ self.weights) / spread))).tolist()
+        share = self._covered / self._missed
+        found = []
+        for chance, said in zip(first, agreement, strict=True):
+            others = sum(said) - said[0]
+            scale = (1 - chance) * share / others if others > 0 else 0.0
+            found.append((chance, *[scale * word for word in said[1:]]))
+        return found
 
     def learn(self, signals: Signals, stood: bool, covered: bool) -> None:
         """One label: whether the target's token was the first candidate there, or (covered) any candidate."""
-        x = self.features(signals)
+        x = self.features([signals])[0]
         p = 1 / (1 + math.exp(-float(x @ self.weights)))
         spread = self.covariance @ x
         variance = p * (1 - p)

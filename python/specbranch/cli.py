@@ -23,6 +23,7 @@ from specbranch.commands.messages import (
 
 # Spelled out here because `specbranch --help` must not wait for torch; a test compares with the package's.
 METHODS = ("autoregressive", "speculative", "adaptive", "pearl", "ssd", "specbranch-paper", "specbranch")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 PEERS = ("greedy", "assisted", "prompt-lookup")
 
 
@@ -156,6 +157,13 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's)")
 
     doctor = commands.add_parser("doctor", help="what is installed, what can run, and why not")
+    doctor.add_argument(
+        "--target",
+        default="bundled",
+        metavar="DIR|NAME",
+        help="whether its steps can be captured (default: %(default)s)",
+    )
+    doctor.add_argument("--draft", default="bundled", metavar="DIR|NAME", help="the same (default: %(default)s)")
     doctor.add_argument("--json", action="store_true", help="as one JSON object")
     return parser
 
@@ -176,6 +184,18 @@ def _add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> Non
         help="of the weights (default: as stored)",
     )
     parser.add_argument("--device", type=_device, default="cpu", metavar="cpu|cuda", help="default: %(default)s")
+    parser.add_argument(
+        "--draft-device",
+        type=_device,
+        metavar="cpu|cuda",
+        help="of the draft alone, for example cuda:1 (default: --device)",
+    )
+    parser.add_argument(
+        "--device-map", choices=DEVICE_MAPS, help="spread the target over all devices instead, as transformers does"
+    )
+    parser.add_argument(
+        "--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="on a GPU: run every step from Python"
+    )
     parser.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
         "--overlap",

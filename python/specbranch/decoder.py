@@ -77,7 +77,7 @@ class Decoder:
         if self.policy.overlaps:
             overlapped = self.costs.prefer_overlap() if self.overlap is None else self.overlap
         mode = self.costs.mode(overlapped)
-        burst = 1 if self.drafter is None else self.drafter.burst
+        burst = 1 if self.drafter is None else min(self.drafter.burst, mode.burst())
         return Situation(overlapped, mode, self.costs.acceptance, remaining, self.idle, burst, self.outlook)
 
     def _draft_ahead(self, tree: Tree, situation: Situation) -> Tree:
@@ -125,8 +125,7 @@ class Decoder:
         """Run the draft as the policy wants, and make children of as many of its candidates."""
         assert self.drafter is not None
         grown, nodes, done = self.drafter.propose(growth.tree, growth.nodes, self.tokens, steps, going)
-        for node in nodes:
-            grown = grown.branch(node, self.policy.width(grown, node, branch_point))
+        grown = grown.branch({node: self.policy.width(grown, node, branch_point) for node in nodes})
         for step in done:
             self.costs.mode(situation.overlapped).draft.record(step.rows, step.seconds)
             self.stats.add_draft(step)

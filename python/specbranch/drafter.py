@@ -66,30 +66,30 @@ class Drafter:
             self.runner.prefill(backlog[:-MAX_BACKLOG])
             backlog = backlog[-MAX_BACKLOG:]
         batch = self.runner.model.place(tree, nodes, backlog)
-        all_guesses = self.runner.draft(batch, self.candidates, self.vocabulary, self.sampling, steps, going)
-        everywhere: list[int] = []
-        below = list(nodes)
-        for number, guesses in enumerate(all_guesses):
-            if number:
-                first = len(tree)
-                for node in below:
-                    tree = tree.adopt(node, 0)
-                below = list(range(first, len(tree)))
-                cache.nodes += below
-            for place, node in enumerate(below):
-                tree = tree.propose(node, self._proposals(guesses, place, tree.nodes[node].depth))
-            everywhere += below
-        return Drafted(tree, everywhere, [guesses.step for guesses in all_guesses])
+        guesses = self.runner.draft(batch, self.candidates, self.vocabulary, self.sampling, steps, going)
+        grown, everywhere = tree.descend(nodes, self._proposals(guesses, [tree.nodes[node].depth for node in nodes]))
+        cache.nodes += everywhere[len(nodes) :]
+        return Drafted(grown, everywhere, [each.step for each in guesses])
 
-    def _proposals(self, guesses: Guesses, place: int, depth: int) -> Proposals:
+    def _proposals(self, guesses: Sequence[Guesses], depths: Sequence[int]) -> list[list[Proposals]]:
+        """[steps][leaves]."""
+        said = [
+            self._said(each, place, depth + number)
+            for number, each in enumerate(guesses)
+            for place, depth in enumerate(depths)
+        ]
+        found = note(said, self.calibrator)
+        return [found[i : i + len(depths)] for i in range(0, len(found), len(depths))]
+
+    def _said(self, guesses: Guesses, place: int, depth: int) -> Said:
         tokens, scores = guesses.tokens[place], guesses.scores[place]
-        count = sum(token >= 0 for token in tokens)
+        count = len(tokens) if tokens[-1] >= 0 else sum(token >= 0 for token in tokens)
         if count == 0:  # on a device, where a kernel cannot raise
             raise ValueError("draft_logits: a row has NaN or +inf, or masks every token")
-        word = guesses.confidence[place][:count] if self.sampling.temperature == 0 else agreement(scores[:count])
+        word = guesses.confidence[place] if self.sampling.temperature == 0 else agreement(scores[:count])
         margin = scores[0] - scores[1] if count > 1 else math.inf
         signals = Signals(word[0], guesses.entropy[place], margin, depth, stands(self.outlook, depth))
-        return note(tokens[:count], word, signals, self.calibrator)
+        return tokens[:count], word[:count], signals
 
     @property
     def burst(self) -> int:
@@ -128,10 +128,16 @@ def stands(outlook: Outlook | None, depth: int) -> float:
     return 0.0 if outlook is None else outlook.stands(depth)
 
 
-def note(tokens: Sequence[int], word: Sequence[float], signals: Signals, calibrator: Calibrator | None) -> Proposals:
+Said = tuple[Sequence[int], Sequence[float], Signals]
+"""What the draft said at a node: candidates, its own word on each, and the signals."""
+
+
+def note(said: Sequence[Said], calibrator: Calibrator | None) -> list[Proposals]:
     """Candidates with the chance of each: the draft's own word, or what the calibrator makes of it."""
-    chances = tuple(word) if calibrator is None else calibrator.chances(signals, tuple(word))
-    return Proposals(tuple(tokens), chances, signals)
+    if calibrator is None:
+        return [Proposals(tuple(tokens), tuple(word), signals) for tokens, word, signals in said]
+    chances = calibrator.chances([signals for _, _, signals in said], [word for _, word, _ in said])
+    return [Proposals(tuple(said[i][0]), chances[i], said[i][2]) for i in range(len(said))]
 
 
 def agreement(scores: Sequence[float]) -> list[float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specbranch import bundled
 from specbranch.errors import SpecBranchError
@@ -82,6 +82,14 @@ def load_model(
         return model
     except (RuntimeError, AssertionError) as error:
         raise SpecBranchError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def without_weights(source: str | os.PathLike[str], role: str) -> PreTrainedModel:
+    """The model of a checkpoint on the meta device: its shapes and code, and no memory."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(source, role)))
+    model.eval()
+    return model
 
 
 def load_tokenizer(source: ModelSource, role: str) -> PreTrainedTokenizerBase | None:

@@ -22,7 +22,7 @@ from specbranch.policy import Policy
 from specbranch.record import TAIL, Record, RecordedText, Said
 from specbranch.stats import Stats
 from specbranch.steps import Step
-from specbranch.tree import Proposals, Signals, Tree
+from specbranch.tree import Signals, Tree
 from specbranch.verifier import Verdict
 
 ROOM = TREE_ROWS - MAX_BACKLOG  # nodes that a draft may run over before a commit
@@ -196,24 +196,23 @@ class ReplayDrafter:
         while len(done) < steps and (not done or going()):
             if done:
                 first = len(tree)
-                for node in below:
-                    tree = tree.adopt(node, 0)
+                tree = tree.adopt_all((node, 0) for node in below)
                 below = list(range(first, len(tree)))
             begin, self.time.now = self.time.now, self.time.now + line(len(below) + backlog)
             done.append(Step(begin, self.time.now, len(below) + backlog))
             backlog = 0
-            for node in below:
-                tree = tree.propose(node, self._proposals(tree, node))
+            found = note([self._said_at(tree, node) for node in below], self.calibrator)
+            tree = tree.propose(dict(zip(below, found, strict=True)))
             everywhere += below
         self._ran.update(everywhere)
         self.room -= len(everywhere)
         return Drafted(tree, everywhere, done)
 
-    def _proposals(self, tree: Tree, node: int) -> Proposals:
+    def _said_at(self, tree: Tree, node: int) -> tuple[list[int], list[float], Signals]:
         tokens, word, entropy, margin = self._row(tree, node)
         count = min(self.candidates, len(tokens))
         signals = Signals(word[0], entropy, margin, depth := tree.nodes[node].depth, stands(self.outlook, depth))
-        return note(tokens[:count], word[:count], signals, self.calibrator)
+        return tokens[:count], word[:count], signals
 
     def learn(self, tree: Tree, path: Sequence[int], next_token: int, outlook: Outlook | None) -> None:
         learn(self.calibrator, tree, path, next_token)

@@ -119,8 +119,8 @@ def _calibrated(text: RecordedText, at: int, depth: int, word: float, calibrator
         if text.said.tokens[at + step, 0] != text.tokens[at + step]:  # on the draft's own wrong turn
             tails, row = text.tails, (at + step) * TAIL + depth - step - 1
             signals = Signals(word, float(tails.entropy[row]), float(tails.margin[row]), depth)
-            return calibrator.chances(signals, (word,))[0]
-    return calibrator.chances(_signals(text, at + depth, depth), (word,))[0]
+            return calibrator.chances([signals], [(word,)])[0][0]
+    return calibrator.chances([_signals(text, at + depth, depth)], [(word,)])[0][0]
 
 
 def fit(

@@ -5,8 +5,9 @@ A tree is a value. Growing or re-rooting it returns another tree; node indices s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 
@@ -26,8 +27,7 @@ class Signals(NamedTuple):
     outlook: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Proposals:
+class Proposals(NamedTuple):
     """The draft's candidates after one node, best first, with the chance that the target agrees with each."""
 
     tokens: tuple[int, ...]
@@ -35,8 +35,7 @@ class Proposals:
     signals: Signals | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(NamedTuple):
     """One token of the tree.
 
     reach: estimated probability that the target accepts the whole path from the root to this node.
@@ -50,7 +49,7 @@ class Node:
     proposals: Proposals | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Tree:
     """Nodes in the order they were added: node 0 is the root (the last committed token), parents come first.
 
@@ -67,9 +66,17 @@ class Tree:
     def __len__(self) -> int:
         return len(self.nodes)
 
-    def children(self, node: int) -> list[int]:
+    @cached_property
+    def _children(self) -> list[list[int]]:
+        children: list[list[int]] = [[] for _ in self.nodes]
+        for i, node in enumerate(self.nodes):
+            if node.parent >= 0:
+                children[node.parent].append(i)
+        return children
+
+    def children(self, node: int) -> Sequence[int]:
         """The children of `node`, in the order they were added."""
-        return [i for i in range(node + 1, len(self.nodes)) if self.nodes[i].parent == node]
+        return self._children[node]
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that carries `token`, if there is one."""
@@ -91,38 +98,66 @@ class Tree:
 
     def below(self, node: int) -> list[int]:
         """`node` and all its descendants, in the order they were added."""
-        members = {node}
-        for i in range(node + 1, len(self.nodes)):
-            if self.nodes[i].parent in members:
-                members.add(i)
+        members = [node]
+        for member in members:
+            members.extend(self._children[member])
         return sorted(members)
 
-    def propose(self, node: int, proposals: Proposals) -> Tree:
-        """This tree, with the draft's candidates noted at `node` (no children yet)."""
+    def propose(self, found: Mapping[int, Proposals]) -> Tree:
+        """This tree, with the draft's candidates noted at some nodes (no children yet)."""
         nodes = list(self.nodes)
-        nodes[node] = replace(nodes[node], proposals=proposals)
+        for node, proposals in found.items():
+            nodes[node] = nodes[node]._replace(proposals=proposals)
         return Tree(tuple(nodes), self.position)
 
-    def branch(self, node: int, width: int) -> Tree:
-        """This tree, with the first `width` candidates of `node` as its children (those there already stay)."""
-        parent = self.nodes[node]
-        if parent.proposals is None:
-            raise ValueError(f"node {node} has no proposals yet: the draft has not run over it")
-        known = {self.nodes[i].token for i in self.children(node)}
-        candidates = zip(parent.proposals.tokens[:width], parent.proposals.confidence, strict=False)
-        added = [
-            Node(token, node, parent.depth + 1, parent.reach * confidence)
-            for token, confidence in candidates
-            if token not in known
-        ]
+    def branch(self, widths: Mapping[int, int]) -> Tree:
+        """This tree, with candidates of some nodes as their children: the first ones, as many as `widths` says (those
+        there already stay)."""
+        added = []
+        for node, width in widths.items():
+            parent = self.nodes[node]
+            if parent.proposals is None:
+                raise ValueError(f"node {node} has no proposals yet: the draft has not run over it")
+            known = {self.nodes[i].token for i in self.children(node)} if width else set()
+            candidates = zip(parent.proposals.tokens[:width], parent.proposals.confidence, strict=False)
+            added += [
+                Node(token, node, parent.depth + 1, parent.reach * confidence)
+                for token, confidence in candidates
+                if token not in known
+            ]
         return Tree((*self.nodes, *added), self.position) if added else self
 
     def adopt(self, node: int, rank: int) -> Tree:
         """This tree, with candidate number `rank` of `node` as its newest child."""
-        parent = self.nodes[node]
-        assert parent.proposals is not None
-        chance = parent.reach * parent.proposals.confidence[rank]
-        return Tree((*self.nodes, Node(parent.proposals.tokens[rank], node, parent.depth + 1, chance)), self.position)
+        return self.adopt_all([(node, rank)])
+
+    def adopt_all(self, chosen: Iterable[tuple[int, int]]) -> Tree:
+        """This tree, with the chosen candidates, (node, rank), as new nodes in that order."""
+        nodes = list(self.nodes)
+        for node, rank in chosen:
+            parent = nodes[node]
+            assert parent.proposals is not None
+            chance = parent.reach * parent.proposals.confidence[rank]
+            nodes.append(Node(parent.proposals.tokens[rank], node, parent.depth + 1, chance))
+        return Tree(tuple(nodes), self.position)
+
+    def descend(self, nodes: Sequence[int], found: Sequence[Sequence[Proposals]]) -> tuple[Tree, list[int]]:
+        """This tree with candidates noted at `nodes`, found[0], then at the first of those, found[1], and so on; and
+        all the nodes where some were noted."""
+        grown, below, everywhere = list(self.nodes), list(nodes), list(nodes)
+        for step, proposals in enumerate(found):
+            if step:
+                first = len(grown)
+                for node in below:
+                    parent = grown[node]
+                    assert parent.proposals is not None
+                    chance = parent.reach * parent.proposals.confidence[0]
+                    grown.append(Node(parent.proposals.tokens[0], node, parent.depth + 1, chance))
+                below = list(range(first, len(grown)))
+                everywhere += below
+            for node, said in zip(below, proposals, strict=True):
+                grown[node] = grown[node]._replace(proposals=said)
+        return Tree(tuple(grown), self.position), everywhere
 
     def without(self, leaf: int) -> Tree:
         """This tree before `leaf`, its newest node, was added; a leaf that is not the newest stays."""
@@ -137,16 +172,12 @@ class Tree:
         """The subtree at `node` as a tree of its own, and the map from old to new indices of what survives."""
         kept = {old: new for new, old in enumerate(self.below(node))}
         top = self.nodes[node]
-        nodes = tuple(
-            replace(
-                self.nodes[old],
-                parent=kept.get(self.nodes[old].parent, -1),
-                depth=self.nodes[old].depth - top.depth,
-                reach=self.nodes[old].reach / top.reach if top.reach > 0 else 1.0,
-            )
-            for old in kept
-        )
-        return Tree(nodes, self.position + top.depth), kept
+        nodes = []
+        for old in kept:
+            token, parent, depth, reach, proposals = self.nodes[old]
+            reach = reach / top.reach if top.reach > 0 else 1.0
+            nodes.append(Node(token, kept.get(parent, -1), depth - top.depth, reach, proposals))
+        return Tree(tuple(nodes), self.position + top.depth), kept
 
     def chance(self, node: int) -> float:
         """The estimated chance that the target agrees with `node`, given that it accepts its parent."""

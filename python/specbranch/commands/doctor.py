@@ -19,7 +19,7 @@ from specbranch.commands.terminal import output_console
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; status 1 when SpecBranch cannot generate here."""
-    findings = examine()
+    findings = examine(args.target, args.draft)
     if args.json:
         print(json.dumps(findings, indent=1))
     else:
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if findings["ready"] else FAILURE
 
 
-def examine() -> dict[str, Any]:
+def examine(target: str = "bundled", draft: str = "bundled") -> dict[str, Any]:
     """Everything that `doctor` reports; each part says for itself what is wrong with it, and none raises."""
     findings: dict[str, Any] = {
         "versions": describe_versions(),
@@ -41,6 +41,7 @@ def examine() -> dict[str, Any]:
         "core": _attempt(_core),
         "openmp": _attempt(_openmp),
         "cuda": _attempt(_cuda),
+        "cuda_graphs": {"target": _captured(target, "target"), "draft": _captured(draft, "draft")},
         "bundled_pair": _attempt(_bundled_pair),
     }
     needed = ("core", "bundled_pair", "threads")
@@ -114,6 +115,21 @@ def _cuda_runtime() -> str:
     from specbranch_ext import _C
 
     return str(_C.cuda_runtime_report())
+
+
+def _captured(source: str, role: str) -> str:
+    """Whether a model's steps can be captured in CUDA graphs, by its configuration alone."""
+    from specbranch.commands.loading import quiet_libraries
+
+    quiet_libraries()
+    try:
+        from specbranch.capturable import why_not_captured
+        from specbranch.loading import without_weights
+
+        reason = why_not_captured(without_weights(source, role))
+    except Exception as error:
+        reason = one_line(error)
+    return "can be captured" if reason is None else f"eager: {reason}"
 
 
 def _driver() -> str | None:
