@@ -13,7 +13,7 @@ from recording_device import NotCapturable, RecordingDevice
 from test_models import FAMILIES, PROMPT
 from tiny import tiny_model
 
-from specbranch import METHODS, SpecBranch
+from specbranch import METHODS, SpecBranch, bundled
 from specbranch.batch import Batch, pack
 from specbranch.captured import AHEAD, GRANULARITY, KEPT, ROWS, CapturedRunner
 from specbranch.costs import ModeCosts
@@ -62,6 +62,17 @@ def test_every_method_decodes_the_same_tokens_captured(method: str, overlap: boo
         capture(pair, seed)
         result = pair.generate(PROMPT, max_new_tokens=150, method=method, overlap=overlap, temperature=0.7, seed=5)
         assert result.tokens == expected.tokens
+
+
+def test_the_bundled_pair_end_to_end() -> None:
+    pair = SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32")
+    records = bundled.prompts()[:3]
+    expected = [pair.generate(r["prompt"], max_new_tokens=64, method="autoregressive") for r in records]
+    capture(pair)
+    for record, plain in zip(records, expected, strict=True):
+        for overlap in (False, True):
+            generation = pair.generate(record["prompt"], max_new_tokens=64, overlap=overlap)
+            assert (generation.tokens, generation.text) == (plain.tokens, plain.text)
 
 
 def test_bursts_are_long_and_what_they_drafted_is_used() -> None:

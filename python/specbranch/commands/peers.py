@@ -70,7 +70,8 @@ class Peers:
         min_p: float = 0.0,
         seed: int = 0,
     ) -> PeerText:
-        """What `peer` writes: greedy, assisted or prompt-lookup.
+        """What `peer` writes: greedy, static (the same with a static cache, which is compiled on a GPU), assisted or
+        prompt-lookup.
 
         At a temperature above 0 the peers sample with the same filters, from torch's own generator.
         """
@@ -81,6 +82,8 @@ class Peers:
             options["assistant_model"] = self._draft
         elif peer == "prompt-lookup":
             options["prompt_lookup_num_tokens"] = PROMPT_LOOKUP_TOKENS
+        elif peer == "static":
+            options["cache_implementation"] = "static"
         elif peer != "greedy":
             raise ValueError(f"unknown peer {peer!r}")
         target: Any = self._target

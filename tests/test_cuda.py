@@ -1,0 +1,119 @@
+"""On a GPU: captured steps, both streams, memory, two devices. Skipped where there is none.
+
+What these tests ask is asked without a GPU too, of a recording device (test_captured.py).
+"""
+
+from itertools import cycle
+
+import pytest
+import torch
+
+from specbranch import METHODS, SpecBranch, bundled
+from specbranch.overlap import Streams
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+DEVICE = "cuda"
+NEW_TOKENS = 96
+SAMPLINGS = [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 7}]
+
+
+def load(**options: object) -> SpecBranch:
+    return SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32", device=DEVICE, **options)
+
+
+@pytest.fixture(scope="module")
+def captured() -> SpecBranch:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[list[int]]:
+    """Autoregressive, eager: what every other way of running must give. More than 2,000 tokens."""
+    eager = load(cuda_graphs=False)
+    found = [
+        eager.generate(record["prompt"], max_new_tokens=NEW_TOKENS, method="autoregressive", **sampling).tokens
+        for record in bundled.prompts()
+        for sampling in SAMPLINGS
+    ]
+    assert sum(map(len, found)) >= 2000
+    return found
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_captured_equals_eager_and_overlapped_equals_serial(
+    captured: SpecBranch, texts: list[list[int]], method: str, overlap: bool
+) -> None:
+    expected = iter(texts)
+    for record in bundled.prompts():
+        for sampling in SAMPLINGS:
+            generation = captured.generate(
+                record["prompt"], max_new_tokens=NEW_TOKENS, method=method, overlap=overlap, **sampling
+            )
+            assert generation.tokens == next(expected), (record["id"], sampling)
+            assert generation.stats.target_runner == "captured"
+
+
+def test_eager_equals_captured_when_overlapped(texts: list[list[int]]) -> None:
+    eager = load(cuda_graphs=False)
+    assert isinstance(eager._workers, Streams)
+    for record, expected in zip(bundled.prompts(), texts[:: len(SAMPLINGS)], strict=True):
+        generation = eager.generate(record["prompt"], max_new_tokens=NEW_TOKENS, overlap=True)
+        assert generation.tokens == expected
+        assert generation.stats.target_runner == "eager: CUDA graphs are switched off"
+
+
+def test_the_cpu_gives_the_same_tokens(texts: list[list[int]]) -> None:
+    """Up to near-ties between two ways of adding up, which float32 leaves few of."""
+    pair = SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32")
+    same = [
+        pair.generate(record["prompt"], max_new_tokens=NEW_TOKENS).tokens == expected
+        for record, expected in zip(bundled.prompts(), texts[:: len(SAMPLINGS)], strict=True)
+    ]
+    assert sum(same) >= 0.8 * len(same)
+
+
+def test_memory_does_not_grow(captured: SpecBranch) -> None:
+    """Over 20,000 tokens, after everything was captured."""
+    prompts = cycle(bundled.prompts())
+
+    def some(count: int) -> int:
+        made = 0
+        while made < count:
+            record = next(prompts)
+            made += len(captured.generate(record["prompt"], max_new_tokens=NEW_TOKENS, overlap=True).tokens)
+        return made
+
+    some(500)
+    before = torch.cuda.memory_allocated()
+    assert some(20_000) >= 20_000
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_a_text_beyond_the_cache_is_captured_anew(captured: SpecBranch) -> None:
+    limit = captured.target.config.max_position_embeddings
+    prompt = captured.encode(bundled.prompts()[0]["prompt"])
+    longer = (prompt * (limit // len(prompt) + 1))[: limit - 40]
+    expected = captured.generate(longer, max_new_tokens=32, method="autoregressive", overlap=False).tokens
+    assert captured.generate(longer, max_new_tokens=32, overlap=True).tokens == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_draft_and_target_on_two_gpus(texts: list[list[int]]) -> None:
+    pair = load(draft_device="cuda:1")
+    assert pair.draft is not None
+    assert (str(pair.target.device), str(pair.draft.device)) == ("cuda:0", "cuda:1")
+    for record, expected in zip(bundled.prompts(), texts[:: len(SAMPLINGS)], strict=True):
+        assert pair.generate(record["prompt"], max_new_tokens=NEW_TOKENS, overlap=True).tokens == expected
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_target_spread_over_two_gpus(texts: list[list[int]]) -> None:
+    pair = load(device_map="balanced")
+    for record, expected in zip(bundled.prompts()[:3], texts[:: len(SAMPLINGS)], strict=False):
+        generation = pair.generate(record["prompt"], max_new_tokens=NEW_TOKENS, overlap=True)
+        assert generation.tokens == expected
+        assert generation.stats.target_runner.startswith("eager: its layers lie on several devices")
