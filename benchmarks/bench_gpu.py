@@ -30,11 +30,20 @@ from transformers import PreTrainedModel
 from specbranch import SpecBranch
 from specbranch.commands.machine import describe_machine, describe_versions
 from specbranch.commands.peers import Peers
+from specbranch.drafter import always
+from specbranch.model import CachedModel
+from specbranch.placement import make_runner
 from specbranch.record import Record, RecordedText
+from specbranch.sampling import Sampling
 from specbranch.stats import Round, Stats
+from specbranch.steps import Step
+from specbranch.tree import Tree
 
 CANDIDATES = 6
-LEAVES = 4  # of the draft step that is measured alone
+ROWS = (1, 4, 8, 16)  # of the steps that are measured alone
+REPEATS = 12
+BURST = 8
+PREFIX = 256  # tokens behind which they are
 MICRO = 1e6
 
 
@@ -88,6 +97,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "trace": args.trace.name,
         "texts": len(texts),
         "copy_bandwidth": bandwidth,
+        "step_seconds": {
+            f"{role}, {rows} rows": step_seconds(model, role, rows)
+            for role, model in (("target", target), ("draft", draft))
+            for rows in ROWS
+        },
         "weight_bytes": {"target": weight_bytes(target), "draft": weight_bytes(draft)},
         "rows": [summary(name, found, texts, target, draft, bandwidth) for name, found in runs.items()],
     }
@@ -164,6 +178,29 @@ def make_contenders(
         contenders["autoregressive, eager"] = ours(eager, "autoregressive", False)
         contenders["specbranch, eager"] = ours(eager, "specbranch", True)
     return contenders | {f"transformers {name}": transformers(name) for name in peers}
+
+
+def step_seconds(model: PreTrainedModel, role: str, rows: int) -> float:
+    """Median device seconds of one step of a model that runs alone, its forward and what is done with the logits."""
+    runner = make_runner(CachedModel(model, role), cuda_graphs=True)
+    runner.model.reset(PREFIX + 1)
+    tree = Tree.rooted(1, PREFIX)
+    for _ in range(rows):
+        tree = tree.hang(0, 1)
+    steps: list[Step] = []
+    with runner.model.attached():
+        runner.prefill([1] * PREFIX)
+        for _ in range(REPEATS):
+            runner.model.cache.rollback(PREFIX)
+            if role == "draft":
+                runner.draft(runner.model.place(tree, [0]), CANDIDATES, model.config.vocab_size, Sampling(), 1, always)
+                batch = runner.model.place(tree, range(1, rows + 1))
+                guesses = runner.draft(batch, CANDIDATES, model.config.vocab_size, Sampling(), BURST, always)
+                steps += [guess.step for guess in guesses]
+            else:
+                batch = runner.model.place(tree, range(rows))
+                steps.append(runner.verify(batch, [-1] + [0] * (rows - 1), Sampling()).result().step)
+    return statistics.median(step.seconds for step in steps[len(steps) // 4 :])
 
 
 def in_turn(contenders: dict[str, Contender], number: int) -> list[tuple[str, Contender]]:

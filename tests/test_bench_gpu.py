@@ -34,6 +34,8 @@ def test_a_run_gives_the_trace_s_tokens_and_a_whole_report(tmp_path, capsys):
     assert rows["autoregressive"]["tokens_per_target_forward"] == 1
     assert rows["speculative"]["tokens_per_target_forward"] > 3  # the recorded pair's acceptance
     assert rows["pearl"]["parts"]["round"] > rows["pearl"]["parts"]["target"] > 0
+    assert set(report["step_seconds"]) == {f"{m}, {n} rows" for m in ("target", "draft") for n in bench_gpu.ROWS}
+    assert min(report["step_seconds"].values()) > 0
     assert report["copy_bandwidth"] is None  # no GPU: no share of it either
     assert all("bandwidth_share" not in row for row in rows.values())
     assert "specbranch, in turn" in capsys.readouterr().out

@@ -43,10 +43,11 @@ def situation(
     remaining: int = 99,
     acceptance: float = 0.9,
     idle: int = 0,
+    burst: int = 1,
     outlook: Outlook | None = None,
     **kwargs: float,
 ) -> Situation:
-    return Situation(overlapped, costs(**kwargs), acceptance, remaining, idle, outlook=outlook)
+    return Situation(overlapped, costs(**kwargs), acceptance, remaining, idle, burst, outlook)
 
 
 def test_chain_policies_draft_their_length_and_no_further_than_needed() -> None:
@@ -208,3 +209,27 @@ def test_methods_and_options() -> None:
         make_policy("specbranch", {"epsilon": 2.0})
     with pytest.raises(SpecBranchError, match="hedge is 'all'; expected one of any"):
         make_policy("specbranch", {"hedge": "all"})
+
+
+def test_bursts_go_no_deeper_than_a_policy_would_step_by_step() -> None:
+    assert Speculative(5).before(chain(0.9), situation(burst=16)).steps == 4
+    assert Speculative(5).before(chain(0.9), situation(burst=3)).steps == 3
+    assert Adaptive().before(chain(0.9), situation(burst=16)).steps == 1  # it looks at every token
+    tree = chain(0.9, 0.9)
+    for policy in (Pearl(limit=8), SpecBranch(limit=8), Ssd(limit=8)):
+        now = situation(overlapped=True, burst=16)
+        cut = policy.cut(tree, now)
+        assert policy.during(cut, cut.tree, now).steps == 6
+        late = situation(overlapped=True, burst=16, remaining=5)
+        cut = policy.cut(tree, late)
+        assert policy.during(cut, cut.tree, late).steps == 2  # four tokens at most are committed behind the root
+        last = situation(overlapped=True, burst=16, remaining=3)
+        cut = policy.cut(tree, last)
+        growth = policy.during(cut, cut.tree, last)
+        assert all(growth.tree.nodes[node].depth <= 2 for node in growth.nodes)
+
+
+def test_a_burst_is_half_of_what_fits_beside_the_target() -> None:
+    assert costs(target=0.4, draft=0.05).burst() == 4
+    assert costs(target=0.1, draft=0.4).burst() == 1
+    assert ModeCosts().burst() == 1

@@ -68,3 +68,21 @@ def test_best_path_follows_the_likeliest_child() -> None:
     )
     assert tree.best_path() == (0, 2, 5)
     assert tree.best_path(1) == (1, 3)
+
+
+def test_descending_is_proposing_and_adopting_step_by_step() -> None:
+    def said(*tokens: int) -> Proposals:
+        return Proposals(tokens, (0.5, 0.25))
+
+    tree = Tree.rooted(1, 0).propose({0: said(2, 3)}).branch({0: 2})
+    found = [[said(4, 5), said(6, 7)], [said(8, 9), said(10, 11)], [said(12, 13), said(14, 15)]]
+    deep, nodes = tree.descend([1, 2], found)
+    assert nodes == [1, 2, 3, 4, 5, 6]
+    steps = tree
+    for below, proposals in zip(([1, 2], [3, 4], [5, 6]), found, strict=True):
+        steps = steps.propose(dict(zip(below, proposals, strict=True)))
+        if below != [5, 6]:
+            steps = steps.adopt_all((node, 0) for node in below)
+    assert deep == steps
+    assert deep.tokens(deep.path(6)) == [1, 3, 6, 10]
+    assert deep.nodes[6].reach == 0.25 * 0.5 * 0.5

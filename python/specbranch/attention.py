@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -27,8 +27,11 @@ ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2
 
 LINEAR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A 4D mask is handed through untouched, so this one keeps transformers from building a mask that nobody reads.
-NO_MASK = torch.zeros(1, 1, 1, 1)
+
+@cache
+def no_mask(device: torch.device) -> Tensor:
+    """A 4D mask is handed through untouched, so this one keeps transformers from building one that nobody reads."""
+    return torch.zeros(1, 1, 1, 1, device=device)
 
 
 @dataclass

@@ -38,28 +38,32 @@ class Decoder:
         self.tokens: list[int] = []
         self.idle = 0
         self.outlook: Outlook | None = None
+        self._lessons: list[tuple[Tree, Verdict]] = []
         self.stats = Stats(method=policy.name)
 
     def rounds(self, prompt: list[int], max_new_tokens: int) -> Iterator[list[int]]:
         """Yield the tokens that each round commits, at most `max_new_tokens` in all, for as long as it is asked."""
         tree = self._prefill(prompt)
         remaining = max_new_tokens
-        while remaining > 0:
-            situation = self._situation(remaining)
-            self.stats.begin_round(self.clock(), situation.overlapped)
-            tree = self._draft_ahead(tree, situation)
-            cut = self.policy.cut(tree, situation)
-            self.stats.drafted += len(cut.tree) - len(tree)
-            if situation.overlapped:
-                pending = self.workers.submit(self.verifier, cut.tree, cut.trunk)
-                tree = self._draft_meanwhile(cut, pending, situation)
-                verdict = pending.result()
-            else:
-                tree, verdict = cut.tree, self.verifier.verify(cut.tree, cut.trunk)
-            committed, tree = self._commit(tree, cut, verdict)
-            self._record(situation, cut, verdict, len(committed))
-            remaining -= len(committed)
-            yield committed
+        try:
+            while remaining > 0:
+                situation = self._situation(remaining)
+                self.stats.begin_round(self.clock(), situation.overlapped)
+                tree = self._draft_ahead(tree, situation)
+                cut = self.policy.cut(tree, situation)
+                self.stats.drafted += len(cut.tree) - len(tree)
+                if situation.overlapped:
+                    pending = self.workers.submit(self.verifier, cut.tree, cut.trunk)
+                    tree = self._draft_meanwhile(cut, pending, situation)
+                    verdict = pending.result()
+                else:
+                    tree, verdict = cut.tree, self.verifier.verify(cut.tree, cut.trunk)
+                committed, tree = self._commit(tree, cut, verdict)
+                self._record(situation, cut, verdict, len(committed))
+                remaining -= len(committed)
+                yield committed
+        finally:
+            self._learn()
 
     def _prefill(self, prompt: list[int]) -> Tree:
         """Both models read the prompt but its last token, which becomes the root."""
@@ -124,13 +128,23 @@ class Decoder:
     ) -> Tree:
         """Run the draft as the policy wants, and make children of as many of its candidates."""
         assert self.drafter is not None
+        self._learn()
+        begin = self.clock()
         grown, nodes, done = self.drafter.propose(growth.tree, growth.nodes, self.tokens, steps, going)
         grown = grown.branch({node: self.policy.width(grown, node, branch_point) for node in nodes})
+        each = (self.clock() - begin) / len(done)  # with what the host makes of it: a row must be worth that too
         for step in done:
-            self.costs.mode(situation.overlapped).draft.record(step.rows, step.seconds)
+            self.costs.mode(situation.overlapped).draft.record(step.rows, each)
             self.stats.add_draft(step)
         self.stats.drafted += len(grown) - len(tree)
         return grown
+
+    def _learn(self) -> None:
+        """The newest verdicts teach the draft: not before it goes on, so that the target need not wait for that."""
+        if self.drafter is not None:
+            for tree, verdict in self._lessons:
+                self.drafter.learn(tree, verdict.path, verdict.next_token, verdict.outlook)
+        self._lessons.clear()
 
     def _commit(self, tree: Tree, cut: Cut, verdict: Verdict) -> tuple[list[int], Tree]:
         """Both caches take the accepted path; the tree is re-rooted at the target's next token."""
@@ -145,7 +159,7 @@ class Decoder:
         self.verifier.commit(verdict.path)
         if self.drafter is not None:
             self.drafter.commit(verdict.path, survivors)
-            self.drafter.learn(tree, verdict.path, verdict.next_token, verdict.outlook)
+            self._lessons.append((tree, verdict))
         self.tokens += committed
         self.outlook = verdict.outlook
         self.stats.new_tokens += len(committed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specbranch.attention import NO_MASK, TreeContext, attached
+from specbranch.attention import TreeContext, attached, no_mask
 from specbranch.batch import Batch, Inputs
 from specbranch.cache import TREE_ROWS, BranchCache
 from specbranch.errors import SpecBranchError
@@ -98,7 +98,7 @@ class CachedModel:
         out = self.model(
             input_ids=inputs.ids[None],
             position_ids=inputs.positions[None],
-            attention_mask=NO_MASK,
+            attention_mask=no_mask(self.device),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,

@@ -91,9 +91,9 @@ class Tree:
 
     def best_path(self, start: int = 0) -> tuple[int, ...]:
         """The path that goes on from `start` to the likeliest child at every node; `start` included."""
-        path = [start]
-        while children := self.children(path[-1]):
-            path.append(max(children, key=lambda i: self.nodes[i].reach))
+        path, nodes, below = [start], self.nodes, self._children
+        while children := below[path[-1]]:
+            path.append(children[0] if len(children) == 1 else max(children, key=lambda i: nodes[i].reach))
         return tuple(path)
 
     def below(self, node: int) -> list[int]:
