@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -83,3 +84,16 @@ def use(name: str) -> Iterator[str]:
             patch.setattr(_library, "core", _cuda_core())
             patch.setattr(_library, "launch_handle", lambda tensor: torch.cuda.current_stream().cuda_stream)
         yield name
+
+
+@contextmanager
+def emulated_runtime() -> Iterator[None]:
+    """The emulated CUDA kernels where there are any, and the CPU's `linear`: what a whole model needs."""
+    emulated = _emulated()
+    core = SimpleNamespace(**{name: getattr(_C, name) for name in dir(_C) if not name.startswith("__")})
+    for name in dir(emulated):
+        if not name.startswith("__"):
+            setattr(core, name, getattr(emulated, name))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_library, "core", core)
+        yield

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TypeVar
 
+import implementations
 import pytest
 import torch
 from captured_pair import capture
@@ -51,6 +52,20 @@ def test_every_family_decodes_the_same_tokens_captured(family: str) -> None:
             assert generation.tokens == tokens, (method, overlap)
             assert generation.stats.target_runner == "captured"
     assert all(any(graph.replays for graph in device.graphs) for device in (target, draft))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_the_cuda_kernels_decode_the_same_tokens_captured(family: str) -> None:
+    """Emulated, with what they alone do: padding, marks instead of errors, prefix and rows from memory."""
+    pair = tiny_pair(family)
+    expected = [pair.generate(PROMPT, max_new_tokens=24, method="autoregressive", **s).tokens for s in SAMPLINGS]
+    with implementations.emulated_runtime():
+        target, _ = capture(pair)
+        for method, overlap in (("specbranch", True), ("speculative", False)):
+            for tokens, sampling in zip(expected, SAMPLINGS, strict=True):
+                result = pair.generate(PROMPT, max_new_tokens=24, method=method, overlap=overlap, **sampling)
+                assert result.tokens == tokens, (method, overlap)
+    assert any(graph.replays for graph in target.graphs)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -137,16 +137,18 @@ class SpecBranch:
         if self.hedge in ("any", "point"):
             for node in cut.trunk:
                 look_below(node)
+        adopted: list[tuple[int, int]] = []
         while found and len(trunk) < len(cut.trunk) + self.beside:
             reach, node, rank = heappop(found)
             if -reach <= least:
                 break
             if rank >= 0:
-                tree = tree.adopt(node, rank)
-                node = len(tree) - 1
-            trunk.append(node)
-            look_below(node)
-        return Cut(tree, tuple(trunk), cut.branch_point)
+                adopted.append((node, rank))
+                trunk.append(len(tree) + len(adopted) - 1)
+            else:
+                trunk.append(node)
+                look_below(node)
+        return Cut(tree.adopt_all(adopted) if adopted else tree, tuple(trunk), cut.branch_point)
 
     def width(self, tree: Tree, node: int, branch_point: int | None) -> int:
         if branch_point is not None and self.hedge == "any":

@@ -108,7 +108,9 @@ class Tree:
         nodes = list(self.nodes)
         for node, proposals in found.items():
             nodes[node] = nodes[node]._replace(proposals=proposals)
-        return Tree(tuple(nodes), self.position)
+        tree = Tree(tuple(nodes), self.position)
+        tree.__dict__["_children"] = self._children
+        return tree
 
     def branch(self, widths: Mapping[int, int]) -> Tree:
         """This tree, with candidates of some nodes as their children: the first ones, as many as `widths` says (those
@@ -133,13 +135,17 @@ class Tree:
 
     def adopt_all(self, chosen: Iterable[tuple[int, int]]) -> Tree:
         """This tree, with the chosen candidates, (node, rank), as new nodes in that order."""
-        nodes = list(self.nodes)
+        nodes, children = list(self.nodes), list(self._children)
         for node, rank in chosen:
             parent = nodes[node]
             assert parent.proposals is not None
             chance = parent.reach * parent.proposals.confidence[rank]
+            children[node] = [*children[node], len(nodes)]
+            children.append([])
             nodes.append(Node(parent.proposals.tokens[rank], node, parent.depth + 1, chance))
-        return Tree(tuple(nodes), self.position)
+        tree = Tree(tuple(nodes), self.position)
+        tree.__dict__["_children"] = children
+        return tree
 
     def descend(self, nodes: Sequence[int], found: Sequence[Sequence[Proposals]]) -> tuple[Tree, list[int]]:
         """This tree with candidates noted at `nodes`, found[0], then at the first of those, found[1], and so on; and
