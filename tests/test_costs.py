@@ -2,7 +2,7 @@
 
 import pytest
 
-from specbranch.costs import TRIAL_ROUNDS, Costs, ForwardCost, ModeCosts
+from specbranch.costs import RETRY_AFTER, RETRY_ROUNDS, TRIAL_ROUNDS, Costs, ForwardCost, ModeCosts
 
 
 def test_a_line_is_recovered_and_the_first_forward_is_left_out() -> None:
@@ -34,19 +34,41 @@ def measured(serial: float, overlapped: float) -> Costs:
 
 def test_each_mode_is_tried_before_one_is_preferred() -> None:
     costs = Costs()
-    assert costs.prefer_overlap() is False
+    assert costs.choose_overlap() is False
     for _ in range(TRIAL_ROUNDS):
         costs.serial.record_round(1.0, 3)
-    assert costs.prefer_overlap() is True
+    assert costs.choose_overlap() is True
 
 
 def test_the_cheaper_mode_wins_and_may_lose_again() -> None:
-    assert measured(serial=0.4, overlapped=0.3).prefer_overlap() is True
+    assert measured(serial=0.4, overlapped=0.3).choose_overlap() is True
     costs = measured(serial=0.4, overlapped=0.6)
-    assert costs.prefer_overlap() is False
+    assert costs.choose_overlap() is False
     for _ in range(60):
         costs.serial.record_round(0.9, 4)
-    assert costs.prefer_overlap() is True
+    assert costs.choose_overlap() is True
+
+
+def test_a_mode_that_was_measured_at_a_bad_moment_is_tried_again() -> None:
+    costs = measured(serial=0.4, overlapped=1.2)  # truly 0.3
+    chosen = []
+    for _ in range(200):
+        chosen.append(costs.choose_overlap())
+        costs.mode(chosen[-1]).record_round(0.3 if chosen[-1] else 0.4, 4)
+    assert not any(chosen[:RETRY_AFTER])
+    assert all(chosen[-20:])
+
+
+def test_a_mode_that_is_slower_is_tried_ever_less() -> None:
+    costs = measured(serial=0.4, overlapped=0.6)
+    chosen = []
+    for _ in range(1000):
+        chosen.append(costs.choose_overlap())
+        costs.mode(chosen[-1]).record_round(0.6 if chosen[-1] else 0.4, 4)
+    assert RETRY_ROUNDS < sum(chosen) <= 5 * RETRY_ROUNDS
+    first = chosen.index(True)
+    assert first == RETRY_AFTER
+    assert chosen[first : first + RETRY_ROUNDS + 1] == [True] * RETRY_ROUNDS + [False]
 
 
 def test_acceptance_follows_the_verdicts() -> None:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 DECAY = 0.97  # weight of the past at every new measurement
 OUTLIER = 4.0  # a measurement counts as at most so many times what was expected: a laptop that slept says nothing
 TRIAL_ROUNDS = 6  # rounds in each mode before "auto" trusts its measurements
+RETRY_AFTER = 40  # rounds before the other mode is tried again; doubled every time that it loses
+RETRY_ROUNDS = 3
+STALE = 0.3  # weight of what was measured before such a trial
 
 
 @dataclass
@@ -79,6 +82,10 @@ class ModeCosts:
             return 1
         return max(1, round(0.5 * self.target.of(4) / max(self.draft.of(4), 1e-9)))
 
+    def fade(self) -> None:
+        """What was measured of rounds so far counts little from now on."""
+        self.seconds, self.tokens = STALE * self.seconds, STALE * self.tokens
+
     @property
     def seconds_per_token(self) -> float:
         """What one more committed token is worth: the time it takes on average."""
@@ -87,12 +94,16 @@ class ModeCosts:
 
 @dataclass
 class Costs:
-    """Both modes' measurements for one pair of models, and how often the draft is right."""
+    """Both modes' measurements for one pair of models and one method, and how often the draft is right."""
 
     serial: ModeCosts = field(default_factory=ModeCosts)
     overlapped: ModeCosts = field(default_factory=ModeCosts)
     accepted: float = 4.0  # prior: 0.8 of 5 tokens
     verified: float = 5.0
+    _preferred: bool | None = None
+    _patience: int = RETRY_AFTER
+    _waited: int = 0
+    _trial: int = 0
 
     def mode(self, overlapped: bool) -> ModeCosts:
         return self.overlapped if overlapped else self.serial
@@ -107,9 +118,21 @@ class Costs:
         """Chance that the target agrees with one drafted token."""
         return min(0.99, self.accepted / self.verified)
 
-    def prefer_overlap(self) -> bool:
-        """Which mode the next round should run in: each is tried first, then the cheaper committed token wins."""
+    def choose_overlap(self) -> bool:
+        """The mode of the next round: each is tried first, then the cheaper committed token wins. The loser is tried
+        again now and then, in case it was measured at a bad moment."""
         for overlapped in (False, True):
             if self.mode(overlapped).rounds < TRIAL_ROUNDS:
                 return overlapped
-        return self.overlapped.seconds_per_token < self.serial.seconds_per_token
+        if self._trial > 0:
+            self._trial -= 1
+            return not self._preferred
+        preferred = self.overlapped.seconds_per_token < self.serial.seconds_per_token
+        if preferred != self._preferred:
+            self._preferred, self._patience, self._waited = preferred, RETRY_AFTER, 0
+        self._waited += 1
+        if self._waited <= self._patience:
+            return preferred
+        self._patience, self._waited, self._trial = 2 * self._patience, 0, RETRY_ROUNDS - 1
+        self.mode(not preferred).fade()
+        return not preferred

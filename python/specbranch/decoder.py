@@ -79,7 +79,7 @@ class Decoder:
     def _situation(self, remaining: int) -> Situation:
         overlapped = False
         if self.policy.overlaps:
-            overlapped = self.costs.prefer_overlap() if self.overlap is None else self.overlap
+            overlapped = self.costs.choose_overlap() if self.overlap is None else self.overlap
         mode = self.costs.mode(overlapped)
         burst = 1 if self.drafter is None else min(self.drafter.burst, mode.burst())
         return Situation(overlapped, mode, self.costs.acceptance, remaining, self.idle, burst, self.outlook)

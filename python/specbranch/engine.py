@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -79,7 +80,7 @@ class SpecBranch:
         self._tap: FeatureTap | None = None
         self._draft = None if draft is None else make_runner(CachedModel(draft, "draft"), cuda_graphs)
         self._workers = make_workers(self._target, self._draft, self.threads, target_threads)
-        self._costs = Costs()
+        self._costs: defaultdict[str, Costs] = defaultdict(Costs)  # by method
         self._calibrator = Calibrator()
         self._eos = end_of_sequence(target)
         self.hrad: HRad | None = None
@@ -311,7 +312,8 @@ class SpecBranch:
         if self.hrad is not None and policy.foresees:
             predictor = Predictor(self._feature_tap(), self.hrad)
             target = eager(target, "H-RAD reads the hidden states of every forward")
-        decoder = Decoder(Verifier(target, sampling, predictor), drafter, policy, self._costs, self._workers, mode)
+        costs = self._costs[policy.name]
+        decoder = Decoder(Verifier(target, sampling, predictor), drafter, policy, costs, self._workers, mode)
         decoder.stats.target_runner = target.note
         decoder.stats.draft_runner = "" if drafter is None else drafter.runner.note
         return decoder, None if predictor is None else predictor.tap
