@@ -267,20 +267,11 @@ def parts(rounds: Sequence[Round]) -> dict[str, float]:
         "target": [sum(step.seconds for step in round.target) for round in rounds],
         "draft": [sum(step.seconds for step in round.draft) for round in rounds],
         "draft_step": steps or [0.0],
-        "neither": [round.seconds - covered(round) for round in rounds],
+        "neither": [round.outside_seconds for round in rounds],
     }
     micro = {name: statistics.median(values) * MICRO for name, values in found.items()}
     over = statistics.median(round.seconds / long for round, long in zip(rounds, longer, strict=True) if long > 0)
     return {**micro, "over_longer_side": over}
-
-
-def covered(round: Round) -> float:
-    """Seconds of a round in which at least one model works."""
-    total, end = 0.0, round.begin
-    for step in sorted([*round.target, *round.draft], key=lambda step: step.begin):
-        total += max(0.0, step.end - max(step.begin, end))
-        end = max(end, step.end)
-    return total
 
 
 def print_table(report: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specbranch import METHODS, SpecBranch, bundled
-from specbranch.stats import CAUSES, Stats
+from specbranch.stats import CAUSES, Round, Stats
 from specbranch.steps import Step
 from specbranch.tree import Node, Tree
 from specbranch.verifier import Verdict
@@ -110,3 +110,9 @@ def test_tokens_behind_a_stop_are_wasted(bundled_pair: SpecBranch):
             assert stats.accepted + stats.hits <= stats.new_tokens
             assert stats.drafted == stats.accepted + stats.hits + stats.wasted
     assert past_the_end > 3
+
+
+def test_time_outside_the_models():
+    steps = dict(draft=[Step(1.0, 2.0, 1), Step(2.5, 4.0, 1)], target=[Step(3.0, 6.0, 4)])
+    assert Round(0.0, True, 7.0, **steps).outside_seconds == pytest.approx(1.0 + 0.5 + 1.0)
+    assert Round(0.0, True, 7.0).outside_seconds == 7.0

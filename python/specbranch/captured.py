@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -187,7 +188,7 @@ class CapturedRunner:
         return self._drafting[key]
 
     def _capture_all(self, run: Callable[[int], None]) -> dict[int, Graph]:
-        return {n: self._capture(lambda n=n: run(n)) for n in ROWS}  # type: ignore[misc]
+        return {n: self._capture(partial(run, n)) for n in ROWS}
 
     def _capture(self, run: Callable[[], None]) -> Graph:
         """Run once, over padding, so that whatever is set up lazily is there; then capture."""

@@ -62,7 +62,7 @@ class Record:
     """Texts of one pair under one sampling, and what forwards cost where they were made.
 
     sampling: the parameters, with max_new_tokens. costs: seconds by mode ("serial", "overlapped") and model
-    ("target", "draft") as [rows, seconds] pairs. round_seconds: of a round outside the models.
+    ("target", "draft") as [rows, seconds] pairs. round_seconds: of a round outside the models (0: not measured).
     """
 
     target: ModelIdentity

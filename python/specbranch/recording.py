@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,17 +49,19 @@ def collect(
         found = Record.load(path)
         check_continues(found, record, features, path)
         record = found
+    outside: list[float] = []
     done = {(text.task, text.id) for text in record.texts}
     for prompt in prompts:
         before(prompt.id)
         if (prompt.task, prompt.id) in done:
             continue
         ids = engine.encode(prompt.text, chat=prompt.chat)
-        tokens = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling)).tokens
-        if not tokens:
+        made = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling))
+        if not made.tokens:
             continue
-        text = engine.record(ids, tokens, id=prompt.id, task=prompt.task, sampling=sampling, features=features)
-        record = replace(record, texts=[*record.texts, text])
+        outside += [round.outside_seconds for round in made.stats.log]
+        text = engine.record(ids, made.tokens, id=prompt.id, task=prompt.task, sampling=sampling, features=features)
+        record = replace(record, texts=[*record.texts, text], round_seconds=median(outside))
         record.save(path)
     return record
 

@@ -43,6 +43,15 @@ class Round:
         return self.end - self.begin
 
     @property
+    def outside_seconds(self) -> float:
+        """Time in which neither model works: what the host makes of it."""
+        working, end = 0.0, self.begin
+        for step in sorted([*self.target, *self.draft], key=lambda step: step.begin):
+            working += max(0.0, step.end - max(step.begin, end))
+            end = max(end, step.end)
+        return self.seconds - working
+
+    @property
     def rolled_back(self) -> int:
         return self.rejected + self.behind_rejection
 
