@@ -11,6 +11,7 @@ from captured_pair import capture
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording_device import NotCapturable, RecordingDevice
+from test_hrad import untrained
 from test_models import FAMILIES, PROMPT
 from tiny import tiny_model
 
@@ -19,6 +20,7 @@ from specbranch.batch import Batch, pack
 from specbranch.captured import AHEAD, GRANULARITY, KEPT, ROWS, CapturedRunner
 from specbranch.costs import ModeCosts
 from specbranch.device import Host
+from specbranch.hrad import Outlook
 from specbranch.model import CachedModel
 from specbranch.runner import EagerRunner
 from specbranch.sampling import Sampling
@@ -282,3 +284,23 @@ def test_the_draft_is_fed_while_the_target_works_and_not_beyond() -> None:
     assert 2 <= max(waiting) <= AHEAD + 1  # a commit may still be there before them
     assert not target.queue
     assert not draft.queue  # nothing is left behind
+
+
+def test_a_predictor_sees_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks do not run when a graph is replayed: what they saw lies where the graph leaves it."""
+    features: list[list[torch.Tensor]] = []
+    for captured in (False, True):
+        pair = SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32")
+        pair.hrad = untrained(pair)
+        seen: list[torch.Tensor] = []
+        monkeypatch.setattr(pair.hrad, "predict", lambda x, seen=seen: seen.append(x.clone()) or Outlook(0.2, 0.5, 0.3))
+        if captured:
+            capture(pair)
+        for seed in (1, 2):
+            stats = pair.generate(
+                "def area(", max_new_tokens=24, method="specbranch-paper", overlap=False, temperature=0.8, seed=seed
+            ).stats
+        assert (stats.target_runner == "captured") == captured
+        features.append(seen)
+    assert len(features[0]) == len(features[1]) > 10
+    assert all(torch.equal(eager, replayed) for eager, replayed in zip(*features, strict=True))

@@ -17,8 +17,9 @@ import torch
 from specbranch.batch import WORD, Batch
 from specbranch.cache import TREE_ROWS, BranchCache
 from specbranch.device import Graph, GraphDevice, Mark, step
+from specbranch.features import FeatureTap
 from specbranch.model import CachedModel
-from specbranch.runner import DeviceJudgement, EagerRunner, Guesses, PendingJudgement
+from specbranch.runner import DeviceJudgement, EagerRunner, Guesses, PendingJudgement, seen
 from specbranch.sampling import Sampling
 from specbranch.static import STEPS, StaticCommit, StaticGuesses, StaticInputs
 from specbranch_ext import draft_sample, kv_commit, verify
@@ -33,10 +34,12 @@ AHEAD = 2  # draft steps that are enqueued at most: one runs, one waits
 
 @dataclass(frozen=True)
 class VerifyGraphs:
-    """verify: forward and `verify`, the result copied to `host`: [accepted, next token, path …]."""
+    """verify: forward and `verify`, the result copied to `host`: [accepted, next token, path …]. hidden: where each
+    graph leaves what a tap saw."""
 
     by_rows: dict[int, Graph]
     host: torch.Tensor
+    hidden: dict[int, list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,16 @@ class CapturedRunner:
     def prefill(self, tokens: Sequence[int]) -> None:
         self.eager.prefill(tokens)
 
-    def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingJudgement:
+    def verify(
+        self, batch: Batch, parents: Sequence[int], sampling: Sampling, tap: FeatureTap | None = None
+    ) -> PendingJudgement:
         if not self._ready(batch):
-            return self.eager.verify(batch, parents, sampling)
-        graphs = self._verify_graphs(sampling)
+            return self.eager.verify(batch, parents, sampling, tap)
+        graphs, rows = self._verify_graphs(sampling, tap), rows_for(len(batch))
         begin = self.device.mark()
         self.inputs.fill(batch, list(parents), sampling.seed)
-        graphs.by_rows[rows_for(len(batch))].replay()
-        return DeviceJudgement(graphs.host, begin, self.device.mark(), len(batch))
+        graphs.by_rows[rows].replay()
+        return DeviceJudgement(graphs.host, begin, self.device.mark(), len(batch), graphs.hidden[rows])
 
     def draft(
         self,
@@ -149,11 +154,11 @@ class CapturedRunner:
     def _run_commit(self) -> None:
         kv_commit(self.model.cache.buffers(), self._commit.rows, self._commit.start)
 
-    def _verify_graphs(self, sampling: Sampling) -> VerifyGraphs:
-        key = sampling.filters
+    def _verify_graphs(self, sampling: Sampling, tap: FeatureTap | None) -> VerifyGraphs:
+        key = (tap, *sampling.filters)
         if key not in self._verifying:
             host = self.device.host_memory(ROWS[0] + 2)
-            inputs = self.inputs
+            inputs, hidden = self.inputs, dict[int, list[torch.Tensor]]()
 
             def run(n: int) -> None:
                 given = inputs.of(n)
@@ -162,9 +167,10 @@ class CapturedRunner:
                 verdict = verify(logits, given.ids, inputs.parents[:n], given.positions + 1, **arguments)
                 result = torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
                 host[: n + 2].copy_(result, non_blocking=True)
+                hidden[n] = seen(tap)  # of the run that is captured, which is the last
 
             forget(self._verifying)
-            self._verifying[key] = VerifyGraphs(self._capture_all(run), host)
+            self._verifying[key] = VerifyGraphs(self._capture_all(run), host, hidden)
         return self._verifying[key]
 
     def _draft_graphs(self, candidates: int, vocabulary: int, sampling: Sampling) -> DraftGraphs:

@@ -30,7 +30,7 @@ from specbranch.loading import (
 from specbranch.measuring import measure_costs
 from specbranch.methods import make_policy
 from specbranch.model import CachedModel
-from specbranch.placement import eager, make_runner, make_workers
+from specbranch.placement import make_runner, make_workers
 from specbranch.record import RecordedText
 from specbranch.recording import read_features, record_text
 from specbranch.sampling import Sampling
@@ -308,13 +308,12 @@ class SpecBranch:
             calibrator = self._calibrator if policy.calibrated else None
             drafter = Drafter(self._draft, sampling, policy.candidates, self._target.model.vocabulary, calibrator)
         mode = self._overlap if overlap is None else check_overlap(overlap)
-        predictor, target = None, self._target
+        predictor = None
         if self.hrad is not None and policy.foresees:
             predictor = Predictor(self._feature_tap(), self.hrad)
-            target = eager(target, "H-RAD reads the hidden states of every forward")
-        costs = self._costs[policy.name]
-        decoder = Decoder(Verifier(target, sampling, predictor), drafter, policy, costs, self._workers, mode)
-        decoder.stats.target_runner = target.note
+        verifier = Verifier(self._target, sampling, predictor)
+        decoder = Decoder(verifier, drafter, policy, self._costs[policy.name], self._workers, mode)
+        decoder.stats.target_runner = self._target.note
         decoder.stats.draft_runner = "" if drafter is None else drafter.runner.note
         return decoder, None if predictor is None else predictor.tap
 

@@ -37,16 +37,18 @@ class FeatureTap:
                 stack.callback(module.register_forward_hook(partial(self._keep, place)).remove)
             yield
 
-    @torch.inference_mode()
-    def after(self, row: int, token: int) -> Tensor:
-        """Features at row `row` of the newest forward, `token` being the text's next token."""
-        return self.rows(slice(row, row + 1), [token])[0]
+    @property
+    def newest(self) -> list[Tensor]:
+        """What the layers gave in the newest forward, each [rows, hidden]; in a captured step, where it will lie."""
+        return list(self._hidden)
 
     @torch.inference_mode()
-    def rows(self, rows: slice, tokens: list[int]) -> Tensor:
-        """Features at several rows of the newest forward, each with the token after it: [n, features]."""
-        ids = torch.tensor(tokens, device=self._hidden[0].device)
-        parts = [hidden[rows] for hidden in self._hidden]
+    def rows(self, rows: slice, tokens: list[int], hidden: list[Tensor] | None = None) -> Tensor:
+        """Features at several rows of a forward, each with the token after it: [n, features]. hidden: of which forward;
+        None for the newest."""
+        hidden = self._hidden if hidden is None else hidden
+        ids = torch.tensor(tokens, device=hidden[0].device)
+        parts = [values[rows] for values in hidden]
         return torch.cat([*parts, self.embeddings(ids).to(parts[0].dtype)], dim=1).float()
 
     def _keep(self, place: int, module: nn.Module, arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:

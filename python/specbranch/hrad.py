@@ -113,9 +113,10 @@ class Predictor:
     tap: FeatureTap
     network: HRad
 
-    def after(self, row: int, token: int) -> Outlook:
-        """The outlook when the target's newest forward is accepted up to `row` and `token` comes next."""
-        return self.network.predict(self.tap.after(row, token))
+    def after(self, row: int, token: int, hidden: list[Tensor]) -> Outlook:
+        """The outlook when a forward of the target, which gave `hidden`, is accepted up to `row` and `token` comes
+        next."""
+        return self.network.predict(self.tap.rows(slice(row, row + 1), [token], hidden)[0])
 
 
 def load_hrad(directory: str | Path, target: PreTrainedModel, draft: PreTrainedModel) -> HRad:

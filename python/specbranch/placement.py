@@ -21,11 +21,6 @@ def make_runner(model: CachedModel, cuda_graphs: bool) -> Runner:
     return CapturedRunner(model, device) if reason is None else EagerRunner(model, device, reason)
 
 
-def eager(runner: Runner, reason: str) -> Runner:
-    """The same model, run eagerly."""
-    return EagerRunner(runner.model, runner.device, reason) if isinstance(runner, CapturedRunner) else runner
-
-
 def make_workers(target: Runner, draft: Runner | None, threads: int, target_threads: int | None) -> Threads | Streams:
     """How the two models run at once: on streams if both are on GPUs, else on threads."""
     runners = [target] if draft is None else [target, draft]

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from specbranch.batch import Batch, Inputs
 from specbranch.device import Device, Host, Mark, step
+from specbranch.features import FeatureTap
 from specbranch.model import CachedModel
 from specbranch.sampling import Sampling
 from specbranch.steps import Step
@@ -23,11 +25,12 @@ from specbranch_ext import draft_sample, verify
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """The target's word on a batch: the accepted rows below the first one, in order, and the token after them; -1
-    where a row could not be sampled."""
+    where a row could not be sampled. hidden: what a tap saw, until the next step."""
 
     path: list[int]
     next_token: int
     step: Step
+    hidden: list[Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,10 @@ class Runner(Protocol):
     def prefill(self, tokens: Sequence[int]) -> None:
         """Commit a chain of tokens behind the prefix."""
 
-    def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingJudgement:
-        """Start a step of the target. parents: of each row, -1 for the first."""
+    def verify(
+        self, batch: Batch, parents: Sequence[int], sampling: Sampling, tap: FeatureTap | None = None
+    ) -> PendingJudgement:
+        """Start a step of the target. parents: of each row, -1 for the first. tap: attached to the model."""
 
     def draft(
         self,
@@ -99,7 +104,9 @@ class EagerRunner:
             self.model.cache.commit(path, survivors)
 
     @torch.inference_mode()
-    def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingJudgement:
+    def verify(
+        self, batch: Batch, parents: Sequence[int], sampling: Sampling, tap: FeatureTap | None = None
+    ) -> PendingJudgement:
         begin = self.device.mark()
         with self.device.running():
             inputs = Inputs.of(batch, self.model.device)
@@ -113,7 +120,7 @@ class EagerRunner:
             result = torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
         host = self.device.host_memory(len(result))
         self.device.copy(host, result)
-        return DeviceJudgement(host, begin, self.device.mark(), len(batch))
+        return DeviceJudgement(host, begin, self.device.mark(), len(batch), seen(tap))
 
     @torch.inference_mode()
     def draft(
@@ -143,14 +150,19 @@ class EagerRunner:
         return guesses
 
 
+def seen(tap: FeatureTap | None) -> list[Tensor]:
+    return [] if tap is None else tap.newest
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceJudgement:
     """A judgement on its way to host memory: [accepted, next token, path …]."""
 
-    host: torch.Tensor
+    host: Tensor
     begin: Mark
     end: Mark
     rows: int
+    hidden: list[Tensor]
 
     def done(self) -> bool:
         return self.end.done()
@@ -158,4 +170,4 @@ class DeviceJudgement:
     def result(self) -> Judgement:
         self.end.wait()
         accepted, next_token, *path = self.host.tolist()
-        return Judgement(path[:accepted], next_token, step(self.begin, self.end, self.rows, self.begin))
+        return Judgement(path[:accepted], next_token, step(self.begin, self.end, self.rows, self.begin), self.hidden)

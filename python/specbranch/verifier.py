@@ -55,7 +55,8 @@ class Verifier:
         place = {node: i for i, node in enumerate(trunk)}
         parents = [place.get(tree.nodes[node].parent, -1) for node in trunk]
         batch = self.runner.model.place(tree, trunk)
-        return PendingVerdict(self.runner.verify(batch, parents, self.sampling), tuple(trunk), self.predictor)
+        tap = None if self.predictor is None else self.predictor.tap
+        return PendingVerdict(self.runner.verify(batch, parents, self.sampling, tap), tuple(trunk), self.predictor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,5 +75,7 @@ class PendingVerdict:
         if judgement.next_token < 0:  # on a device, where a kernel cannot raise
             raise ValueError("target_logits: a row has NaN or +inf, or masks every token")
         path, next_token = judgement.path, judgement.next_token
-        outlook = None if self.predictor is None else self.predictor.after(path[-1] if path else 0, next_token)
+        outlook = None
+        if self.predictor is not None:
+            outlook = self.predictor.after(path[-1] if path else 0, next_token, judgement.hidden)
         return Verdict((self.trunk[0], *(self.trunk[i] for i in path)), next_token, judgement.step, outlook)
