@@ -1,19 +1,34 @@
 """An engine on the CPU whose models run as on a GPU: captured steps on recording devices, overlapped by streams."""
 
-from recording_device import RecordingDevice
+from collections.abc import Sequence
+
+from recording_device import Clock, RecordingDevice
 
 from specbranch import SpecBranch
 from specbranch.captured import CapturedRunner
+from specbranch.device import Device
 from specbranch.overlap import Streams
+
+
+class VirtualStreams(Streams):
+    """Streams whose time is the devices'."""
+
+    def __init__(self, devices: Sequence[Device], clock: Clock) -> None:
+        super().__init__(devices)
+        self._clock = clock
+
+    def clock(self) -> float:
+        return self._clock()
 
 
 def capture(engine: SpecBranch, seed: int = 0) -> tuple[RecordingDevice, RecordingDevice]:
     """Give the engine captured runners; returns the target's and the draft's device, which share one log."""
     log: list[tuple[str, str, bool]] = []
-    target = RecordingDevice("target", log, seed, pace=0.05)
-    draft = RecordingDevice("draft", log, seed + 1)
+    clock = Clock()
+    target = RecordingDevice("target", log, seed, pace=0.05, clock=clock)
+    draft = RecordingDevice("draft", log, seed + 1, clock=clock)
     engine._target = CapturedRunner(engine._target.model, target)
     assert engine._draft is not None
     engine._draft = CapturedRunner(engine._draft.model, draft)
-    engine._workers = Streams([target, draft])
+    engine._workers = VirtualStreams([target, draft], clock)
     return target, draft

@@ -1,14 +1,14 @@
 """A device for captured steps without a GPU: an asynchronous stream and graphs, on the CPU, with CUDA's rules.
 
 What is enqueued runs later: when a mark behind it is waited for, or a little at every question whether one is done. So
-a result that is read too early is stale, and host memory that is refilled too early goes wrong, as on a GPU.
+a result that is read too early is stale, and host memory that is refilled too early goes wrong, as on a GPU. Time is
+virtual, so that what depends on measured times (costs, policies) takes the same course on every machine.
 
 A graph is the list of operations that a function made, with the very tensors it made them on. Replaying it runs no
 Python of that function: what was a number then stays that number, and what is not in static memory does not arrive.
 """
 
 import random
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +29,19 @@ FORBIDDEN = {
     aten.masked_select.default: "has an output whose size is data",
     aten.lift_fresh.default: "copies from pageable host memory (torch.tensor)",
 }
+QUESTION = 1e-4  # virtual seconds that the host takes to ask whether work is done
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+class Clock:
+    """Virtual seconds. They pass while the host asks or waits, and a little at every look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1e-6
+        return self.now
 
 
 class NotCapturable(RuntimeError):
@@ -88,16 +100,19 @@ class RecordedGraph:
 
 class RecordedMark:
     def __init__(self, device: "RecordingDevice") -> None:
-        self.device, self.place, self.clock = device, device.enqueued, time.perf_counter()
+        self.device, self.place, self.clock = device, device.enqueued, device.clock()
 
     def done(self) -> bool:
+        self.device.clock.now += QUESTION
         if self.device.random.random() < self.device.pace:
             self.device.work(1)
         return self.device.finished >= self.place
 
     def wait(self) -> None:
         self.device.note("wait", blocking=self.device.finished < self.place)
-        self.device.work(self.place - self.device.finished)
+        while self.device.finished < self.place:
+            self.device.clock.now += self.device.seconds
+            self.device.work(1)
 
     def seconds_since(self, earlier: "RecordedMark") -> float:
         assert self.device.finished >= max(self.place, earlier.place), "the time of a mark that is not done"
@@ -106,7 +121,7 @@ class RecordedMark:
 
 class RecordingDevice:
     """One stream. log: (name, what, blocking) of everything that was asked, shared by the devices of a pair. pace: how
-    likely a question finds one more piece of work done."""
+    likely a question finds one more piece of work done. clock: shared by the devices of a pair."""
 
     def __init__(
         self,
@@ -114,10 +129,13 @@ class RecordingDevice:
         log: list[tuple[str, str, bool]] | None = None,
         seed: int = 0,
         pace: float = 0.5,
+        clock: Clock | None = None,
     ) -> None:
         self.name, self.log = name, [] if log is None else log
         self.random, self.pace = random.Random(seed), pace
-        self.times = [time.perf_counter()]  # when each piece of work was done
+        self.seconds = QUESTION / pace  # a piece of work, on average
+        self.clock = Clock() if clock is None else clock
+        self.times = [self.clock()]  # when each piece of work was done
         self.queue: deque[tuple[str, Callable[[], None]]] = deque()
         self.enqueued = self.finished = 0
         self.graphs: list[RecordedGraph] = []
@@ -135,13 +153,14 @@ class RecordingDevice:
         for _ in range(min(count, len(self.queue))):
             self.queue.popleft()[1]()
             self.finished += 1
-            self.times.append(time.perf_counter())
+            self.times.append(self.clock())
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Eager work comes behind what is enqueued, and is done at once."""
         self.note("eager")
         self.work(len(self.queue))
+        self.clock.now += self.seconds
         yield
 
     def mark(self) -> RecordedMark:
