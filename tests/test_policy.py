@@ -1,5 +1,7 @@
 """Policies as pure functions: what they cut, where they branch, when they stop drafting."""
 
+from collections.abc import Callable
+
 import pytest
 
 from specbranch import METHODS, SpecBranchError
@@ -8,7 +10,7 @@ from specbranch.chains import Adaptive, Autoregressive, Pearl, Speculative
 from specbranch.costs import ModeCosts
 from specbranch.hrad import Outlook
 from specbranch.methods import make_policy
-from specbranch.policy import Situation
+from specbranch.policy import Rest, Situation
 from specbranch.tree import Proposals, Tree
 
 CANDIDATES = 6
@@ -42,12 +44,12 @@ def situation(
     overlapped: bool = False,
     remaining: int = 99,
     acceptance: float = 0.9,
-    idle: int = 0,
+    retry: bool = False,
     burst: int = 1,
     outlook: Outlook | None = None,
     **kwargs: float,
 ) -> Situation:
-    return Situation(overlapped, costs(**kwargs), acceptance, remaining, idle, burst, outlook)
+    return Situation(overlapped, costs(**kwargs), acceptance, remaining, retry, burst, outlook)
 
 
 def test_chain_policies_draft_their_length_and_no_further_than_needed() -> None:
@@ -88,11 +90,43 @@ def test_specbranch_drafts_while_the_next_token_is_worth_its_step() -> None:
     assert SpecBranch(max_trunk=2).before(chain(0.99, 0.99), situation(draft=0.001)).nodes == []
 
 
-def test_specbranch_knows_when_not_to_draft_and_looks_again_from_time_to_time() -> None:
-    """A draft that costs more than its tokens are worth rests, and gets a chance after 8, 16, 32, … rounds."""
+def test_specbranch_knows_when_not_to_draft_and_looks_again() -> None:
+    """A draft that costs more than its tokens are worth rests."""
     policy, tree = SpecBranch(), chain()
-    tried = [idle for idle in range(100) if policy.before(tree, situation(draft=0.2, idle=idle)).nodes]
-    assert tried == [8, 16, 32, 64]
+    assert policy.before(tree, situation(draft=0.2)).nodes == []
+    assert policy.before(tree, situation(draft=0.2, retry=True)).nodes == [0]
+
+
+def test_a_token_is_worth_no_more_than_a_forward_without_draft() -> None:
+    """However slow the rounds were: drafting for 0.2 s a token that a forward of 0.15 s would give does not pay."""
+    tree = chain()
+    assert SpecBranch().before(tree, situation(target=0.15, draft=0.12, value=9.0)).nodes == [0]
+    assert SpecBranch().before(tree, situation(target=0.15, draft=0.2, value=9.0)).nodes == []
+
+
+def rounds_that_draft(rest: Rest, count: int, stands: Callable[[int], bool]) -> list[int]:
+    """Those of `count` rounds in which a draft runs that is only run when its rest is over."""
+    found = []
+    for i in range(count):
+        if drafted := rest.over:
+            found.append(i)
+        rest.record(drafted, drafted and stands(i))
+    return found
+
+
+def test_a_draft_that_rests_is_tried_ever_less() -> None:
+    assert rounds_that_draft(Rest(), 100, lambda i: False) == [8, 25, 58]  # after 8, 16 and 32 rounds without it
+
+
+def test_a_chance_lasts_while_the_draft_is_right() -> None:
+    assert rounds_that_draft(Rest(), 30, lambda i: i < 10) == [8, 9, 10, 27]
+
+
+def test_a_draft_that_runs_again_by_itself_has_its_failures_forgotten() -> None:
+    rest = Rest()
+    rounds_that_draft(rest, 60, lambda i: False)
+    rest.record(drafted=True, stood=True)
+    assert rounds_that_draft(rest, 10, lambda i: False) == [8]
 
 
 def test_hedging_any_outcome_takes_the_likeliest_first_wherever_they_are() -> None:

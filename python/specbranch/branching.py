@@ -7,7 +7,6 @@ the draft works on the outcomes that `hedge` allows, the likeliest first.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace, nsmallest
@@ -17,7 +16,7 @@ from specbranch.policy import Cut, Growth, Situation, grow_end, nothing
 from specbranch.tree import Tree
 
 HEDGES = ("any", "point", "fan", "none")
-FIRST_RETRY = 8  # rounds without the draft before it gets another chance; doubled by every failure
+FIRST_STEP = 1.15  # times its token's worth: it also says whether going on is worth it
 
 
 @dataclass(frozen=True)
@@ -206,10 +205,12 @@ class SpecBranch:
 
     def _worth_a_step(self, tree: Tree, path: tuple[int, ...], situation: Situation) -> bool:
         costs = situation.costs
-        if len(path) == 1 and (costs.rounds < 2 or _retry(situation.idle)):
+        if len(path) == 1 and (costs.rounds < 2 or situation.retry):
             return True  # nothing is known yet, or it is time to look again
-        chance = tree.nodes[path[-1]].reach * situation.acceptance
-        return chance * costs.seconds_per_token >= costs.draft.of(1) + costs.target.per_row
+        worth = tree.nodes[path[-1]].reach * situation.acceptance * costs.token_value
+        if len(path) == 1:
+            worth *= FIRST_STEP
+        return worth >= costs.draft.of(1) + costs.target.per_row
 
     def _sure(self, tree: Tree, path: tuple[int, ...]) -> bool:
         return len(path) == 1 or tree.chance(path[-1]) >= self.epsilon
@@ -221,8 +222,7 @@ class SpecBranch:
 
     def _least(self, situation: Situation) -> float:
         """The least chance that is worth a row in the target's forward: what the row costs, in committed tokens."""
-        price = situation.costs.target.per_row / max(situation.costs.seconds_per_token, 1e-9)
-        return max(self.min_reach, price)
+        return max(self.min_reach, situation.costs.row_price)
 
     def _worth_a_row(self, reach: float, situation: Situation) -> bool:
         """Whether an outcome pays for one more row: if it comes true, a draft step is saved."""
@@ -271,7 +271,3 @@ class Ssd(SpecBranch):
     def cut(self, tree: Tree, situation: Situation) -> Cut:
         path = tree.best_path()[: situation.remaining]
         return Cut(tree, path, path[-1])
-
-
-def _retry(idle: int) -> bool:
-    return idle >= FIRST_RETRY and math.log2(idle / FIRST_RETRY).is_integer()

@@ -8,9 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 DECAY = 0.97  # weight of the past at every new measurement
+ROW_PRIOR = (
+    0.08  # of a forward over one row, that one more adds: between a GPU's nothing and a CPU that computes all the time
+)
 OUTLIER = 4.0  # a measurement counts as at most so many times what was expected: a laptop that slept says nothing
 TRIAL_ROUNDS = 6  # rounds in each mode before "auto" trusts its measurements
-RETRY_AFTER = 40  # rounds before the other mode is tried again; doubled every time that it loses
+ENOUGH_ROUNDS = 2  # measured rounds after which the trial of overlapping may end, when it is
+HOPELESS = 1.1  # times as slow as decoding in turn
+RETRY_AFTER = 40  # rounds, at least, before the other mode is tried again; doubled every time that it loses
+SHARE = 0.01  # of the time, that trying it may cost at first
 RETRY_ROUNDS = 3
 STALE = 0.3  # weight of what was measured before such a trial
 
@@ -25,30 +31,39 @@ class ForwardCost:
     seconds: float = 0.0
     rows_squared: float = 0.0
     rows_seconds: float = 0.0
+    slope: float | None = None
 
     def record(self, rows: int, seconds: float) -> None:
         self.count += 1
         if self.count == 1:
             return  # the first forward pays for page faults and lazy set-up
         if self.known:
-            seconds = min(seconds, OUTLIER * self.of(rows))
+            seconds = min(seconds, OUTLIER * max(self.of(rows), self.mean))
         self.weight = self.weight * DECAY + 1
         self.rows = self.rows * DECAY + rows
         self.seconds = self.seconds * DECAY + seconds
         self.rows_squared = self.rows_squared * DECAY + rows * rows
         self.rows_seconds = self.rows_seconds * DECAY + rows * seconds
+        spread = self.weight * self.rows_squared - self.rows * self.rows
+        if spread > 1e-6 * self.weight:
+            self.slope = max(0.0, (self.weight * self.rows_seconds - self.rows * self.seconds) / spread)
 
     @property
     def known(self) -> bool:
         return self.weight > 0
 
     @property
+    def mean(self) -> float:
+        """Seconds."""
+        return self.seconds / self.weight
+
+    @property
     def per_row(self) -> float:
-        """Seconds that one more row adds; never negative."""
-        spread = self.weight * self.rows_squared - self.rows * self.rows
-        if spread <= 1e-6 * self.weight:
-            return 0.0
-        return max(0.0, (self.weight * self.rows_seconds - self.rows * self.seconds) / spread)
+        """Seconds that one more row adds; never negative. A guess until forwards of different sizes were seen."""
+        if self.slope is not None:
+            return self.slope
+        # The mean is a forward over `rows` rows on average, not over one.
+        return self.mean / (1 / ROW_PRIOR + self.rows / self.weight - 1) if self.known else 0.0
 
     def of(self, rows: float) -> float:
         """Expected seconds of a forward over `rows` rows; 0 while nothing is known."""
@@ -87,9 +102,21 @@ class ModeCosts:
         self.seconds, self.tokens = STALE * self.seconds, STALE * self.tokens
 
     @property
+    def row_price(self) -> float:
+        """Committed tokens that one more row in the target's forward must bring, to pay for itself."""
+        if not self.target.known:
+            return ROW_PRIOR
+        return self.target.per_row / max(self.token_value, 1e-9)
+
+    @property
     def seconds_per_token(self) -> float:
-        """What one more committed token is worth: the time it takes on average."""
+        """The time that a committed token takes on average."""
         return self.seconds / self.tokens if self.tokens else self.target.of(1)
+
+    @property
+    def token_value(self) -> float:
+        """Seconds that one more committed token saves: what a token takes, at most what it takes without a draft."""
+        return min(self.seconds_per_token, self.target.of(1))
 
 
 @dataclass
@@ -101,7 +128,7 @@ class Costs:
     accepted: float = 4.0  # prior: 0.8 of 5 tokens
     verified: float = 5.0
     _preferred: bool | None = None
-    _patience: int = RETRY_AFTER
+    _losses: int = 0
     _waited: int = 0
     _trial: int = 0
 
@@ -121,18 +148,29 @@ class Costs:
     def choose_overlap(self) -> bool:
         """The mode of the next round: each is tried first, then the cheaper committed token wins. The loser is tried
         again now and then, in case it was measured at a bad moment."""
-        for overlapped in (False, True):
-            if self.mode(overlapped).rounds < TRIAL_ROUNDS:
-                return overlapped
+        if self.serial.rounds < TRIAL_ROUNDS:
+            return False
+        if self.overlapped.rounds < TRIAL_ROUNDS and not self._hopeless():
+            return True
         if self._trial > 0:
             self._trial -= 1
             return not self._preferred
         preferred = self.overlapped.seconds_per_token < self.serial.seconds_per_token
         if preferred != self._preferred:
-            self._preferred, self._patience, self._waited = preferred, RETRY_AFTER, 0
+            self._preferred, self._losses, self._waited = preferred, 0, 0
         self._waited += 1
-        if self._waited <= self._patience:
+        if self._waited <= self._patience():
             return preferred
-        self._patience, self._waited, self._trial = 2 * self._patience, 0, RETRY_ROUNDS - 1
+        self._losses, self._waited, self._trial = self._losses + 1, 0, RETRY_ROUNDS - 1
         self.mode(not preferred).fade()
         return not preferred
+
+    def _hopeless(self) -> bool:
+        """Whether the trial of the overlapped mode may end early."""
+        enough = self.overlapped.rounds > ENOUGH_ROUNDS
+        return enough and self.overlapped.seconds_per_token > HOPELESS * self.serial.token_value
+
+    def _patience(self) -> float:
+        """Rounds before the other mode is tried again: trying it costs at most a SHARE of the time, ever less of it."""
+        winner, loser = sorted(mode.seconds_per_token for mode in (self.serial, self.overlapped))
+        return max(RETRY_AFTER, RETRY_ROUNDS * (loser / winner - 1) / SHARE) * 2.0**self._losses

@@ -11,7 +11,7 @@ from specbranch.costs import Costs
 from specbranch.drafter import always
 from specbranch.hrad import Outlook
 from specbranch.interfaces import Draft, Pending, Target, Workers
-from specbranch.policy import Cut, Growth, Policy, Situation
+from specbranch.policy import Cut, Growth, Policy, Rest, Situation
 from specbranch.stats import Stats
 from specbranch.tree import Tree
 from specbranch.verifier import Verdict
@@ -36,7 +36,7 @@ class Decoder:
         self.costs, self.workers, self.overlap = costs, workers, overlap
         self.clock = workers.clock
         self.tokens: list[int] = []
-        self.idle = 0
+        self.rest = Rest()
         self.outlook: Outlook | None = None
         self._lessons: list[tuple[Tree, Verdict]] = []
         self.stats = Stats(method=policy.name)
@@ -82,7 +82,7 @@ class Decoder:
             overlapped = self.costs.choose_overlap() if self.overlap is None else self.overlap
         mode = self.costs.mode(overlapped)
         burst = 1 if self.drafter is None else min(self.drafter.burst, mode.burst())
-        return Situation(overlapped, mode, self.costs.acceptance, remaining, self.idle, burst, self.outlook)
+        return Situation(overlapped, mode, self.costs.acceptance, remaining, self.rest.over, burst, self.outlook)
 
     def _draft_ahead(self, tree: Tree, situation: Situation) -> Tree:
         while steps := self._steps(growth := self.policy.before(tree, situation)):
@@ -172,7 +172,7 @@ class Decoder:
         round = self.stats.end_round(self.clock(), tokens)
         if self.drafter is None:
             return
-        self.idle = 0 if round.draft else self.idle + 1
+        self.rest.record(drafted=bool(round.draft), stood=verdict.accepted > 0)
         mode = self.costs.mode(situation.overlapped)
         mode.record_round(round.seconds, tokens)
         judged = any(cut.tree.nodes[node].parent == verdict.path[-1] for node in cut.trunk)

@@ -12,6 +12,8 @@ from specbranch.costs import ModeCosts
 from specbranch.hrad import Outlook
 from specbranch.tree import Tree
 
+FIRST_RETRY = 8
+
 
 @dataclass(frozen=True)
 class Situation:
@@ -19,18 +21,40 @@ class Situation:
 
     overlapped: the draft keeps growing the tree while the target verifies. costs: measured in this mode.
     acceptance: recent chance that the target agrees with a drafted token. remaining: tokens that may still be
-    committed. idle: rounds since the draft last ran. burst: draft steps that are best asked for at once, because the
-    draft needs no host between them. outlook: a learned predictor's word on the next drafted tokens (H-RAD), where
-    there is one.
+    committed. retry: the draft has rested long enough to be given another chance. burst: draft steps that are best
+    asked for at once, because the draft needs no host between them. outlook: a learned predictor's word on the next
+    drafted tokens (H-RAD), where there is one.
     """
 
     overlapped: bool
     costs: ModeCosts
     acceptance: float
     remaining: int
-    idle: int = 0
+    retry: bool = False
     burst: int = 1
     outlook: Outlook | None = None
+
+
+@dataclass
+class Rest:
+    """Rounds since the draft last ran, because it did not pay. It gets another chance after 8 of them, which lasts for
+    as long as its tokens stand, and then after 16, 32 …"""
+
+    rounds: int = 0
+    patience: int = FIRST_RETRY
+
+    @property
+    def over(self) -> bool:
+        return self.rounds >= self.patience
+
+    def record(self, drafted: bool, stood: bool) -> None:
+        """A round is over; stood: the target agreed with the draft."""
+        if not drafted:
+            self.rounds += 1
+        elif not self.over:
+            self.rounds, self.patience = 0, FIRST_RETRY
+        elif not stood:
+            self.rounds, self.patience = 0, 2 * self.patience
 
 
 @dataclass(frozen=True)
