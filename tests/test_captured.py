@@ -254,7 +254,8 @@ def test_one_wait_for_each_model_and_round(monkeypatch: pytest.MonkeyPatch) -> N
             assert done["target"][1][0] < steps[0]
         waits = {name: [place for place, _, blocking in entries if blocking] for name, entries in done.items()}
         assert len(waits["target"]) <= 1
-        assert len(waits["draft"]) <= sum(what == "copy" for _, what, _ in done["draft"]) // 2  # one a burst
+        bursts, commit = divmod(sum(what == "copy" for _, what, _ in done["draft"]), 2)
+        assert len(waits["draft"]) <= max(bursts, commit)  # without a burst, a commit may find the one before under way
     assert draft.counts()["eager"] == 1  # the prompt
     assert max(len(round.draft) for round in stats.log) > 4
 
