@@ -118,29 +118,33 @@ class SpecBranch:
 
     def _with_others(self, cut: Cut, situation: Situation) -> Cut:
         """The cut with outcomes beside its path in the trunk, the likeliest first, while their rows pay."""
+        if self.beside == 0 or self.hedge not in ("any", "point"):
+            return cut
         tree, trunk = cut.tree, [*cut.trunk]
-        least = self._least(situation)
         found: list[tuple[float, int, int]] = []  # (-reach, node, -1) or, not in the tree yet, (-reach, parent, rank)
+        best = [self._least(situation)] * self.beside  # the greatest chances so far, the least of them first
+
+        def offer(reach: float, node: int, rank: int) -> None:
+            if reach > best[0]:
+                heappush(found, (-reach, node, rank))
+                heapreplace(best, reach)
 
         def look_below(node: int) -> None:
             if self.hedge == "point" and node != cut.branch_point:
                 return
-            if tree.nodes[node].depth + 1 >= situation.remaining:
+            if tree.nodes[node].reach <= best[0] or tree.nodes[node].depth + 1 >= situation.remaining:
                 return
             for child in tree.children(node):
                 if child not in trunk:
-                    heappush(found, (-tree.nodes[child].reach, child, -1))
-            for rank, reach in self._untried(tree, node, self.limit, 0.0):
-                heappush(found, (-reach, node, rank))
+                    offer(tree.nodes[child].reach, child, -1)
+            for rank, reach in self._untried(tree, node, self.limit, best[0]):
+                offer(reach, node, rank)
 
-        if self.hedge in ("any", "point"):
-            for node in cut.trunk:
-                look_below(node)
+        for node in cut.trunk:
+            look_below(node)
         adopted: list[tuple[int, int]] = []
         while found and len(trunk) < len(cut.trunk) + self.beside:
-            reach, node, rank = heappop(found)
-            if -reach <= least:
-                break
+            _, node, rank = heappop(found)
             if rank >= 0:
                 adopted.append((node, rank))
                 trunk.append(len(tree) + len(adopted) - 1)

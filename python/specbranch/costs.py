@@ -116,7 +116,8 @@ class ModeCosts:
     @property
     def token_value(self) -> float:
         """Seconds that one more committed token saves: what a token takes, at most what it takes without a draft."""
-        return min(self.seconds_per_token, self.target.of(1))
+        without = self.target.of(1) if self.target.known else float("inf")
+        return min(self.seconds_per_token, without)
 
 
 @dataclass
