@@ -13,8 +13,8 @@ ROW_PRIOR = (
 )
 OUTLIER = 4.0  # a measurement counts as at most so many times what was expected: a laptop that slept says nothing
 TRIAL_ROUNDS = 6  # rounds in each mode before "auto" trusts its measurements
-ENOUGH_ROUNDS = 2  # measured rounds after which the trial of overlapping may end, when it is
-HOPELESS = 1.1  # times as slow as decoding in turn
+ENOUGH_ROUNDS = 2  # measured rounds after which the trial of overlapping may end early
+HOPELESS = 1.1  # times as slow as decoding in turn: it then does end
 RETRY_AFTER = 40  # rounds, at least, before the other mode is tried again; doubled every time that it loses
 SHARE = 0.01  # of the time, that trying it may cost at first
 RETRY_ROUNDS = 3
@@ -54,7 +54,7 @@ class ForwardCost:
 
     @property
     def mean(self) -> float:
-        """Seconds."""
+        """Seconds of a forward, whatever its rows; only where something is known."""
         return self.seconds / self.weight
 
     @property

@@ -12,7 +12,7 @@ from specbranch.costs import ModeCosts
 from specbranch.hrad import Outlook
 from specbranch.tree import Tree
 
-FIRST_RETRY = 8
+FIRST_RETRY = 8  # rounds without the draft before it gets another chance; doubled whenever that fails
 
 
 @dataclass(frozen=True)
