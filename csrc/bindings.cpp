@@ -43,7 +43,7 @@ void check_same_device(const Tensor& first, const Tensor& other) {
 // Where an op runs: where its tensors are, which must be one device. `handle` is the number of threads on the CPU, and
 // the current stream on a CUDA device.
 Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle,
-                 const py::object& workspace = py::none()) {
+                 const py::object& workspace = py::none(), const py::object& tickets = py::none()) {
   const Tensor& first = **tensors.begin();
   for (const Tensor* t : tensors) check_same_device(first, *t);
   Launch launch;
@@ -56,6 +56,7 @@ Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle,
       // Nobody may count on what it holds.
       if (emulated && memory.shape[0] > 0) std::memset(memory.data, 0xA5, memory.shape[0]);
     }
+    if (!tickets.is_none()) launch.tickets = tensor(tickets, "tickets").as<unsigned>();
   } else {
     launch.threads = static_cast<int>(handle);
   }
@@ -243,6 +244,7 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
 #endif
 #ifdef SPECBRANCH_WITH_CUDA
   m.def("cuda_runtime_report", &specbranch::cuda::runtime_report);
+  m.def("capture_id", &specbranch::cuda::capture_id);
 #endif
 #ifdef SPECBRANCH_HAS_CUDA_KERNELS
   m.def("verify_workspace", [](int64_t n, int64_t vocabulary, double temperature, int64_t top_k, double top_p,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specbranch_ext import _C, build_info
-from specbranch_ext.ops import _library
+from specbranch_ext.ops import _library, _tickets
 
 on_cpu = pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
 """For tests of what only the CPU can do: raise for bad data."""
@@ -84,6 +84,7 @@ def use(name: str) -> Iterator[str]:
             patch.setattr(_library, "core", _cuda_core())
             patch.setattr(_library, "launch_handle", lambda tensor: torch.cuda.current_stream().cuda_stream)
         yield name
+        assert not _tickets._host.any(), "a kernel left its tickets used"
 
 
 @contextmanager

@@ -31,4 +31,14 @@ std::string runtime_report() {
   return text;
 }
 
+uint64_t capture_id(int64_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  if (cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream), &status, &id) != cudaSuccess) {
+    cudaGetLastError();  // asked of the legacy stream while another one is captured
+    return 0;
+  }
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 }  // namespace specbranch::cuda
