@@ -1,9 +1,17 @@
-// Instruction-set levels. Every file of csrc/cpu is compiled once per level with SPECBRANCH_ISA set to the
-// level's name, which is also the namespace of its code, so that the linker never mixes levels.
+// What code is compiled for: instruction-set levels, and CUDA devices. Every file of csrc/cpu is compiled once per level
+// with SPECBRANCH_ISA set to the level's name, which is also the namespace of its code, so that the linker never mixes
+// levels.
 #pragma once
 
 #ifndef SPECBRANCH_ISA
 #define SPECBRANCH_ISA baseline
+#endif
+
+// Before a function that CUDA kernels call too.
+#ifdef __CUDACC__
+#define SPECBRANCH_HD __host__ __device__
+#else
+#define SPECBRANCH_HD
 #endif
 
 namespace specbranch {

@@ -6,12 +6,6 @@
 
 #include "isa.h"
 
-#ifdef __CUDACC__
-#define SPECBRANCH_HD __host__ __device__
-#else
-#define SPECBRANCH_HD
-#endif
-
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
 

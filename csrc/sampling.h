@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 
+#include "isa.h"
 #include "tensor.h"
 
 namespace specbranch {
@@ -46,6 +47,11 @@ inline void check_sampling_inputs(const Tensor& logits, const Tensor& positions,
   check_contiguous(positions);
   check_dtype(seed, Dtype::int64);
   if (seed.dims != 0) fail(std::string(seed.name) + ": expected shape [], got " + shape_text(seed));
+}
+
+// Whether verify needs the row of a node: the root's, and every other one that is in the tree.
+SPECBRANCH_HD inline bool counts_in_tree(const int64_t* parents, int64_t node) {
+  return node == 0 || parents[node] >= 0;
 }
 
 // The first row that cannot be sampled, if any. Found while the kernel runs, raised by the caller.

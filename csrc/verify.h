@@ -5,7 +5,8 @@
 
 namespace specbranch {
 
-// n tree nodes; node 0 is the root, parents come before children, -1 in parents elsewhere marks an unused node.
+// n tree nodes; node 0 is the root, parents come before children, -1 in parents elsewhere marks an unused node: it is
+// never accepted, and a row that cannot be sampled gives it target token -1 and does no harm.
 struct VerifyParams {
   Launch launch;
   Tensor target_logits;  // float32, bfloat16 or float16 [n, V]: row i follows node i

@@ -27,6 +27,15 @@ def test_verify_accepts_nothing_when_a_row_cannot_be_sampled(options, value):
     assert (result.accepted, result.next_token) == (0, -1)
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
+@pytest.mark.parametrize("parents", [[-1, 0, 2**40, 0], [-1, 0, 2, 0], [-1, 0, 0, 0], [7, 0, 1, 0]])
+def test_verify_needs_the_rows_of_all_nodes_that_name_a_parent(options, parents):
+    logits = torch.zeros(4, 10)
+    logits[2] = float("nan")
+    result = verify(logits, torch.zeros(4, dtype=torch.int64), torch.tensor(parents), torch.arange(4), **options)
+    assert (result.target_tokens[2], result.accepted, result.next_token) == (-1, 0, -1)
+
+
 def test_verify_reports_values_that_overflow_with_the_temperature():
     logits = torch.full((1, 10), 1e38)
     arguments = (torch.zeros(1, dtype=torch.int64), torch.tensor([-1]), torch.tensor([0]))

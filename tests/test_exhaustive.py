@@ -63,6 +63,25 @@ def test_every_tree_with_every_pattern_of_equal_tokens(n, implementation):
                 assert result.accepted == len(path)
 
 
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_every_tree_with_unused_nodes_whose_rows_hold_nothing(n):
+    positions = torch.arange(n)
+    for parents in all_parents(n):
+        unused = [i for i in range(1, n) if parents[i] < 0]
+        for tokens in itertools.product([0], *[range(2)] * (n - 1)):
+            target = [i % 2 for i in range(n)]
+            logits = torch.eye(2)[target]
+            logits[unused] = torch.nan
+            for i in unused:
+                target[i] = -1
+            for op in (verify, reference.verify):
+                result = op(logits, torch.tensor(tokens), torch.tensor(parents), positions)
+                path = walk(parents, tokens, tuple(target))
+                assert result.path.tolist() == path + [-1] * (n - len(path)), (parents, tokens)
+                assert result.target_tokens.tolist() == target
+                assert result.next_token == target[path[-1] if path else 0]
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_the_reference_walks_the_same(n, implementation):
     if implementation != "cpu":

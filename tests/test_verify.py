@@ -131,6 +131,32 @@ def test_walk(tokens, parents, targets, path, next_token):
     assert result.next_token == next_token
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+@pytest.mark.parametrize("vocabulary", [5, 20_000])
+def test_rows_of_unused_nodes_may_hold_anything(vocabulary, options, value):
+    logits = torch.randn(6, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    parents, positions = torch.tensor([-1, 0, -1, 1, -1, -1]), positions_of(6)
+    tokens = verify(logits, torch.zeros(6, dtype=torch.int64), parents, positions, **options).target_tokens
+    tokens = tokens[parents]  # every node is what its parent's row gives
+    clean = assert_same(logits, tokens, parents, positions, **options)
+    logits[[2, 5], -1] = value
+    if value < 0:
+        logits[[2, 5]] = value
+    result = assert_same(logits, tokens, parents, positions, **options)
+    targets = clean.target_tokens.tolist()
+    assert result.target_tokens.tolist() == [*targets[:2], -1, *targets[3:5], -1]
+    assert result.path.tolist() == clean.path.tolist() == [1, 3, -1, -1, -1, -1]
+    assert (result.accepted, result.next_token) == (2, targets[3])
+
+
+def test_values_of_unused_nodes_may_overflow_with_the_temperature():
+    logits = torch.tensor([[0.0, 3.0], [1e38, 0.0]])
+    rows = torch.tensor([-1, -1])
+    result = assert_same(logits, rows, rows, positions_of(2), temperature=1e-3)
+    assert (result.target_tokens.tolist(), result.next_token) == ([1, -1], 1)
+
+
 @pytest.mark.parametrize("n", [255, 256, 257, 700])
 def test_more_nodes_than_the_threads_of_a_block(n):
     """A chain of every second node; the others are siblings that carry another token."""

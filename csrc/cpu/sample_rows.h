@@ -18,6 +18,7 @@ struct SampleRequest {
   bool statistics;  // fill mass and entropy
   int threads;
   const Tensor* more_logits = nullptr;  // rows that follow those of `logits`, of the same dtype and length
+  const int64_t* parents = nullptr;     // of verify: rows of unused nodes are skipped, not reported, if need be
 };
 
 struct RowSample {
@@ -84,7 +85,7 @@ class RowSampler {
       }
     }
     for (int64_t i = 0; i < rows_; ++i) {
-      if (row_[i].problem != RowReport::none) return {i, row_[i].problem};
+      if (row_[i].problem != RowReport::none && counts(i)) return {i, row_[i].problem};
     }
     return {};
   }
@@ -93,7 +94,7 @@ class RowSampler {
     return i < first_rows_ ? r_.logits->as<const T>() + i * r_.logits->stride[0]
                            : r_.more_logits->as<const T>() + (i - first_rows_) * r_.more_logits->stride[0];
   }
-  // After run().
+  // After run(): rows without a problem.
   Keep keep(int64_t i) { return {inverse_temperature_, row_[i].threshold, row_[i].z_max, min_p_}; }
   int64_t argmax(int64_t i) { return row_[i].argmax; }
 
@@ -101,6 +102,8 @@ class RowSampler {
   SegmentState& segment(int64_t i, int64_t s) { return segment_[i * segments_.count + s]; }
   float* list_z(int64_t i) { return list_z_.at(i * vocabulary_); }
   int32_t* list_token(int64_t i) { return list_token_.at(i * vocabulary_); }
+  // Whether a problem of the row is one of the call.
+  bool counts(int64_t i) const { return r_.parents == nullptr || counts_in_tree(r_.parents, i); }
   NoiseKey key(int64_t i) const { return {r_.seed, static_cast<uint64_t>(r_.positions[i])}; }
 
   // Calls body(row, segment) for all segments, and finish(row) right after the last one of each row. One barrier: on
@@ -110,6 +113,7 @@ class RowSampler {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < rows_ * segments_.count; ++task) {
       const int64_t i = task / segments_.count;
+      if (row_[i].problem != RowReport::none) continue;  // an unused node's
       body(i, task % segments_.count);
       if (row_[i].pending.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
       row_[i].pending.store(segments_.count, std::memory_order_relaxed);
@@ -133,7 +137,7 @@ class RowSampler {
                   : row.z_max == HUGE_VALF     ? RowReport::overflow
                                                : RowReport::none;
     if (row.problem != RowReport::none) {
-      failed_ = true;
+      if (counts(i)) failed_ = true;
       return;
     }
     row.threshold = lowest_finite;

@@ -10,7 +10,9 @@ void verify(const VerifyParams& p) {
   Buffer<RowSample> samples(n);
   const SampleRequest request{&p.target_logits, p.positions.as<const int64_t>(),
                               static_cast<uint64_t>(*p.seed.as<const int64_t>()), p.filters,
-                              /*k=*/1, /*statistics=*/false, p.launch.threads};
+                              /*k=*/1, /*statistics=*/false, p.launch.threads,
+                              /*more_logits=*/nullptr, p.parents.as<const int64_t>()};
+  for (int64_t i = 0; i < n; ++i) samples[i].count = 0;
   *p.report = sample_rows(request, best.at(0), samples.at(0));
   if (p.report->problem != RowReport::none) return;
 
@@ -19,7 +21,7 @@ void verify(const VerifyParams& p) {
   const int64_t* tokens = p.tokens.as<const int64_t>();
   const int64_t* parents = p.parents.as<const int64_t>();
   for (int64_t i = 0; i < n; ++i) {
-    target_tokens[i] = best[i].token;
+    target_tokens[i] = samples[i].count > 0 ? best[i].token : -1;
     path[i] = -1;
   }
   // Children come after their parents, so one sweep walks the whole path.

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/logit_row.h"
+#include "sampling.h"
 
 namespace specbranch::cuda {
 
@@ -37,7 +38,7 @@ __device__ void walk_tree(const TreeArguments& t, WalkShared& s) {
   for (int64_t i = thread; i < t.n; i += threads) {
     const int64_t target = t.target_tokens[i];
     if (cached) s.target[i] = static_cast<int32_t>(target);
-    if (target < 0) s.unusable = true;
+    if (target < 0 && counts_in_tree(t.parents, i)) s.unusable = true;
     t.path[i] = -1;
   }
   __syncthreads();

@@ -2,8 +2,8 @@
 // at temperature 0: it merges them and walks the tree. Otherwise it samples the rows (row_sampler.h), and the block
 // that ends last walks the tree (tree_walk.h).
 //
-// A row with NaN, +inf, only -inf or an overflow cannot raise here: its target token is -1, and next_token is -1, with
-// nothing accepted.
+// A row with NaN, +inf, only -inf or an overflow cannot raise here: its target token is -1 and, unless its node is
+// unused, next_token is -1, with nothing accepted.
 #include "verify.h"
 
 #include "cuda/row_sampler.h"

@@ -12,7 +12,7 @@ from ._library import int64_scalar, register
 class Verification(NamedTuple):
     """What `verify` returns; all int64.
 
-    target_tokens: [n], the target's own token after each node.
+    target_tokens: [n], the target's own token after each node; -1 after an unused one whose row cannot be sampled.
     path: [n], the accepted nodes from the root's child down, padded with -1.
     accepted: [], how many nodes `path` holds.
     next_token: [], the target's token after the last accepted node (or the root).
@@ -115,7 +115,8 @@ def verify(
         target_logits: float32, bfloat16 or float16 [n, V]; row i holds the logits after node i. Rows may have
             any stride. -inf masks a token.
         tokens: int64 [n]; the root's (node 0) is ignored.
-        parents: int64 [n], parents before children; -1 for the root. A later -1 marks an unused node.
+        parents: int64 [n], parents before children; -1 for the root. A later -1 marks an unused node, whose row may
+            hold anything.
         positions: int64 [n], the absolute position of the token that row i predicts.
         seed: int or int64 [].
         temperature: 0 (greedy, the filters are then not applied) or more.
@@ -127,10 +128,11 @@ def verify(
         A `Verification`. Among equal siblings the first one is taken.
 
     Raises:
-        ValueError: wrong shape, dtype or range, a parent after its child, NaN or +inf in the logits, or a row
-            that masks every token; the message names the tensor and the row. On a CUDA device only shapes, dtypes
-            and options raise. There a row that cannot be sampled has target token -1, and if there is one, nothing is
-            accepted and next_token is -1; a node whose parent does not come before it is never accepted.
+        ValueError: wrong shape, dtype or range, a parent after its child, and NaN or +inf in the logits or a row that
+            masks every token, except in rows of unused nodes; the message names the tensor and the row. On a CUDA
+            device only shapes, dtypes and options raise. There a row that cannot be sampled has target token -1, and
+            if a node that is not unused has such a row, nothing is accepted and next_token is -1; a node whose parent
+            does not come before it is never accepted.
     """
     return Verification(
         *_op(

@@ -22,7 +22,11 @@ def verify(
     """See `specbranch_ext.ops.verify`."""
     processed = process(target_logits, temperature, top_k, top_p, min_p)
     scores = perturbed_scores(processed, positions, seed, temperature)
-    target_tokens = scores.argmax(dim=1)  # the first of equal ones
+    usable = processed.z.amax(dim=1).isfinite()
+    for row in range(len(usable)):
+        if not usable[row] and (row == 0 or parents[row] >= 0):
+            raise ValueError(f"target_logits: row {row} cannot be sampled")
+    target_tokens = scores.argmax(dim=1).masked_fill(~usable, -1)  # the first of equal ones
 
     path = torch.full_like(positions, -1)
     node, accepted = 0, 0
