@@ -147,7 +147,7 @@ void linear(Object input, Object weight, Object bias, Object output, int64_t han
 
 void verify(Object target_logits, Object tokens, Object parents, Object positions, Object seed, double temperature,
             int64_t top_k, double top_p, double min_p, Object target_tokens, Object path, Object accepted,
-            Object next_token, int64_t handle, Object workspace) {
+            Object next_token, int64_t handle, Object workspace, Object tickets) {
   RowReport report;
   VerifyParams params{{},
                       tensor(target_logits, "target_logits"),
@@ -163,7 +163,7 @@ void verify(Object target_logits, Object tokens, Object parents, Object position
                       &report};
   params.launch = launch_on({&params.target_logits, &params.tokens, &params.parents, &params.positions, &params.seed,
                              &params.target_tokens, &params.path, &params.accepted, &params.next_token},
-                            handle, workspace);
+                            handle, workspace, tickets);
   check_verify(params);
   {
     py::gil_scoped_release unlocked;
@@ -174,7 +174,7 @@ void verify(Object target_logits, Object tokens, Object parents, Object position
 
 void verify_rejection(Object target_logits, Object draft_logits, Object tokens, Object positions, Object seed,
                       double temperature, int64_t top_k, double top_p, double min_p, bool block, Object accepted,
-                      Object next_token, int64_t handle, Object workspace) {
+                      Object next_token, int64_t handle, Object workspace, Object tickets) {
   RowReport target_report, draft_report;
   VerifyRejectionParams params{{},
                                tensor(target_logits, "target_logits"),
@@ -190,7 +190,7 @@ void verify_rejection(Object target_logits, Object draft_logits, Object tokens, 
                                &draft_report};
   params.launch = launch_on({&params.target_logits, &params.draft_logits, &params.tokens, &params.positions,
                              &params.seed, &params.accepted, &params.next_token},
-                            handle, workspace);
+                            handle, workspace, tickets);
   check_verify_rejection(params);
   {
     py::gil_scoped_release unlocked;

@@ -55,6 +55,7 @@ def verify(
     next_token: Tensor,
     launch: int,
     workspace: Tensor | None,
+    tickets: Tensor | None,
 ) -> None: ...
 def verify_workspace(n: int, vocabulary: int, temperature: float, top_k: int, top_p: float, min_p: float) -> int: ...
 def verify_rejection(
@@ -72,6 +73,7 @@ def verify_rejection(
     next_token: Tensor,
     launch: int,
     workspace: Tensor | None,
+    tickets: Tensor | None,
 ) -> None: ...
 def verify_rejection_workspace(
     n: int, vocabulary: int, temperature: float, top_k: int, top_p: float, min_p: float

@@ -169,6 +169,37 @@ def test_more_nodes_than_the_threads_of_a_block(n):
     assert result.accepted == (n - 1) // 2
 
 
+def chain(logits, seed=0, **options):
+    """Tokens of a chain that is accepted for two thirds."""
+    n = len(logits)
+    rows = torch.zeros(n, dtype=torch.int64)
+    tokens = verify(logits, rows, rows - 1, positions_of(n), seed=seed, **options).target_tokens.roll(1)
+    tokens[2 * n // 3 + 1 :] = -1
+    return tokens
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}], ids=str)
+@pytest.mark.parametrize(("n", "vocabulary"), [(33, 1), (33, 3), (33, 5000), (1024, 1), (1024, 40)])
+def test_many_rows_and_one_call_after_another(n, vocabulary, options):
+    logits = torch.randn(n, vocabulary, generator=torch.Generator().manual_seed(n)) * 3
+    tokens, parents = chain(logits, **options), torch.arange(n) - 1
+    for rows in (n, 1, n):  # each call finds the tickets as the one before left them
+        result = assert_same(logits[:rows], tokens[:rows], parents[:rows], positions_of(rows), **options)
+        assert result.accepted == 2 * n // 3 if rows == n else result.accepted == 0
+
+
+@pytest.mark.parametrize("schedule", ["forward", "reverse", *(f"shuffle:{seed}" for seed in range(1, 9))])
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
+def test_the_order_of_blocks_does_not_matter(options, schedule, implementation, monkeypatch):
+    if implementation != "emulated":
+        return
+    logits = torch.randn(9, 9000, generator=torch.Generator().manual_seed(5)) * 2
+    tokens, parents = chain(logits, **options), torch.arange(9) - 1
+    monkeypatch.setenv("SPECBRANCH_EMULATOR_SCHEDULE", schedule)
+    for _ in range(2):
+        assert assert_same(logits, tokens, parents, positions_of(9), **options).accepted == 6
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_random_trees(data):

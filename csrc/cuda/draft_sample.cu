@@ -72,7 +72,7 @@ template <typename T>
 void run(const DraftSampleParams& p) {
   const int64_t rows = p.draft_logits.shape[0], vocabulary = p.draft_logits.shape[1], k = p.tokens.shape[1];
   const SampleWorkspace workspace(p.launch.workspace, rows, vocabulary, k, p.filters);
-  launch_row_max<T>("draft_sample", p.launch, p.draft_logits, p.filters, workspace);
+  launch_row_max<T>("draft_sample", p.launch, rows, row_max_arguments(p.draft_logits, p.filters, workspace));
   const SampleArguments arguments = sample_arguments(p.draft_logits, p.positions, p.seed, p.filters, workspace);
   const DraftArguments out{static_cast<int>(k),   workspace.candidates,       p.tokens.as<int64_t>(),
                            p.scores.as<float>(), p.confidence.as<float>(), p.entropy.as<float>()};

@@ -1,6 +1,6 @@
 // The first launch of verify and draft_sample: the largest logit of every piece of every row, its lowest token, and
 // whether the piece has a NaN; for top-p also the piece's mass, which guides a guess only (bracket.h). It clears what
-// the second launch counts in, too, because the workspace starts as garbage.
+// the second launch adds to, too, because the workspace starts as garbage.
 //
 // Floor: the logits' bytes once. Pieces are short so that all their loads are in flight together.
 #pragma once
@@ -45,10 +45,9 @@ struct RowMaxArguments {
   int64_t stride;
   int32_t vocabulary, pieces, piece_groups;
   float mass_scale;     // log2(e) / temperature, or 0: no masses
-  Word64* maxima;       // [rows, pieces]: keys of the largest logits
-  float* masses;        // [rows, pieces]: sums of exp((logit - largest) / temperature)
-  RowState* state;      // [rows] or null
-  unsigned* rows_done;  // or null
+  Word64* maxima;    // [rows, pieces]: keys of the largest logits
+  float* masses;     // [rows, pieces]: sums of exp((logit - largest) / temperature)
+  RowState* state;   // [rows] or null
 };
 
 struct RowMaxShared {
@@ -56,15 +55,12 @@ struct RowMaxShared {
   float warp_mass[row_max_threads / warp_size];
 };
 
+// What it finds is written by thread 0.
 template <typename T>
-__device__ void find_row_max(const RowMaxArguments& a) {
-  RowMaxShared& shared = *shared_memory<RowMaxShared>();
+__device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
   const int64_t row_index = blockIdx.x / a.pieces;
   const int32_t piece = static_cast<int32_t>(blockIdx.x % a.pieces);
-  if (piece == 0 && threadIdx.x == 0) {
-    if (a.state != nullptr) a.state[row_index] = RowState{};
-    if (a.rows_done != nullptr && row_index == 0) *a.rows_done = 0;
-  }
+  if (a.state != nullptr && piece == 0 && threadIdx.x == 0) a.state[row_index] = RowState{};
 
   const LogitRow<T> row(a.logits, a.stride, row_index, a.vocabulary);
   const int32_t begin = piece * a.piece_groups;
@@ -118,7 +114,7 @@ __device__ void find_row_max(const RowMaxArguments& a) {
 
 template <typename T>
 __global__ void __launch_bounds__(row_max_threads) row_max_kernel(const RowMaxArguments a) {
-  find_row_max<T>(a);
+  find_row_max<T>(a, *shared_memory<RowMaxShared>());
 }
 
 // False for a row with NaN, +inf, nothing but -inf, or values that overflow when scaled.

@@ -24,6 +24,7 @@
 #include "cuda/bracket.h"
 #include "cuda/candidates.h"
 #include "cuda/row_max.h"
+#include "cuda/tickets.h"
 #include "sampling.h"
 
 namespace specbranch::cuda {
@@ -296,11 +297,7 @@ __device__ bool RowSampler<T, Best, statistics>::publish() {
       if (sum != 0) atomicAdd(&state_.sums[lane_index()], sum);
     }
     __syncwarp();
-    if (lane_index() == 0) {
-      __threadfence();
-      s_.is_last = atomicAdd(&state_.finished, 1u) == static_cast<unsigned>(a_.pieces) - 1u;
-      __threadfence();
-    }
+    if (lane_index() == 0) s_.is_last = takes_last_ticket(&state_.finished, static_cast<unsigned>(a_.pieces));
   }
   __syncthreads();
   return s_.is_last;

@@ -25,7 +25,6 @@ struct SampleWorkspace : Workspace {
   Word64* maxima = nullptr;
   float* masses = nullptr;
   RowState* state = nullptr;
-  unsigned* rows_done = nullptr;
   float* list_z = nullptr;
   Word64* list_key = nullptr;
   Word64* candidates = nullptr;  // [rows, pieces, BestMany::published_by(k)]
@@ -52,7 +51,6 @@ inline SampleWorkspace::SampleWorkspace(void* memory, int64_t rows, int64_t voca
   if (searches_mass(filters)) masses = take<float>(memory, rows * Pieces::for_max(rows, vocabulary).count);
   if (filters.greedy() && many_k == 0) return;
   state = take<RowState>(memory, rows);
-  rows_done = take<unsigned>(memory, 1);
   candidates = take<Word64>(memory, many_k == 0 ? 0 : rows * pieces(rows, vocabulary).count *
                                                            BestMany::published_by(static_cast<int>(many_k)));
   if (!searches_count(filters, vocabulary) && !searches_mass(filters)) return;
@@ -67,18 +65,17 @@ inline float mass_scale(const Filters& f) {
   return SampleWorkspace::searches_mass(f) ? f.inverse_temperature() * 1.44269504f : 0.0f;
 }
 
+inline RowMaxArguments row_max_arguments(const Tensor& logits, const Filters& f, const SampleWorkspace& workspace) {
+  const Pieces pieces = Pieces::for_max(logits.shape[0], logits.shape[1]);
+  return {logits.data,   logits.stride[0], static_cast<int32_t>(logits.shape[1]), pieces.count,
+          pieces.groups, mass_scale(f),    workspace.maxima,                      workspace.masses,
+          workspace.state};
+}
+
 template <typename T>
-Pieces launch_row_max(const char* name, const Launch& on, const Tensor& logits, const Filters& f,
-                      const SampleWorkspace& workspace) {
-  const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
-  const Pieces pieces = Pieces::for_max(rows, vocabulary);
-  const RowMaxArguments arguments{logits.data,      logits.stride[0], static_cast<int32_t>(vocabulary),
-                                  pieces.count,     pieces.groups,    mass_scale(f),
-                                  workspace.maxima, workspace.masses, workspace.state,
-                                  workspace.rows_done};
-  launch(name, row_max_kernel<T>, on, dim3(static_cast<unsigned>(rows * pieces.count)), dim3(row_max_threads),
+void launch_row_max(const char* name, const Launch& on, int64_t rows, const RowMaxArguments& arguments) {
+  launch(name, row_max_kernel<T>, on, dim3(static_cast<unsigned>(rows * arguments.pieces)), dim3(row_max_threads),
          sizeof(RowMaxShared), arguments);
-  return pieces;
 }
 
 inline SampleArguments sample_arguments(const Tensor& logits, const Tensor& positions, const Tensor& seed,

@@ -21,6 +21,7 @@
 
 #include "cuda/row_sampler.h"
 #include "cuda/row_sampler_launch.h"
+#include "cuda/tickets.h"
 
 namespace specbranch::cuda {
 namespace {
@@ -54,7 +55,7 @@ struct Arguments {
   const Word64* maxima;  // [rows, max_pieces]: keys of the largest logits
   RowInfo* info;         // [rows]
   Word64* parts;         // [n, residual_pieces], or one row of them token-wise
-  unsigned* finished;    // blocks of the last launch
+  unsigned* ticket;      // of the last launch's blocks
 
   template <typename T>
   __device__ LogitRow<T> row(int32_t i) const {
@@ -73,7 +74,7 @@ template <typename T>
 __global__ void __launch_bounds__(row_max_threads)
     max_kernel(const __grid_constant__ RowMaxArguments target, const __grid_constant__ RowMaxArguments draft,
                unsigned first_of_draft) {
-  find_row_max<T>(blockIdx.x < first_of_draft ? target : draft);
+  find_row_max<T>(blockIdx.x < first_of_draft ? target : draft, *shared_memory<RowMaxShared>());
 }
 
 template <typename T>
@@ -236,12 +237,10 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
     sum = 0;
     for (const Word64 w : s.warps) sum += w;
     a.parts[blockIdx.x] = sum;
-    __threadfence();
-    s.is_last = atomicAdd(a.finished, 1u) == gridDim.x - 1;
+    s.is_last = takes_last_ticket(a.ticket, gridDim.x);
   }
   __syncthreads();
   if (!s.is_last) return;
-  __threadfence();
 
   // How many tokens are accepted, by block verification.
   if (a.block) {
@@ -385,22 +384,16 @@ void run(const VerifyRejectionParams& p) {
   const void* draft_rows = behind_the_target(p.draft_logits, n);
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
 
-  const Pieces max_pieces = Pieces::for_max(rows, vocabulary);
-  const RowMaxArguments max_target{p.target_logits.data,
-                                   p.target_logits.stride[0],
-                                   static_cast<int32_t>(vocabulary),
-                                   max_pieces.count,
-                                   max_pieces.groups,
-                                   mass_scale(f),
-                                   workspace.rows.maxima,
-                                   workspace.rows.masses,
-                                   workspace.rows.state,
-                                   workspace.rows.rows_done};
+  Tensor all_rows = p.target_logits, no_positions = p.positions;
+  all_rows.shape[0] = rows;
+  no_positions.data = workspace.rows.maxima;  // there are fewer positions than rows, and nothing is drawn for them
+
+  const RowMaxArguments max_target = row_max_arguments(all_rows, f, workspace.rows);
   RowMaxArguments max_draft = max_target;
   max_draft.logits = draft_rows;
   max_draft.stride = p.draft_logits.stride[0];
-  launch("verify_rejection", max_kernel<T>, p.launch, dim3(blocks(rows * max_pieces.count)), dim3(row_max_threads),
-         sizeof(RowMaxShared), max_target, max_draft, blocks(n * max_pieces.count));
+  launch("verify_rejection", max_kernel<T>, p.launch, dim3(blocks(rows * max_target.pieces)), dim3(row_max_threads),
+         sizeof(RowMaxShared), max_target, max_draft, blocks(n * max_target.pieces));
 
   const Pieces pieces = residual_pieces(n, vocabulary, p.block);
   const Arguments a{p.target_logits.data,
@@ -417,21 +410,18 @@ void run(const VerifyRejectionParams& p) {
                     f.inverse_temperature(),
                     static_cast<float>(f.min_p),
                     p.block,
-                    max_pieces.count,
+                    max_target.pieces,
                     pieces.count,
                     pieces.groups,
                     workspace.rows.maxima,
                     workspace.info,
                     workspace.parts,
-                    workspace.rows.rows_done};
+                    p.launch.tickets};
   if (f.greedy()) {
     launch("verify_rejection", greedy_kernel, p.launch, dim3(1), dim3(greedy_threads), 3 * sizeof(int), a);
     return;
   }
 
-  Tensor all_rows = p.target_logits, no_positions = p.positions;
-  all_rows.shape[0] = rows;
-  no_positions.data = workspace.rows.maxima;  // there are fewer positions than rows, and nothing is drawn for them
   SampleArguments weigh_target = sample_arguments(all_rows, no_positions, p.seed, f, workspace.rows);
   weigh_target.greedy = true;  // no noise
   SampleArguments weigh_draft = weigh_target;

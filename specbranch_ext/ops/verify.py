@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _library
 from ._library import int64_scalar, register
+from ._tickets import tickets
 
 
 class Verification(NamedTuple):
@@ -61,6 +62,7 @@ def _kernel(
             top_p,
             min_p,
         ),
+        tickets(target_logits),
     )
     return target_tokens, path, accepted, next_token
 

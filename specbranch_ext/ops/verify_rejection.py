@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import _library
 from ._library import int64_scalar, register
+from ._tickets import tickets
 
 
 class RejectionVerification(NamedTuple):
@@ -57,6 +58,7 @@ def _kernel(
             top_p,
             min_p,
         ),
+        tickets(target_logits),
     )
     return accepted, next_token
 
