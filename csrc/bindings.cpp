@@ -63,6 +63,18 @@ Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle,
   return launch;
 }
 
+// The tensor `filters` in place of numbers: read here on the CPU, by the kernel on a CUDA device. launch_on has checked
+// its device.
+template <typename Params>
+void take_filters(Params& params, const Tensor& filters) {
+  check_filters_tensor(filters, params.filters);
+  if (params.launch.on_cuda()) {
+    params.filters_in_memory = filters.as<const Filters>();
+  } else {
+    params.filters = *filters.as<const Filters>();
+  }
+}
+
 py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
@@ -146,24 +158,29 @@ void linear(Object input, Object weight, Object bias, Object output, int64_t han
 #endif
 
 void verify(Object target_logits, Object tokens, Object parents, Object positions, Object seed, double temperature,
-            int64_t top_k, double top_p, double min_p, Object target_tokens, Object path, Object accepted,
-            Object next_token, int64_t handle, Object workspace, Object tickets) {
+            int64_t top_k, double top_p, double min_p, Object filters, Object target_tokens, Object path,
+            Object accepted, Object next_token, int64_t handle, Object workspace, Object tickets) {
   RowReport report;
+  Tensor filters_tensor;
+  if (!filters.is_none()) filters_tensor = tensor(filters, "filters");
   VerifyParams params{{},
                       tensor(target_logits, "target_logits"),
                       tensor(tokens, "tokens"),
                       tensor(parents, "parents"),
                       tensor(positions, "positions"),
                       tensor(seed, "seed"),
-                      {temperature, top_k, top_p, min_p},
+                      {temperature, static_cast<double>(top_k), top_p, min_p},
+                      nullptr,
                       tensor(target_tokens, "target_tokens"),
                       tensor(path, "path"),
                       tensor(accepted, "accepted"),
                       tensor(next_token, "next_token"),
                       &report};
   params.launch = launch_on({&params.target_logits, &params.tokens, &params.parents, &params.positions, &params.seed,
-                             &params.target_tokens, &params.path, &params.accepted, &params.next_token},
+                             &filters_tensor, &params.target_tokens, &params.path, &params.accepted,
+                             &params.next_token},
                             handle, workspace, tickets);
+  if (!filters.is_none()) take_filters(params, filters_tensor);
   check_verify(params);
   {
     py::gil_scoped_release unlocked;
@@ -182,7 +199,7 @@ void verify_rejection(Object target_logits, Object draft_logits, Object tokens, 
                                tensor(tokens, "tokens"),
                                tensor(positions, "positions"),
                                tensor(seed, "seed"),
-                               {temperature, top_k, top_p, min_p},
+                               {temperature, static_cast<double>(top_k), top_p, min_p},
                                block,
                                tensor(accepted, "accepted"),
                                tensor(next_token, "next_token"),
@@ -201,22 +218,26 @@ void verify_rejection(Object target_logits, Object draft_logits, Object tokens, 
 }
 
 void draft_sample(Object draft_logits, Object positions, Object seed, double temperature, int64_t top_k, double top_p,
-                  double min_p, Object tokens, Object scores, Object confidence, Object entropy, int64_t handle,
-                  Object workspace) {
+                  double min_p, Object filters, Object tokens, Object scores, Object confidence, Object entropy,
+                  int64_t handle, Object workspace) {
   RowReport report;
+  Tensor filters_tensor;
+  if (!filters.is_none()) filters_tensor = tensor(filters, "filters");
   DraftSampleParams params{{},
                            tensor(draft_logits, "draft_logits"),
                            tensor(positions, "positions"),
                            tensor(seed, "seed"),
-                           {temperature, top_k, top_p, min_p},
+                           {temperature, static_cast<double>(top_k), top_p, min_p},
+                           nullptr,
                            tensor(tokens, "tokens"),
                            tensor(scores, "scores"),
                            tensor(confidence, "confidence"),
                            tensor(entropy, "entropy"),
                            &report};
-  params.launch = launch_on({&params.draft_logits, &params.positions, &params.seed, &params.tokens, &params.scores,
-                             &params.confidence, &params.entropy},
+  params.launch = launch_on({&params.draft_logits, &params.positions, &params.seed, &filters_tensor, &params.tokens,
+                             &params.scores, &params.confidence, &params.entropy},
                             handle, workspace);
+  if (!filters.is_none()) take_filters(params, filters_tensor);
   check_draft_sample(params);
   {
     py::gil_scoped_release unlocked;
@@ -248,16 +269,19 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
 #endif
 #ifdef SPECBRANCH_HAS_CUDA_KERNELS
   m.def("verify_workspace", [](int64_t n, int64_t vocabulary, double temperature, int64_t top_k, double top_p,
-                               double min_p) {
-    return specbranch::cuda::verify_workspace(n, vocabulary, {temperature, top_k, top_p, min_p});
+                               double min_p, bool any_filters) {
+    return specbranch::cuda::verify_workspace(n, vocabulary, {temperature, static_cast<double>(top_k), top_p, min_p},
+                                              any_filters);
   });
   m.def("verify_rejection_workspace", [](int64_t n, int64_t vocabulary, double temperature, int64_t top_k, double top_p,
                                          double min_p) {
-    return specbranch::cuda::verify_rejection_workspace(n, vocabulary, {temperature, top_k, top_p, min_p});
+    return specbranch::cuda::verify_rejection_workspace(n, vocabulary,
+                                                        {temperature, static_cast<double>(top_k), top_p, min_p});
   });
   m.def("draft_sample_workspace", [](int64_t b, int64_t vocabulary, int64_t k, double temperature, int64_t top_k,
-                                     double top_p, double min_p) {
-    return specbranch::cuda::draft_sample_workspace(b, vocabulary, k, {temperature, top_k, top_p, min_p});
+                                     double top_p, double min_p, bool any_filters) {
+    return specbranch::cuda::draft_sample_workspace(
+        b, vocabulary, k, {temperature, static_cast<double>(top_k), top_p, min_p}, any_filters);
   });
   m.def("tree_attention_workspace", &specbranch::cuda::tree_attention_workspace);
 #endif

@@ -1,6 +1,6 @@
-// What code is compiled for: instruction-set levels, and CUDA devices. Every file of csrc/cpu is compiled once per level
-// with SPECBRANCH_ISA set to the level's name, which is also the namespace of its code, so that the linker never mixes
-// levels.
+// What code is compiled for: instruction-set levels, and CUDA devices. Every file of csrc/cpu is compiled once per
+// level with SPECBRANCH_ISA set to the level's name, which is also the namespace of its code, so that the linker never
+// mixes levels.
 #pragma once
 
 #ifndef SPECBRANCH_ISA

@@ -1,6 +1,7 @@
 // What verify and draft_sample have in common: how logits become a distribution, and the noise that draws from it.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <string>
@@ -10,28 +11,56 @@
 
 namespace specbranch {
 
-// Applied in this order. Each is a threshold on the scaled logit, so tied tokens stay or go together.
+// Applied in this order. Each is a threshold on the scaled logit, so tied tokens stay or go together. A float64 tensor
+// [4] has the same layout.
 struct Filters {
   double temperature;  // 0: greedy, and the filters below are not applied
-  int64_t top_k;       // 0: off
+  double top_k;        // a whole number; 0: off
   double top_p;        // 1: off
   double min_p;        // 0: off
 
-  bool greedy() const { return temperature == 0.0; }
-  float inverse_temperature() const { return greedy() ? 1.0f : static_cast<float>(1.0 / temperature); }
+  SPECBRANCH_HD bool greedy() const { return temperature == 0.0; }
+  SPECBRANCH_HD float inverse_temperature() const {
+    return greedy() ? 1.0f : static_cast<float>(1.0 / temperature);
+  }
+  // Whether top-k, or top-p, needs a threshold.
+  SPECBRANCH_HD bool searches_count(int64_t vocabulary) const {
+    return !greedy() && top_k > 0.0 && top_k < static_cast<double>(vocabulary);
+  }
+  SPECBRANCH_HD bool searches_mass() const { return !greedy() && top_p < 1.0; }
+
+  // Whether each is in range; NaN never is. Below 1e-38 the inverse would be infinite in float32.
+  SPECBRANCH_HD bool valid_temperature() const {
+    return temperature == 0.0 || (temperature >= 1e-38 && temperature <= DBL_MAX);
+  }
+  SPECBRANCH_HD bool valid_top_k() const { return top_k >= 0.0 && top_k <= DBL_MAX && floor(top_k) == top_k; }
+  SPECBRANCH_HD bool valid_top_p() const { return top_p > 0.0 && top_p <= 1.0; }
+  SPECBRANCH_HD bool valid_min_p() const { return min_p >= 0.0 && min_p <= 1.0; }
+  SPECBRANCH_HD bool valid() const { return valid_temperature() && valid_top_k() && valid_top_p() && valid_min_p(); }
 };
 
 inline void check_filters(const Filters& f) {
   const auto refuse = [](const char* name, double value, const char* expected) {
     fail(std::string(name) + ": expected " + expected + ", got " + std::to_string(value));
   };
-  // The negations also refuse NaN. Below 1e-38 the inverse would be infinite in float32.
-  if (!(f.temperature == 0.0 || (f.temperature >= 1e-38 && std::isfinite(f.temperature)))) {
-    refuse("temperature", f.temperature, "0 or a number from 1e-38 up");
-  }
-  if (f.top_k < 0) refuse("top_k", static_cast<double>(f.top_k), "0 (off) or more");
-  if (!(f.top_p > 0.0 && f.top_p <= 1.0)) refuse("top_p", f.top_p, "a number above 0 and up to 1");
-  if (!(f.min_p >= 0.0 && f.min_p <= 1.0)) refuse("min_p", f.min_p, "a number from 0 to 1");
+  if (!f.valid_temperature()) refuse("temperature", f.temperature, "0 or a number from 1e-38 up");
+  if (!f.valid_top_k()) refuse("top_k", f.top_k, "0 (off) or a whole number above");
+  if (!f.valid_top_p()) refuse("top_p", f.top_p, "a number above 0 and up to 1");
+  if (!f.valid_min_p()) refuse("min_p", f.min_p, "a number from 0 to 1");
+}
+
+// filters float64 [4], given in place of numbers: those must be off.
+inline void check_filters_tensor(const Tensor& filters, const Filters& numbers) {
+  const auto refuse = [](const char* name, double value) {
+    fail(std::string(name) + ": expected no number beside filters, got " + std::to_string(value));
+  };
+  if (numbers.temperature != 0.0) refuse("temperature", numbers.temperature);
+  if (numbers.top_k != 0.0) refuse("top_k", numbers.top_k);
+  if (numbers.top_p != 1.0) refuse("top_p", numbers.top_p);
+  if (numbers.min_p != 0.0) refuse("min_p", numbers.min_p);
+  check_dtype(filters, Dtype::float64);
+  check_shape(filters, {4}, "[4]");
+  check_contiguous(filters);
 }
 
 // logits [n, V] with contiguous rows, positions int64 [n], seed int64 [].

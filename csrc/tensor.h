@@ -7,11 +7,12 @@
 
 namespace specbranch {
 
-enum class Dtype : int { float32, bfloat16, float16, int64, other };
+enum class Dtype : int { float32, float64, bfloat16, float16, int64, other };
 
 inline const char* dtype_name(Dtype dtype) {
   switch (dtype) {
     case Dtype::float32: return "float32";
+    case Dtype::float64: return "float64";
     case Dtype::bfloat16: return "bfloat16";
     case Dtype::float16: return "float16";
     case Dtype::int64: return "int64";
@@ -25,6 +26,7 @@ inline int64_t item_bytes(Dtype dtype) {
     case Dtype::float32: return 4;
     case Dtype::bfloat16:
     case Dtype::float16: return 2;
+    case Dtype::float64:
     case Dtype::int64: return 8;
     default: return 0;
   }

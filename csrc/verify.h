@@ -15,6 +15,7 @@ struct VerifyParams {
   Tensor positions;      // int64 [n], of the token that row i predicts
   Tensor seed;           // int64 []
   Filters filters;
+  const Filters* filters_in_memory;  // of a CUDA device, or null: what the kernel reads in place of `filters`
   Tensor target_tokens;  // int64 [n], written
   Tensor path;           // int64 [n], written: accepted nodes, padded with -1
   Tensor accepted;       // int64 [], written: how many nodes of path
@@ -26,8 +27,8 @@ void check_verify(const VerifyParams& params);
 void run_verify(const VerifyParams& params);
 
 namespace cuda {
-// Bytes of workspace for n rows of V logits.
-int64_t verify_workspace(int64_t rows, int64_t vocabulary, const Filters& filters);
+// Bytes of workspace for n rows of V logits; any_filters: where they are in memory.
+int64_t verify_workspace(int64_t rows, int64_t vocabulary, const Filters& filters, bool any_filters);
 }  // namespace cuda
 
 }  // namespace specbranch

@@ -49,6 +49,7 @@ def verify(
     top_k: int,
     top_p: float,
     min_p: float,
+    filters: Tensor | None,
     target_tokens: Tensor,
     path: Tensor,
     accepted: Tensor,
@@ -57,7 +58,9 @@ def verify(
     workspace: Tensor | None,
     tickets: Tensor | None,
 ) -> None: ...
-def verify_workspace(n: int, vocabulary: int, temperature: float, top_k: int, top_p: float, min_p: float) -> int: ...
+def verify_workspace(
+    n: int, vocabulary: int, temperature: float, top_k: int, top_p: float, min_p: float, any_filters: bool
+) -> int: ...
 def verify_rejection(
     target_logits: Tensor,
     draft_logits: Tensor,
@@ -86,6 +89,7 @@ def draft_sample(
     top_k: int,
     top_p: float,
     min_p: float,
+    filters: Tensor | None,
     tokens: Tensor,
     scores: Tensor,
     confidence: Tensor,
@@ -94,5 +98,5 @@ def draft_sample(
     workspace: Tensor | None,
 ) -> None: ...
 def draft_sample_workspace(
-    b: int, vocabulary: int, k: int, temperature: float, top_k: int, top_p: float, min_p: float
+    b: int, vocabulary: int, k: int, temperature: float, top_k: int, top_p: float, min_p: float, any_filters: bool
 ) -> int: ...

@@ -39,8 +39,8 @@ class RowSampler {
         vocabulary_(request.logits->shape[1]),
         inverse_temperature_(request.filters.inverse_temperature()),
         greedy_(request.filters.greedy()),
-        search_count_(!greedy_ && request.filters.top_k > 0 && request.filters.top_k < vocabulary_),
-        search_mass_(!greedy_ && request.filters.top_p < 1.0),
+        search_count_(request.filters.searches_count(vocabulary_)),
+        search_mass_(request.filters.searches_mass()),
         guesses_mass_(search_mass_ && vocabulary_ > short_list &&
                       (!search_count_ || request.filters.top_k > short_list / 2)),
         min_p_(greedy_ ? 0.0f : static_cast<float>(request.filters.min_p)),
@@ -171,7 +171,7 @@ class RowSampler {
       const float bins_per_unit =
           weight == Weight::count ? 32.0f : mass_bins(vocabulary_, row.mass, r_.filters.top_p);
       const SampledHistogram sample(logits(i), vocabulary_, inverse_temperature_, row.z_max, bins_per_unit);
-      bracket = weight == Weight::count ? bracket_count(sample, row.z_max, static_cast<double>(r_.filters.top_k))
+      bracket = weight == Weight::count ? bracket_count(sample, row.z_max, r_.filters.top_k)
                                         : bracket_mass(sample, row.z_max, row.threshold, row.mass, r_.filters.top_p);
     }
     row.low = bracket.low;
@@ -225,7 +225,7 @@ class RowSampler {
     RowState& row = row_[i];
     uint64_t above = 0, total = 0;
     const auto target = [&] {
-      return weight == Weight::count ? static_cast<double>(r_.filters.top_k)
+      return weight == Weight::count ? r_.filters.top_k
                                      : r_.filters.top_p * static_cast<double>(total);
     };
     if (row.listed_all) {  // an earlier search listed the row; what it dropped leaves the list first

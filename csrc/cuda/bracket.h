@@ -8,8 +8,6 @@
 // nothing compared to what top-p drops: its bins are fine for flat rows and coarse for peaked ones.
 #pragma once
 
-#include <cmath>
-
 #include "cuda/threshold.h"
 
 namespace specbranch::cuda {
@@ -34,12 +32,12 @@ struct BracketPlan {
 
   BracketPlan() = default;
   // max_pieces: of row_max.h.
-  BracketPlan(int64_t vocabulary, int64_t max_pieces, int64_t short_list, int64_t top_k, double top_p,
-              float inverse_temperature)
+  SPECBRANCH_HD BracketPlan(int64_t vocabulary, int64_t max_pieces, int64_t short_list, double top_k, double top_p,
+                            float inverse_temperature)
       : tokens_per_sample(static_cast<float>(vocabulary) / (sample_groups * group_tokens)),
         short_list(static_cast<float>(short_list)),
         expected(static_cast<float>(top_k) / tokens_per_sample),
-        slack(5.0f * std::sqrt(expected * (1.0f - static_cast<float>(top_k) / static_cast<float>(vocabulary))) + 4.0f),
+        slack(5.0f * sqrtf(expected * (1.0f - static_cast<float>(top_k) / static_cast<float>(vocabulary))) + 4.0f),
         least_range((max_pieces < 8 ? 32.0f : 2.0f) * inverse_temperature),
         dropped(static_cast<float>(1.0 - top_p)),
         vocabulary(static_cast<float>(vocabulary)) {}

@@ -5,7 +5,7 @@
 // entropy may differ from the CPU kernel's, in its last bits.
 //
 // A row with NaN, +inf, only -inf or an overflow cannot raise here: its tokens are -1, its scores -inf, its confidence
-// 0 and its entropy NaN.
+// 0 and its entropy NaN. With filters in memory that are out of range every row is such a row.
 #include "draft_sample.h"
 
 #include "cuda/row_sampler.h"
@@ -23,7 +23,7 @@ struct DraftArguments {
   float* entropy;
 };
 
-template <typename T>
+template <typename T, bool filters_in_memory>
 __global__ void __launch_bounds__(sampler_threads)
     draft_sample_kernel(const SampleArguments arguments, const DraftArguments out) {
   using Sampler = RowSampler<T, BestMany, /*statistics=*/true>;
@@ -31,7 +31,8 @@ __global__ void __launch_bounds__(sampler_threads)
   typename Sampler::Shared& shared = *shared_memory<typename Sampler::Shared>();
   const int64_t row = blockIdx.x / static_cast<unsigned>(arguments.pieces);
   Word64* published = out.published + row * arguments.pieces * BestMany::published_by(out.k);
-  Sampler sampler(arguments, shared, BestMany(shared.best, out.k, published), out.k);
+  const RowFilters& filters = row_filters<filters_in_memory>(arguments, shared.filters);
+  Sampler sampler(arguments, filters, shared, BestMany(shared.best, out.k, published), out.k);
   if (!sampler.run()) return;
   __syncthreads();
 
@@ -71,19 +72,22 @@ __global__ void __launch_bounds__(sampler_threads)
 template <typename T>
 void run(const DraftSampleParams& p) {
   const int64_t rows = p.draft_logits.shape[0], vocabulary = p.draft_logits.shape[1], k = p.tokens.shape[1];
-  const SampleWorkspace workspace(p.launch.workspace, rows, vocabulary, k, p.filters);
-  launch_row_max<T>("draft_sample", p.launch, rows, row_max_arguments(p.draft_logits, p.filters, workspace));
-  const SampleArguments arguments = sample_arguments(p.draft_logits, p.positions, p.seed, p.filters, workspace);
+  const Filters* in_memory = p.filters_in_memory;
+  const SampleWorkspace workspace(p.launch.workspace, rows, vocabulary, k, p.filters, in_memory != nullptr);
+  launch_row_max<T>("draft_sample", p.launch, rows, row_max_arguments(p.draft_logits, p.filters, in_memory, workspace));
+  const SampleArguments arguments =
+      sample_arguments(p.draft_logits, p.positions, p.seed, p.filters, in_memory, workspace);
   const DraftArguments out{static_cast<int>(k),   workspace.candidates,       p.tokens.as<int64_t>(),
                            p.scores.as<float>(), p.confidence.as<float>(), p.entropy.as<float>()};
-  launch("draft_sample", draft_sample_kernel<T>, p.launch, dim3(static_cast<unsigned>(rows * arguments.pieces)),
+  const auto kernel = in_memory != nullptr ? draft_sample_kernel<T, true> : draft_sample_kernel<T, false>;
+  launch("draft_sample", kernel, p.launch, dim3(static_cast<unsigned>(rows * arguments.pieces)),
          dim3(sampler_threads), sizeof(SamplerShared<BestMany>), arguments, out);
 }
 
 }  // namespace
 
-int64_t draft_sample_workspace(int64_t rows, int64_t vocabulary, int64_t k, const Filters& filters) {
-  return SampleWorkspace(nullptr, rows, vocabulary, k < 1 ? 1 : k, filters).bytes;
+int64_t draft_sample_workspace(int64_t rows, int64_t vocabulary, int64_t k, const Filters& filters, bool any_filters) {
+  return SampleWorkspace(nullptr, rows, vocabulary, k < 1 ? 1 : k, filters, any_filters).bytes;
 }
 
 void draft_sample(const DraftSampleParams& p) {

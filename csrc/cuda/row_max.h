@@ -7,8 +7,8 @@
 
 #include <algorithm>
 
-#include "cuda/logit_row.h"
 #include "cuda/ptx.h"
+#include "cuda/row_filters.h"
 
 namespace specbranch::cuda {
 
@@ -44,15 +44,19 @@ struct RowMaxArguments {
   const void* logits;
   int64_t stride;
   int32_t vocabulary, pieces, piece_groups;
-  float mass_scale;     // log2(e) / temperature, or 0: no masses
-  Word64* maxima;    // [rows, pieces]: keys of the largest logits
-  float* masses;     // [rows, pieces]: sums of exp((logit - largest) / temperature)
-  RowState* state;   // [rows] or null
+  float mass_scale;        // log2(e) / temperature, or 0: no masses
+  const Filters* filters;  // in memory, or null: what mass_scale comes from
+  Word64* maxima;   // [rows, pieces]: keys of the largest logits
+  float* masses;    // [rows, pieces]: sums of exp((logit - largest) / temperature)
+  RowState* state;  // [rows] or null
 };
 
 struct RowMaxShared {
   Word64 warp_best[row_max_threads / warp_size];
   float warp_mass[row_max_threads / warp_size];
+  // Of filters in memory.
+  float mass_scale;
+  bool greedy, valid;
 };
 
 // What it finds is written by thread 0.
@@ -61,6 +65,19 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
   const int64_t row_index = blockIdx.x / a.pieces;
   const int32_t piece = static_cast<int32_t>(blockIdx.x % a.pieces);
   if (a.state != nullptr && piece == 0 && threadIdx.x == 0) a.state[row_index] = RowState{};
+  float mass_scale = a.mass_scale;
+  bool nan = false;
+  if (a.filters != nullptr) {
+    if (threadIdx.x == 0) {
+      const Filters given = *a.filters, filters = in_range(given);
+      shared.mass_scale = mass_scale_of(filters);
+      shared.greedy = filters.greedy();
+      shared.valid = given.valid();
+    }
+    __syncthreads();
+    mass_scale = shared.mass_scale;
+    nan = !shared.valid;  // every row is then as bad as one with a NaN
+  }
 
   const LogitRow<T> row(a.logits, a.stride, row_index, a.vocabulary);
   const int32_t begin = piece * a.piece_groups;
@@ -68,7 +85,6 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
   GroupReader<T, row_max_threads> reader(row, begin + static_cast<int32_t>(threadIdx.x), end);
   float best = -infinity;
   int32_t token = group_tokens * begin;
-  bool nan = false;
   float mass = 0.0f, mass_max = lowest_finite;  // the sum is relative to the latter
   constexpr int unroll = 4;  // loads in flight
   for (int32_t base = begin; base < end; base += unroll * row_max_threads) {
@@ -86,14 +102,14 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
                 (x[0] == most ? 0 : x[1] == most ? 1 : x[2] == most ? 2 : 3);
       }
     }
-    if (a.mass_scale != 0.0f) {
+    if (mass_scale != 0.0f) {
       const float new_max = fmaxf(mass_max, best);
-      mass *= exp2_approximate((mass_max - new_max) * a.mass_scale);
+      mass *= exp2_approximate((mass_max - new_max) * mass_scale);
       mass_max = new_max;
 #pragma unroll
       for (const Group& group : groups) {
 #pragma unroll
-        for (const float x : group.x) mass += exp2_approximate((x - mass_max) * a.mass_scale);
+        for (const float x : group.x) mass += exp2_approximate((x - mass_max) * mass_scale);
       }
     }
   }
@@ -102,8 +118,8 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
   __syncthreads();
   for (const Word64 key : shared.warp_best) largest = larger(largest, key);
   if (threadIdx.x == 0) a.maxima[blockIdx.x] = largest;
-  if (a.mass_scale == 0.0f) return;
-  mass = warp_sum(mass * exp2_approximate((mass_max - fmaxf(key_score(largest), lowest_finite)) * a.mass_scale));
+  if (mass_scale == 0.0f) return;
+  mass = warp_sum(mass * exp2_approximate((mass_max - fmaxf(key_score(largest), lowest_finite)) * mass_scale));
   if (lane_index() == 0) shared.warp_mass[warp_index()] = mass;
   __syncthreads();
   if (threadIdx.x != 0) return;

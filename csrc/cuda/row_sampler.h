@@ -18,7 +18,8 @@
 // Floor: the logits' bytes twice, the second time from the L2 cache. Instructions a token (sm_90): 45 with top-p, 33 of
 // them for the weight; 40 without filters, 23 of them for Philox and the test.
 //
-// Step 3 is in row_sampler_scan.h, the last block's part in row_sampler_merge.h, the host's in row_sampler_launch.h.
+// Steps 1 and 2 are in row_sampler_start.h, step 3 in row_sampler_scan.h, the last block's part in row_sampler_merge.h,
+// the host's in row_sampler_launch.h.
 #pragma once
 
 #include "cuda/bracket.h"
@@ -37,13 +38,9 @@ struct SampleArguments {
   int32_t vocabulary;
   int32_t max_pieces;            // of the first launch
   int32_t pieces, piece_groups;  // of this one
-  float inverse_temperature, min_p;
-  float min_p_distance;  // no token further below the largest is kept by min_p
-  bool greedy, search_count, search_mass;
-  double top_k, top_p;
-  float mass_scale;
-  BracketPlan bracket_plan;
   int32_t list_capacity;
+  RowFilters filters;
+  const Filters* filters_in_memory;  // or null: what `filters` comes from
   // Workspace.
   const Word64* maxima;  // [rows, max_pieces]
   const float* masses;   // [rows, max_pieces], see row_max.h
@@ -73,17 +70,31 @@ struct SamplerShared {
   Word64 sums[sum_count][sampler_warps];
   Word64 max_key, floor;
   float mass, bins_per_unit;  // of bracket.h
+  RowFilters filters;         // where they are in memory
   bool is_last;
   typename Best::Shared best;
 };
+
+// The filters of a call. By all threads.
+template <bool in_memory>
+__device__ const RowFilters& row_filters(const SampleArguments& a, RowFilters& shared) {
+  if (!in_memory) return a.filters;
+  if (threadIdx.x == 0) {
+    shared = RowFilters(in_range(*a.filters_in_memory), a.vocabulary, a.max_pieces, a.list_capacity);
+  }
+  __syncthreads();
+  return shared;
+}
 
 template <typename T, typename Best, bool statistics>
 class RowSampler {
  public:
   using Shared = SamplerShared<Best>;
 
-  __device__ RowSampler(const SampleArguments& arguments, Shared& shared, const Best& best, int k)
+  __device__ RowSampler(const SampleArguments& arguments, const RowFilters& filters, Shared& shared, const Best& best,
+                        int k)
       : a_(arguments),
+        f_(filters),
         s_(shared),
         best_(best),
         k_(k),
@@ -101,7 +112,7 @@ class RowSampler {
   __device__ int64_t row_index() const { return row_index_; }
   __device__ bool is_usable() const { return usable_; }
   __device__ Best& best() { return best_; }
-  __device__ float z(int32_t token) const { return row_[token] * a_.inverse_temperature; }
+  __device__ float z(int32_t token) const { return row_[token] * f_.inverse_temperature; }
   __device__ float z_max() const { return z_max_; }
   // What top-k and top-p keep has this z or more.
   __device__ float threshold() const { return threshold_; }
@@ -126,16 +137,16 @@ class RowSampler {
     __device__ Word64 weight(uint32_t i) const { return mass ? sampler.weight(z(i)) : 1; }
   };
 
-  __device__ bool searches() const { return a_.search_count || a_.search_mass; }
-  __device__ bool min_p_keeps(float weight) const { return a_.min_p == 0.0f || weight >= a_.min_p; }
+  __device__ bool searches() const { return f_.search_count || f_.search_mass; }
+  __device__ bool min_p_keeps(float weight) const { return f_.min_p == 0.0f || weight >= f_.min_p; }
   __device__ Word64 weight(float z) const { return FixedPoint(exp_nonpositive(z - z_max_)).value(); }
   // Less than 1.
   __device__ float times_distance(float weight, float z) const { return weight * fminf(z_max_ - z, 88.0f); }
 
   __device__ Word64 candidate(int32_t token, float z) const {
     if (!(z >= lowest_finite)) return 0;
-    if (a_.min_p > 0.0f && !(exp_nonpositive(z - z_max_) >= a_.min_p)) return 0;
-    return candidate_key(a_.greedy ? z : z + noise_of(noise_key_, token), token);
+    if (f_.min_p > 0.0f && !(exp_nonpositive(z - z_max_) >= f_.min_p)) return 0;
+    return candidate_key(f_.greedy ? z : z + noise_of(noise_key_, token), token);
   }
 
   __device__ void find_start();
@@ -148,6 +159,7 @@ class RowSampler {
   __device__ void merge_list(float threshold);
 
   const SampleArguments& a_;
+  const RowFilters& f_;
   Shared& s_;
   Best best_;
   const int k_;
@@ -179,15 +191,15 @@ __device__ bool RowSampler<T, Best, statistics>::run() {
   for (int i = thread; i < sum_count * sampler_warps; i += sampler_threads) (&s_.sums[0][0])[i] = 0;
   if (warp_index() == 0) find_start();
   __syncthreads();
-  usable_ = usable(s_.max_key, a_.inverse_temperature);
+  usable_ = usable(s_.max_key, f_.inverse_temperature);
   if (!usable_) return piece_ == 0;
-  z_max_ = key_score(s_.max_key) * a_.inverse_temperature;
+  z_max_ = key_score(s_.max_key) * f_.inverse_temperature;
 
   Bracket bracket{lowest_finite, infinity};
   if (sampled) {
     bracket = guess_bracket(sample);
   } else if (!searches()) {  // all that is not masked, or hopeless for min-p
-    bracket.low = bracket.top = a_.min_p > 0.0f ? fmaxf(z_max_ + a_.min_p_distance, lowest_finite) : lowest_finite;
+    bracket.low = bracket.top = f_.min_p > 0.0f ? fmaxf(z_max_ + f_.min_p_distance, lowest_finite) : lowest_finite;
   }
 
   for (bool whole_row = false;; whole_row = true) {
@@ -218,73 +230,6 @@ __device__ bool RowSampler<T, Best, statistics>::run() {
   }
 }
 
-// By the first warp: the row's largest logit, and a floor that some k kept tokens reach.
-template <typename T, typename Best, bool statistics>
-__device__ void RowSampler<T, Best, statistics>::find_start() {
-  const Word64* maxima = a_.maxima + row_index_ * a_.max_pieces;
-  const int lane = lane_index();
-  const Word64 first = lane < a_.max_pieces ? maxima[lane] : 0;
-  const Word64 second = lane + warp_size < a_.max_pieces ? maxima[lane + warp_size] : 0;
-  Word64 mine = larger(first, second);
-  const Word64 max_key = warp_max(mine);
-  z_max_ = key_score(max_key) * a_.inverse_temperature;
-  // With a threshold still to be found, only the largest token is known to be kept.
-  if (searches()) mine = lane == 0 ? max_key : 0;
-  Word64 floor = 0;
-  if (mine != 0 && usable(max_key, a_.inverse_temperature)) {
-    floor = candidate(key_token(mine), key_score(mine) * a_.inverse_temperature);
-  }
-  if (k_ == 1) {
-    floor = warp_max(floor);
-  } else {
-    // Bitonic sort, largest first.
-#pragma unroll
-    for (int size = 2; size <= warp_size; size *= 2) {
-#pragma unroll
-      for (int stride = size / 2; stride > 0; stride /= 2) {
-        const Word64 other = __shfl_xor_sync(all_lanes, floor, stride);
-        const bool takes_larger = ((lane & stride) == 0) == ((lane & size) == 0);
-        floor = (other > floor) == takes_larger ? other : floor;
-      }
-    }
-    floor = k_ <= warp_size ? __shfl_sync(all_lanes, floor, (k_ - 1) % warp_size) : 0;
-  }
-  float mass = 0.0f, bins_per_unit = 0.0f;
-  if (a_.search_count) {
-    const auto finite = [](Word64 key) { return key != 0 && key_score(key) >= lowest_finite ? key : ~Word64{0}; };
-    const Word64 min_key = ~warp_max(larger(~finite(first), ~finite(second)));
-    bins_per_unit = a_.bracket_plan.count_bins(z_max_ - key_score(min_key) * a_.inverse_temperature);
-  } else if (a_.search_mass) {
-    const float* masses = a_.masses + row_index_ * a_.max_pieces;
-    const auto part = [&](int i, Word64 key) {
-      return key == 0 ? 0.0f : masses[i] * exp2_approximate((key_score(key) - key_score(max_key)) * a_.mass_scale);
-    };
-    mass = warp_sum(part(lane, first) + part(lane + warp_size, second));
-    bins_per_unit = a_.bracket_plan.mass_bins(mass);
-  }
-  if (lane == 0) {
-    s_.mass = mass;
-    s_.bins_per_unit = bins_per_unit;
-    s_.max_key = max_key;
-    s_.floor = floor;
-    best_.start(floor);
-  }
-}
-
-template <typename T, typename Best, bool statistics>
-__device__ Bracket RowSampler<T, Best, statistics>::guess_bracket(const ThreadSample& sample) {
-  const float bins_per_unit = s_.bins_per_unit;
-  count_sample(s_.bracket, sample, a_.inverse_temperature, z_max_, bins_per_unit);
-  __syncthreads();
-  // With both filters on the list has to hold all that top-k keeps.
-  Bracket bracket =
-      a_.search_count
-          ? bracket_count(s_.bracket, z_max_, a_.bracket_plan, bins_per_unit, /*open=*/a_.search_mass)
-          : bracket_mass(s_.bracket, z_max_, a_.bracket_plan, s_.mass, bins_per_unit);
-  bracket.low = fminf(fmaxf(bracket.low, lowest_finite), bracket.top);
-  return bracket;
-}
-
 // Adds what this block found to the row's state; true in the block of the row that does so last.
 template <typename T, typename Best, bool statistics>
 __device__ bool RowSampler<T, Best, statistics>::publish() {
@@ -307,3 +252,4 @@ __device__ bool RowSampler<T, Best, statistics>::publish() {
 
 #include "cuda/row_sampler_merge.h"
 #include "cuda/row_sampler_scan.h"
+#include "cuda/row_sampler_start.h"

@@ -9,14 +9,14 @@ __device__ bool RowSampler<T, Best, statistics>::find_threshold(const Bracket& b
   const uint32_t listed = state_.listed;
   bool from_row = listed > static_cast<uint32_t>(a_.list_capacity);
 #pragma unroll 1
-  for (int mass = a_.search_count ? 0 : 1; mass <= (a_.search_mass ? 1 : 0); ++mass) {
+  for (int mass = f_.search_count ? 0 : 1; mass <= (f_.search_mass ? 1 : 0); ++mass) {
     const Word64 lowest = ordered(threshold), highest = ordered(z_max_);
     Word64 lo = ordered(bracket.low), hi = bracket.top < infinity ? ordered(bracket.top) - 1 : highest;
     Word64 above = state_.sums[sum_above];
-    double target = a_.top_k;
+    double target = f_.top_k;
     if (mass != 0) {
       Word64 all = state_.sums[sum_all];
-      if (a_.search_count) {  // top-p of what top-k kept
+      if (f_.search_count) {  // top-p of what top-k kept
         lo = lowest;
         all = 0;
         const Entries entries{*this, from_row, true, listed};
@@ -26,7 +26,7 @@ __device__ bool RowSampler<T, Best, statistics>::find_threshold(const Bracket& b
         all = block_sum(all, s_.select.warp_sums);
         __syncthreads();
       }
-      target = a_.top_p * static_cast<double>(all);
+      target = f_.top_p * static_cast<double>(all);
     }
     Word64 cut = 0;
     for (;;) {

@@ -10,14 +10,14 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
   constexpr int dense_lanes = 4;                  // from more on, noise is drawn for all lanes at once
   constexpr int max_steps = 4095 / group_tokens;  // of a MassSum
   const int lane = lane_index(), warp = warp_index();
-  const bool weighs = statistics || a_.search_mass;
-  const bool counts = a_.search_count && bracket.top < infinity;
+  const bool weighs = statistics || f_.search_mass;
+  const bool counts = f_.search_count && bracket.top < infinity;
   // The upper 23 bits of a random word over 2^32, plus 1.
   const auto unit = [](uint32_t word) { return __uint_as_float(word >> 9 | 0x3F800000u); };
   // What a token must reach to be among the best; with noise less, for every rounding (see csrc/cpu/noise_scan.h).
   const auto current_reach = [&] {
     const float floor = best_.floor_score();
-    return a_.greedy ? floor : floor - (2e-3f + 1e-6f * fabsf(floor));
+    return f_.greedy ? floor : floor - (2e-3f + 1e-6f * fabsf(floor));
   };
 
   MassSum masses[3];  // all, above, kept
@@ -28,7 +28,7 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
     const bool last = --steps == 0;
     float z[group_tokens];
 #pragma unroll
-    for (int j = 0; j < group_tokens; ++j) z[j] = next.x[j] * a_.inverse_temperature;
+    for (int j = 0; j < group_tokens; ++j) z[j] = next.x[j] * f_.inverse_temperature;
     next = reader.next();
 
     if (weighs) {
@@ -36,7 +36,7 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
       for (int j = 0; j < group_tokens; ++j) {
         const float weight = exp_nonpositive(z[j] - z_max_);
         const FixedPoint q(weight);
-        if (!statistics || a_.search_mass) {
+        if (!statistics || f_.search_mass) {
           masses[sum_all].add(q);
           if (z[j] >= bracket.top) masses[sum_above].add(q);
         }
@@ -62,13 +62,13 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
     float least = bracket.low, reach = -infinity;
     if (!searches()) {
       reach = current_reach();
-      least = fmaxf(least, a_.greedy ? reach : reach - max_noise);
+      least = fmaxf(least, f_.greedy ? reach : reach - max_noise);
     }
     const float most = fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3]));
     bool near = most >= least;
     const unsigned nears = __ballot_sync(all_lanes, near);
     if (nears != 0 || last) {
-      const bool dense = !a_.greedy && __popc(nears) > dense_lanes;
+      const bool dense = !f_.greedy && __popc(nears) > dense_lanes;
       float limit = infinity;
       PhiloxWords words{};
       if (dense) {

@@ -1,13 +1,14 @@
-// verify at temperature 0 is one launch: its blocks find the largest logits of the rows' pieces (row_max.h), and the one
-// that ends last merges them and walks the tree (tree_walk.h). Otherwise a second launch samples the rows
-// (row_sampler.h), and its last block walks.
+// verify at temperature 0 is one launch: its blocks find the largest logits of the rows' pieces (row_max.h), and the
+// one that ends last merges them and walks the tree (tree_walk.h). Otherwise a second launch samples the rows
+// (row_sampler.h), and its last block walks. With the filters in memory there are always both, and only the one whose
+// turn it is walks.
 //
-// Floor at temperature 0: the logits' bytes once. On an H100, 9 rows of 151,936 bfloat16 logits should take 4.5 us: 2 for
-// the launch, 1 for the bytes (2.7 MB, all loads in flight at once), and 1.5 for the end, which is four round trips to
-// the L2 cache: the ticket, the pieces' maxima, and the walk's target tokens and results.
+// Floor at temperature 0: the logits' bytes once. On an H100, 9 rows of 151,936 bfloat16 logits should take 4.5 us: 2
+// for the launch, 1 for the bytes (2.7 MB, all loads in flight at once), and 1.5 for the end, which is four round trips
+// to the L2 cache: the ticket, the pieces' maxima, and the walk's target tokens and results.
 //
 // A row with NaN, +inf, only -inf or an overflow cannot raise here: its target token is -1 and, unless its node is
-// unused, next_token is -1, with nothing accepted.
+// unused, next_token is -1, with nothing accepted. With filters out of range every row is such a row.
 #include "verify.h"
 
 #include "cuda/row_sampler.h"
@@ -31,11 +32,13 @@ int merging_lanes(int64_t rows, int32_t pieces) {
   return lanes;
 }
 
+// The whole of temperature 0. With filters in memory above 0, the first launch.
 template <typename T>
 __global__ void __launch_bounds__(row_max_threads)
     verify_greedy_kernel(const RowMaxArguments a, const TreeArguments tree, int row_lanes, unsigned* ticket) {
   GreedyShared& shared = *shared_memory<GreedyShared>();
   find_row_max<T>(a, shared.max);
+  if (a.filters != nullptr && !shared.max.greedy) return;
   if (threadIdx.x == 0) shared.is_last = takes_last_ticket(ticket, gridDim.x);
   __syncthreads();
   if (!shared.is_last) return;
@@ -62,11 +65,14 @@ struct VerifyShared {
   bool is_last;
 };
 
-template <typename T>
+template <typename T, bool filters_in_memory>
 __global__ void __launch_bounds__(sampler_threads)
     verify_kernel(const SampleArguments arguments, const TreeArguments tree, unsigned* ticket) {
   VerifyShared& shared = *shared_memory<VerifyShared>();
-  RowSampler<T, BestOne, /*statistics=*/false> sampler(arguments, shared.sampler, BestOne(shared.sampler.best), 1);
+  const RowFilters& filters = row_filters<filters_in_memory>(arguments, shared.sampler.filters);
+  if (filters_in_memory && filters.greedy) return;
+  RowSampler<T, BestOne, /*statistics=*/false> sampler(arguments, filters, shared.sampler,
+                                                       BestOne(shared.sampler.best), 1);
   if (!sampler.run()) return;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -81,7 +87,8 @@ template <typename T>
 void run(const VerifyParams& p) {
   const int64_t n = p.target_logits.shape[0], vocabulary = p.target_logits.shape[1];
   const Filters& f = p.filters;
-  const SampleWorkspace workspace(p.launch.workspace, n, vocabulary, /*many_k=*/0, f);
+  const Filters* in_memory = p.filters_in_memory;
+  const SampleWorkspace workspace(p.launch.workspace, n, vocabulary, /*many_k=*/0, f, in_memory != nullptr);
   const TreeArguments tree{n,
                            p.tokens.as<const int64_t>(),
                            p.parents.as<const int64_t>(),
@@ -89,23 +96,25 @@ void run(const VerifyParams& p) {
                            p.path.as<int64_t>(),
                            p.accepted.as<int64_t>(),
                            p.next_token.as<int64_t>()};
-  const RowMaxArguments max_arguments = row_max_arguments(p.target_logits, f, workspace);
-  if (f.greedy()) {
+  const RowMaxArguments max_arguments = row_max_arguments(p.target_logits, f, in_memory, workspace);
+  if (in_memory != nullptr || f.greedy()) {
     launch("verify", verify_greedy_kernel<T>, p.launch, dim3(static_cast<unsigned>(n * max_arguments.pieces)),
            dim3(row_max_threads), sizeof(GreedyShared), max_arguments, tree, merging_lanes(n, max_arguments.pieces),
            p.launch.tickets);
-    return;
+    if (in_memory == nullptr) return;
+  } else {
+    launch_row_max<T>("verify", p.launch, n, max_arguments);
   }
-  launch_row_max<T>("verify", p.launch, n, max_arguments);
-  const SampleArguments arguments = sample_arguments(p.target_logits, p.positions, p.seed, f, workspace);
-  launch("verify", verify_kernel<T>, p.launch, dim3(static_cast<unsigned>(n * arguments.pieces)),
+  const SampleArguments arguments = sample_arguments(p.target_logits, p.positions, p.seed, f, in_memory, workspace);
+  const auto kernel = in_memory != nullptr ? verify_kernel<T, true> : verify_kernel<T, false>;
+  launch("verify", kernel, p.launch, dim3(static_cast<unsigned>(n * arguments.pieces)),
          dim3(sampler_threads), sizeof(VerifyShared), arguments, tree, p.launch.tickets);
 }
 
 }  // namespace
 
-int64_t verify_workspace(int64_t rows, int64_t vocabulary, const Filters& filters) {
-  return SampleWorkspace(nullptr, rows, vocabulary, /*many_k=*/0, filters).bytes;
+int64_t verify_workspace(int64_t rows, int64_t vocabulary, const Filters& filters, bool any_filters) {
+  return SampleWorkspace(nullptr, rows, vocabulary, /*many_k=*/0, filters, any_filters).bytes;
 }
 
 void verify(const VerifyParams& p) {

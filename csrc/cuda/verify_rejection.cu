@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(sampler_threads)
                  unsigned first_of_draft, RowInfo* info) {
   using Sampler = RowSampler<T, BestOne, /*statistics=*/true>;
   typename Sampler::Shared& shared = *shared_memory<typename Sampler::Shared>();
-  Sampler sampler(blockIdx.x < first_of_draft ? target : draft, shared, BestOne(shared.best), 1);
+  const SampleArguments& a = blockIdx.x < first_of_draft ? target : draft;
+  Sampler sampler(a, a.filters, shared, BestOne(shared.best), 1);
   if (!sampler.run() || threadIdx.x != 0) return;
   info[sampler.row_index()] = {sampler.kept(), sampler.z_max(), sampler.threshold(), key_token(shared.max_key),
                                sampler.is_usable() ? 1 : 0};
@@ -362,7 +363,7 @@ struct RejectionWorkspace : Workspace {
   Word64* parts = nullptr;
 
   RejectionWorkspace(void* memory, int64_t n, int64_t vocabulary, const Filters& filters)
-      : rows(memory, 2 * n - 1, vocabulary, /*many_k=*/0, filters) {
+      : rows(memory, 2 * n - 1, vocabulary, /*many_k=*/0, filters, /*any_filters=*/false) {
     bytes = rows.bytes;
     if (filters.greedy() || n < 1) return;
     parts = take<Word64>(memory, n * residual_threads);
@@ -388,7 +389,7 @@ void run(const VerifyRejectionParams& p) {
   all_rows.shape[0] = rows;
   no_positions.data = workspace.rows.maxima;  // there are fewer positions than rows, and nothing is drawn for them
 
-  const RowMaxArguments max_target = row_max_arguments(all_rows, f, workspace.rows);
+  const RowMaxArguments max_target = row_max_arguments(all_rows, f, /*in_memory=*/nullptr, workspace.rows);
   RowMaxArguments max_draft = max_target;
   max_draft.logits = draft_rows;
   max_draft.stride = p.draft_logits.stride[0];
@@ -422,8 +423,9 @@ void run(const VerifyRejectionParams& p) {
     return;
   }
 
-  SampleArguments weigh_target = sample_arguments(all_rows, no_positions, p.seed, f, workspace.rows);
-  weigh_target.greedy = true;  // no noise
+  SampleArguments weigh_target =
+      sample_arguments(all_rows, no_positions, p.seed, f, /*in_memory=*/nullptr, workspace.rows);
+  weigh_target.filters.greedy = true;  // no noise
   SampleArguments weigh_draft = weigh_target;
   weigh_draft.logits = draft_rows;
   weigh_draft.stride = p.draft_logits.stride[0];

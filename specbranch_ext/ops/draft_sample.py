@@ -33,6 +33,7 @@ def _kernel(
     top_k: int,
     top_p: float,
     min_p: float,
+    filters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, scores, confidence, entropy = _fake(draft_logits, positions, k, seed, temperature, top_k, top_p, min_p)
     _library.core.draft_sample(
@@ -43,6 +44,7 @@ def _kernel(
         top_k,
         top_p,
         min_p,
+        filters,
         tokens,
         scores,
         confidence,
@@ -57,6 +59,7 @@ def _kernel(
             top_k,
             top_p,
             min_p,
+            filters is not None,
         ),
     )
     return tokens, scores, confidence, entropy
@@ -71,6 +74,7 @@ def _fake(
     top_k: int,
     top_p: float,
     min_p: float,
+    filters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
@@ -82,7 +86,7 @@ def _fake(
 
 _op = register(
     "draft_sample(Tensor draft_logits, Tensor positions, int k, Tensor seed, float temperature, int top_k, "
-    "float top_p, float min_p) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float top_p, float min_p, Tensor? filters=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
 )
@@ -98,6 +102,7 @@ def draft_sample(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    filters: Tensor | None = None,
 ) -> DraftSample:
     """The k best tokens of the draft under the noise that the target will use, with their probabilities.
 
@@ -111,7 +116,7 @@ def draft_sample(
         positions: int64 [b], the absolute position of the token that each row predicts.
         k: how many candidates, 1 to V.
         seed: int or int64 [].
-        temperature, top_k, top_p, min_p: as in `verify`. At temperature 0 scores are the raw logits and
+        temperature, top_k, top_p, min_p, filters: as in `verify`. At temperature 0 scores are the raw logits and
             confidence is their softmax, unfiltered.
 
     Returns:
@@ -120,7 +125,8 @@ def draft_sample(
     Raises:
         ValueError: wrong shape, dtype or range, NaN or +inf in the logits, or a row that masks every token; the
             message names the tensor and the row. On a CUDA device k is at most 256, and only shapes, dtypes and
-            options raise: a row that cannot be sampled has tokens -1, scores -inf, confidence 0 and entropy NaN.
+            options raise: a row that cannot be sampled has tokens -1, scores -inf, confidence 0 and entropy NaN. With
+            `filters` out of range no row can.
     """
     return DraftSample(
         *_op(
@@ -132,5 +138,6 @@ def draft_sample(
             top_k,
             top_p,
             min_p,
+            filters,
         )
     )

@@ -35,6 +35,7 @@ def _kernel(
     top_k: int,
     top_p: float,
     min_p: float,
+    filters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     target_tokens, path = torch.empty_like(positions), torch.empty_like(positions)
     accepted, next_token = torch.empty_like(seed), torch.empty_like(seed)
@@ -48,6 +49,7 @@ def _kernel(
         top_k,
         top_p,
         min_p,
+        filters,
         target_tokens,
         path,
         accepted,
@@ -61,6 +63,7 @@ def _kernel(
             top_k,
             top_p,
             min_p,
+            filters is not None,
         ),
         tickets(target_logits),
     )
@@ -77,6 +80,7 @@ def _fake(
     top_k: int,
     top_p: float,
     min_p: float,
+    filters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = torch.empty_like(positions)
     return rows, torch.empty_like(positions), torch.empty_like(seed), torch.empty_like(seed)
@@ -84,7 +88,7 @@ def _fake(
 
 _op = register(
     "verify(Tensor target_logits, Tensor tokens, Tensor parents, Tensor positions, Tensor seed, "
-    "float temperature, int top_k, float top_p, float min_p) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float temperature, int top_k, float top_p, float min_p, Tensor? filters=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _kernel,
     _fake,
 )
@@ -101,6 +105,7 @@ def verify(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    filters: Tensor | None = None,
 ) -> Verification:
     """Sample the target's token after every node of a speculation tree, and walk down while drafts equal them.
 
@@ -125,6 +130,8 @@ def verify(
         top_k: 0 is off.
         top_p: above 0; 1 is off.
         min_p: 0 is off.
+        filters: float64 [4] in place of the four numbers above, in that order, with the same results. The kernel reads
+            them when it runs, so that a captured graph need not be captured again for other ones.
 
     Returns:
         A `Verification`. Among equal siblings the first one is taken.
@@ -134,7 +141,7 @@ def verify(
             masks every token, except in rows of unused nodes; the message names the tensor and the row. On a CUDA
             device only shapes, dtypes and options raise. There a row that cannot be sampled has target token -1, and
             if a node that is not unused has such a row, nothing is accepted and next_token is -1; a node whose parent
-            does not come before it is never accepted.
+            does not come before it is never accepted. With `filters` out of range no row can be sampled.
     """
     return Verification(
         *_op(
@@ -147,5 +154,6 @@ def verify(
             top_k,
             top_p,
             min_p,
+            filters,
         )
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops.draft_sample import DraftSample
-from .processed import perturbed_scores, process
+from .processed import numbers, perturbed_scores, process
 
 
 def draft_sample(
@@ -17,8 +17,10 @@ def draft_sample(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    filters: Tensor | None = None,
 ) -> DraftSample:
     """See `specbranch_ext.ops.draft_sample`."""
+    temperature, top_k, top_p, min_p = numbers(filters, temperature, top_k, top_p, min_p)
     processed = process(draft_logits, temperature, top_k, top_p, min_p)
     scores = perturbed_scores(processed, positions, seed, temperature)
     # A stable sort leaves ties in the order of their tokens.

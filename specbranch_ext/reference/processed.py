@@ -16,6 +16,16 @@ class Processed(NamedTuple):
     kept: Tensor
 
 
+def numbers(
+    filters: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[float, int, float, float]:
+    """Temperature, top-k, top-p and min-p as given, or from the tensor `filters`."""
+    if filters is None:
+        return temperature, top_k, top_p, min_p
+    temperature, most, top_p, min_p = filters.tolist()
+    return temperature, int(most), top_p, min_p
+
+
 def process(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: float) -> Processed:
     """Scale by the temperature and apply top-k, top-p and min-p, each as a threshold on z.
 

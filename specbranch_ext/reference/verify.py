@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops.verify import Verification
-from .processed import perturbed_scores, process
+from .processed import numbers, perturbed_scores, process
 
 
 def verify(
@@ -18,8 +18,10 @@ def verify(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    filters: Tensor | None = None,
 ) -> Verification:
     """See `specbranch_ext.ops.verify`."""
+    temperature, top_k, top_p, min_p = numbers(filters, temperature, top_k, top_p, min_p)
     processed = process(target_logits, temperature, top_k, top_p, min_p)
     scores = perturbed_scores(processed, positions, seed, temperature)
     usable = processed.z.amax(dim=1).isfinite()
