@@ -4,6 +4,7 @@ from torch import Tensor
 
 # `launch`: the number of threads for tensors on the CPU, the current stream's handle for tensors on a CUDA device.
 # `tickets`: specbranch_ext.ops._tickets.
+# `filters`: float64 [4] in place of the four numbers, which are then off; `any_filters`: whether it is given.
 # `workspace`: device memory of <op>_workspace bytes, None on the CPU. Only a build with CUDA kernels has those.
 
 emulated: bool
