@@ -8,6 +8,12 @@
 #include <cstdint>
 #include <string>
 
+#ifndef SPECBRANCH_EMULATED
+#include <map>
+#include <mutex>
+#include <utility>
+#endif
+
 #include "storage.h"
 #include "tensor.h"
 
@@ -42,6 +48,18 @@ __device__ T* shared_memory() {
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
+
+// Allows a kernel so much dynamic shared memory on the current device. The limit is only ever raised: a captured graph
+// may hold a launch of the same kernel that needs more than this one. To ask costs less than to set it once more.
+inline void allow_shared_bytes(const void* kernel, int device, size_t bytes, const char* what) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)), what);
+  most = bytes;
+}
 #endif
 
 // Runs `kernel` on the stream and device of `on`; throws std::runtime_error with the kernel's name when it cannot be
@@ -57,8 +75,7 @@ void launch(const char* name, void (*kernel)(P...), const Launch& on, dim3 grid,
   check(cudaGetDevice(&current), name);
   if (current != on.device) check(cudaSetDevice(on.device), name);
   if (shared_bytes > 48 * 1024) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
-          name);
+    allow_shared_bytes(reinterpret_cast<const void*>(kernel), on.device, shared_bytes, name);
   }
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(on.stream)>>>(static_cast<P>(arguments)...);
   const cudaError_t error = cudaGetLastError();
