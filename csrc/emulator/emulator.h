@@ -54,6 +54,9 @@ std::string schedule();
 // OS threads of a launch, 0 (default): what SPECBRANCH_EMULATOR_THREADS says, without it 2. Small grids use one.
 void set_threads(int threads);
 
+// How many launches this process has made.
+uint64_t launches();
+
 // A place in the source, for messages.
 struct Site {
   const char* file;

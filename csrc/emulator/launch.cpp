@@ -1,5 +1,6 @@
 // From a launch to its blocks, and what a worker does for each of them.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -171,12 +172,17 @@ void check_launch(const Grid& grid) {
   if (worker != nullptr) refuse("launched from a kernel");
 }
 
+std::atomic<uint64_t> launch_count{0};
+
 }  // namespace
+
+uint64_t launches() { return launch_count; }
 
 void run_grid(const char* name, dim3 grid_size, dim3 block, size_t shared_bytes, void (*thread)(void*),
               void* argument) {
   Grid grid{name, grid_size, block, shared_bytes, thread, argument, parse_schedule(schedule()), 0, 0, 0, 1};
   check_launch(grid);
+  ++launch_count;
   grid.blocks = static_cast<uint64_t>(grid_size.x) * grid_size.y * grid_size.z;
   grid.block_threads = static_cast<int>(block.x * block.y * block.z);
   Random random(grid.schedule.seed * 0xD1342543DE82EF95u + hash_text(name) + grid.blocks);

@@ -418,6 +418,13 @@ TEST(impossible_launches_are_refused) {
                  "inner: launched from a kernel");
 }
 
+TEST(launches_are_counted) {
+  const uint64_t before = emulator::launches();
+  emulator::launch("empty", dim3(3), dim3(32), 0, [] {});
+  check::error_of([] { emulator::launch("refused", dim3(0), dim3(32), 0, [] {}); });
+  CHECK_EQUAL(emulator::launches(), before + 1);
+}
+
 TEST(settings_are_checked) {
   for (const char* text : {"backward", "shuffle", "shuffle:", "shuffle:x", "shuffle:-1", "forward "}) {
     bool refused = false;
