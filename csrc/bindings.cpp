@@ -11,6 +11,9 @@
 #include "cuda/runtime.h"
 #endif
 #include "draft_sample.h"
+#ifdef SPECBRANCH_EMULATED
+#include "emulator/emulator.h"
+#endif
 #include "gumbel_noise.h"
 #include "isa.h"
 #include "kv_commit.h"
@@ -113,7 +116,8 @@ void ancestor_mask(Object parents, Object ancestors, Object depths, int64_t hand
 }
 
 void tree_attention(Object query, Object keys, Object values, Object prefix_length, Object ancestors, Object output,
-                    float scale, int64_t sliding_window, float softcap, int64_t handle, Object workspace) {
+                    float scale, int64_t sliding_window, float softcap, int64_t handle, Object workspace,
+                    Object tickets) {
   TreeAttentionParams params;
   params.query = tensor(query, "query");
   params.keys = tensor(keys, "keys");
@@ -127,7 +131,7 @@ void tree_attention(Object query, Object keys, Object values, Object prefix_leng
   params.softcap = softcap;
   params.launch = launch_on({&params.query, &params.keys, &params.values, &params.prefix_length, &params.ancestors,
                              &params.output},
-                            handle, workspace);
+                            handle, workspace, tickets);
   params.tree_rows = check_tree_attention(params);
   py::gil_scoped_release unlocked;
   run_tree_attention(params);
@@ -260,7 +264,9 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
   m.def("verify", &specbranch::verify);
   m.def("verify_rejection", &specbranch::verify_rejection);
   m.def("draft_sample", &specbranch::draft_sample);
-#ifndef SPECBRANCH_EMULATED
+#ifdef SPECBRANCH_EMULATED
+  m.def("launches", &specbranch::emulator::launches);
+#else
   m.def("linear", &specbranch::linear);
 #endif
 #ifdef SPECBRANCH_WITH_CUDA

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import specbranch_ext
 from specbranch_ext import ancestor_mask, reference, tree_attention
+from specbranch_ext.ops import _library, _tickets
 from specbranch_ext.reference.tree_attention import ancestor_matrix
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -256,6 +257,46 @@ def test_prefix_length_as_a_tensor_and_no_queries():
     expected = tree_attention(query, keys, values, 20)
     assert torch.equal(tree_attention(query, keys, values, torch.tensor(20)), expected)
     assert tree_attention(query[:0], keys, values, 20).shape == (0, 6, 32)
+
+
+SCHEDULES = ["forward", "reverse", "shuffle:1", "shuffle:2", "shuffle:3"]
+MERGES = [
+    # n, capacity, heads, dims, launches
+    (4, 60, (4, 2), (64, 64), 1),  # one split
+    (1, 1024, (4, 2), (64, 64), 1),  # 16 splits of 2 rows
+    (5, 300, (6, 1), (128, 128), 1),
+    (3, 700, (2, 2), (256, 200), 1),
+    (20, 150, (8, 2), (64, 64), 1),  # two splits of two or three blocks of rows, in float32
+    (1, 4000, (7, 1), (20, 3), 1),  # a partial result is hardly larger than its sums
+    (40, 700, (8, 1), (96, 96), 2),
+    (9, 2048, (14, 2), (64, 48), 2),
+]
+
+
+@pytest.mark.parametrize("implementation", ["emulated"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "capacity", "heads", "dims", "launches"), MERGES, ids=str)
+def test_splits_are_merged_by_the_last_one_or_by_a_second_launch(
+    n, capacity, heads, dims, launches, dtype, monkeypatch
+):
+    """Whatever is done last, with and without splits that have no keys: the same bits, and no launch too many."""
+    ancestors = ancestor_mask(random_tree(n)).ancestors
+    generator = torch.Generator().manual_seed(n)
+    query = torch.randn(n, heads[0], dims[0], generator=generator).to(dtype)
+    keys = torch.randn(heads[1], capacity, dims[0], generator=generator).to(dtype)
+    values = torch.randn(heads[1], capacity, dims[1], generator=generator).to(dtype)
+    values[0, capacity - n, 1] = float("inf")  # of the tree's root: added to a partial result behind the others
+    for prefix in (capacity - n, capacity // 3, 0):
+        expected = reference.tree_attention(query, keys, values, prefix, ancestors)
+        found = []
+        for schedule in SCHEDULES:
+            monkeypatch.setenv("SPECBRANCH_EMULATOR_SCHEDULE", schedule)
+            before = _library.core.launches()
+            found.append(tree_attention(query, keys, values, prefix, ancestors))
+            assert _library.core.launches() - before == launches
+            assert not _tickets._host.any()
+        assert_close(found[0], expected)
+        assert all(torch.equal(bits, found[0]) for bits in found)
 
 
 @settings(max_examples=40, deadline=None)

@@ -54,7 +54,7 @@ struct BlockState {
   KeyRange range;
   int first_tile, last_tile;
   int first_row, count;  // its rows
-  int found_nonfinite;
+  int found_nonfinite, is_last;
   const void *keys, *values;  // of its head
 };
 
@@ -67,6 +67,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
 
   static_assert(sizeof(BlockState) <= Shape::state_bytes, "room for the state");
   static_assert(Shape::shared_bytes(wide ? attention_warps : 2) <= attention_shared_bytes, "fits every device");
+  static_assert(Shape::state_bytes + last_block_sums_bytes <= Shape::shared_bytes(wide ? attention_warps : 1),
+                "room to merge");
   BlockState& state = *shared_memory<BlockState>();
   const KeyRange& range = state.range;
   unsigned char* const memory = shared_memory<unsigned char>() + Shape::state_bytes;
@@ -92,17 +94,11 @@ __global__ void __launch_bounds__(attention_threads, 2)
     int first, last;
     found.tiles<keys>(split, a.splits, &first, &last);
     if (lane == 0) {
-      state = {found, first, last, first_row, count, 0, static_cast<const T*>(a.keys) + kv_head * a.key_stride[0],
+      state = {found, first, last, first_row, count, 0, 0, static_cast<const T*>(a.keys) + kv_head * a.key_stride[0],
                static_cast<const T*>(a.values) + kv_head * a.value_stride[0]};
     }
   }
   __syncthreads();
-  if (state.first_tile == state.last_tile && a.splits > 1) {
-    write_empty(a, split, kv_head, first_row, count);
-    cp_async_commit();
-    cp_async_wait<0>();
-    return;
-  }
 
   const int tiles_offset = block_rows * Shape::row_bytes;
   uint64_t* const visible = reinterpret_cast<uint64_t*>(memory + tiles_offset + 4 * Shape::tile_bytes);
@@ -299,9 +295,11 @@ __global__ void __launch_bounds__(attention_threads, 2)
     }
     return float2{top, sum};
   };
-  const int columns = a.width / 4;
+  const bool empty = state.first_tile == state.last_tile && a.splits > 1;
+  if (empty) write_empty(a, split, kv_head, first_row, count);
+  const int columns = a.width / 4, items = empty ? 0 : count * columns;
 #pragma unroll 1
-  for (int at = threadIdx.x; at < count * columns; at += attention_threads) {
+  for (int at = threadIdx.x; at < items; at += attention_threads) {
     const int row = at / columns, column = at % columns * 4;
     const float2 total = row_sums(row);
     float4 sum = {};
@@ -309,14 +307,16 @@ __global__ void __launch_bounds__(attention_threads, 2)
       const int slot = slot_of(row, k);
       const float share = exp2_approximate(all_weights[slot].x - total.x);
       const float4 part = *reinterpret_cast<const float4*>(all_sums + slot * Shape::sum_stride + column);
-      sum = {fmaf(part.x, share, sum.x), fmaf(part.y, share, sum.y), fmaf(part.z, share, sum.z),
-             fmaf(part.w, share, sum.w)};
+      sum = multiply_add(part, share, sum);
     }
     write_result<T>(a, split, kv_head, first_row + row, column, sum, total);
   }
-  if (state.found_nonfinite == 0) return;
-  __syncthreads();
-  add_nonfinite<T, keys>(a, range, state.first_tile, state.last_tile, split, kv_head, first_row, count, row_sums);
+  if (state.found_nonfinite != 0) {
+    __syncthreads();
+    add_nonfinite<T, keys>(a, range, state.first_tile, state.last_tile, split, kv_head, first_row, count, row_sums);
+  }
+  if (a.tickets == nullptr || !is_last_split(a, kv_head, &state.is_last)) return;
+  merge_splits<T>(a, kv_head, first_row, count, reinterpret_cast<float2*>(memory));
 }
 
 }  // namespace specbranch::cuda

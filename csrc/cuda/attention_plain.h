@@ -20,16 +20,13 @@ struct PlainShape {
   static constexpr int thread_columns = Dim / (4 * across);  // times 4
   static constexpr int stride = Dim + 4, weight_stride = keys + 4;  // floats; rows then lie in different banks
   static constexpr int query_floats = rows * stride, tile_floats = keys * stride;
-  static constexpr int shared_bytes = 4 * (query_floats + 2 * tile_floats + rows * (weight_stride + 2 + 2) + 1);
+  static constexpr int shared_bytes = 4 * (query_floats + 2 * tile_floats + rows * (weight_stride + 2 + 2) + 2);
   static_assert(shared_bytes <= attention_shared_bytes, "fits every device");
+  static_assert(last_block_sums_bytes <= 4 * (query_floats + 2 * tile_floats), "room to merge");
 };
 
 __device__ inline float dot(float4 a, float4 b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
-}
-
-__device__ inline float4 multiply_add(float4 a, float b, float4 c) {
-  return {fmaf(a.x, b, c.x), fmaf(a.y, b, c.y), fmaf(a.z, b, c.z), fmaf(a.w, b, c.w)};
 }
 
 template <int Dim, bool wide>
@@ -46,6 +43,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
   float2* const all_sums = reinterpret_cast<float2*>(weights + Shape::rows * Shape::weight_stride);
   uint64_t* const visible = reinterpret_cast<uint64_t*>(all_sums + Shape::rows);
   int* const found_nonfinite = reinterpret_cast<int*>(visible + Shape::rows);
+  int* const is_last = found_nonfinite + 1;
   const auto place = [](int row, int chunk) { return (row * Shape::stride + chunk * 4) * 4; };
   const auto bytes = [](float* p) { return reinterpret_cast<unsigned char*>(p); };
 
@@ -61,12 +59,8 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
   const KeyRange range(a, prefix_length, a.node(first_row), a.node(first_row + count - 1));
   int first_tile, last_tile;
   range.tiles<keys>(split, a.splits, &first_tile, &last_tile);
-  if (first_tile == last_tile && a.splits > 1) {
-    write_empty(a, split, kv_head, first_row, count);
-    cp_async_commit();
-    cp_async_wait<0>();
-    return;
-  }
+  const bool empty = first_tile == last_tile && a.splits > 1;
+  if (empty) write_empty(a, split, kv_head, first_row, count);
 
   const auto load_keys = [&](int tile) {
     load_tile<float, chunks, keys>(bytes(tile_keys), shared_address(tile_keys), place,
@@ -201,7 +195,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
     for (int step = across / 2; step > 0; step /= 2) sum += __shfl_xor_sync(all_lanes, sum, step);
     const int row = ty * thread_rows + r;
     if (tx == 0) all_sums[row] = {maximum[r], sum};
-    if (row >= count) continue;
+    if (row >= count || empty) continue;
 #pragma unroll
     for (int i = 0; i < thread_columns; ++i) {
       const int column = 4 * (tx + i * across);
@@ -211,9 +205,12 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
     }
   }
   __syncthreads();
-  if (*found_nonfinite == 0) return;
-  add_nonfinite<float, keys>(a, range, first_tile, last_tile, split, kv_head, first_row, count,
-                             [&](int row) { return all_sums[row]; });
+  if (*found_nonfinite != 0) {
+    add_nonfinite<float, keys>(a, range, first_tile, last_tile, split, kv_head, first_row, count,
+                               [&](int row) { return all_sums[row]; });
+  }
+  if (a.tickets == nullptr || !is_last_split(a, kv_head, is_last)) return;
+  merge_splits<float>(a, kv_head, first_row, count, reinterpret_cast<float2*>(queries));
 }
 
 }  // namespace specbranch::cuda

@@ -30,13 +30,21 @@ struct AttentionArguments {
   int splits;      // blocks that share the keys of a row; one writes the output, more write partial results
   float* partial;  // [splits, kv_heads, rows, width]: sums of weights times values
   float2* sums;    // [splits, kv_heads, rows]: maximum score, sum of the weights 2^(score - maximum)
+  // [kv_heads, blocks of rows]: how many splits are done, and the last one merges them. Null: nothing is to be merged,
+  // or a second launch does it.
+  unsigned* tickets;
   bool vector_query, vector_keys, vector_values, vector_output;  // aligned for vectors
 
   __device__ int node(int row) const { return row / heads_per_kv; }
   __device__ int head(int kv_head, int row) const { return kv_head * heads_per_kv + row % heads_per_kv; }
 };
 
-constexpr float empty_split = -1.0f;  // in place of a sum of weights: this split has no keys and wrote nothing else
+constexpr float empty_split = -INFINITY;  // as a maximum, which is finite else: the split has no keys, and only sums
+
+// Floats of partial results up to which a last block merges alone. One multiprocessor reads these 96 KB in about the
+// time of a launch; with more, a second launch on all of them is faster.
+constexpr int64_t last_block_floats = 24 * 1024;
+constexpr int last_block_sums_bytes = last_block_floats / 4 * static_cast<int>(sizeof(float2));  // width 4: most sums
 
 // ---- Which keys a row sees.
 
@@ -291,14 +299,22 @@ constexpr float lowest = -FLT_MAX;
 
 // ---- Results.
 
-// What a row's sum of weighted values is multiplied by. NaN marks a row that prefix_length or the node's ancestors send
-// beyond the cache; a row that sees nothing gives zeros.
-__device__ inline float output_factor(const AttentionArguments& a, int node, float sum) {
+__device__ inline float4 multiply_add(float4 a, float b, float4 c) {
+  return {fmaf(a.x, b, c.x), fmaf(a.y, b, c.y), fmaf(a.z, b, c.z), fmaf(a.w, b, c.w)};
+}
+
+// What becomes of a row: NaN when prefix_length or the node's ancestors send it beyond the cache, 0 when it sees
+// nothing, else 1.
+__device__ inline float row_outcome(const AttentionArguments& a, int node) {
   const int64_t prefix = *a.prefix_length;
   const int rows = a.ancestors == nullptr ? node + 1 : tree_rows(a, node);
   if (prefix < 0 || prefix > a.capacity - rows) return NAN;
-  if (sum == 0.0f && prefix == 0 && rows == 0) return 0.0f;
-  return 1.0f / sum;
+  return prefix == 0 && rows == 0 ? 0.0f : 1.0f;
+}
+
+// What a row's sum of weighted values is multiplied by, from its sum of weights.
+__device__ inline float output_factor(float outcome, float sum) {
+  return outcome == 0.0f ? 0.0f : outcome * (1.0f / sum);
 }
 
 template <typename T>
@@ -326,7 +342,8 @@ template <typename T>
 __device__ inline void write_result(const AttentionArguments& a, int split, int kv_head, int row, int column,
                                     float4 sum, float2 maximum_and_sum) {
   if (a.splits == 1) {
-    return write_output<T>(a, kv_head, row, column, sum, output_factor(a, a.node(row), maximum_and_sum.y));
+    const float factor = output_factor(row_outcome(a, a.node(row)), maximum_and_sum.y);
+    return write_output<T>(a, kv_head, row, column, sum, factor);
   }
   const int64_t at = (int64_t{split} * a.kv_heads + kv_head) * a.rows + row;
   *reinterpret_cast<float4*>(a.partial + at * a.width + column) = sum;
@@ -336,7 +353,7 @@ __device__ inline void write_result(const AttentionArguments& a, int split, int 
 __device__ inline void write_empty(const AttentionArguments& a, int split, int kv_head, int first_row, int count) {
   for (int r = threadIdx.x; r < count; r += attention_threads) {
     const int64_t at = (int64_t{split} * a.kv_heads + kv_head) * a.rows + first_row + r;
-    a.sums[at] = {lowest, empty_split};
+    a.sums[at] = {empty_split, 0.0f};
   }
 }
 
@@ -379,13 +396,80 @@ __device__ inline void add_nonfinite(const AttentionArguments& a, const KeyRange
           if (is_finite(v)) continue;
           if (a.splits == 1) {
             T* to = static_cast<T*>(a.output) + node * a.output_stride[0] + head * a.output_stride[1] + d;
-            *to = from_float<T>(to_float(*to) + weight * v * output_factor(a, node, sums.y));
+            *to = from_float<T>(to_float(*to) + weight * v * output_factor(row_outcome(a, node), sums.y));
           } else {
             a.partial[((int64_t{split} * a.kv_heads + kv_head) * a.rows + row) * a.width + d] += weight * v;
           }
         }
       }
     }
+  }
+}
+
+// ---- Merging the splits.
+
+// Whether the calling block is the last to be done of the splits of its rows; it then sees what all of them wrote. All
+// threads take part. `last` is in shared memory.
+__device__ inline bool is_last_split(const AttentionArguments& a, int kv_head, int* last) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    unsigned* const ticket = a.tickets + kv_head * gridDim.x + blockIdx.x;
+    *last = atomicAdd(ticket, 1u) == static_cast<unsigned>(a.splits) - 1;
+    if (*last) *ticket = 0;  // for the next launch
+  }
+  __syncthreads();
+  if (!*last) return false;
+  __threadfence();
+  return true;
+}
+
+// Writes the output of `count` rows from their partial results; `sums` is room for [splits, count] in shared memory.
+// Four columns of a row are one thread's: four sums, each of every fourth split, and then the sum of these. A batch of
+// loads is on its way at once, because a load takes longer than all that is done with it.
+template <typename T>
+__device__ inline void merge_splits(const AttentionArguments& a, int kv_head, int first_row, int count, float2* sums) {
+  constexpr int batch = 16, chains = 4;
+  const int64_t first = int64_t{kv_head} * a.rows + first_row, step = int64_t{a.kv_heads} * a.rows;
+#pragma unroll 1
+  for (int at = threadIdx.x; at < a.splits * count; at += blockDim.x) {
+    sums[at] = a.sums[first + at / count * step + at % count];
+  }
+  __syncthreads();
+  const int columns = a.width / 4;
+#pragma unroll 1
+  for (int at = threadIdx.x; at < count * columns; at += blockDim.x) {
+    const int row = at / columns, column = at % columns * 4;
+    const float outcome = row_outcome(a, a.node(first_row + row));
+    float maximum = lowest;
+#pragma unroll 4
+    for (int s = 0; s < a.splits; ++s) maximum = fmaxf(maximum, sums[s * count + row].x);
+
+    float4 total[chains] = {};
+    float weights[chains] = {};
+    const float* const part = a.partial + (first + row) * a.width + column;
+#pragma unroll 1
+    for (int from = 0; from < a.splits; from += batch) {
+      float4 parts[batch];
+      float2 found[batch];
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        const int split = from + i;
+        found[i] = split < a.splits ? sums[split * count + row] : float2{empty_split, 0.0f};
+        parts[i] = load_present(part + split * step * a.width, found[i].x != empty_split);
+      }
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        const float share = exp2_approximate(found[i].x - maximum);
+        weights[i % chains] = fmaf(found[i].y, share, weights[i % chains]);
+        total[i % chains] = multiply_add(parts[i], share, total[i % chains]);
+      }
+    }
+    for (int c = 1; c < chains; ++c) {
+      weights[0] += weights[c];
+      total[0] = multiply_add(total[c], 1.0f, total[0]);
+    }
+    write_output<T>(a, kv_head, first_row + row, column, total[0], output_factor(outcome, weights[0]));
   }
 }
 

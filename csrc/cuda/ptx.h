@@ -107,6 +107,25 @@ __device__ inline void cp_async_wait() {
 #endif
 }
 
+// ---- Loads.
+
+// Four floats of global memory, or zeros when they are not `present`: `from` is not read then. Without a branch, so
+// that many can be on their way at once.
+__device__ inline float4 load_present(const float* from, bool present) {
+#ifdef SPECBRANCH_EMULATED
+  return present ? *reinterpret_cast<const float4*>(from) : float4{};
+#else
+  float4 v;
+  asm volatile(
+      "{\n.reg .pred present;\nsetp.ne.b32 present, %5, 0;\nmov.f32 %0, 0f00000000;\nmov.f32 %1, 0f00000000;\n"
+      "mov.f32 %2, 0f00000000;\nmov.f32 %3, 0f00000000;\n@present ld.global.v4.f32 {%0, %1, %2, %3}, [%4];\n}\n"
+      : "=&f"(v.x), "=&f"(v.y), "=&f"(v.z), "=&f"(v.w)
+      : "l"(from), "r"(static_cast<int>(present))
+      : "memory");
+  return v;
+#endif
+}
+
 // ---- Matrices of 8 x 8 16-bit items from shared memory.
 
 #ifdef SPECBRANCH_EMULATED

@@ -1,7 +1,11 @@
 // Tree attention on CUDA: the keys of a KV head are split over blocks (as in Flash-Decoding), each block keeps running
-// maxima and sums over its tiles (online softmax, arXiv 2205.14135), and a second launch merges the partial results by
-// their log-sum-exp. Rows are nodes x query heads of a KV head; all of them share the tiles of K and V. 16-bit inputs go
-// to tensor cores (attention_mma.h), float32 to plain cores (attention_plain.h).
+// maxima and sums over its tiles (online softmax, arXiv 2205.14135), and partial results are merged by their
+// log-sum-exp. Rows are nodes x query heads of a KV head; all of them share the tiles of K and V. 16-bit inputs go to
+// tensor cores (attention_mma.h), float32 to plain cores (attention_plain.h).
+//
+// With few partial results, the block that is done last of those that share rows merges them: one launch. With many,
+// that would leave all multiprocessors but a few idle: 32 rows, 33 splits and 128 columns are 540 KB for each block,
+// which one multiprocessor reads in about 5 us. A second launch is faster then, and adds up in the same order.
 //
 // Floor: the bytes of K and V once, 2 * kv_heads * length * head_dim items. A byte of 16-bit keys or values takes part in
 // one operation for each row, so with as many rows as a device does operations in the time of a byte (about 200 on an
@@ -32,56 +36,14 @@ constexpr int64_t min_split_keys = 64;
 constexpr int64_t max_dim = 256;
 constexpr int64_t largest_block_rows = 128;
 
-// One block for each row of the output: its warps share the splits.
+static_assert(target_blocks / 2 <= max_tickets, "a ticket for each block of rows and KV head that has two splits");
+
+// One block for a few rows of a KV head. Without the 1, the compiler saves registers and waits for each load.
 template <typename T>
-__global__ void __launch_bounds__(attention_threads) merge_splits(const __grid_constant__ AttentionArguments a) {
-  const int row = blockIdx.x, kv_head = blockIdx.y;
-  const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
-  const int64_t first = int64_t{kv_head} * a.rows + row, step = int64_t{a.kv_heads} * a.rows;
-
-  float maximum = lowest;
-  for (int s = lane; s < a.splits; s += warp_size) {
-    const float2 sums = a.sums[first + s * step];
-    if (sums.y != empty_split) maximum = fmaxf(maximum, sums.x);
-  }
-  for (int lanes = warp_size / 2; lanes > 0; lanes /= 2) {
-    maximum = fmaxf(maximum, __shfl_xor_sync(all_lanes, maximum, lanes));
-  }
-
-  constexpr int columns = max_dim / (4 * warp_size);  // times 4, of a lane
-  float4 total[columns] = {};
-  float weights = 0.0f;
-#pragma unroll 4
-  for (int s = warp; s < a.splits; s += attention_warps) {
-    const float2 sums = a.sums[first + s * step];
-    if (sums.y == empty_split) continue;
-    const float share = exp2_approximate(sums.x - maximum);
-    weights = fmaf(sums.y, share, weights);
-    const float* part = a.partial + (first + s * step) * a.width;
-#pragma unroll
-    for (int i = 0; i < columns; ++i) {
-      const int column = 4 * (lane + i * warp_size);
-      if (column < a.width) {
-        total[i] = multiply_add(*reinterpret_cast<const float4*>(part + column), share, total[i]);
-      }
-    }
-  }
-
-  float4* const all = shared_memory<float4>();  // [warps, max_dim / 4]
-  float* const all_weights = reinterpret_cast<float*>(all + attention_warps * max_dim / 4);
-#pragma unroll
-  for (int i = 0; i < columns; ++i) all[warp * max_dim / 4 + lane + i * warp_size] = total[i];
-  if (lane == 0) all_weights[warp] = weights;
-  __syncthreads();
-  const int column = 4 * threadIdx.x;
-  if (column >= a.width) return;
-  float4 sum = {};
-  weights = 0.0f;
-  for (int w = 0; w < attention_warps; ++w) {
-    weights += all_weights[w];
-    sum = multiply_add(all[w * max_dim / 4 + threadIdx.x], 1.0f, sum);
-  }
-  write_output<T>(a, kv_head, row, column, sum, output_factor(a, a.node(row), weights));
+__global__ void __launch_bounds__(warp_size, 1)
+    merge_rows(const __grid_constant__ AttentionArguments a, int block_rows) {
+  const int first_row = blockIdx.x * block_rows;
+  merge_splits<T>(a, blockIdx.y, first_row, min(block_rows, a.rows - first_row), shared_memory<float2>());
 }
 
 int64_t split_count(int64_t blocks, int64_t capacity) {
@@ -110,6 +72,8 @@ struct Grid {
     a.splits = static_cast<int>(split_count(blocks * a.kv_heads, a.capacity));
     a.partial = static_cast<float*>(params->launch.workspace);
     a.sums = reinterpret_cast<float2*>(a.partial + int64_t{a.splits} * a.kv_heads * a.rows * a.width);
+    const bool few = std::min<int64_t>(a.rows, block_rows) * a.splits * a.width <= last_block_floats;
+    a.tickets = a.splits > 1 && few ? params->launch.tickets : nullptr;
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(a.splits), static_cast<unsigned>(a.kv_heads));
     launch("tree_attention", kernel, params->launch, grid, dim3(attention_threads), shared_bytes, a, more...);
   }
@@ -199,10 +163,12 @@ void run(const TreeAttentionParams& p) {
   a.vector_output = aligned(output, 4 * output.item_bytes);
 
   attend<T>(p, a, static_cast<int>(dim));
-  if (a.splits > 1) {
-    launch("tree_attention (merge)", merge_splits<T>, p.launch,
-           dim3(static_cast<unsigned>(a.rows), static_cast<unsigned>(a.kv_heads)), dim3(attention_threads),
-           attention_warps * (max_dim * sizeof(float) + sizeof(float)), a);
+  if (a.splits > 1 && a.tickets == nullptr) {
+    const int64_t block_rows = divide_up(warp_size, a.width / 4);  // a thread for four columns
+    launch("tree_attention (merge)", merge_rows<T>, p.launch,
+           dim3(static_cast<unsigned>(divide_up(a.rows, block_rows)), static_cast<unsigned>(a.kv_heads)),
+           dim3(warp_size), static_cast<size_t>(a.splits * block_rows) * sizeof(float2), a,
+           static_cast<int>(block_rows));
   }
 }
 

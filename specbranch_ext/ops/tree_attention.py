@@ -4,6 +4,7 @@ from torch import Tensor
 
 from . import _library
 from ._library import describe, int64_scalar, register
+from ._tickets import tickets
 
 
 def _output(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ def _kernel(
         softcap,
         _library.launch_handle(query),
         _library.workspace(query, "tree_attention", *query.shape[:2], keys.shape[0], values.shape[2], keys.shape[1]),
+        tickets(query),
     )
     return output
 
