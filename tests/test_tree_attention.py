@@ -132,6 +132,16 @@ def test_head_dims(dims, dtype):
     assert_close(actual, reference.tree_attention(*inputs, 100, ancestors))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("n", [60, 100])
+def test_more_nodes_than_a_warp_has_lanes(n, dtype):
+    ancestors = ancestor_mask(random_tree(n)).ancestors
+    inputs = random_inputs(n, 70, (2, 2), dtype=dtype)
+    for variant in VARIANTS:
+        expected = reference.tree_attention(*inputs, 70, ancestors, **variant)
+        assert_close(tree_attention(*inputs, 70, ancestors, **variant), expected)
+
+
 @pytest.mark.parametrize("variant", [{}, {"sliding_window": 700}, {"sliding_window": 40, "softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("prefix", [0, 512, 1300])
 def test_prompt_chunk_is_a_chain(prefix, variant):

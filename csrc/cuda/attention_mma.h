@@ -75,7 +75,6 @@ __global__ void __launch_bounds__(attention_threads, 2)
   const SharedAddress address = shared_address(memory);
   const auto place = [](int row, int chunk) { return Shape::place(row, chunk); };
 
-  const int64_t prefix_length = *a.prefix_length;
   const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
   const int row_warps = wide ? attention_warps : narrow_row_warps, key_warps = attention_warps / row_warps;
   const int row_warp = warp % row_warps, key_warp = warp / row_warps;
@@ -83,6 +82,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
   const int split = blockIdx.y, kv_head = blockIdx.z;
   const int first_row = (gridDim.x - 1 - blockIdx.x) * block_rows;  // a chain's last rows take longest: they go first
   const int count = min(block_rows, a.rows - first_row);
+  const RangeLoads loads(a, first_row, count);
   // In steps of 16 columns. A wide kernel is compiled for its head dimension; the narrow one leaves out what a smaller
   // one does not need, four steps at once, so that their loads need not wait for each other.
   const int steps = wide ? Dim / 16 : (a.dim + 63) / 64 * 4;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
 
   load_queries<T, Shape::chunks>(a, kv_head, first_row, count, block_rows, memory, address, place, 2 * steps);
   if (warp == 0) {
-    const KeyRange found(a, prefix_length, a.node(first_row), a.node(first_row + count - 1));
+    const KeyRange found(a, loads);
     int first, last;
     found.tiles<keys>(split, a.splits, &first, &last);
     if (lane == 0) {

@@ -47,16 +47,16 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
   const auto place = [](int row, int chunk) { return (row * Shape::stride + chunk * 4) * 4; };
   const auto bytes = [](float* p) { return reinterpret_cast<unsigned char*>(p); };
 
-  const int64_t prefix_length = *a.prefix_length;
   const int tx = threadIdx.x % across, ty = threadIdx.x / across;
   const int split = blockIdx.y, kv_head = blockIdx.z;
   const int first_row = (gridDim.x - 1 - blockIdx.x) * Shape::rows;  // a chain's last rows take longest: they go first
   const int count = min(Shape::rows, a.rows - first_row);
+  const RangeLoads loads(a, first_row, count);
   const int steps = (a.dim + 3) / 4, value_steps = (a.value_dim + 3) / 4;
 
   load_queries<float, chunks>(a, kv_head, first_row, count, Shape::rows, bytes(queries), shared_address(queries), place,
                               steps);
-  const KeyRange range(a, prefix_length, a.node(first_row), a.node(first_row + count - 1));
+  const KeyRange range(a, loads);
   int first_tile, last_tile;
   range.tiles<keys>(split, a.splits, &first_tile, &last_tile);
   const bool empty = first_tile == last_tile && a.splits > 1;
