@@ -264,9 +264,11 @@ __global__ void __launch_bounds__(attention_threads, 2)
     }
   }
 
-  // Results through shared memory: warps that shared the keys are merged, and rows are written whole.
+  // Results through shared memory: warps that shared the keys are merged, and rows are written whole. What this needs
+  // is read anew: registers are scarce in the loop above.
   float* const all_sums = reinterpret_cast<float*>(memory);
   float2* const all_weights = reinterpret_cast<float2*>(memory + Shape::sums_bytes);
+  const int thread = thread_again();
   cp_async_commit();
   cp_async_wait<0>();  // without a tile, the queries are still on their way
   __syncthreads();
@@ -274,11 +276,11 @@ __global__ void __launch_bounds__(attention_threads, 2)
   for (int m = 0; m < row_tiles; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int slot = warp * warp_rows + m * 16 + half * 8 + lane / 4;
-      if (lane % 4 == 0) all_weights[slot] = {maximum[m][half], weight_sums[m][2 * half]};
+      const int slot = thread / warp_size * warp_rows + m * 16 + half * 8 + thread % warp_size / 4;
+      if (thread % 4 == 0) all_weights[slot] = {maximum[m][half], weight_sums[m][2 * half]};
 #pragma unroll
       for (int j = 0; j < Dim / 8; ++j) {
-        *reinterpret_cast<float2*>(all_sums + slot * Shape::sum_stride + 8 * j + 2 * (lane % 4)) = {
+        *reinterpret_cast<float2*>(all_sums + slot * Shape::sum_stride + 8 * j + 2 * (thread % 4)) = {
             sums[m][j][2 * half], sums[m][j][2 * half + 1]};
       }
     }
@@ -296,10 +298,10 @@ __global__ void __launch_bounds__(attention_threads, 2)
     return float2{top, sum};
   };
   const bool empty = state.first_tile == state.last_tile && a.splits > 1;
-  if (empty) write_empty(a, split, kv_head, first_row, count);
-  const int columns = a.width / 4, items = empty ? 0 : count * columns;
+  if (empty) write_empty(a, split, kv_head, state.first_row, state.count);
+  const int columns = a.width / 4, items = empty ? 0 : state.count * columns;
 #pragma unroll 1
-  for (int at = threadIdx.x; at < items; at += attention_threads) {
+  for (int at = thread; at < items; at += attention_threads) {
     const int row = at / columns, column = at % columns * 4;
     const float2 total = row_sums(row);
     float4 sum = {};
@@ -309,14 +311,15 @@ __global__ void __launch_bounds__(attention_threads, 2)
       const float4 part = *reinterpret_cast<const float4*>(all_sums + slot * Shape::sum_stride + column);
       sum = multiply_add(part, share, sum);
     }
-    write_result<T>(a, split, kv_head, first_row + row, column, sum, total);
+    write_result<T>(a, split, kv_head, state.first_row + row, column, sum, total);
   }
   if (state.found_nonfinite != 0) {
     __syncthreads();
-    add_nonfinite<T, keys>(a, range, state.first_tile, state.last_tile, split, kv_head, first_row, count, row_sums);
+    add_nonfinite<T, keys>(a, range, state.first_tile, state.last_tile, split, kv_head, state.first_row, state.count,
+                           row_sums);
   }
   if (a.tickets == nullptr || !is_last_split(a, kv_head, &state.is_last)) return;
-  merge_splits<T>(a, kv_head, first_row, count, reinterpret_cast<float2*>(memory));
+  merge_splits<T>(a, kv_head, state.first_row, state.count, reinterpret_cast<float2*>(memory));
 }
 
 }  // namespace specbranch::cuda
