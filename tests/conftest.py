@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import implementations
 import pytest
+import torch
 from transformers.utils import logging
 
 from specbranch import SpecBranch
@@ -19,6 +20,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """The marker alone says that a test needs a GPU: `-m cuda` selects all of them, and nothing else skips them."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,10 @@ on_cpu = pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
 """For tests of what only the CPU can do: raise for bad data."""
 
 HAS_DEVICE = torch.cuda.is_available() and build_info()["cuda"]
-NAMES = ("cpu", "emulated", "cuda") if HAS_DEVICE else ("cpu", "emulated")
+ON_DEVICE = [pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_DEVICE else []
+NAMES = ["cpu", "emulated", *ON_DEVICE]
+"""Parameters of the fixture `implementation`; those that need a GPU carry the marker that says so."""
+
 OPS = ("gumbel_noise", "ancestor_mask", "tree_attention", "kv_commit", "verify", "verify_rejection", "draft_sample")
 
 

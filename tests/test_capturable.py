@@ -51,7 +51,7 @@ def test_on_the_cpu_everything_is_eager_and_overlaps_by_threads() -> None:
     assert isinstance(make_workers(runner, None, 2, None), Threads)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 def test_on_a_gpu_steps_are_captured_unless_they_cannot_be_or_must_not() -> None:
     for cuda_graphs, options, note in (
         (True, {}, "captured"),

@@ -11,10 +11,7 @@ import torch
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.overlap import Streams
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
 NEW_TOKENS = 96
 SAMPLINGS = [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 7}]
