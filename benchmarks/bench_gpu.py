@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from op_case import copy_bandwidth
+from op_case_cuda import copy_bandwidth
 from traced_model import SHAPES, Trace, kv_bytes, traced_model, weight_bytes
 from transformers import PreTrainedModel
 

@@ -4,10 +4,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from op_case import Case, Functions
+from op_case import Built, Case, Peer
 from torch import Tensor
 
-from specbranch_ext import draft_sample, reference, verify, verify_rejection
+from specbranch_ext import (
+    DraftSample,
+    RejectionVerification,
+    Verification,
+    draft_sample,
+    reference,
+    verify,
+    verify_rejection,
+)
 
 QWEN = 151_936
 OPTIONS: list[dict[str, Any]] = [
@@ -30,6 +38,7 @@ def peaked_logits(rows: int, vocabulary: int, device: str) -> Tensor:
     return logits.scatter(1, likely, 12 + 3 * torch.randn(rows, 40, device=device))
 
 
+WAITS = "it waits for tokens from the device"
 LOGITS = {"peaked": peaked_logits, "flat": flat_logits}
 
 
@@ -128,31 +137,38 @@ def verify_cases(device: str) -> Iterator[Case]:
             for what in LOGITS if full else ("peaked",):
                 for dtype in (torch.float32, torch.bfloat16) if full else (torch.float32,):
                     for options in OPTIONS if full and dtype == torch.float32 else OPTIONS[:3:2]:
-                        yield verify_case(device, rows, vocabulary, what, dtype, options)
+                        quick = full and what == "peaked" and dtype == torch.float32 and options in OPTIONS[:3]
+                        yield verify_case(device, rows, vocabulary, what, dtype, options, quick)
 
 
 def verify_case(
-    device: str, rows: int, vocabulary: int, what: str, dtype: torch.dtype, options: dict[str, Any]
+    device: str, rows: int, vocabulary: int, what: str, dtype: torch.dtype, options: dict[str, Any], quick: bool
 ) -> Case:
-    def build() -> Functions:
+    def build() -> Built:
         logits = LOGITS[what](rows, vocabulary, device).to(dtype)
-        tokens = torch.zeros(rows, dtype=torch.int64, device=device)
-        parents = torch.arange(rows, device=device) - 1
+        token_list, parent_list = [0] * rows, list(range(-1, rows - 1))
+        tokens, parents = torch.tensor(token_list, device=device), torch.tensor(parent_list, device=device)
         positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
-        ours = verify(logits, tokens, parents, positions, seed=seed, **options)
-        on_cpu = (tensor.cpu() for tensor in (logits, tokens, parents, positions))
-        expected = reference.verify(*on_cpu, seed=7, **options)
-        assert torch.equal(ours.target_tokens.cpu(), expected.target_tokens)
-        token_list, parent_list = tokens.tolist(), parents.tolist()
-        functions: Functions = {
-            "ours": lambda: verify(logits, tokens, parents, positions, seed=seed, **options),
-            "softmax, sort, cumsum, noise": lambda: torch_verify(logits, token_list, parent_list, **options),
-        }
-        if device != "cpu":  # can be captured
-            functions["the same without the walk"] = lambda: torch_target_tokens(logits, **options)
-        return functions
 
-    return Case("verify", describe(rows, vocabulary, what, dtype, options), build, rows * vocabulary * dtype.itemsize)
+        def ours() -> Verification:
+            return verify(logits, tokens, parents, positions, seed=seed, **options)
+
+        def check() -> None:
+            on_cpu = (tensor.cpu() for tensor in (logits, tokens, parents, positions))
+            expected = reference.verify(*on_cpu, seed=7, **options)
+            assert torch.equal(ours().target_tokens.cpu(), expected.target_tokens), "other tokens than the reference's"
+
+        peers = {
+            "softmax, sort, cumsum, noise": Peer(
+                lambda: torch_verify(logits, token_list, parent_list, **options), never_captured=WAITS
+            )
+        }
+        if device != "cpu":
+            peers["the same without the walk"] = Peer(lambda: torch_target_tokens(logits, **options))
+        return Built(ours, peers, check)
+
+    description = describe(rows, vocabulary, what, dtype, options)
+    return Case("verify", description, build, rows * vocabulary * dtype.itemsize, quick=quick)
 
 
 def verify_rejection_cases(device: str) -> Iterator[Case]:
@@ -172,21 +188,25 @@ def verify_rejection_case(
 ) -> Case:
     """A draft whose logits are not far from the target's, so that some of its tokens are accepted."""
 
-    def build() -> Functions:
+    def build() -> Built:
         target = LOGITS[what](rows, vocabulary, device)
         draft = (target[:-1] + 0.3 * torch.randn(rows - 1, vocabulary, device=device)).to(dtype)
         target = target.to(dtype)
         drafted = torch.multinomial(torch_probabilities(draft.float(), **options), 1).squeeze(1)
         tokens = torch.nn.functional.pad(drafted, (1, 0))
         positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
-        ours = verify_rejection(target, draft, tokens, positions, block=block, seed=seed, **options)
-        on_cpu = (tensor.cpu() for tensor in (target, draft, tokens, positions))
-        expected = reference.verify_rejection(*on_cpu, block=block, seed=7, **options)
-        assert tuple(map(int, ours)) == tuple(map(int, expected))
-        return {
-            "ours": lambda: verify_rejection(target, draft, tokens, positions, block=block, seed=seed, **options),
-            "softmax, sort, residual, noise": lambda: torch_verify_rejection(target, draft, tokens, block, **options),
-        }
+
+        def ours() -> RejectionVerification:
+            return verify_rejection(target, draft, tokens, positions, block=block, seed=seed, **options)
+
+        def check() -> None:
+            on_cpu = (tensor.cpu() for tensor in (target, draft, tokens, positions))
+            found, expected = ours(), reference.verify_rejection(*on_cpu, block=block, seed=7, **options)
+            assert tuple(map(int, found)) == tuple(map(int, expected)), f"{found}, where the reference has {expected}"
+
+        name = "softmax, sort, residual, noise"
+        peers = {name: Peer(lambda: torch_verify_rejection(target, draft, tokens, block, **options))}
+        return Built(ours, peers, check)
 
     mode = "block" if block else "token-wise"
     description = f"{describe(rows, vocabulary, what, dtype, options)}, {mode}"
@@ -197,21 +217,25 @@ def draft_sample_cases(device: str) -> Iterator[Case]:
     for what in LOGITS:
         for rows in (1, 3) if device == "cpu" else (1, 8):
             for options in OPTIONS[:4]:
-                yield draft_sample_case(device, rows, what, options)
+                yield draft_sample_case(device, rows, what, options, quick=what == "peaked" and options == OPTIONS[1])
 
 
-def draft_sample_case(device: str, rows: int, what: str, options: dict[str, Any]) -> Case:
+def draft_sample_case(device: str, rows: int, what: str, options: dict[str, Any], quick: bool) -> Case:
     k = 4
 
-    def build() -> Functions:
+    def build() -> Built:
         logits = LOGITS[what](rows, QWEN, device)
         positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
-        ours = draft_sample(logits, positions, k, seed=seed, **options)
-        expected = reference.draft_sample(logits.cpu(), positions.cpu(), k, seed=7, **options)
-        assert torch.equal(ours.tokens.cpu(), expected.tokens)
-        return {
-            "ours": lambda: draft_sample(logits, positions, k, seed=seed, **options),
-            "softmax, sort, topk, entropy": lambda: torch_draft_sample(logits, k, **options),
-        }
 
-    return Case("draft_sample", f"{describe(rows, QWEN, what, torch.float32, options)}, k {k}", build, rows * QWEN * 4)
+        def ours() -> DraftSample:
+            return draft_sample(logits, positions, k, seed=seed, **options)
+
+        def check() -> None:
+            expected = reference.draft_sample(logits.cpu(), positions.cpu(), k, seed=7, **options)
+            assert torch.equal(ours().tokens.cpu(), expected.tokens), "other tokens than the reference's"
+
+        peer = Peer(lambda: torch_draft_sample(logits, k, **options))
+        return Built(ours, {"softmax, sort, topk, entropy": peer}, check)
+
+    description = f"{describe(rows, QWEN, what, torch.float32, options)}, k {k}"
+    return Case("draft_sample", description, build, rows * QWEN * 4, quick=quick)
