@@ -8,6 +8,7 @@
 #include <math.h>
 
 #include "cuda/ptx.h"
+#include "cuda/tickets.h"
 
 namespace specbranch::cuda {
 
@@ -432,11 +433,7 @@ __device__ inline void add_nonfinite(const AttentionArguments& a, const KeyRange
 __device__ inline bool is_last_split(const AttentionArguments& a, int kv_head, int* last) {
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) {
-    unsigned* const ticket = a.tickets + kv_head * gridDim.x + blockIdx.x;
-    *last = atomicAdd(ticket, 1u) == static_cast<unsigned>(a.splits) - 1;
-    if (*last) *ticket = 0;  // for the next launch
-  }
+  if (threadIdx.x == 0) *last = takes_last_ticket(a.tickets + kv_head * gridDim.x + blockIdx.x, a.splits);
   __syncthreads();
   if (!*last) return false;
   __threadfence();
