@@ -24,6 +24,7 @@ TESTS = [
     "tests/test_ancestor_mask.py",
     "tests/test_verify.py",
     "tests/test_draft_sample.py",
+    "tests/test_filters.py",
     "tests/test_tree_attention.py",
     "tests/test_verify_rejection.py",
 ]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from filters import FILTERS, in_memory
-from implementations import HAS_DEVICE, NAMES, on_cpu
+from implementations import NAMES, on_cpu
 from torch import Tensor
 
 from specbranch_ext import draft_sample, reference, verify
@@ -73,7 +73,7 @@ def test_other_shapes_and_one_call_after_another(n, vocabulary):
 
 
 @on_cpu  # the module that is built, on the device itself
-@pytest.mark.skipif(not HAS_DEVICE, reason="needs a GPU")
+@pytest.mark.cuda
 def test_a_captured_graph_takes_the_filters_of_each_replay():
     logits, tokens, parents, positions = (part.cuda() for part in rows_of(9, 20_000))
     filters, seed = in_memory({}).cuda(), torch.tensor(5, device="cuda")
