@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from recording_device import Clock, RecordingDevice
+from recording_device import Clock, RecordingDevice, TimedDevice
 
 from specbranch import SpecBranch
 from specbranch.captured import CapturedRunner
@@ -27,8 +27,24 @@ def capture(engine: SpecBranch, seed: int = 0) -> tuple[RecordingDevice, Recordi
     clock = Clock()
     target = RecordingDevice("target", log, seed, pace=0.05, clock=clock)
     draft = RecordingDevice("draft", log, seed + 1, clock=clock)
+    place(engine, target, draft, clock)
+    return target, draft
+
+
+def capture_timed(
+    engine: SpecBranch, target_seconds: float, draft_seconds: float
+) -> tuple[RecordingDevice, RecordingDevice]:
+    """The same on devices whose steps take these virtual seconds."""
+    log: list[tuple[str, str, bool]] = []
+    clock = Clock()
+    target = TimedDevice("target", log, clock, target_seconds)
+    draft = TimedDevice("draft", log, clock, draft_seconds)
+    place(engine, target, draft, clock)
+    return target, draft
+
+
+def place(engine: SpecBranch, target: RecordingDevice, draft: RecordingDevice, clock: Clock) -> None:
     engine._target = CapturedRunner(engine._target.model, target)
     assert engine._draft is not None
     engine._draft = CapturedRunner(engine._draft.model, draft)
     engine._workers = VirtualStreams([target, draft], clock)
-    return target, draft

@@ -30,6 +30,7 @@ FORBIDDEN = {
     aten.lift_fresh.default: "copies from pageable host memory (torch.tensor)",
 }
 QUESTION = 1e-4  # virtual seconds that the host takes to ask whether work is done
+ASKING = 2e-6  # the same where work has its time
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -103,16 +104,13 @@ class RecordedMark:
         self.device, self.place, self.clock = device, device.enqueued, device.clock()
 
     def done(self) -> bool:
-        self.device.clock.now += QUESTION
-        if self.device.random.random() < self.device.pace:
-            self.device.work(1)
+        self.device.ask()
         return self.device.finished >= self.place
 
     def wait(self) -> None:
         self.device.note("wait", blocking=self.device.finished < self.place)
         while self.device.finished < self.place:
-            self.device.clock.now += self.device.seconds
-            self.device.work(1)
+            self.device.finish_one()
 
     def seconds_since(self, earlier: "RecordedMark") -> float:
         assert self.device.finished >= max(self.place, earlier.place), "the time of a mark that is not done"
@@ -148,12 +146,27 @@ class RecordingDevice:
         self.queue.append((what, run))
         self.enqueued += 1
 
+    def ask(self) -> None:
+        """Somebody asks whether work is done: time passes, and with some luck a piece of it is."""
+        self.clock.now += QUESTION
+        if self.random.random() < self.pace:
+            self.work(1)
+
+    def finish_one(self) -> None:
+        """Somebody waits for the next piece of work."""
+        self.clock.now += self.seconds
+        self.work(1)
+
     @torch.inference_mode()
     def work(self, count: int) -> None:
         for _ in range(min(count, len(self.queue))):
             self.queue.popleft()[1]()
             self.finished += 1
-            self.times.append(self.clock())
+            self.times.append(self.done_at())
+
+    def done_at(self) -> float:
+        """When the piece of work that has just been done was: now."""
+        return self.clock()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -182,3 +195,30 @@ class RecordingDevice:
 
     def counts(self) -> Counter[str]:
         return Counter(what for name, what, _ in self.log if name == self.name)
+
+
+class TimedDevice(RecordingDevice):
+    """A stream whose replays take a fixed time each, and whose copies take none: for what depends on when work ends."""
+
+    def __init__(self, name: str, log: list[tuple[str, str, bool]], clock: Clock, replay_seconds: float) -> None:
+        super().__init__(name, log, clock=clock)
+        self.replay_seconds = replay_seconds
+        self.ends: deque[float] = deque()
+        self.free = 0.0  # when all that is enqueued will be done
+
+    def enqueue(self, what: str, run: Callable[[], None]) -> None:
+        super().enqueue(what, run)
+        self.free = max(self.free, self.clock.now) + (self.replay_seconds if what == "replay" else 0.0)
+        self.ends.append(self.free)
+
+    def ask(self) -> None:
+        self.clock.now += ASKING
+        while self.ends and self.ends[0] <= self.clock.now:
+            self.work(1)
+
+    def finish_one(self) -> None:
+        self.clock.now = max(self.clock.now, self.ends[0])
+        self.work(1)
+
+    def done_at(self) -> float:
+        return self.ends.popleft()

@@ -1,25 +1,30 @@
 """Captured steps without a GPU: the same tokens, the rules of graphs, and the order of work on both streams."""
 
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
+from statistics import mean
 from typing import TypeVar
 
 import implementations
 import pytest
 import torch
-from captured_pair import capture
+from captured_pair import capture, capture_timed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recording_device import NotCapturable, RecordingDevice
+from recording_device import RecordedGraph, RecordingDevice
 from test_hrad import untrained
 from test_models import FAMILIES, PROMPT
 from tiny import tiny_model
 
 from specbranch import METHODS, SpecBranch, bundled
-from specbranch.batch import Batch, pack
-from specbranch.captured import AHEAD, GRANULARITY, KEPT, ROWS, CapturedRunner
+from specbranch.batch import Batch, Inputs, pack
+from specbranch.cache import TREE_ROWS, BranchLayer
+from specbranch.captured import AHEAD, COMMIT_ROWS, GRANULARITY, VERIFY_ROWS, CapturedRunner
 from specbranch.costs import ModeCosts
 from specbranch.device import Host
+from specbranch.drafter import always
 from specbranch.hrad import Outlook
 from specbranch.model import CachedModel
 from specbranch.runner import EagerRunner
@@ -108,20 +113,20 @@ def test_steps_equal_the_eager_runner_s() -> None:
     results = []
     for runner in (eager, captured):
         cached, found = runner.model, []
-        cached.reset(100)
+        runner.reset(100)
         with cached.attached():
             runner.prefill(PROMPT[:8])
             tree = Tree.rooted(PROMPT[-1], len(PROMPT) - 1)
             backlog = PROMPT[8:-1]
             sampling = Sampling(temperature=0.8, top_p=0.9, seed=4)
             batch = cached.place(tree, [0], backlog)
-            found += runner.draft(batch, 3, 30, sampling, 5, lambda: True)
+            found += runner.draft(batch, 3, 30, sampling, 5, always)
             cached.cache.nodes += range(1, 5)
             for parent in range(4):
                 tree = tree.hang(parent, found[parent].tokens[0][0])
             tree = tree.hang(0, 7).hang(2, 9)
             batch = cached.place(tree, [5, 6])
-            found += runner.draft(batch, 3, 30, sampling, 4, lambda: True)
+            found += runner.draft(batch, 3, 30, sampling, 4, always)
         results.append([(g.tokens, g.scores, g.confidence, g.entropy, g.step.rows) for g in found])
     assert results[0] == results[1]
     assert len(results[0]) == 9
@@ -134,66 +139,243 @@ def device(seed: int = 0) -> RecordingDevice:
 # ---- Memory and graphs
 
 
-def test_the_largest_graph_is_captured_first_and_nothing_is_captured_twice() -> None:
+def ends_in(graph: RecordedGraph, op: str) -> bool:
+    return graph.calls[-1][0] is getattr(torch.ops.specbranch, op).default
+
+
+def rows_of(graph: RecordedGraph, op: str) -> int:
+    """Rows of a captured step, by its op."""
+    return next(
+        args[0].shape[0] for func, args, _, _ in graph.calls if func is getattr(torch.ops.specbranch, op).default
+    )
+
+
+def test_every_verification_has_the_same_number_of_rows() -> None:
+    """Whatever the method and the trunk: on a GPU the bits of a product depend on it, and so would the text."""
+    pair = tiny_pair()
+    target, _ = capture(pair)
+    for method in METHODS:
+        for overlap in (False, True):
+            pair.generate(PROMPT, max_new_tokens=60, method=method, overlap=overlap)
+    found = [rows_of(graph, "verify") for graph in target.graphs if not ends_in(graph, "kv_commit")]
+    assert found == [VERIFY_ROWS]
+    assert target.counts()["eager"] == len(METHODS) * 2 + target_setups(target)  # the prompts, and no step
+
+
+def target_setups(device: RecordingDevice) -> int:
+    """Times that the device was asked for static memory and for a warm-up."""
+    return 2 + len(device.graphs)
+
+
+def test_a_trunk_is_never_longer_than_a_verification() -> None:
+    pair = tiny_pair(noise=0.0)
+    expected = pair.generate(PROMPT, max_new_tokens=100, method="autoregressive").tokens
+    capture(pair)
+    generation = pair.generate(PROMPT, max_new_tokens=100, overlap=False, method="speculative", length=50)
+    assert generation.tokens == expected
+    assert max(round.target[0].rows for round in generation.stats.log) == VERIFY_ROWS
+    assert generation.stats.target_forwards < 8  # what did not fit into one is in the next
+
+
+def test_a_step_is_captured_when_it_is_first_needed_and_never_twice() -> None:
     pair = tiny_pair()
     target, draft = capture(pair)
-    pair.generate(PROMPT, max_new_tokens=20, overlap=True)
-    moving, *steps = target.graphs
-    assert moving.calls[-1][0] == torch.ops.specbranch.kv_commit.default
-    assert [graph.calls[-1][1][0].shape[0] - 2 for graph in steps] == list(ROWS)  # the results that go to the host
+    pair.generate(PROMPT, max_new_tokens=20, method="autoregressive")
+    assert (len(target.graphs), len(draft.graphs)) == (1, 0)
+    pair.generate(PROMPT, max_new_tokens=20, method="speculative", overlap=False)
+    steps = [rows_of(graph, "draft_sample") for graph in draft.graphs if not ends_in(graph, "kv_commit")]
+    assert set(steps) <= {1, 2}
+    for _ in range(2):
+        pair.generate(PROMPT, max_new_tokens=150, overlap=True)
     counts = len(target.graphs), len(draft.graphs)
-    assert counts == (1 + len(ROWS), 1 + len(ROWS))
-    for seed in range(3):
-        pair.generate(PROMPT, max_new_tokens=20 + seed, overlap=True, seed=seed)
-        pair.generate(PROMPT[:5], max_new_tokens=30, overlap=False)
+    steps = [rows_of(graph, "draft_sample") for graph in draft.graphs if not ends_in(graph, "kv_commit")]
+    assert set(steps) == {1, 2, 4, 8}
+    pair.generate(PROMPT, max_new_tokens=100, overlap=True, seed=1)
+    pair.generate(PROMPT[:5], max_new_tokens=30, overlap=False)
     assert (len(target.graphs), len(draft.graphs)) == counts
+
+
+def test_other_sampling_parameters_capture_nothing() -> None:
+    pair = tiny_pair()
+    ways = [{"temperature": 0.1 * i, "top_k": i, "top_p": 1 - 0.05 * i, "min_p": 0.01 * i, "seed": i} for i in range(6)]
+    expected = [pair.generate(PROMPT, max_new_tokens=40, method="autoregressive", **way).tokens for way in ways]
+    target, draft = capture(pair)
+    for overlap in (False, True):
+        pair.generate(PROMPT, max_new_tokens=150, overlap=overlap)
+    before = len(target.graphs), len(draft.graphs)
+    for overlap in (False, True):
+        for way, tokens in zip(ways, expected, strict=True):
+            assert pair.generate(PROMPT, max_new_tokens=40, overlap=overlap, **way).tokens == tokens
+    assert (len(target.graphs), len(draft.graphs)) == before
+
+
+def test_a_commit_moves_what_it_must() -> None:
+    """A kernel over all the rows that there may be would take longer than the launch."""
+    pair = tiny_pair(noise=0.02)
+    _, draft = capture(pair)
+    pair.generate(PROMPT, max_new_tokens=200, overlap=True)
+    sizes = [graph.calls[-1][1][1].shape[0] for graph in draft.graphs if ends_in(graph, "kv_commit")]
+    assert sizes
+    assert set(sizes) <= set(COMMIT_ROWS)
+    replays = {size: graph.replays for size, graph in zip(sizes, draft.graphs, strict=False)}
+    assert COMMIT_ROWS[0] in replays
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 32, 33, 200, TREE_ROWS])
+def test_commits_of_any_size_move_the_same_rows(rows: int) -> None:
+    caches = []
+    for runner in (EagerRunner, CapturedRunner):
+        cached = CachedModel(tiny_model(max_position_embeddings=2048), "target")
+        made = runner(cached, device())
+        made.reset(30)
+        with cached.attached():
+            made.prefill([3, 1, 4, 1, 5])
+        cache = cached.cache
+        with torch.inference_mode():
+            for place, buffer in enumerate(cache.buffers()):
+                buffer.copy_(torch.arange(cache.capacity)[:, None] + 0.25 * place)
+        cache.length, cache.nodes = 5, list(range(TREE_ROWS))
+        made.commit(list(range(TREE_ROWS - rows, TREE_ROWS)), {})
+        made.device.mark().wait()
+        caches.append([buffer[:, : 30 + TREE_ROWS].clone() for buffer in cache.buffers()])
+        assert cache.length == 5 + rows
+    assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
 
 
 def test_a_longer_text_than_the_cache_holds_is_captured_anew() -> None:
     pair = tiny_pair()
     target, _ = capture(pair)
-    pair.generate(PROMPT, max_new_tokens=20)
+    pair.generate(PROMPT, max_new_tokens=20, overlap=False)
     before = len(target.graphs)
     longer = PROMPT * (GRANULARITY // len(PROMPT))
-    captured = pair.generate(longer, max_new_tokens=20).tokens
-    assert len(target.graphs) == 2 * before
+    captured = pair.generate(longer, max_new_tokens=20, overlap=False).tokens
+    assert len(target.graphs) > before
     assert captured == tiny_pair().generate(longer, max_new_tokens=20, method="autoregressive").tokens
 
 
-def test_only_the_last_sampling_parameters_keep_their_graphs() -> None:
+def test_a_cache_that_grows_is_freed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by the graphs, which work on it: there is not always memory for both."""
     pair = tiny_pair()
-    target, _ = capture(pair)
-    for i in range(KEPT + 2):
-        pair.generate(PROMPT, max_new_tokens=4, temperature=0.1 * (i + 1))
-    assert isinstance(pair._target, CapturedRunner)
-    assert len(pair._target._verifying) == KEPT
-    before = len(target.graphs)
-    pair.generate(PROMPT, max_new_tokens=4, temperature=0.1 * (KEPT + 2))
-    assert len(target.graphs) == before
+    devices = capture(pair)
+    pair.generate(PROMPT, max_new_tokens=60, overlap=True)
+    for device in devices:
+        device.graphs.clear()  # the stand-in's own references
+    old = [weakref.ref(layer.keys) for runner in (pair._target, pair._draft) for layer in runner.model.cache.layers]
+    assert all(buffer() is not None for buffer in old)
+    made: list[int] = []
+    lazily = BranchLayer.lazy_initialization
+
+    def watched(layer: BranchLayer, *states: torch.Tensor) -> None:
+        made.append(sum(buffer() is not None for buffer in old))
+        lazily(layer, *states)
+
+    monkeypatch.setattr(BranchLayer, "lazy_initialization", watched)
+    pair.generate(PROMPT * (GRANULARITY // len(PROMPT)), max_new_tokens=20, overlap=True)
+    assert made == [0, 0, 0, 0]
 
 
 def test_a_batch_beyond_the_largest_graph_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specbranch.captured.ROWS", (4, 2, 1))
+    monkeypatch.setattr("specbranch.captured.DRAFT_ROWS", (1, 2, 4))
     pair = tiny_pair()
     expected = pair.generate(PROMPT, max_new_tokens=60, method="autoregressive").tokens
     capture(pair)
-    stats = pair.generate(PROMPT, max_new_tokens=60, overlap=False, method="speculative", length=9).stats
-    assert max(round.target[0].rows for round in stats.log) > 4
-    assert pair.generate(PROMPT, max_new_tokens=60, overlap=True).tokens == expected
+    stats = pair.generate(PROMPT, max_new_tokens=60, overlap=True, method="ssd").stats
+    assert max(step.rows for round in stats.log for step in round.draft) > 4
+    assert pair.generate(PROMPT, max_new_tokens=60, overlap=True, method="ssd").tokens == expected
 
 
-def test_a_step_that_needs_the_host_is_found_out_when_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+# ---- Captures that fail
+
+
+def needs_the_host(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.max().item() < 1e9 else logits * 2
+
+
+@pytest.mark.parametrize(("role", "nth"), [("target", 0), ("target", 1), *(("draft", nth) for nth in range(4))])
+@pytest.mark.parametrize("place", ["first", "middle"])
+def test_a_capture_that_fails_is_noted_and_decoding_goes_on_eagerly(
+    monkeypatch: pytest.MonkeyPatch, role: str, nth: int, place: str
+) -> None:
+    """At the first graph or at a later one, in the first operation or in the middle."""
     pair = tiny_pair()
+    expected = [pair.generate(PROMPT, max_new_tokens=100, method="autoregressive", **s).tokens for s in SAMPLINGS]
+    devices = dict(zip(("target", "draft"), capture(pair), strict=True))
+    failing = devices[role]
+    original, captures = failing.capture, iter(range(1000))
+
+    def capture_and_fail(run: Callable[[], None]) -> RecordedGraph:
+        def fails() -> None:
+            if place == "middle":
+                run()
+            needs_the_host(torch.ones(1))
+
+        return original(fails if next(captures) == nth else run)
+
+    monkeypatch.setattr(failing, "capture", capture_and_fail)
+    with pytest.warns(RuntimeWarning, match=f"{role}: steps are not captured any more"):
+        generations = [
+            pair.generate(PROMPT, max_new_tokens=100, overlap=overlap, **sampling)
+            for sampling, overlap in zip(SAMPLINGS, (True, False), strict=True)
+        ]
+    assert [generation.tokens for generation in generations] == expected
+    generation = generations[-1]
+    notes = {"target": generation.stats.target_runner, "draft": generation.stats.draft_runner}
+    assert notes.pop(role).startswith("eager: capture failed: aten.")
+    assert set(notes.values()) == {"captured"}
+    assert next(captures) == nth + 1  # after that no capture was tried
+
+
+def test_a_model_that_cannot_be_captured_after_all_decodes_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = tiny_pair()
+    expected = pair.generate(PROMPT, max_new_tokens=20, method="autoregressive").tokens
     capture(pair)
     forward = CachedModel.forward
+    monkeypatch.setattr(CachedModel, "forward", lambda *given, **options: needs_the_host(forward(*given, **options)))
+    with pytest.warns(RuntimeWarning, match="not captured any more"):
+        generation = pair.generate(PROMPT, max_new_tokens=20)
+    assert generation.tokens == expected
+    assert generation.stats.target_runner.startswith("eager: capture failed")
 
-    def asking(self: CachedModel, inputs: object, keep: slice = slice(None)) -> torch.Tensor:
+
+# ---- Padding
+
+
+def test_padding_is_the_first_row_again() -> None:
+    """So that it gives no logits that no row has: NaN of some other row would be nobody's."""
+    static = StaticInputs(8, 4, spare=99, device=Host(), where=torch.device("cpu"))
+    static.fill(Batch((7, 8), (20, 21), (30, 31), (1, 3), 30, 1), [-1, 0], Sampling(0.7, 5, 0.9, 0.1, seed=4))
+    assert static.ids.tolist() == [7, 8, 7, 7, 7, 7, 7, 7]
+    assert static.positions.tolist() == [20, 21, *[20] * 6]
+    assert static.rows.tolist() == [30, 31, *[99] * 6]
+    assert static.parents.tolist() == [-1, 0, *[-1] * 6]
+    assert static.ancestors[:, 0].tolist() == [1, 3, *[1] * 6]
+    assert static.filters.tolist() == [0.7, 5, 0.9, 0.1]
+    static.go_below(8, torch.arange(8) + 40)
+    assert static.ids.tolist() == [40] * 8
+    assert static.positions.tolist() == [21] * 8
+    assert static.rows.tolist() == [31, *[99] * 7]
+    assert static.ancestors[:, 0].tolist() == [3] * 8
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_nan_in_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch, emulated: bool) -> None:
+    pair = tiny_pair()
+    expected = pair.generate(PROMPT, max_new_tokens=24, method="autoregressive").tokens
+    forward = CachedModel.forward
+
+    def spoiled(self: CachedModel, inputs: Inputs, keep: slice = slice(None)) -> torch.Tensor:
         logits = forward(self, inputs, keep)
-        return logits if logits.max().item() < 1e9 else logits * 2
+        if keep != slice(None):
+            return logits  # a prompt
+        padding = (inputs.rows == self.cache.capacity - 1) & (torch.arange(len(inputs.rows)) > 0)
+        return torch.where(padding[:, None], torch.nan, logits)
 
-    monkeypatch.setattr(CachedModel, "forward", asking)
-    with pytest.raises(NotCapturable, match="reads a value on the host"):
-        pair.generate(PROMPT, max_new_tokens=4)
+    monkeypatch.setattr(CachedModel, "forward", spoiled)
+    with implementations.emulated_runtime() if emulated else nullcontext():
+        capture(pair)
+        generation = pair.generate(PROMPT, max_new_tokens=24, method="autoregressive")
+    assert generation.tokens == expected
+    assert generation.stats.target_runner == "captured"
 
 
 @settings(deadline=None)
@@ -213,7 +395,7 @@ def test_the_device_makes_the_next_batch_as_the_host_does(data: st.DataObject) -
         leaves,
     )
     static = StaticInputs(8, 4, spare=999, device=Host(), where=torch.device("cpu"))
-    static.fill(batch, [], seed=5)
+    static.fill(batch, [], Sampling(seed=5))
     for _ in range(3):
         tokens = data.draw(st.lists(st.integers(0, 99), min_size=leaves, max_size=leaves))
         static.go_below(8, torch.tensor(tokens + [0] * (8 - leaves)))
@@ -232,7 +414,8 @@ def test_one_wait_for_each_model_and_round(monkeypatch: pytest.MonkeyPatch) -> N
     """The target's step is enqueued first, the draft's follow, and the host waits once for either; then it commits."""
     pair = tiny_pair()
     target, draft = capture(pair)
-    pair.generate(PROMPT, max_new_tokens=8, overlap=True)  # captures
+    for _ in range(4):
+        pair.generate(PROMPT, max_new_tokens=100, overlap=True)  # captures
     log = target.log
     rounds: list[int] = []
     monkeypatch.setattr(ModeCosts, "burst", lambda self: STEPS)
@@ -274,20 +457,32 @@ def test_the_draft_is_fed_while_the_target_works_and_not_beyond() -> None:
     target, draft = capture(pair)
     pair.generate(PROMPT, max_new_tokens=8, overlap=True)
     assert isinstance(pair._draft, CapturedRunner)
-    moving = pair._draft._committing
     waiting: list[int] = []
     enqueue = draft.enqueue
 
     def watching(what: str, run: Callable[[], None]) -> None:
         enqueue(what, run)
         replays = [graph.__self__ for what, graph in draft.queue if what == "replay"]
-        waiting.append(sum(graph is not moving for graph in replays))
+        waiting.append(sum(not ends_in(graph, "kv_commit") for graph in replays))
 
     draft.enqueue = watching  # type: ignore[method-assign]
     pair.generate(PROMPT, max_new_tokens=100, overlap=True)
     assert max(waiting) == AHEAD
     assert not target.queue
     assert not draft.queue  # nothing is left behind
+
+
+@pytest.mark.parametrize("draft_seconds", [1.8e-3, 0.55e-3])
+def test_a_verdict_is_taken_when_it_is_there(draft_seconds: float) -> None:
+    """A step behind another one ends two steps later: it is not begun for a verdict that comes sooner."""
+    pair = tiny_pair()
+    capture_timed(pair, target_seconds=6.5e-3, draft_seconds=draft_seconds)
+    late: list[float] = []
+    for seed in range(3):
+        log = pair.generate(PROMPT, max_new_tokens=200, overlap=True, seed=seed).stats.log
+        late += [max(0.0, round.draft[-1].end - round.target[0].end) for round in log[4:] if round.draft]
+    assert len(late) > 150
+    assert mean(late) < 0.35 * draft_seconds  # 0.6 where steps under way do not count
 
 
 def test_a_pair_takes_the_same_course_every_time() -> None:

@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from tiny import tiny_model
 
 from specbranch import METHODS, SpecBranch, bundled, cli
+from specbranch.commands import doctor
+from specbranch.placement import PRIORITIES
 from specbranch.prompts import Prompt, PromptFileError, read_prompts
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
@@ -180,6 +183,27 @@ def test_debug_shows_the_traceback(monkeypatch):
 
 def test_methods_are_those_of_the_package():
     assert cli.METHODS == METHODS
+    assert cli.PRIORITIES == PRIORITIES
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    """That steps are not captured any more, for example."""
+
+    def run(args):
+        warnings.warn("draft: no\n graphs", RuntimeWarning, stacklevel=2)
+        return 0
+
+    def show(*given):  # as Python does where pytest does not collect them
+        sys.stderr.write(warnings.formatwarning(*given[:4]))
+
+    monkeypatch.setattr(doctor, "run", run)
+    before = warnings.formatwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().err == "specbranch: warning: draft: no graphs\n"
+    assert warnings.formatwarning is before
 
 
 def test_help_does_not_load_torch():

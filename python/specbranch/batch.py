@@ -68,12 +68,10 @@ class Inputs:
         )
 
     @staticmethod
-    def chain(tokens: Sequence[int], prefix: int, device: torch.device) -> Inputs:
-        """Tokens of the text itself behind the prefix: their positions are their cache rows."""
-        places = torch.arange(prefix, prefix + len(tokens), device=device)
-        return Inputs(
-            torch.tensor(tokens, device=device), places, places, torch.tensor(prefix, device=device), ancestors=None
-        )
+    def chain(ids: Tensor, prefix: int) -> Inputs:
+        """Tokens of the text itself, int64 [n], behind the prefix: their positions are their cache rows."""
+        places = torch.arange(prefix, prefix + len(ids), device=ids.device)
+        return Inputs(ids, places, places, torch.full((), prefix, device=ids.device), ancestors=None)
 
 
 def pack(ancestors: Sequence[int], words: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:

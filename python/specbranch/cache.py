@@ -111,7 +111,6 @@ class BranchCache(Cache):
                 f"the cache has {self.capacity} rows and {self.used} are in use: no room for {count} more"
             )
 
-    @torch.inference_mode()  # the buffers are inference tensors: they were made in a forward
     def commit(self, path: Sequence[int], survivors: Mapping[int, int] | None = None) -> None:
         """Move the rows of the accepted `path` behind the prefix, keep those of `survivors`, drop the others.
 
@@ -119,9 +118,14 @@ class BranchCache(Cache):
         and may only stand at the end. survivors: old index to new index of the nodes that live on.
         """
         start = self.length
-        if moved := self.accept(path, survivors or {}):
+        self.move(self.accept(path, survivors or {}), start)
+
+    @torch.inference_mode()  # the buffers are inference tensors: they were made in a forward
+    def move(self, rows: Sequence[int], start: int) -> None:
+        """Move cache rows, in order, to `start` and behind it."""
+        if rows:
             for device, buffers in groupby(self.buffers(), key=lambda buffer: buffer.device):
-                kv_commit(list(buffers), torch.tensor(moved, device=device), start)
+                kv_commit(list(buffers), torch.tensor(rows, device=device), start)
 
     def accept(self, path: Sequence[int], survivors: Mapping[int, int]) -> list[int]:
         """Take note of a commit; return the rows that must move behind the prefix, in order, none if they are in place.
@@ -142,6 +146,13 @@ class BranchCache(Cache):
         if not 0 <= length <= self.length:
             raise SpecBranchError(f"cannot roll back to {length} rows: {self.length} are committed")
         self.length, self.nodes = length, []
+
+    def release(self) -> None:
+        """Free the buffers now: cache and layers refer to each other, so Python would take its time."""
+        for layer in self._branch_layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        self.capacity, self.length, self.nodes = 0, 0, []
 
     def buffers(self) -> list[torch.Tensor]:
         buffers = [buffer for layer in self._branch_layers for buffer in (layer.keys, layer.values)]

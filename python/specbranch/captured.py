@@ -1,54 +1,61 @@
 """The captured runner: one model's steps as CUDA graphs over static memory.
 
 On a GPU a small model is bound by the launches of its kernels, so a forward called from Python costs as much as a large
-model's. A graph is one launch. There is one for every kind of step and each of a few row counts; a batch takes the next
-larger one, padded. A draft step writes the next step's batch itself, so that a burst of steps needs no host.
+model's. A graph is one launch. It is captured when a step first needs it; everything that varies between steps is read
+from static memory. A draft step writes the next step's batch itself, so that a burst of steps needs no host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from specbranch.batch import WORD, Batch
 from specbranch.cache import TREE_ROWS, BranchCache
 from specbranch.device import Graph, GraphDevice, Mark, step
 from specbranch.features import FeatureTap
 from specbranch.model import CachedModel
-from specbranch.runner import DeviceJudgement, EagerRunner, Guesses, PendingJudgement, seen
+from specbranch.runner import DeviceJudgement, EagerRunner, Going, Guesses, PendingJudgement, seen
 from specbranch.sampling import Sampling
 from specbranch.static import STEPS, StaticCommit, StaticGuesses, StaticInputs
 from specbranch_ext import draft_sample, kv_commit, verify
 
 T = TypeVar("T")
 
-ROWS = (64, 32, 16, 8, 4, 2, 1)  # of the graphs; the largest is captured first, the others fit into its memory
-KEPT = 4  # sets of graphs, by sampling parameters, that are kept
+# Of every verification, whatever the method and however long its trunk: matrix products choose their kernels, and so
+# their last bits, by the number of rows. A forward over so few is bound by its weights and costs what one row does.
+VERIFY_ROWS = 32
+DRAFT_ROWS = (1, 2, 4, 8, 16, 32, 64)
+COMMIT_ROWS = (8, 32, TREE_ROWS)
+KEPT = 4  # draft graphs, by candidates and vocabulary, that are kept
 GRANULARITY = 1024  # of the cache's capacity: graphs are captured anew for another cache
 AHEAD = 2  # draft steps that are enqueued at most: one runs, one waits
 
 
 @dataclass(frozen=True)
-class VerifyGraphs:
-    """verify: forward and `verify`, the result copied to `host`: [accepted, next token, path …]. hidden: where each
-    graph leaves what a tap saw."""
+class VerifyGraph:
+    """Forward and `verify`, the result copied to `host`: [accepted, next token, path …]. hidden: where it leaves what
+    a tap saw."""
 
-    by_rows: dict[int, Graph]
-    host: torch.Tensor
-    hidden: dict[int, list[torch.Tensor]]
+    graph: Graph
+    host: Tensor
+    hidden: list[Tensor]
 
 
 @dataclass(frozen=True)
 class DraftGraphs:
-    """draft: forward, `draft_sample`, and the next step's batch. The results lie in `guesses`."""
+    """By rows: forward, `draft_sample`, and the next step's batch. The results lie in `guesses`."""
 
-    by_rows: dict[int, Graph]
+    run: Callable[[int], None]
     guesses: StaticGuesses
     host: StaticGuesses
+    by_rows: dict[int, Graph] = field(default_factory=dict)
 
 
 class CapturedRunner:
@@ -56,18 +63,26 @@ class CapturedRunner:
 
     The same results as the eager runner's: padding changes no row, and sampling is a function of the logits, the seed
     and the position. Of a batch only results travel to the host, in one copy for a verdict and one for a burst.
+    After a capture that failed it is an eager runner, and its note says why.
     """
 
-    burst = STEPS
-    note = "captured"
-
-    def __init__(self, model: CachedModel, device: GraphDevice) -> None:
+    def __init__(self, model: CachedModel, device: GraphDevice, verify_rows: int = VERIFY_ROWS) -> None:
+        """verify_rows: of every verification; texts of different methods are equal to the bit for one number only."""
         self.model, self.device = model, device
+        self.most_rows = verify_rows
+        self.burst, self.note = STEPS, "captured"
         self.eager = EagerRunner(model, device)
         model.granularity = GRANULARITY
-        self._cache: BranchCache | None = None
-        self._verifying: dict[tuple[object, ...], VerifyGraphs] = {}
-        self._drafting: dict[tuple[object, ...], DraftGraphs] = {}
+        self._failed = False
+        self._cache: BranchCache | None = None  # that the graphs work on
+        self._verifying: dict[FeatureTap | None, VerifyGraph] = {}
+        self._drafting: dict[Hashable, DraftGraphs] = {}
+        self._committing: dict[int, Graph] = {}
+
+    def reset(self, tokens: int) -> None:
+        if not self.model.holds(tokens):
+            self._forget()  # else the graphs would keep the old cache's memory
+        self.model.reset(tokens)
 
     def prefill(self, tokens: Sequence[int]) -> None:
         self.eager.prefill(tokens)
@@ -75,54 +90,55 @@ class CapturedRunner:
     def verify(
         self, batch: Batch, parents: Sequence[int], sampling: Sampling, tap: FeatureTap | None = None
     ) -> PendingJudgement:
-        if not self._ready(batch):
+        found = self._captured(len(batch) <= self.most_rows, partial(self._verify_graph, tap))
+        if found is None:
             return self.eager.verify(batch, parents, sampling, tap)
-        graphs, rows = self._verify_graphs(sampling, tap), rows_for(len(batch))
         begin = self.device.mark()
-        self.inputs.fill(batch, list(parents), sampling.seed)
-        graphs.by_rows[rows].replay()
-        return DeviceJudgement(graphs.host, begin, self.device.mark(), len(batch), graphs.hidden[rows])
+        self.inputs.fill(batch, list(parents), sampling)
+        found.graph.replay()
+        return DeviceJudgement(found.host, begin, self.device.mark(), len(batch), found.hidden)
 
     def draft(
-        self,
-        batch: Batch,
-        candidates: int,
-        vocabulary: int,
-        sampling: Sampling,
-        steps: int,
-        going: Callable[[], bool],
+        self, batch: Batch, candidates: int, vocabulary: int, sampling: Sampling, steps: int, going: Going
     ) -> list[Guesses]:
-        if not self._ready(batch):
+        fits = len(batch) <= DRAFT_ROWS[-1]
+        rows = [len(batch), batch.leaves] if steps > 1 else [len(batch)]
+        found = self._captured(fits, partial(self._draft_graphs, candidates, vocabulary, rows))
+        if found is None:
             return self.eager.draft(batch, candidates, vocabulary, sampling, steps, going)
-        graphs = self._draft_graphs(candidates, vocabulary, sampling)
         marks = [self.device.mark()]
-        self.inputs.fill(batch, [], sampling.seed)
-        graphs.by_rows[rows_for(len(batch))].replay()
+        self.inputs.fill(batch, [], sampling)
+        found.by_rows[fitting(DRAFT_ROWS, len(batch))].replay()
         marks.append(self.device.mark())
         while len(marks) <= min(steps, STEPS) and self._turn(marks, going):
-            graphs.by_rows[rows_for(batch.leaves)].replay()
+            found.by_rows[fitting(DRAFT_ROWS, batch.leaves)].replay()
             marks.append(self.device.mark())
-        self.device.copy(graphs.host.buffer, graphs.guesses.buffer)
+        self.device.copy(found.host.buffer, found.guesses.buffer)
         arrived = self.device.mark()
         arrived.wait()
-        return self._guesses(graphs.host, batch, marks)
+        return self._guesses(found.host, batch, marks)
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None:
         cache = self.model.cache
-        if cache is not self._cache:
-            self.eager.commit(path, survivors)
-            return
         start = cache.length
-        if moved := cache.accept(path, survivors):
-            self._commit.fill(moved, start)
-            self._committing.replay()
+        if not (moved := cache.accept(path, survivors)):
+            return
+        graph = self._captured(True, partial(self._commit_graph, len(moved)))
+        if graph is None:
+            with self.device.running():
+                cache.move(moved, start)
+            return
+        self._commit.fill(moved, start)
+        graph.replay()
 
-    def _turn(self, marks: list[Mark], going: Callable[[], bool]) -> bool:
+    def _turn(self, marks: list[Mark], going: Going) -> bool:
         """Wait until another step may be enqueued; False when there is to be none."""
-        while going():
-            if len(marks) <= AHEAD or marks[-AHEAD].done():
+        while True:
+            under_way = sum(not mark.done() for mark in marks[1:][-AHEAD:])
+            if not going(min(under_way, AHEAD - 1)):
+                return False
+            if under_way < AHEAD:
                 return True
-        return False
 
     def _guesses(self, host: StaticGuesses, batch: Batch, marks: list[Mark]) -> list[Guesses]:
         count, leaves = len(marks) - 1, batch.leaves
@@ -136,65 +152,98 @@ class CapturedRunner:
 
     # ---- Capturing
 
-    def _ready(self, batch: Batch) -> bool:
-        """Whether a graph fits. Static memory is made anew when the cache was."""
-        cache = self.model.cache
-        if len(batch) > ROWS[0] or not cache.buffers():
-            return False
-        if cache is not self._cache:
-            where, words = self.model.device, TREE_ROWS // WORD
-            self._verifying.clear()
-            self._drafting.clear()
-            self.inputs = StaticInputs(ROWS[0], words, cache.capacity - 1, self.device, where)
-            self._commit = StaticCommit(TREE_ROWS, self.device, where)
-            self._committing = self._capture(self._run_commit)
-            self._cache = cache
-        return True
+    def _captured(self, fits: bool, find: Callable[[], T]) -> T | None:
+        """What `find` captures or has captured; None for a step that must run eagerly."""
+        if self._failed or not fits or not self.model.cache.buffers():
+            return None
+        try:
+            if self.model.cache is not self._cache:
+                self._prepare()
+            return find()
+        except Exception as error:  # whatever a model's code or the device raises
+            self._give_up(error)
+            return None
 
-    def _run_commit(self) -> None:
-        kv_commit(self.model.cache.buffers(), self._commit.rows, self._commit.start)
+    def _prepare(self) -> None:
+        """Static memory for the model's cache."""
+        self._forget()
+        cache, where = self.model.cache, self.model.device
+        rows, words = max(self.most_rows, DRAFT_ROWS[-1]), TREE_ROWS // WORD
+        self.inputs = StaticInputs(rows, words, cache.capacity - 1, self.device, where)
+        self._commit = StaticCommit(TREE_ROWS, self.device, where)
+        self._cache = cache
 
-    def _verify_graphs(self, sampling: Sampling, tap: FeatureTap | None) -> VerifyGraphs:
-        key = (tap, *sampling.filters)
-        if key not in self._verifying:
-            host = self.device.host_memory(ROWS[0] + 2)
-            inputs, hidden = self.inputs, dict[int, list[torch.Tensor]]()
+    def _forget(self) -> None:
+        """Let go of all graphs, and of the cache that they work on."""
+        self._cache = None
+        for graphs in (self._verifying, self._drafting, self._committing):
+            graphs.clear()
 
-            def run(n: int) -> None:
+    def _give_up(self, error: Exception) -> None:
+        self._forget()
+        self._failed, self.burst = True, EagerRunner.burst
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self.note = f"eager: capture failed: {reason}"
+        warnings.warn(f"{self.model.role}: steps are not captured any more: {reason}", RuntimeWarning, stacklevel=2)
+
+    def _verify_graph(self, tap: FeatureTap | None) -> VerifyGraph:
+        if tap not in self._verifying:
+            n, inputs, hidden = self.most_rows, self.inputs, list[Tensor]()
+            host = self.device.host_memory(n + 2)
+
+            def run() -> None:
                 given = inputs.of(n)
                 logits = self.model.forward(given)
-                arguments = {**sampling.op_arguments, "seed": inputs.seed}
-                verdict = verify(logits, given.ids, inputs.parents[:n], given.positions + 1, **arguments)
+                verdict = verify(
+                    logits,
+                    given.ids,
+                    inputs.parents[:n],
+                    given.positions + 1,
+                    seed=inputs.seed,
+                    filters=inputs.filters,
+                )
                 result = torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
-                host[: n + 2].copy_(result, non_blocking=True)
-                hidden[n] = seen(tap)  # of the run that is captured, which is the last
+                host.copy_(result, non_blocking=True)
+                hidden[:] = seen(tap)  # of the run that is captured, which is the last
 
-            forget(self._verifying)
-            self._verifying[key] = VerifyGraphs(self._capture_all(run), host, hidden)
-        return self._verifying[key]
+            self._verifying[tap] = VerifyGraph(self._capture(run), host, hidden)
+        return self._verifying[tap]
 
-    def _draft_graphs(self, candidates: int, vocabulary: int, sampling: Sampling) -> DraftGraphs:
-        key = (candidates, vocabulary, *sampling.filters)
+    def _draft_graphs(self, candidates: int, vocabulary: int, rows: Sequence[int]) -> DraftGraphs:
+        key = candidates, vocabulary
         if key not in self._drafting:
-            inputs, size = self.inputs, StaticGuesses.words(ROWS[0], candidates)
+            while len(self._drafting) >= KEPT:
+                del self._drafting[next(iter(self._drafting))]
+            self._drafting[key] = self._draft_memory(candidates, vocabulary)
+        graphs = self._drafting[key]
+        for n in {fitting(DRAFT_ROWS, count) for count in rows} - graphs.by_rows.keys():
+            graphs.by_rows[n] = self._capture(partial(graphs.run, n))
+        return graphs
+
+    def _draft_memory(self, candidates: int, vocabulary: int) -> DraftGraphs:
+        inputs, most = self.inputs, DRAFT_ROWS[-1]
+        size = StaticGuesses.words(most, candidates)
+        with self.device.running():
             buffer = torch.zeros(size, dtype=torch.int64, device=self.model.device)
-            guesses = StaticGuesses.within(buffer, ROWS[0], candidates)
-            host = StaticGuesses.within(self.device.host_memory(size), ROWS[0], candidates)
+        guesses = StaticGuesses.within(buffer, most, candidates)
+        host = StaticGuesses.within(self.device.host_memory(size), most, candidates)
 
-            def run(n: int) -> None:
-                given = inputs.of(n)
-                logits = self.model.forward(given)[:, :vocabulary]
-                arguments = {**sampling.op_arguments, "seed": inputs.seed}
-                sample = draft_sample(logits, given.positions + 1, candidates, **arguments)
-                guesses.write(inputs.slot, n, sample)
-                inputs.go_below(n, sample.tokens[:, 0].clamp(min=0))
+        def run(n: int) -> None:
+            given = inputs.of(n)
+            logits = self.model.forward(given)[:, :vocabulary]
+            sample = draft_sample(logits, given.positions + 1, candidates, seed=inputs.seed, filters=inputs.filters)
+            guesses.write(inputs.slot, n, sample)
+            inputs.go_below(n, sample.tokens[:, 0].clamp(min=0))
 
-            forget(self._drafting)
-            self._drafting[key] = DraftGraphs(self._capture_all(run), guesses, host)
-        return self._drafting[key]
+        return DraftGraphs(run, guesses, host)
 
-    def _capture_all(self, run: Callable[[int], None]) -> dict[int, Graph]:
-        return {n: self._capture(partial(run, n)) for n in ROWS}
+    def _commit_graph(self, count: int) -> Graph:
+        size = fitting(COMMIT_ROWS, count)
+        if size not in self._committing:
+            buffers, static = self.model.cache.buffers(), self._commit
+            static.fill([], 0)
+            self._committing[size] = self._capture(lambda: kv_commit(buffers, static.rows[:size], static.start))
+        return self._committing[size]
 
     def _capture(self, run: Callable[[], None]) -> Graph:
         """Run once, over padding, so that whatever is set up lazily is there; then capture."""
@@ -206,12 +255,6 @@ class CapturedRunner:
             return self.device.capture(run)
 
 
-def rows_for(n: int) -> int:
-    """The smallest graph that holds n rows."""
-    return min(rows for rows in ROWS if rows >= n)
-
-
-def forget(graphs: dict[tuple[object, ...], T]) -> None:
-    """Make room for one more set of graphs: the oldest goes."""
-    while len(graphs) >= KEPT:
-        del graphs[next(iter(graphs))]
+def fitting(sizes: Sequence[int], n: int) -> int:
+    """The smallest of `sizes`, in ascending order, that holds n."""
+    return next(size for size in sizes if size >= n)

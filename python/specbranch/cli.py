@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from specbranch.commands.messages import (
 # Spelled out here because `specbranch --help` must not wait for torch; a test compares with the package's.
 METHODS = ("autoregressive", "speculative", "adaptive", "pearl", "ssd", "specbranch-paper", "specbranch")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+PRIORITIES = ("target", "draft", "none")
 PEERS = ("greedy", "assisted", "prompt-lookup")
 
 
@@ -37,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without UTF-8 shows "?", and does not end the run
             stream.reconfigure(errors="replace")
+    format_before, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
         args = build_parser().parse_args(arguments)
         args.argv = arguments
@@ -55,6 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(f"error: {one_line(error)}")
         return FAILURE
+    finally:
+        warnings.formatwarning = format_before
+
+
+def _warning_line(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as the other messages: one line, and not where in the code it was given."""
+    return f"specbranch: warning: {' '.join(str(message).split())}\n"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -195,6 +205,12 @@ def _add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> Non
     )
     parser.add_argument(
         "--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="on a GPU: run every step from Python"
+    )
+    parser.add_argument(
+        "--priority",
+        choices=PRIORITIES,
+        default="target",
+        help="on one GPU: the model whose work goes first (default: %(default)s)",
     )
     parser.add_argument("--threads", type=_at_least(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(

@@ -50,7 +50,7 @@ class Decoder:
                 situation = self._situation(remaining)
                 self.stats.begin_round(self.clock(), situation.overlapped)
                 tree = self._draft_ahead(tree, situation)
-                cut = self.policy.cut(tree, situation)
+                cut = self.policy.cut(tree, situation).within(self.verifier.most_rows)
                 self.stats.drafted += len(cut.tree) - len(tree)
                 if situation.overlapped:
                     pending = self.workers.submit(self.verifier, cut.tree, cut.trunk)
@@ -72,6 +72,7 @@ class Decoder:
         self.verifier.prefill(prompt[:-1])
         if self.drafter is not None:
             self.drafter.prefill(prompt[:-1])
+        self.workers.wait()
         self.stats.prompt_tokens = len(prompt)
         self.stats.prefill_seconds = self.clock() - begin
         return Tree.rooted(prompt[-1], len(prompt) - 1)
@@ -94,19 +95,20 @@ class Decoder:
         tree, begin, cost = cut.tree, self.clock(), self.costs.overlapped
         growth = Growth(tree, [])
 
-        def going() -> bool:
+        def going(under_way: int) -> bool:
+            """Whether one more step would end with the target, or at most half a step later."""
             if pending.done():
                 return False
             if not cost.target.known or self.stats.overlapped_rounds < 2:
                 return True
             left = cost.target.of(len(cut.trunk)) - (self.clock() - begin)
-            return left >= 0.5 * cost.draft.of(len(growth.nodes))
+            return left >= (under_way + 0.5) * cost.draft.of(len(growth.nodes))
 
         with self.workers.draft_threads():
             while not pending.done():
                 growth = self.policy.during(cut, tree, situation)
                 steps = self._steps(growth)
-                if not steps or not going():
+                if not steps or not going(0):
                     break
                 tree = self._expand(tree, growth, steps, cut.branch_point, situation, going)
         return tree
@@ -124,7 +126,7 @@ class Decoder:
         steps: int,
         branch_point: int | None,
         situation: Situation,
-        going: Callable[[], bool],
+        going: Callable[[int], bool],
     ) -> Tree:
         """Run the draft as the policy wants, and make children of as many of its candidates."""
         assert self.drafter is not None

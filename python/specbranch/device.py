@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,7 +56,10 @@ class GraphDevice(Device, Protocol):
     """A device that can capture work."""
 
     def capture(self, run: Callable[[], None]) -> Graph:
-        """Capture what `run` enqueues. It has run before; all graphs of a device share their memory."""
+        """Capture what `run` enqueues. It has run before; all graphs of a device share their memory.
+
+        Whatever `run` raises comes out, and so does what keeps its work from being captured; the device then goes on
+        as if nothing had been asked."""
 
 
 def step(begin: Mark, end: Mark, rows: int, origin: Mark) -> Step:
@@ -95,62 +98,3 @@ class Host:
 
     def host_memory(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64)
-
-
-class CudaMark:
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.clock = time.perf_counter()
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record(stream)
-
-    def done(self) -> bool:
-        return bool(self.event.query())
-
-    def wait(self) -> None:
-        self.event.synchronize()
-
-    def seconds_since(self, earlier: Mark) -> float:
-        assert isinstance(earlier, CudaMark)
-        return float(earlier.event.elapsed_time(self.event)) / 1000
-
-
-class Cuda:
-    """A stream of one CUDA device. urgent: before the other streams of that device, where both have work."""
-
-    def __init__(self, device: torch.device, urgent: bool) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device, priority=-1 if urgent else 0)
-        self.stream.wait_stream(torch.cuda.current_stream(device))  # the weights may just have been written
-        self._pool: Any = None
-
-    def running(self) -> AbstractContextManager[object]:
-        context: AbstractContextManager[object] = torch.cuda.stream(self.stream)
-        return context
-
-    def mark(self) -> Mark:
-        return CudaMark(self.stream)
-
-    def copy(self, to: Tensor, source: Tensor) -> None:
-        with torch.cuda.stream(self.stream):
-            to.copy_(source, non_blocking=True)
-
-    def host_memory(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int64, pin_memory=True)
-
-    def capture(self, run: Callable[[], None]) -> Graph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # The other model's stream may be at work meanwhile, hence thread_local.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream, capture_error_mode="thread_local"):
-            run()
-        return CudaGraph(graph, self.stream)
-
-
-class CudaGraph:
-    def __init__(self, graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
-        self.graph, self.stream = graph, stream
-
-    def replay(self) -> None:
-        with torch.cuda.stream(self.stream):
-            self.graph.replay()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from specbranch.cache import MAX_BACKLOG
 from specbranch.calibration import Calibrator
 from specbranch.hrad import Outlook
-from specbranch.runner import Guesses, Runner
+from specbranch.runner import Going, Guesses, Runner
 from specbranch.sampling import Sampling
 from specbranch.steps import Step
 from specbranch.tree import Proposals, Signals, Tree
@@ -23,7 +23,7 @@ class Drafted(NamedTuple):
     steps: list[Step]
 
 
-def always() -> bool:
+def always(under_way: int = 0) -> bool:
     return True
 
 
@@ -53,7 +53,7 @@ class Drafter:
         nodes: Sequence[int],
         text: Sequence[int],
         steps: int = 1,
-        going: Callable[[], bool] = always,
+        going: Going = always,
     ) -> Drafted:
         """Run the draft over `nodes`, and then over the first candidates there, until there are `steps` steps or
         `going`, asked before each further one, says no. Those candidates become nodes.

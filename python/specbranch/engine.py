@@ -57,6 +57,7 @@ class SpecBranch:
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
         cuda_graphs: bool = True,
+        priority: str = "target",
         **options: object,
     ) -> None:
         """Take loaded models.
@@ -64,8 +65,9 @@ class SpecBranch:
         overlap: True, False or "auto" (measure both and take the faster). threads: intra-op threads (default:
         torch's); target_threads: the target's share of them when both models run. hrad: a predictor trained for
         this pair, or the directory of one (`specbranch train-hrad`); SpecBranch uses it. cuda_graphs: on a GPU, replay
-        steps that were captured; models whose steps cannot be captured run eagerly. options: of the policy, such as
-        epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
+        steps that were captured; models whose steps cannot be captured run eagerly. priority: whose work goes first
+        where both share a GPU: "target", "draft" or "none". options: of the policy, such as epsilon, k_max, max_trunk
+        (SpecBranch) or length (speculative, PEARL).
 
         Raises SpecBranchError for a model or option that cannot be used.
         """
@@ -76,9 +78,9 @@ class SpecBranch:
         if threads is not None and threads < 1:
             raise SpecBranchError(f"threads is {threads}; expected at least 1")
         self.threads = torch.get_num_threads() if threads is None else threads
-        self._target = make_runner(CachedModel(target, "target"), cuda_graphs)
+        self._target = make_runner(CachedModel(target, "target"), cuda_graphs, priority)
         self._tap: FeatureTap | None = None
-        self._draft = None if draft is None else make_runner(CachedModel(draft, "draft"), cuda_graphs)
+        self._draft = None if draft is None else make_runner(CachedModel(draft, "draft"), cuda_graphs, priority)
         self._workers = make_workers(self._target, self._draft, self.threads, target_threads)
         self._costs: defaultdict[str, Costs] = defaultdict(Costs)  # by method
         self._calibrator = Calibrator()
@@ -107,6 +109,7 @@ class SpecBranch:
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
         cuda_graphs: bool = True,
+        priority: str = "target",
         **options: object,
     ) -> SpecBranch:
         """Load a pair: directories, hub names, "bundled" for the pair in this package, or loaded models.
@@ -131,6 +134,7 @@ class SpecBranch:
             target_threads=target_threads,
             hrad=hrad,
             cuda_graphs=cuda_graphs,
+            priority=priority,
             **options,
         )
 
@@ -222,7 +226,7 @@ class SpecBranch:
         if self._draft is None:
             raise SpecBranchError("a record needs a draft model: pass draft=")
         drafter = Drafter(self._draft, sampling or Sampling(), k, self._target.model.vocabulary)
-        self._draft.model.reset(len(prompt) + len(tokens))
+        self._draft.reset(len(prompt) + len(tokens))
         seen = None
         if features:
             with self._running(tap := self._feature_tap()):
@@ -273,10 +277,10 @@ class SpecBranch:
             raise SpecBranchError(f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1")
         builder = TextBuilder(self.tokenizer, self._eos, self._stop_strings(stop))
         decoder, tap = self._decoder(method, sampling, overlap, options)
-        self._target.model.reset(len(ids) + max_new_tokens)
+        self._target.reset(len(ids) + max_new_tokens)
         if decoder.drafter is not None:
             assert self._draft is not None
-            self._draft.model.reset(len(ids) + max_new_tokens)
+            self._draft.reset(len(ids) + max_new_tokens)
         reason = "length"
         with self._running(tap):
             try:
@@ -313,8 +317,6 @@ class SpecBranch:
             predictor = Predictor(self._feature_tap(), self.hrad)
         verifier = Verifier(self._target, sampling, predictor)
         decoder = Decoder(verifier, drafter, policy, self._costs[policy.name], self._workers, mode)
-        decoder.stats.target_runner = self._target.note
-        decoder.stats.draft_runner = "" if drafter is None else drafter.runner.note
         return decoder, None if predictor is None else predictor.tap
 
     def _prompt_ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
@@ -342,10 +344,11 @@ class SpecBranch:
             raise SpecBranchError("stop strings need a tokenizer: pass tokenizer=")
         return strings
 
-    @staticmethod
-    def _result(decoder: Decoder, builder: TextBuilder, begin: float, reason: str) -> Generation:
+    def _result(self, decoder: Decoder, builder: TextBuilder, begin: float, reason: str) -> Generation:
         stats = decoder.stats
         stats.seconds = time.perf_counter() - begin
+        stats.target_runner = self._target.note
+        stats.draft_runner = "" if self._draft is None or decoder.drafter is None else self._draft.note
         stats.end(len(builder.tokens))
         return Generation(builder.text, builder.tokens, stats, reason)
 

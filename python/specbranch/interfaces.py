@@ -23,6 +23,10 @@ class Pending(Protocol):
 class Target(Protocol):
     """Judges drafted tokens: verifier.Verifier, replay.ReplayVerifier."""
 
+    @property
+    def most_rows(self) -> int:
+        """Of a trunk."""
+
     def prefill(self, tokens: Sequence[int]) -> None: ...
 
     def verify(self, tree: Tree, trunk: Sequence[int]) -> Verdict: ...
@@ -44,7 +48,7 @@ class Draft(Protocol):
     def burst(self) -> int: ...
 
     def propose(
-        self, tree: Tree, nodes: Sequence[int], text: Sequence[int], steps: int, going: Callable[[], bool]
+        self, tree: Tree, nodes: Sequence[int], text: Sequence[int], steps: int, going: Callable[[int], bool]
     ) -> Drafted: ...
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None: ...
@@ -61,3 +65,6 @@ class Workers(Protocol):
         """Start `target.verify(tree, trunk)`; the caller goes on."""
 
     def draft_threads(self) -> AbstractContextManager[None]: ...
+
+    def wait(self) -> None:
+        """Return when neither model has work."""

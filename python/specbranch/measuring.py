@@ -57,7 +57,7 @@ def measure_costs(
     }
     for model in (target, draft):
         limit = getattr(model.model.model.config.get_text_config(), "max_position_embeddings", prefix + 1)
-        model.model.reset(min(prefix, limit - 1))
+        model.reset(min(prefix, limit - 1))
         model.prefill([1] * min(prefix, limit - 1))
     costs: dict[str, dict[str, Points]] = {"serial": {}, "overlapped": {}}
     for name, model in (("target", target), ("draft", draft)):

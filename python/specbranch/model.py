@@ -49,18 +49,22 @@ class CachedModel:
             raise SpecBranchError(
                 f"prompt and new tokens together are {tokens} tokens; the {self.role} model's context holds {limit}"
             )
-        rows = tokens + TREE_ROWS + 1
-        if rows > self.cache.capacity:
-            self.cache = BranchCache(self.layers, 0, self.device)  # free the old buffers first
-            self.cache = BranchCache(self.layers, -(-rows // self.granularity) * self.granularity, self.device)
+        if not self.holds(tokens):
+            self.cache.release()  # there is not always memory for both
+            rows = -(-rows_for(tokens) // self.granularity) * self.granularity
+            self.cache = BranchCache(self.layers, rows, self.device)
         self.cache.rollback(0)
 
+    def holds(self, tokens: int) -> bool:
+        """Whether the buffers that are there are large enough for a text of so many tokens."""
+        return rows_for(tokens) <= self.cache.capacity
+
     def prefill(self, tokens: Sequence[int]) -> None:
-        """Commit a chain of tokens behind the prefix, in chunks."""
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = self._known(tokens[start : start + PREFILL_CHUNK])
+        """Commit a chain of tokens behind the prefix, in chunks. Only the first copy to a device waits for it."""
+        ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
+        for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
             self.cache.reserve(len(chunk))
-            self.forward(Inputs.chain(chunk, self.cache.length, self.device), keep=slice(-1, None))
+            self.forward(Inputs.chain(chunk, self.cache.length), keep=slice(-1, None))
             self.cache.length += len(chunk)
 
     def place(self, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Batch:
@@ -115,6 +119,11 @@ class CachedModel:
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Only a draft with fewer padding ids than the target can meet a token that it lacks; it then guesses worse."""
         return [min(token, self.vocabulary - 1) for token in tokens]
+
+
+def rows_for(tokens: int) -> int:
+    """Cache rows for a text of so many tokens, its tree, and what pads a captured batch."""
+    return tokens + TREE_ROWS + 1
 
 
 def check_supported(model: PreTrainedModel, role: str) -> None:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 from specbranch.capturable import why_not_captured
 from specbranch.captured import CapturedRunner
-from specbranch.device import Cuda, Host
+from specbranch.cuda import Cuda
+from specbranch.device import Host
+from specbranch.errors import SpecBranchError
 from specbranch.model import CachedModel
 from specbranch.overlap import Streams, Threads
 from specbranch.runner import EagerRunner, Runner
 
+PRIORITIES = ("target", "draft", "none")
 
-def make_runner(model: CachedModel, cuda_graphs: bool) -> Runner:
-    """The runner for a model where its weights are. cuda_graphs: capture its steps, on a GPU and if they can be."""
+
+def make_runner(model: CachedModel, cuda_graphs: bool, priority: str = "target") -> Runner:
+    """The runner for a model where its weights are. cuda_graphs: capture its steps, on a GPU and if they can be.
+    priority: the model whose work goes first where both share a GPU.
+
+    Raises SpecBranchError for a priority that is none of PRIORITIES.
+    """
+    if priority not in PRIORITIES:
+        raise SpecBranchError(f"priority is {priority!r}; expected one of {', '.join(PRIORITIES)}")
     if model.device.type != "cuda":
         return EagerRunner(model, Host())
-    device = Cuda(model.device, urgent=model.role == "target")
+    device = Cuda(model.device, urgent=model.role == priority)
     if not cuda_graphs:
         return EagerRunner(model, device, "CUDA graphs are switched off")
     reason = why_not_captured(model.model)

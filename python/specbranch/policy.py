@@ -5,7 +5,7 @@ A policy looks at the tree and the situation and returns values; it changes noth
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from specbranch.costs import ModeCosts
@@ -64,6 +64,10 @@ class Cut:
     tree: Tree
     trunk: tuple[int, ...]
     branch_point: int
+
+    def within(self, rows: int) -> Cut:
+        """The same with at most so many nodes in the trunk; parents come first, so what is left is one too."""
+        return self if len(self.trunk) <= rows else replace(self, trunk=self.trunk[:rows])
 
 
 @dataclass(frozen=True)

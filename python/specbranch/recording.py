@@ -126,7 +126,7 @@ def read_features(target: Runner, tap: FeatureTap, prompt: Sequence[int], tokens
     target: attached, and so is its tap.
     """
     text = [*prompt, *tokens]
-    target.model.reset(len(text))
+    target.reset(len(text))
     found = []
     first = max(len(prompt) - 2, 0)
     target.prefill(text[:first])

@@ -123,6 +123,7 @@ class ReplayVerifier:
     time: VirtualTime
     costs: ReplayCosts
     hrad: HRad | None = None
+    most_rows = TREE_ROWS
 
     def prefill(self, tokens: Sequence[int]) -> None:
         pass
@@ -187,13 +188,13 @@ class ReplayDrafter:
         nodes: Sequence[int],
         text: Sequence[int],
         steps: int = 1,
-        going: Callable[[], bool] = always,
+        going: Callable[[int], bool] = always,
     ) -> Drafted:
         backlog = max(0, tree.position - self._seen) if 0 in nodes else 0
         self._seen += backlog
         line = self.costs.overlapped_draft if self.time.overlapped else self.costs.serial_draft
         below, everywhere, done = list(nodes), list[int](), list[Step]()
-        while len(done) < steps and (not done or going()):
+        while len(done) < steps and (not done or going(0)):
             if done:
                 first = len(tree)
                 tree = tree.adopt_all((node, 0) for node in below)

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from specbranch.batch import Batch, Inputs
+from specbranch.cache import TREE_ROWS
 from specbranch.device import Device, Host, Mark, step
 from specbranch.features import FeatureTap
 from specbranch.model import CachedModel
 from specbranch.sampling import Sampling
 from specbranch.steps import Step
 from specbranch_ext import draft_sample, verify
+
+Going = Callable[[int], bool]
+"""Whether the draft is to take one more step, behind so many that are still under way on its device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +59,14 @@ class Runner(Protocol):
 
     model: CachedModel
     burst: int  # draft steps that are best asked for at once
+    most_rows: int  # of a verification
     note: str  # "captured", or "eager" and why
 
     @property
     def device(self) -> Device: ...
+
+    def reset(self, tokens: int) -> None:
+        """Start a new text of at most `tokens` tokens. Raises SpecBranchError when it does not fit."""
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Commit a chain of tokens behind the prefix."""
@@ -75,7 +83,7 @@ class Runner(Protocol):
         vocabulary: int,
         sampling: Sampling,
         steps: int,
-        going: Callable[[], bool],
+        going: Going,
     ) -> list[Guesses]:
         """Steps of the draft: over the batch, then each over the first candidates of the one before, until there are
         `steps` of them or `going`, asked before each but the first, says no."""
@@ -88,12 +96,16 @@ class EagerRunner:
     """Calls the model from Python, step by step."""
 
     burst = 1
+    most_rows = TREE_ROWS
 
     def __init__(self, model: CachedModel, device: Device | None = None, reason: str = "") -> None:
         """reason: why the steps are not captured, where they might be."""
         self.model = model
         self.note = f"eager: {reason}" if reason else "eager"
         self.device: Device = Host() if device is None else device
+
+    def reset(self, tokens: int) -> None:
+        self.model.reset(tokens)
 
     def prefill(self, tokens: Sequence[int]) -> None:
         with self.device.running():
@@ -130,10 +142,10 @@ class EagerRunner:
         vocabulary: int,
         sampling: Sampling,
         steps: int,
-        going: Callable[[], bool],
+        going: Going,
     ) -> list[Guesses]:
         guesses: list[Guesses] = []
-        while len(guesses) < steps and (not guesses or going()):
+        while len(guesses) < steps and (not guesses or going(0)):
             begin = self.device.mark()
             with self.device.running():
                 inputs = Inputs.of(batch, self.model.device)

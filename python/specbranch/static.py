@@ -9,51 +9,57 @@ from torch import Tensor
 
 from specbranch.batch import WORD, Batch, Inputs, pack
 from specbranch.device import Device
+from specbranch.sampling import Sampling
 
 STEPS = 16  # most draft steps in a burst
 
 
 class StaticInputs:
-    """A batch in device memory, in one buffer, so that one copy brings it there.
+    """A batch and how it is sampled in device memory, in one buffer, so that one copy brings it there.
 
     ids, positions, rows, advance, parents: int64 [R]. ancestors: int64 [R, words]. prefix, seed, slot: int64 [].
-    Rows without a token (padding) see the first row behind the prefix, write to the cache's last row (`spare`), and
-    do not advance.
+    filters: float64 [4], temperature, top-k, top-p and min-p.
+    Rows without a token (padding) are the first row again, so that nothing comes of them that it has not: only their
+    K/V go to the cache's last row (`spare`), and to `verify` they are unused nodes.
     """
 
     def __init__(self, rows: int, words: int, spare: int, device: Device, where: torch.device) -> None:
         self.spare, self.words = spare, words
         self._device = device
-        size = rows * (5 + words) + 3
+        size = rows * (5 + words) + 7
         self._host = device.host_memory(size)
-        self._buffer = torch.zeros(size, dtype=torch.int64, device=where)
+        with device.running():
+            self._buffer = torch.zeros(size, dtype=torch.int64, device=where)
+            self._index = torch.arange(rows, device=where)
         self.ids, self.positions, self.rows, self.advance, self.parents = self._buffer[: 5 * rows].view(5, rows)
-        self.ancestors = self._buffer[5 * rows : -3].view(rows, words)
+        self.ancestors = self._buffer[5 * rows : -7].view(rows, words)
+        self.filters = self._buffer[-7:-3].view(torch.float64)
         self.prefix, self.seed, self.slot = self._buffer[-3:]
         self._columns = self._host[: 5 * rows].view(5, rows).numpy()
-        self._bits = self._host[5 * rows : -3].view(rows, words).numpy()
+        self._bits = self._host[5 * rows : -7].view(rows, words).numpy()
+        self._filters = self._host[-7:-3].view(torch.float64).numpy()
         self._scalars = self._host[-3:].numpy()
         self._read = device.mark()
 
-    def fill(self, batch: Batch, parents: list[int], seed: int) -> None:
+    def fill(self, batch: Batch, parents: list[int], sampling: Sampling) -> None:
         """Enqueue the batch."""
         self._read.wait()  # the one before has left the host's memory
         n = len(batch)
         columns = self._columns
         columns[0, :n], columns[1, :n], columns[2, :n] = batch.tokens, batch.positions, batch.rows
-        columns[0, n:], columns[1, n:], columns[2, n:] = 0, 0, self.spare
+        columns[0, n:], columns[1, n:], columns[2, n:] = batch.tokens[0], batch.positions[0], self.spare
         columns[3, : batch.leaves], columns[3, batch.leaves :] = batch.leaves, 0
         columns[4, : len(parents)], columns[4, len(parents) :] = parents, -1
         self._bits[:n] = pack(batch.ancestors, self.words)
-        self._bits[n:] = 0
-        self._bits[n:, 0] = 1
-        self._scalars[:] = batch.prefix, seed, 0
+        self._bits[n:] = self._bits[0]
+        self._filters[:] = sampling.filters
+        self._scalars[:] = batch.prefix, sampling.seed, 0
         self._device.copy(self._buffer, self._host)
         self._read = self._device.mark()
 
-    def clear(self, seed: int = 0) -> None:
+    def clear(self) -> None:
         """Enqueue a batch of nothing but padding: what a warm-up runs over."""
-        self.fill(Batch((), (), (), (), 0, 0), [], seed)
+        self.fill(Batch((0,), (0,), (self.spare,), (1,), 0, 0), [], Sampling())
 
     def of(self, n: int) -> Inputs:
         """The first n rows, as a model is called with them."""
@@ -62,15 +68,16 @@ class StaticInputs:
     def go_below(self, n: int, tokens: Tensor) -> None:
         """On the device: the batch one token further, `tokens` [n] below the first n rows. See Batch.below."""
         real = self.advance[:n] > 0
+        source = torch.where(real, self._index[:n], 0)
         rows = torch.where(real, self.rows[:n] + self.advance[:n], self.spare)
-        place = rows - self.prefix
-        words = torch.arange(self.words, device=place.device)
+        place = rows[source] - self.prefix
+        words = self._index[: self.words]
         own = (place // WORD)[:, None] == words
         bit = torch.ones_like(place)[:, None] << (place % WORD)[:, None]
-        self.ancestors[:n].bitwise_or_(torch.where(own & real[:, None], bit, 0))
-        self.ids[:n].copy_(tokens)
-        self.positions[:n].add_(real)
-        self.rows[:n].copy_(rows)
+        self.ancestors[:n] = self.ancestors[:n][source] | torch.where(own, bit, 0)
+        self.ids[:n] = tokens[source]
+        self.positions[:n] = self.positions[:n][source] + 1
+        self.rows[:n] = rows
         self.slot.add_(1)
 
 
@@ -118,11 +125,11 @@ class StaticCommit:
     def __init__(self, rows: int, device: Device, where: torch.device) -> None:
         self._device = device
         self._host = device.host_memory(rows + 1)
-        self._buffer = torch.zeros(rows + 1, dtype=torch.int64, device=where)
+        with device.running():
+            self._buffer = torch.zeros(rows + 1, dtype=torch.int64, device=where)
         self.rows, self.start = self._buffer[:-1], self._buffer[-1]
         self._numbers = self._host.numpy()
         self._read = device.mark()
-        self.fill([], 0)
 
     def fill(self, rows: list[int], start: int) -> None:
         """Enqueue the rows."""

@@ -39,6 +39,10 @@ class Verifier:
         self.sampling = sampling
         self.predictor = predictor
 
+    @property
+    def most_rows(self) -> int:
+        return self.runner.most_rows
+
     def prefill(self, tokens: Sequence[int]) -> None:
         self.runner.prefill(tokens)
 

@@ -40,6 +40,7 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
             draft_device=getattr(args, "draft_device", None),
             device_map=getattr(args, "device_map", None),
             cuda_graphs=getattr(args, "cuda_graphs", True),
+            priority=getattr(args, "priority", "target"),
             overlap=OVERLAP[args.overlap],
             threads=args.threads,
             hrad=getattr(args, "hrad", None),
