@@ -271,6 +271,7 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
 #endif
 #ifdef SPECBRANCH_WITH_CUDA
   m.def("cuda_runtime_report", &specbranch::cuda::runtime_report);
+  m.def("cuda_device_problem", &specbranch::cuda::device_problem);
   m.def("capture_id", &specbranch::cuda::capture_id);
 #endif
 #ifdef SPECBRANCH_HAS_CUDA_KERNELS

@@ -40,6 +40,17 @@ from .ops import (
 
 build_info = _C.build_info
 
+
+def cuda_device_problem(index: int) -> str:
+    """Why the CUDA kernels of this build cannot run on a device, in one line; empty when they can.
+
+    The build may have none, the driver may be too old for its CUDA runtime, or it may not be for the device's
+    architecture.
+    """
+    info = build_info()
+    return _C.cuda_device_problem(index) if info["cuda"] else f"this build has no CUDA kernels: {info['cuda_reason']}"
+
+
 __all__ = [
     "AncestorMask",
     "DraftSample",
@@ -47,6 +58,7 @@ __all__ = [
     "Verification",
     "ancestor_mask",
     "build_info",
+    "cuda_device_problem",
     "draft_sample",
     "gumbel_noise",
     "kv_commit",

@@ -19,6 +19,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 
+GIB = 2**30
+
 ModelSource = str | os.PathLike[str] | PreTrainedModel
 
 
@@ -77,11 +79,25 @@ def load_model(
         model.eval()
         return model
     try:
+        check_memory(model, role, torch.device(device))
         model.to(torch.device(device))  # type: ignore[arg-type]
         model.eval()
         return model
     except (RuntimeError, AssertionError) as error:
         raise SpecBranchError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def check_memory(model: PreTrainedModel, role: str, device: torch.device) -> None:
+    """Raises SpecBranchError when the weights are larger than what is free on a CUDA device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return
+    needed = sum(weight.nbytes for weight in model.parameters())
+    free, total = torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise SpecBranchError(
+            f"{role} {model.name_or_path}: its weights take {needed / GIB:.1f} GiB; "
+            f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free on {device}"
+        )
 
 
 def without_weights(source: str | os.PathLike[str], role: str) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from specbranch.batch import Batch, Inputs
 from specbranch.cache import TREE_ROWS, BranchCache
 from specbranch.errors import SpecBranchError
 from specbranch.tree import Tree
-from specbranch_ext import build_info
+from specbranch_ext import cuda_device_problem
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
 
@@ -136,11 +136,10 @@ def check_supported(model: PreTrainedModel, role: str) -> None:
         raise SpecBranchError(
             f"{role} model {name} does not honour transformers' AttentionInterface: specbranch cannot run it"
         )
-    if model.device.type not in ("cpu", "meta") and not build_info()["cuda"]:
-        raise SpecBranchError(
-            f"{role} model on {model.device}: this build of specbranch_ext runs on the CPU only "
-            f"({build_info()['cuda_reason']})"
-        )
+    if model.device.type not in ("cpu", "meta", "cuda"):
+        raise SpecBranchError(f"{role} model on {model.device}: specbranch runs on the CPU and on CUDA devices")
+    if model.device.type == "cuda" and (problem := cuda_device_problem(model.device.index or 0)):
+        raise SpecBranchError(f"{role} model on {model.device}: specbranch cannot run there: {problem}")
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if others:
         raise SpecBranchError(f"{role} model {name} has {', '.join(sorted(others))} layers, which cannot roll back")

@@ -85,6 +85,8 @@ def _cuda() -> dict[str, Any]:
     """Whether CUDA can be used, and what is missing: kernels, a CUDA build of torch, a driver or a device."""
     import torch
 
+    from specbranch_ext import cuda_device_problem
+
     core = _attempt(_core)
     built = bool(core.get("cuda"))
     reasons = []
@@ -97,6 +99,9 @@ def _cuda() -> dict[str, Any]:
     devices = []
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if built:
+        problems = [(name, cuda_device_problem(index)) for index, name in enumerate(devices)]
+        reasons += [f"{name}: {problem}" for name, problem in problems if problem]
     return {
         "built": built,
         "compiler": core.get("cuda_compiler"),
