@@ -138,10 +138,13 @@ def log_shares(agreement: Tensor, vocabulary: int) -> Tensor:
 
 
 class Traced:
-    """Mixed into a causal language model: its logits are what `trace` says, as a target or as a draft."""
+    """Mixed into a causal language model: its logits are what `trace` says, as a target or as a draft.
 
-    trace: Trace
-    is_target: bool
+    A twin that is made from the configuration alone, to see whether its steps can be captured, has no trace.
+    """
+
+    trace: Trace | None = None
+    is_target: bool = False
 
     def forward(
         self,
@@ -162,6 +165,8 @@ class Traced:
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+        if self.trace is None:
+            return output
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits, positions = output.logits[0], position_ids[0, keep]
         if self.is_target:
@@ -185,15 +190,31 @@ CLASSES: dict[type, Any] = {LlamaConfig: TracedLlama, Qwen2Config: TracedQwen2}
 def traced_model(
     shape: str, trace: Trace, is_target: bool, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """A model of a shape with random weights on a device."""
+    """A model of a shape with random weights on a device, whose logits are the trace's."""
+    model: Any = plain_model(shape, dtype, device)
+    model.trace, model.is_target = trace, is_target
+    traced: PreTrainedModel = model
+    return traced
+
+
+def plain_model(shape: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of a shape with random weights on a device. Raises SystemExit where they do not fit."""
     config = SHAPES[shape]
+    if device.type == "cuda":
+        check_memory(shape, dtype, device)
     torch.manual_seed(0)
     with device:
-        model: Any = CLASSES[type(config)]._from_config(config, dtype=dtype)
-    model.trace, model.is_target = trace, is_target
+        model: PreTrainedModel = CLASSES[type(config)]._from_config(config, dtype=dtype)
     model.eval()
-    loaded: PreTrainedModel = model
-    return loaded
+    return model
+
+
+def check_memory(shape: str, dtype: torch.dtype, device: torch.device) -> None:
+    with torch.device("meta"):
+        weights = CLASSES[type(SHAPES[shape])]._from_config(SHAPES[shape], dtype=dtype)
+    needed, (free, _) = sum(weight.nbytes for weight in weights.parameters()), torch.cuda.mem_get_info(device)
+    if needed > free:
+        raise SystemExit(f"{shape} needs {needed / 2**30:.1f} GiB; {free / 2**30:.1f} GiB of {device} are free")
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

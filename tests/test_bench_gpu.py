@@ -14,6 +14,8 @@ import bench_gpu  # noqa: E402
 from traced_model import SHAPES, Trace, fold, kv_bytes, traced_model, weight_bytes  # noqa: E402
 
 from specbranch import METHODS  # noqa: E402
+from specbranch.capturable import why_not_captured  # noqa: E402
+from specbranch.captured import VERIFY_ROWS, CapturedRunner  # noqa: E402
 from specbranch.record import Record  # noqa: E402
 
 TRACE = ROOT / "benchmarks/records/coder_good_t0.safetensors"
@@ -23,7 +25,8 @@ CPU = torch.device("cpu")
 def test_a_run_gives_the_trace_s_tokens_and_a_whole_report(tmp_path, capsys):
     out = tmp_path / "report.json"
     pair = ["--target", "tiny-target", "--draft", "tiny-draft", "--trace", str(TRACE)]
-    bench_gpu.main([*pair, "--device", "cpu", "--dtype", "float32", "--limit", "1", "--out", str(out)])
+    peers = ["--peers", "greedy,static,assisted", "--peer-limit", "1"]
+    bench_gpu.main([*pair, *peers, "--device", "cpu", "--dtype", "float32", "--limit", "1", "--out", str(out)])
     report = json.loads(out.read_text())
     rows = {row["name"]: row for row in report["rows"]}
     assert set(rows) == {
@@ -34,11 +37,78 @@ def test_a_run_gives_the_trace_s_tokens_and_a_whole_report(tmp_path, capsys):
     assert rows["autoregressive"]["tokens_per_target_forward"] == 1
     assert rows["speculative"]["tokens_per_target_forward"] > 3  # the recorded pair's acceptance
     assert rows["pearl"]["parts"]["round"] > rows["pearl"]["parts"]["target"] > 0
-    assert set(report["step_seconds"]) == {f"{m}, {n} rows" for m in ("target", "draft") for n in bench_gpu.ROWS}
+    assert set(report["step_seconds"]) == {
+        f"target, {VERIFY_ROWS} rows",
+        *(f"draft, {n} rows" for n in bench_gpu.ROWS),
+    }
     assert min(report["step_seconds"].values()) > 0
     assert report["copy_bandwidth"] is None  # no GPU: no share of it either
     assert all("bandwidth_share" not in row for row in rows.values())
     assert "specbranch, in turn" in capsys.readouterr().out
+
+
+RECORDING = [
+    *("--target", "tiny-target", "--draft", "tiny-draft", "--trace", str(TRACE), "--device", "recording"),
+    *("--dtype", "float32", "--tokens", "12", "--peers", "none", "--no-steps"),
+]
+
+
+def test_contenders_that_are_to_be_captured_are(tmp_path, capsys):
+    out = tmp_path / "report.json"
+    bench_gpu.main([*RECORDING, "--limit", "1", "--methods", "specbranch", "--eager", "--out", str(out)])
+    runners = {row["name"]: row["runners"] for row in json.loads(out.read_text())["rows"]}
+    assert {name for name, each in runners.items() if each["target"] == "captured"} == {
+        *("autoregressive", "specbranch", "specbranch, in turn", "autoregressive, one row")
+    }
+    assert runners["specbranch"]["draft"] == "captured"
+    assert runners["specbranch, eager"]["target"].startswith("eager")
+    table = {line[:26].strip(): line[26:36].strip() for line in capsys.readouterr().out.splitlines()}
+    assert (table["specbranch"], table["specbranch, eager"]) == ("captured", "eager")
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_a_contender_that_runs_eagerly_instead_is_not_timed(monkeypatch, role):
+    monkeypatch.setattr(CapturedRunner, "_captured", refusing(role, CapturedRunner._captured))
+    with (
+        pytest.warns(RuntimeWarning, match="not captured any more"),
+        pytest.raises(SystemExit, match=f"the {role}'s steps are to be captured, but run eager: capture failed: no"),
+    ):
+        bench_gpu.main([*RECORDING, "--limit", "1", "--methods", "specbranch"])
+
+
+def refusing(role, captured):
+    def refuse():
+        raise RuntimeError("no graph today")
+
+    def patched(self, fits, find):
+        return captured(self, fits, refuse if self.model.role == role else find)
+
+    return patched
+
+
+@pytest.mark.parametrize("shape", ["tiny-target", "tiny-draft", "qwen2.5-0.5b"])
+def test_a_traced_model_s_steps_can_be_captured(shape):
+    """What is asked is a twin made from the configuration, which has no trace."""
+    assert why_not_captured(stand_in(shape)) is None
+
+
+def test_what_was_measured_is_there_when_a_run_is_cut_off(tmp_path, monkeypatch):
+    out = tmp_path / "report.json"
+    check, seen = bench_gpu.check, []
+
+    def cut_off(name, contender, run, text, expected):
+        seen.append(text.id)
+        if len(set(seen)) == 3:
+            raise KeyboardInterrupt
+        check(name, contender, run, text, expected)
+
+    monkeypatch.setattr(bench_gpu, "check", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.main([*RECORDING, "--limit", "3", "--methods", "speculative", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert [(row["name"], row["texts"]) for row in report["rows"]] == [
+        *(("autoregressive", 2), ("speculative", 2), ("autoregressive, one row", 2))
+    ]
 
 
 def test_a_contender_that_gives_other_tokens_ends_the_run(monkeypatch):
