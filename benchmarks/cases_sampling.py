@@ -139,19 +139,36 @@ def verify_cases(device: str) -> Iterator[Case]:
                     for options in OPTIONS if full and dtype == torch.float32 else OPTIONS[:3:2]:
                         quick = full and what == "peaked" and dtype == torch.float32 and options in OPTIONS[:3]
                         yield verify_case(device, rows, vocabulary, what, dtype, options, quick)
+    if device != "cpu":  # as a captured step has it
+        for options in OPTIONS[:3]:
+            yield verify_case(device, 9, QWEN, "peaked", torch.float32, options, quick=True, in_memory=True)
+
+
+def filters_in_memory(device: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The same filters as one tensor, which the kernel reads when it runs."""
+    numbers = (options.get("temperature", 0), options.get("top_k", 0), options.get("top_p", 1), options.get("min_p", 0))
+    return {"filters": torch.tensor(numbers, dtype=torch.float64, device=device)}
 
 
 def verify_case(
-    device: str, rows: int, vocabulary: int, what: str, dtype: torch.dtype, options: dict[str, Any], quick: bool
+    device: str,
+    rows: int,
+    vocabulary: int,
+    what: str,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    quick: bool,
+    in_memory: bool = False,
 ) -> Case:
     def build() -> Built:
+        given = filters_in_memory(device, options) if in_memory else options
         logits = LOGITS[what](rows, vocabulary, device).to(dtype)
         token_list, parent_list = [0] * rows, list(range(-1, rows - 1))
         tokens, parents = torch.tensor(token_list, device=device), torch.tensor(parent_list, device=device)
         positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
 
         def ours() -> Verification:
-            return verify(logits, tokens, parents, positions, seed=seed, **options)
+            return verify(logits, tokens, parents, positions, seed=seed, **given)
 
         def check() -> None:
             on_cpu = (tensor.cpu() for tensor in (logits, tokens, parents, positions))
@@ -167,7 +184,7 @@ def verify_case(
             peers["the same without the walk"] = Peer(lambda: torch_target_tokens(logits, **options))
         return Built(ours, peers, check)
 
-    description = describe(rows, vocabulary, what, dtype, options)
+    description = describe(rows, vocabulary, what, dtype, options) + (", in memory" if in_memory else "")
     return Case("verify", description, build, rows * vocabulary * dtype.itemsize, quick=quick)
 
 

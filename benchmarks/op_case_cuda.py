@@ -8,6 +8,8 @@ from itertools import cycle
 import torch
 from op_case import Case, Function, Timing, describe_error, in_turn
 
+from specbranch.cuda import capture, uncollected
+
 ROTATED_BYTES = 256 << 20
 MAX_COPIES = 64
 GRAPH_CALLS = 64
@@ -38,14 +40,11 @@ class Gpu:
             torch.cuda.set_sync_debug_mode("default")
 
     def capture(self, work: Function) -> Function:
-        """What replays `work`."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        try:
-            with torch.cuda.graph(graph):
-                work()
-        except Exception:
-            torch.cuda.set_stream(stream)  # torch leaves its own one current
-            raise
+        """What replays `work` on the current stream. A capture that fails leaves nothing behind."""
+        device, stream = torch.device("cuda", torch.cuda.current_device()), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), uncollected():
+            graph = capture(work, torch.cuda.graph_pool_handle(), device)
         return graph.replay
 
 
