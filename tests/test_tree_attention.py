@@ -1,5 +1,6 @@
 """tree_attention against the dense reference and against plain attention along each root-to-node path."""
 
+import math
 import os
 import subprocess
 import sys
@@ -450,3 +451,106 @@ def test_a_query_does_not_depend_on_how_much_of_its_text_is_committed(
             bit = place % 64
             words[0, place // 64] += 1 << bit if bit < 63 else -(1 << 63)
         assert torch.equal(attend(prefix, scattered, words), expected)
+
+
+# ---- The order of positions: how a token was drafted leaves no trace in its bits
+
+SHAPES = [
+    # nodes, heads, dims, capacity: every kernel, with one split and with many, merged in both ways
+    (32, (4, 2), (64, 64), 900),
+    (32, (14, 2), (64, 40), 600),
+    (4, (4, 4), (128, 128), 2100),
+    (12, (12, 1), (96, 96), 500),
+    (40, (4, 1), (128, 80), 300),
+    (3, (2, 2), (256, 200), 400),
+    (9, (8, 1), (256, 256), 330),
+    (5, (3, 1), (20, 33), 60),
+    (4, (88, 88), (32, 32), 700),
+    (20, (60, 60), (16, 16), 700),
+]
+SHARP = {"scale": math.log(2)}
+
+
+def words_of(sets: list[int]) -> Tensor:
+    """Ancestors as Python integers, as int64 [n, words]."""
+    count = -(-max(sets).bit_length() // 64)
+    words = [[bits >> 64 * w & 2**64 - 1 for w in range(count)] for bits in sets]
+    return torch.tensor([[word - (word >> 63 << 64) for word in row] for row in words])
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+class Text:
+    """Queries, keys and values of a tree whose nodes may lie in any tree rows; all else in the cache is NaN."""
+
+    def __init__(
+        self, parents: list[int], prefix: int, heads: tuple[int, int], dims: tuple[int, int], capacity: int, dtype
+    ) -> None:
+        generator = torch.Generator().manual_seed(1000 * len(parents) + prefix)
+        self.parents, self.prefix, self.capacity = parents, prefix, capacity
+        count = prefix + len(parents)
+        self.keys, self.values = (torch.randn(heads[1], count, d, generator=generator).to(dtype) for d in dims)
+        self.query = 2 * torch.randn(len(parents), heads[0], dims[0], generator=generator).to(dtype)
+
+    def sharpened(self) -> "Text":
+        """With weights that are powers of two, and values of the prefix that cancel: the last bits of the sums show
+        in 16 bits too. Takes scale = log(2)."""
+        prefix = self.prefix
+        self.keys[:, :, 0] = -self.keys[:, :, 0].abs().ceil()
+        self.keys[:, :, 1:] = 0
+        self.query[:, :, 0] = 1
+        weights = self.keys[:, :prefix, :1].double().exp2()
+        self.values[:, :prefix] *= 64
+        self.values[:, max(prefix - 3, 0) : prefix] = 0
+        for row in range(max(prefix - 3, 0), prefix):
+            left = (weights * self.values[:, :prefix].double()).sum(1)
+            self.values[:, row] = -(left / weights[:, row]).to(self.values.dtype)
+        return self
+
+    def path(self, node: int) -> list[int]:
+        return [] if node < 0 else [*self.path(self.parents[node]), node]
+
+    def cache(self, rows: list[int], items: list[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values with `items` in `rows`."""
+        made = []
+        for source in (self.keys, self.values):
+            whole = source.new_full((source.shape[0], self.capacity, source.shape[2]), float("nan"))
+            whole[:, rows] = source[:, items]
+            made.append(whole)
+        return made[0], made[1]
+
+    def in_tree(self, rows: list[int], **options) -> Tensor:
+        """All nodes in one call, node i in tree row rows[i]."""
+        ancestors = words_of([sum(1 << rows[above] for above in self.path(node)) for node in range(len(rows))])
+        prefix = [*range(self.prefix)]
+        everything = [*prefix, *(self.prefix + row for row in range(len(rows)))]
+        cache = self.cache([*prefix, *(self.prefix + row for row in rows)], everything)
+        return tree_attention(self.query, *cache, self.prefix, ancestors, **options)
+
+    def one_by_one(self, node: int, **options) -> Tensor:
+        """The node alone, its ancestors committed; the other rows of the call repeat it, as padding does."""
+        path = self.path(node)
+        items = [*range(self.prefix), *(self.prefix + above for above in path)]
+        query = self.query[node].repeat(len(self.parents), 1, 1)
+        ancestors = torch.ones(len(self.parents), 1, dtype=torch.int64)
+        return tree_attention(query, *self.cache([*range(len(items))], items), len(items) - 1, ancestors, **options)[0]
+
+    def assert_no_trace(self, rows: list[int], nodes: list[int], **options) -> None:
+        together = self.in_tree(rows, **options)
+        for node in nodes:
+            assert torch.equal(bits(together[node]), bits(self.one_by_one(node, **options))), node
+
+
+@pytest.mark.parametrize("variant", [{}, SHARP, {"sliding_window": 70, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("n", "heads", "dims", "capacity"), SHAPES, ids=str)
+def test_a_trunk_has_the_bits_of_decoding_one_by_one(n, heads, dims, capacity, dtype, variant):
+    for prefix in {capacity // 128 * 64 - 1, capacity // 64 * 64 - n // 2}:  # the next tile begins within the tree
+        if prefix < 0 or prefix + n > capacity:
+            continue
+        text = Text([*range(-1, n - 1)], prefix, heads, dims, capacity, dtype)
+        if variant is SHARP:
+            text.sharpened()
+        text.assert_no_trace([*range(n)], [0, n - 1], **variant)

@@ -1,7 +1,7 @@
 // Attention in float16 and bfloat16 on tensor cores.
 //
 // A block keeps its queries in shared memory and streams tiles of K and V through it, double buffered with asynchronous
-// copies: tile t + 1 is on its way while tile t is used. A warp takes 32 rows (16 for head dimensions above 128, where
+// copies: the next tile is on its way while one is used. A warp takes 32 rows (16 for head dimensions above 128, where
 // twice the accumulators would not fit the registers), so that each fragment of K and V read from shared memory serves
 // two products: with 16 rows, reading them would be slower than the products.
 //   wide:   four warps side by side, 128 (64) rows that share a tile, each warp all keys of it
@@ -113,23 +113,24 @@ __global__ void __launch_bounds__(attention_threads, 2)
 #pragma unroll
   for (int m = 0; m < row_tiles; ++m) maximum[m][0] = maximum[m][1] = lowest;
 
-  const auto load = [&](int tile) {
-    const int to = tiles_offset + tile % 2 * 2 * Shape::tile_bytes;
+  const auto load = [&](int tile, int buffer) {
+    const int to = tiles_offset + buffer * 2 * Shape::tile_bytes;
     load_tile<T, Shape::chunks, keys>(memory + to, address + to, place, static_cast<const T*>(state.keys),
                                       a.key_stride[1], tile * keys, range.end, a.dim, 2 * steps, a.vector_keys);
     load_tile<T, Shape::chunks, keys>(memory + to + Shape::tile_bytes, address + to + Shape::tile_bytes, place,
                                       static_cast<const T*>(state.values), a.value_stride[1], tile * keys, range.end,
                                       a.value_dim, 2 * value_steps, a.vector_values);
   };
-  if (state.first_tile < state.last_tile) load(state.first_tile);
+  if (state.first_tile < state.last_tile) load(state.first_tile, 0);
+  int buffer = 0;
 #pragma unroll 1
-  for (int tile = state.first_tile; tile < state.last_tile; ++tile) {
+  for (int tile = state.first_tile; tile < state.last_tile; tile += a.splits, buffer ^= 1) {
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();  // the tile is there, and the buffer of the one before is free
-    if (tile + 1 < state.last_tile) load(tile + 1);
+    if (tile + a.splits < state.last_tile) load(tile + a.splits, buffer ^ 1);
 
-    const int tile_keys = tiles_offset + tile % 2 * 2 * Shape::tile_bytes;
+    const int tile_keys = tiles_offset + buffer * 2 * Shape::tile_bytes;
     const int tile_values = tile_keys + Shape::tile_bytes;
     if (range.is_edge<keys>(tile)) {
       find_visible(a, range, state.first_row, state.count, block_rows, tile * keys, visible);

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
   if (first_tile < last_tile) load_keys(first_tile);
   cp_async_commit();
 #pragma unroll 1
-  for (int tile = first_tile; tile < last_tile; ++tile) {
+  for (int tile = first_tile; tile < last_tile; tile += a.splits) {
     cp_async_wait<0>();
     __syncthreads();  // the keys are there, and the values of the tile before are not in use any more
     const bool edge = range.is_edge<keys>(tile);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
 
     cp_async_wait<0>();
     __syncthreads();  // the values are there, and the keys are not in use any more
-    if (tile + 1 < last_tile) load_keys(tile + 1);
+    if (tile + a.splits < last_tile) load_keys(tile + a.splits);
     cp_async_commit();
     if (edge) {
       if (clear_nonfinite<float, chunks, keys>(bytes(tile_values), place, value_steps)) *found_nonfinite = 1;

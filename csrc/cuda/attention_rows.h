@@ -120,14 +120,13 @@ struct KeyRange {
     shared_begin = a.window == 0 ? 0 : clamped(prefix + deepest - a.window);
   }
 
-  // Tiles of `keys` cache rows [first, last) for one of several splits: from count * split / splits on, to where the
-  // next one begins, without a slow division of 64 bits.
+  // The tiles of `keys` cache rows that one of several splits takes: first, first + splits, … below last, which is
+  // `splits` behind the latest. So the split of a row, and its turn there, follow from its number alone.
   template <int keys>
   __device__ void tiles(int split, int splits, int* first, int* last) const {
-    const int before = begin / keys, count = max((end + keys - 1) / keys - before, 0);
-    const int each = count / splits, left = count % splits;
-    *first = before + each * split + left * split / splits;
-    *last = before + each * (split + 1) + left * (split + 1) / splits;
+    const int before = begin / keys, behind = (end + keys - 1) / keys;
+    *first = before + (split + splits - before % splits) % splits;
+    *last = *first + max(behind - *first + splits - 1, 0) / splits * splits;
   }
 
   // Whether some row of the block does not see all of the tile.
@@ -342,7 +341,9 @@ __device__ inline void write_output(const AttentionArguments& a, int kv_head, in
                                     float factor) {
   T* to = static_cast<T*>(a.output) + a.node(row) * a.output_stride[0] + a.head(kv_head, row) * a.output_stride[1] +
           column;
-  const float4 o = {sum.x * factor, sum.y * factor, sum.z * factor, sum.w * factor};
+  // A sum of -0 becomes 0: it may have met a hidden key, which adds 0, or not.
+  const float4 o = {(sum.x + 0.0f) * factor, (sum.y + 0.0f) * factor, (sum.z + 0.0f) * factor,
+                    (sum.w + 0.0f) * factor};
   if (a.vector_output) {
     if constexpr (sizeof(T) == 4) {
       *reinterpret_cast<float4*>(to) = o;
@@ -389,7 +390,7 @@ __device__ inline void add_nonfinite(const AttentionArguments& a, const KeyRange
     const float2 sums = row_sums(r);
     const T* query = static_cast<const T*>(a.query) + node * a.query_stride[0] + head * a.query_stride[1];
 #pragma unroll 1
-    for (int tile = first_tile; tile < last_tile; ++tile) {
+    for (int tile = first_tile; tile < last_tile; tile += a.splits) {
       if (!range.is_edge<keys>(tile)) continue;
       uint64_t visible = visible_keys(a, range, node, tile * keys);
       if (keys < 64) visible &= low_bits(keys);

@@ -12,15 +12,17 @@
 // H100) the 4 * nodes * query_heads * length * head_dim operations take as long.
 //
 // For a captured graph the grid depends on shapes only: splits come from the number of heads, rows and the capacity. A
-// block reads prefix_length and takes its share of the tiles that are in use, so a short prefix in a large cache still
+// block reads prefix_length and takes every splits-th tile of those in use, so a short prefix in a large cache still
 // keeps all blocks busy. The mask is made from ancestor bits, in the tiles that not every row of a block sees whole.
 //
 // Bad data cannot raise here. Rows of the cache beyond the capacity are never read; the output of a query that
 // prefix_length or its ancestors send there is NaN. A query that sees nothing gives zeros.
 //
 // Bits: the same arguments give the same bits, in any run; so do other strides, a chain given as ancestors, and other
-// contents of hidden rows and of other queries. They do depend on the number of queries and heads, on the capacity and
-// on prefix_length: these decide how keys are split, and in what order their parts are added.
+// contents of hidden rows and of other queries. Nor do they depend on how much of a text is prefix, and how much a chain
+// behind it: a cache row's split and turn follow from its number, and a key that a row does not see leaves the row's
+// maxima and sums as they are, to the bit. They do depend on the number of queries and heads and on the capacity, which
+// decide how many splits there are, and on which rows of a tree the ancestors lie in.
 #include "tree_attention.h"
 
 #include <algorithm>
