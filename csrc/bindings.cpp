@@ -116,8 +116,8 @@ void ancestor_mask(Object parents, Object ancestors, Object depths, int64_t hand
 }
 
 void tree_attention(Object query, Object keys, Object values, Object prefix_length, Object ancestors, Object output,
-                    float scale, int64_t sliding_window, float softcap, int64_t handle, Object workspace,
-                    Object tickets) {
+                    float scale, int64_t sliding_window, float softcap, bool by_position, int64_t handle,
+                    Object workspace, Object tickets) {
   TreeAttentionParams params;
   params.query = tensor(query, "query");
   params.keys = tensor(keys, "keys");
@@ -129,6 +129,7 @@ void tree_attention(Object query, Object keys, Object values, Object prefix_leng
   params.scale = scale;
   params.sliding_window = sliding_window;
   params.softcap = softcap;
+  params.by_position = by_position;
   params.launch = launch_on({&params.query, &params.keys, &params.values, &params.prefix_length, &params.ancestors,
                              &params.output},
                             handle, workspace, tickets);

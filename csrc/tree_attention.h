@@ -20,6 +20,9 @@ struct TreeAttentionParams {
   float scale = 1.0f;
   int64_t sliding_window = 0;  // a key is visible iff it is fewer than this many positions back; 0: all are
   float softcap = 0.0f;        // scores become softcap * tanh(score / softcap); 0: they stay
+  // On CUDA: whether sums take a query's keys in the order of positions, so that its bits do not depend on where in the
+  // tree's rows its ancestors lie. Else in the order of rows. The CPU's sums always are by position.
+  bool by_position = true;
 };
 
 // Throws std::invalid_argument naming the tensor and what was expected. Returns how many tree rows the queries see:

@@ -36,6 +36,7 @@ def tree_attention(
     scale: float,
     sliding_window: int,
     softcap: float,
+    by_position: bool,
     launch: int,
     workspace: Tensor | None,
     tickets: Tensor | None,

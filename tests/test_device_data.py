@@ -4,7 +4,7 @@ import pytest
 import torch
 from implementations import NAMES
 
-from specbranch_ext import ancestor_mask, draft_sample, kv_commit, tree_attention, verify
+from specbranch_ext import ancestor_mask, draft_sample, kv_commit, reference, tree_attention, verify
 
 pytestmark = [
     pytest.mark.usefixtures("implementation"),
@@ -88,17 +88,41 @@ def test_kv_commit_moves_no_row_out_of_range():
         assert torch.equal(buffer, expected)
 
 
+@pytest.mark.parametrize("by_position", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [2, 20])
-def test_tree_attention_reads_no_row_beyond_the_cache(n, dtype):
+def test_tree_attention_reads_no_row_beyond_the_cache(n, dtype, by_position):
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(n, 4, 64, generator=generator).to(dtype)
     keys, values = torch.randn(2, 2, 40, 64, generator=generator).to(dtype)
     bits = torch.full((n, 1), -1)
     for prefix in (30, 39, 40, 41, 2**40, -1, -(2**40)):  # the tree's bits go on behind the cache
-        assert tree_attention(query, keys, values, prefix, bits).isnan().all()
-    bits[0] = 1
-    assert not tree_attention(query, keys, values, 39, bits)[0].isnan().any()  # the others do not matter to it
+        assert tree_attention(query, keys, values, prefix, bits, by_position=by_position).isnan().all()
+    bits[0] = 1  # the others do not matter to it
+    assert not tree_attention(query, keys, values, 39, bits, by_position=by_position)[0].isnan().any()
+
+
+@pytest.mark.parametrize("by_position", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tree_attention_marks_the_rows_that_leave_the_cache_and_no_other(dtype, by_position):
+    generator = torch.Generator().manual_seed(4)
+    query = torch.randn(40, 2, 64, generator=generator).to(dtype)
+    keys, values = torch.randn(2, 1, 200, 64, generator=generator).to(dtype)
+    bits = torch.randint(-(2**63), 2**63 - 1, (40, 3), generator=generator)
+    bits[::2, 2] = 0
+    bits[::4, 1] &= 255
+    bits[8] = 0
+    highest = torch.tensor(
+        [max((64 * w + (int(x) % 2**64).bit_length() for w, x in enumerate(b) if x), default=0) for b in bits]
+    )
+    for prefix in (0, 90, 128):
+        result = tree_attention(query, keys, values, prefix, bits, by_position=by_position)
+        inside = prefix + highest <= 200
+        assert torch.equal(result.isnan().flatten(1).any(1), ~inside)
+        assert result[~inside].isnan().all()
+        seen = inside & (highest > 0)
+        expected = reference.tree_attention(query[seen], keys, values, prefix, bits[seen])
+        torch.testing.assert_close(result[seen], expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -26,9 +26,9 @@ struct MmaShape {
   static constexpr int sums_bytes = attention_warps * warp_rows * sum_stride * 4;
   static constexpr int results_bytes = sums_bytes + attention_warps * warp_rows * static_cast<int>(sizeof(float2));
 
-  // Shared memory: a BlockState; then queries, two tiles of K and V each, and what the rows see of one, or in the end
-  // the results.
-  static constexpr int state_bytes = 64;
+  // Shared memory: a BlockState and Paths; then queries, two tiles of K and V each, and what the rows see of one, or in
+  // the end the results.
+  static constexpr int paths_offset = 64, state_bytes = paths_offset + (static_cast<int>(sizeof(Paths)) + 15) / 16 * 16;
   __host__ __device__ static constexpr int shared_bytes(int row_warps) {
     const int streaming = row_warps * warp_rows * (row_bytes + static_cast<int>(sizeof(uint64_t))) + 4 * tile_bytes;
     return state_bytes + (streaming > results_bytes ? streaming : results_bytes);
@@ -65,19 +65,19 @@ __global__ void __launch_bounds__(attention_threads, 2)
   constexpr int keys = Shape::keys, row_tiles = Shape::row_tiles, warp_rows = Shape::warp_rows;
   constexpr int groups = wide ? keys / 16 : 1;  // of 16 keys, that one softmax step takes
 
-  static_assert(sizeof(BlockState) <= Shape::state_bytes, "room for the state");
+  static_assert(sizeof(BlockState) <= Shape::paths_offset, "room for the state");
   static_assert(Shape::shared_bytes(wide ? attention_warps : 2) <= attention_shared_bytes, "fits every device");
   static_assert(Shape::state_bytes + last_block_sums_bytes <= Shape::shared_bytes(wide ? attention_warps : 1),
                 "room to merge");
   BlockState& state = *shared_memory<BlockState>();
+  Paths& paths = *reinterpret_cast<Paths*>(shared_memory<unsigned char>() + Shape::paths_offset);
   const KeyRange& range = state.range;
   unsigned char* const memory = shared_memory<unsigned char>() + Shape::state_bytes;
   const SharedAddress address = shared_address(memory);
   const auto place = [](int row, int chunk) { return Shape::place(row, chunk); };
 
-  const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
   const int row_warps = wide ? attention_warps : narrow_row_warps, key_warps = attention_warps / row_warps;
-  const int row_warp = warp % row_warps, key_warp = warp / row_warps;
+  const int warp = threadIdx.x / warp_size, row_warp = warp % row_warps, key_warp = warp / row_warps;
   const int block_rows = row_warps * warp_rows;
   const int split = blockIdx.y, kv_head = blockIdx.z;
   const int first_row = (gridDim.x - 1 - blockIdx.x) * block_rows;  // a chain's last rows take longest: they go first
@@ -89,13 +89,14 @@ __global__ void __launch_bounds__(attention_threads, 2)
   const int value_steps = wide ? Dim / 16 : (a.value_dim + 63) / 64 * 4;
 
   load_queries<T, Shape::chunks>(a, kv_head, first_row, count, block_rows, memory, address, place, 2 * steps);
-  if (warp == 0) {
+  if (threadIdx.x < warp_size) {
     const KeyRange found(a, loads);
     int first, last;
     found.tiles<keys>(split, a.splits, &first, &last);
-    if (lane == 0) {
+    if (threadIdx.x == 0) {
       state = {found, first, last, first_row, count, 0, 0, static_cast<const T*>(a.keys) + kv_head * a.key_stride[0],
                static_cast<const T*>(a.values) + kv_head * a.value_stride[0]};
+      paths.start(loads, first);
     }
   }
   __syncthreads();
@@ -113,37 +114,43 @@ __global__ void __launch_bounds__(attention_threads, 2)
 #pragma unroll
   for (int m = 0; m < row_tiles; ++m) maximum[m][0] = maximum[m][1] = lowest;
 
-  const auto load = [&](int tile, int buffer) {
-    const int to = tiles_offset + buffer * 2 * Shape::tile_bytes;
+  const auto load = [&](int tile, int i) {
+    const int to = tiles_offset + i % 2 * 2 * Shape::tile_bytes;
+    const int* rows = has_paths<keys>(a, range, tile) ? paths.cache_rows[i % 2] : nullptr;
     load_tile<T, Shape::chunks, keys>(memory + to, address + to, place, static_cast<const T*>(state.keys),
-                                      a.key_stride[1], tile * keys, range.end, a.dim, 2 * steps, a.vector_keys);
+                                      a.key_stride[1], tile * keys, range.end, rows, a.dim, 2 * steps, a.vector_keys);
     load_tile<T, Shape::chunks, keys>(memory + to + Shape::tile_bytes, address + to + Shape::tile_bytes, place,
                                       static_cast<const T*>(state.values), a.value_stride[1], tile * keys, range.end,
-                                      a.value_dim, 2 * value_steps, a.vector_values);
+                                      rows, a.value_dim, 2 * value_steps, a.vector_values);
   };
-  if (state.first_tile < state.last_tile) load(state.first_tile, 0);
-  int buffer = 0;
+  // Turn -1 only asks for the first tile: a second place that does would take registers here.
 #pragma unroll 1
-  for (int tile = state.first_tile; tile < state.last_tile; tile += a.splits, buffer ^= 1) {
-    cp_async_commit();
-    cp_async_wait<0>();
+  for (int i = -1; i < 0 || paths.turns[i % 4].tile < state.last_tile; ++i) {
+    prepare_turn<keys>(a, range, state.last_tile, paths, i);
+    if (i >= 0) {
+      cp_async_commit();
+      cp_async_wait<0>();
+    }
     __syncthreads();  // the tile is there, and the buffer of the one before is free
-    if (tile + a.splits < state.last_tile) load(tile + a.splits, buffer ^ 1);
+    if (const int next = paths.turns[(i + 1) % 4].tile; next < state.last_tile) load(next, i + 1);
+    if (i < 0) continue;
 
-    const int tile_keys = tiles_offset + buffer * 2 * Shape::tile_bytes;
+    const Turn turn = paths.turns[i % 4];
+    const int tile = turn.tile;
+    const int tile_keys = tiles_offset + i % 2 * 2 * Shape::tile_bytes;
     const int tile_values = tile_keys + Shape::tile_bytes;
     if (range.is_edge<keys>(tile)) {
-      find_visible(a, range, state.first_row, state.count, block_rows, tile * keys, visible);
+      find_visible<keys>(a, range, paths, state.first_row, state.count, block_rows, turn, visible);
       if (clear_nonfinite<T, Shape::chunks, keys>(memory + tile_values, place, 2 * value_steps)) {
         state.found_nonfinite = 1;
       }
       __syncthreads();
     }
+    const int lane = thread_again() % warp_size;
     if (state.count <= row_warp * warp_rows) continue;  // the warp has no rows
 
     // The lane gives ldmatrix the address of one row, eight columns wide, of the four matrices that make up 16 x 16.
     // They are taken column by column for queries and values, row by row for keys: a factor's registers are neighbours.
-    const int lane = thread_again() % warp_size;
     const int lane_row = lane % 16, lane_start = (lane / 16 ^ Shape::exchange(lane_row)) * 16;
     const int lane_key = lane % 8 + lane / 16 * 8, lane_key_start = (lane / 8 % 2 ^ Shape::exchange(lane_key)) * 16;
     const SharedAddress my_queries = address + (row_warp * warp_rows + lane_row) * Shape::row_bytes;
@@ -180,7 +187,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
 #pragma unroll
         for (int m = 0; m < row_tiles; ++m) transform(a, products[m]);
       }
-      if (range.is_edge<keys>(tile)) {
+      if (range.is_edge<keys>(read_again(paths.turns[i % 4].tile))) {
 #pragma unroll
         for (int m = 0; m < row_tiles; ++m) {
 #pragma unroll

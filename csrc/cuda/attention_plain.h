@@ -20,7 +20,8 @@ struct PlainShape {
   static constexpr int thread_columns = Dim / (4 * across);  // times 4
   static constexpr int stride = Dim + 4, weight_stride = keys + 4;  // floats; rows then lie in different banks
   static constexpr int query_floats = rows * stride, tile_floats = keys * stride;
-  static constexpr int shared_bytes = 4 * (query_floats + 2 * tile_floats + rows * (weight_stride + 2 + 2) + 2);
+  static constexpr int shared_bytes =
+      4 * (query_floats + 2 * tile_floats + rows * (weight_stride + 2 + 2) + 2) + static_cast<int>(sizeof(Paths));
   static_assert(shared_bytes <= attention_shared_bytes, "fits every device");
   static_assert(last_block_sums_bytes <= 4 * (query_floats + 2 * tile_floats), "room to merge");
 };
@@ -44,6 +45,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
   uint64_t* const visible = reinterpret_cast<uint64_t*>(all_sums + Shape::rows);
   int* const found_nonfinite = reinterpret_cast<int*>(visible + Shape::rows);
   int* const is_last = found_nonfinite + 1;
+  Paths& paths = *reinterpret_cast<Paths*>(is_last + 1);
   const auto place = [](int row, int chunk) { return (row * Shape::stride + chunk * 4) * 4; };
   const auto bytes = [](float* p) { return reinterpret_cast<unsigned char*>(p); };
 
@@ -62,10 +64,13 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
   const bool empty = first_tile == last_tile && a.splits > 1;
   if (empty) write_empty(a, split, kv_head, first_row, count);
 
-  const auto load_keys = [&](int tile) {
+  const auto rows_of = [&](int i) {
+    return has_paths<keys>(a, range, paths.turns[i % 4].tile) ? paths.cache_rows[i % 2] : nullptr;
+  };
+  const auto load_keys = [&](int i) {
     load_tile<float, chunks, keys>(bytes(tile_keys), shared_address(tile_keys), place,
                                    static_cast<const float*>(a.keys) + kv_head * a.key_stride[0], a.key_stride[1],
-                                   tile * keys, range.end, a.dim, steps, a.vector_keys);
+                                   paths.turns[i % 4].tile * keys, range.end, rows_of(i), a.dim, steps, a.vector_keys);
   };
   const bool in_use = ty / (warp_size / across) * (warp_size / across) * thread_rows < count;  // the warp has rows
   const bool transformed = must_transform(a);
@@ -80,20 +85,29 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
     maximum[r] = lowest;
     for (int c = 0; c < key_classes; ++c) weight_sums[r][c] = 0.0f;
   }
-  if (threadIdx.x == 0) *found_nonfinite = 0;
+  if (threadIdx.x == 0) {
+    *found_nonfinite = 0;
+    paths.start(loads, first_tile);
+  }
 
-  if (first_tile < last_tile) load_keys(first_tile);
+  __syncthreads();
+  prepare_turn<keys>(a, range, last_tile, paths, -1);
+  __syncthreads();
+  if (first_tile < last_tile) load_keys(0);
   cp_async_commit();
 #pragma unroll 1
-  for (int tile = first_tile; tile < last_tile; tile += a.splits) {
+  for (int i = 0; paths.turns[i % 4].tile < last_tile; ++i) {
     cp_async_wait<0>();
     __syncthreads();  // the keys are there, and the values of the tile before are not in use any more
+    const Turn turn = paths.turns[i % 4];
+    const int tile = turn.tile;
     const bool edge = range.is_edge<keys>(tile);
-    if (edge) find_visible(a, range, first_row, count, Shape::rows, tile * keys, visible);
+    if (edge) find_visible<keys>(a, range, paths, first_row, count, Shape::rows, turn, visible);
     load_tile<float, chunks, keys>(bytes(tile_values), shared_address(tile_values), place,
                                    static_cast<const float*>(a.values) + kv_head * a.value_stride[0], a.value_stride[1],
-                                   tile * keys, range.end, a.value_dim, value_steps, a.vector_values);
+                                   tile * keys, range.end, rows_of(i), a.value_dim, value_steps, a.vector_values);
     cp_async_commit();
+    prepare_turn<keys>(a, range, last_tile, paths, i);
     if (edge) __syncthreads();
 
     if (in_use) {
@@ -153,7 +167,7 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
 
     cp_async_wait<0>();
     __syncthreads();  // the values are there, and the keys are not in use any more
-    if (tile + a.splits < last_tile) load_keys(tile + a.splits);
+    if (paths.turns[(i + 1) % 4].tile < last_tile) load_keys(i + 1);
     cp_async_commit();
     if (edge) {
       if (clear_nonfinite<float, chunks, keys>(bytes(tile_values), place, value_steps)) *found_nonfinite = 1;

@@ -15,6 +15,8 @@ namespace specbranch::cuda {
 constexpr int attention_threads = 128;
 constexpr int attention_warps = attention_threads / warp_size;
 constexpr int attention_shared_bytes = 99 * 1024;  // what a block may have on compute capability 8.6, 8.9 and 12.0
+constexpr int largest_block_rows = 128;
+constexpr int largest_tile = 64;  // keys
 
 struct AttentionArguments {
   const void *query, *keys, *values;
@@ -25,6 +27,7 @@ struct AttentionArguments {
   int heads_per_kv, kv_heads, rows;  // rows: of one KV head
   int dim, value_dim, width;         // width: value_dim rounded up to 4
   int capacity, words;
+  bool by_position;  // keys are taken in the order of positions: see Paths. Only with ancestors
   int64_t window;  // 0: none
   float factor;    // a product of query and key times this is a score, or twice tanh's argument when there is a cap
   float cap;       // in units of log2; 0: none
@@ -77,8 +80,8 @@ struct RangeLoads {
   }
 };
 
-// The cache rows that a block reads. prefix_length and ancestors come from device memory and may hold anything: no row
-// outside [0, capacity) is visible.
+// The keys that a block reads: cache rows, or positions when a.by_position. prefix_length and ancestors come from device
+// memory and may hold anything: no row outside [0, capacity) is visible.
 struct KeyRange {
   int prefix;                    // clamped
   int begin, end;                // no row of the block sees a key outside
@@ -114,14 +117,14 @@ struct KeyRange {
     }
     const auto clamped = [&](int64_t row) { return static_cast<int>(min(max(row, int64_t{0}), int64_t{a.capacity})); };
     prefix = clamped(loads.prefix_length);
-    end = clamped(int64_t{prefix} + highest);
+    end = clamped(int64_t{prefix} + (a.by_position ? deepest : highest));
     shared_end = clamped(int64_t{prefix} + all_see);
     begin = a.window == 0 ? 0 : clamped(prefix + shallowest - a.window);
     shared_begin = a.window == 0 ? 0 : clamped(prefix + deepest - a.window);
   }
 
-  // The tiles of `keys` cache rows that one of several splits takes: first, first + splits, … below last, which is
-  // `splits` behind the latest. So the split of a row, and its turn there, follow from its number alone.
+  // The tiles of `keys` keys that one of several splits takes: first, first + splits, … below last, which is `splits`
+  // behind the latest. So a key's split, and its turn there, follow from its number alone.
   template <int keys>
   __device__ void tiles(int split, int splits, int* first, int* last) const {
     const int before = begin / keys, behind = (end + keys - 1) / keys;
@@ -150,26 +153,24 @@ __device__ inline uint64_t ancestor_word(const AttentionArguments& a, const uint
   return word;
 }
 
-// Bit k: the node sees cache row `row + k`.
-__device__ inline uint64_t visible_keys(const AttentionArguments& a, const KeyRange& range, int node, int row) {
-  const int64_t prefix = range.prefix;
-  if (a.ancestors == nullptr) {
-    const int64_t end = min(prefix + node + 1, int64_t{a.capacity});
-    const int64_t begin = a.window == 0 ? 0 : prefix + node + 1 - a.window;
-    return low_bits(end - row) & ~low_bits(begin - row);
-  }
+__device__ inline int path_length(const AttentionArguments& a, int node) {
+  if (a.ancestors == nullptr) return node + 1;
   const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
-  uint64_t visible = 0;
-  if (row < prefix) {
-    visible = low_bits(prefix - row);
-    if (a.window != 0) {
-      int64_t begin = prefix - a.window;
-#pragma unroll 1
-      for (int w = 0; w < a.words; ++w) begin += __popcll(bits[w]);
-      visible &= ~low_bits(begin - row);
-    }
-  }
-  const int64_t at = row - prefix;  // the tree row of bit 0
+  int length = 0;
+#pragma unroll 4
+  for (int w = 0; w < a.words; ++w) length += __popcll(bits[w]);
+  return length;
+}
+
+// Bit k: the node, whose path has this length, sees key `first + k`.
+__device__ inline uint64_t visible_keys(const AttentionArguments& a, const KeyRange& range, int node, int length,
+                                        int first) {
+  const int64_t prefix = range.prefix, behind = prefix + length;
+  const uint64_t in_window = a.window == 0 ? ~uint64_t{0} : ~low_bits(behind - a.window - first);
+  if (a.ancestors == nullptr || a.by_position) return low_bits(min(behind, int64_t{a.capacity}) - first) & in_window;
+  const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
+  uint64_t visible = first < prefix ? low_bits(prefix - first) & in_window : 0;
+  const int64_t at = first - prefix;  // the tree row of bit 0
   if (at > -64) {
     if (at <= 0) {
       visible |= ancestor_word(a, bits, 0) << -at;
@@ -179,23 +180,176 @@ __device__ inline uint64_t visible_keys(const AttentionArguments& a, const KeyRa
       if (shift != 0) visible |= ancestor_word(a, bits, w + 1) << (64 - shift);
     }
   }
-  return visible & low_bits(range.end - row);
+  return visible & low_bits(range.end - first);
 }
 
-// visible[r]: what the r-th row of a block sees of a tile, 0 behind its last row. Takes one thread for each row.
-__device__ inline void find_visible(const AttentionArguments& a, const KeyRange& range, int first_row, int count,
-                                    int block_rows, int tile_row, uint64_t* visible) {
+// ---- Keys in the order of positions. In a tile with positions behind the prefix, different nodes have different rows
+// at one position. So a block goes over it once for each path: a set of ancestor bits that no other node's goes on from.
+// A node lies on the first path that begins with its own bits, and sees nothing in the turns of the others. A trunk is
+// one path; a tree has one for each leaf.
+
+struct Turn {
+  int tile, path;
+};
+
+struct Paths {
+  Turn turns[4];  // turn i is turns[i % 4]; two are known ahead. In shared memory, since registers are scarce
+  int first_node, nodes, count;
+  int length[largest_block_rows];    // of a node's path
+  uint8_t path[largest_block_rows];  // that a node lies on
+  uint8_t leaf[largest_block_rows];  // the node whose bits are a path; the longest paths come first
+  int cache_rows[2][largest_tile];   // of the keys of turn i: cache_rows[i % 2]
+
+  // By one thread.
+  __device__ void start(const RangeLoads& block, int first_tile) {
+    turns[0] = {first_tile, 0};
+    first_node = block.first;
+    nodes = block.last + 1 - block.first;
+  }
+};
+
+constexpr int no_path = 255;
+static_assert(largest_block_rows < no_path, "a node's path is a byte");
+
+// Whether the bits of `path` begin with those of `node`.
+__device__ inline bool begins_with(const uint64_t* path, const uint64_t* node, int words) {
+  bool highest = true;  // no bit of the node in the words so far
+#pragma unroll 1
+  for (int w = words - 1; w >= 0; --w) {
+    const uint64_t bits = node[w];
+    if (highest && bits == 0) continue;
+    const uint64_t below = highest ? low_bits(64 - __clzll(static_cast<long long>(bits))) : ~uint64_t{0};
+    if (((bits ^ path[w]) & below) != 0) return false;
+    highest = false;
+  }
+  return true;
+}
+
+// Takes one warp. The longest path that is left is no part of another one.
+__device__ inline void find_paths(const AttentionArguments& a, Paths& paths) {
+  const int lane = threadIdx.x % warp_size, first = paths.first_node, nodes = paths.nodes;
+  const auto bits = [&](int i) { return a.ancestors + (first + i) * a.ancestor_stride; };
+#pragma unroll 1
+  for (int i = lane; i < nodes; i += warp_size) {
+    paths.length[i] = path_length(a, first + i);
+    paths.path[i] = no_path;
+  }
+  int path = 0;
+#pragma unroll 1
+  for (;; ++path) {
+    int longest = -1, leaf = 0;
+#pragma unroll 1
+    for (int i = lane; i < nodes; i += warp_size) {
+      if (paths.path[i] != no_path || paths.length[i] <= longest) continue;
+      longest = paths.length[i];
+      leaf = i;
+    }
+    if (!__any_sync(all_lanes, longest >= 0)) break;
+    int top = longest;
+    for (int step = warp_size / 2; step > 0; step /= 2) top = max(top, __shfl_xor_sync(all_lanes, top, step));
+    leaf = __shfl_sync(all_lanes, leaf, __ffs(static_cast<int>(__ballot_sync(all_lanes, longest == top))) - 1);
+#pragma unroll 1
+    for (int i = lane; i < nodes; i += warp_size) {
+      if (paths.path[i] == no_path && begins_with(bits(leaf), bits(i), a.words)) {
+        paths.path[i] = static_cast<uint8_t>(path);
+      }
+    }
+    if (lane == 0) paths.leaf[path] = static_cast<uint8_t>(leaf);
+  }
+  if (lane == 0) paths.count = path;
+}
+
+// The place of the n-th set bit, from 0 on; it exists.
+__device__ inline int nth_bit(uint64_t word, int n) {
+  int at = 0;
+#pragma unroll 1
+  for (int half = 32; half > 0; half /= 2) {
+    const int below = __popcll(word & low_bits(half));
+    if (n < below) continue;
+    n -= below;
+    word >>= half;
+    at += half;
+  }
+  return at;
+}
+
+// The cache row of a position on the node's path; -1 behind the path and beyond the cache.
+__device__ inline int cache_row(const AttentionArguments& a, const KeyRange& range, int node, int position) {
+  if (position < range.prefix) return position;
+  const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
+  int n = position - range.prefix;
+#pragma unroll 1
+  for (int w = 0; w < a.words; ++w) {
+    const int here = __popcll(bits[w]);
+    if (n >= here) {
+      n -= here;
+      continue;
+    }
+    const int64_t row = int64_t{range.prefix} + 64 * w + nth_bit(bits[w], n);
+    return row < a.capacity ? static_cast<int>(row) : -1;
+  }
+  return -1;
+}
+
+// Whether a block goes over the tile path by path.
+template <int keys>
+__device__ inline bool has_paths(const AttentionArguments& a, const KeyRange& range, int tile) {
+  return a.by_position && tile * keys + keys > range.prefix;
+}
+
+// The tile's next path that reaches it, else the split's next tile.
+template <int keys>
+__device__ inline Turn next_turn(const AttentionArguments& a, const KeyRange& range, const Paths& paths, Turn turn) {
+  const int path = turn.path + 1;
+  if (has_paths<keys>(a, range, turn.tile) && path < paths.count &&
+      paths.length[paths.leaf[path]] > turn.tile * keys - range.prefix) {
+    return {turn.tile, path};
+  }
+  return {turn.tile + a.splits, 0};
+}
+
+// In turn i, from -1 on: where the keys of turn i + 1 lie, and which one is turn i + 2. All threads take part, and it is
+// there behind the next barrier.
+template <int keys>
+__device__ inline void prepare_turn(const AttentionArguments& a, const KeyRange& range, int last_tile, Paths& paths,
+                                    int i) {
+  const Turn next = paths.turns[(i + 1) % 4];
+  if (next.tile >= last_tile) return;
+  const bool by_paths = has_paths<keys>(a, range, next.tile);
+  if (by_paths && (i < 0 || !has_paths<keys>(a, range, paths.turns[i % 4].tile))) {
+    if (threadIdx.x < warp_size) find_paths(a, paths);
+    __syncthreads();
+  }
+  const int thread = thread_again();
+  if (thread == 0) paths.turns[(i + 2) % 4] = next_turn<keys>(a, range, paths, next);
+  if (!by_paths || thread >= keys) return;
+  const int leaf = paths.first_node + paths.leaf[next.path];
+  paths.cache_rows[(i + 1) % 2][thread] = cache_row(a, range, leaf, next.tile * keys + thread);
+}
+
+// visible[r]: what the r-th row of a block sees in a turn, 0 behind its last row. Takes one thread for each row.
+template <int keys>
+__device__ inline void find_visible(const AttentionArguments& a, const KeyRange& range, const Paths& paths,
+                                    int first_row, int count, int block_rows, Turn turn, uint64_t* visible) {
   const int r = thread_again();
-  if (r < block_rows) visible[r] = r < count ? visible_keys(a, range, a.node(first_row + r), tile_row) : 0;
+  if (r >= block_rows) return;
+  visible[r] = 0;
+  if (r >= count) return;
+  const int node = a.node(first_row + r), i = node - paths.first_node;
+  const bool by_paths = has_paths<keys>(a, range, turn.tile);
+  if (by_paths && paths.path[i] != turn.path) return;
+  visible[r] = visible_keys(a, range, node, by_paths ? paths.length[i] : path_length(a, node), turn.tile * keys);
 }
 
 // ---- Tiles in shared memory, in chunks of 16 bytes. place(row, chunk) is a chunk's offset.
 
-// Copies rows [first, first + rows) of a head into shared memory, as far as they lie before `end`; the rest, and what
-// lies behind `dim` in `used_chunks` chunks, becomes zeros. The vector copies are asynchronous.
+// Copies rows [first, first + rows) of a head into shared memory, as far as they lie before `end`, or those that
+// `cache_rows` names; the rest, and what lies behind `dim` in `used_chunks` chunks, becomes zeros. The vector copies are
+// asynchronous.
 template <typename T, int chunks, int rows, typename Place>
 __device__ inline void load_tile(unsigned char* memory, SharedAddress address, const Place& place, const T* head,
-                                 int64_t stride, int first, int end, int dim, int used_chunks, bool vector) {
+                                 int64_t stride, int first, int end, const int* cache_rows, int dim, int used_chunks,
+                                 bool vector) {
   constexpr int items = 16 / sizeof(T);
   const int thread = thread_again();
   if (vector) {
@@ -205,7 +359,17 @@ __device__ inline void load_tile(unsigned char* memory, SharedAddress address, c
     for (int j = 0; j < chunks; j += across) {
       const int chunk = thread % across + j;
       if (chunk >= used_chunks) continue;
-      const int present_rows = chunk * items < dim ? end - first : 0;
+      const bool in_dim = chunk * items < dim;
+      if (cache_rows != nullptr) {
+        const T* from = head + chunk * items;
+#pragma unroll 4
+        for (int i = 0; i < rows; i += down) {
+          const int cache_row = cache_rows[row + i];
+          cp_async_16(address + place(row + i, chunk), from + max(cache_row, 0) * stride, in_dim && cache_row >= 0);
+        }
+        continue;
+      }
+      const int present_rows = in_dim ? end - first : 0;
       const T* from = head + int64_t{first + row} * stride + chunk * items;
 #pragma unroll
       for (int i = 0; i < rows; i += down, from += down * stride) {
@@ -217,8 +381,9 @@ __device__ inline void load_tile(unsigned char* memory, SharedAddress address, c
 #pragma unroll 1
   for (int at = thread; at < rows * used_chunks * items; at += attention_threads) {
     const int row = at / (used_chunks * items), d = at % (used_chunks * items);
+    const int cache_row = cache_rows != nullptr ? cache_rows[row] : first + row < end ? first + row : -1;
     T item = from_float<T>(0.0f);
-    if (d < dim && first + row < end) item = head[int64_t{first + row} * stride + d];
+    if (d < dim && cache_row >= 0) item = head[cache_row * stride + d];
     *reinterpret_cast<T*>(memory + place(row, d / items) + d % items * sizeof(T)) = item;
   }
 }
@@ -392,11 +557,13 @@ __device__ inline void add_nonfinite(const AttentionArguments& a, const KeyRange
 #pragma unroll 1
     for (int tile = first_tile; tile < last_tile; tile += a.splits) {
       if (!range.is_edge<keys>(tile)) continue;
-      uint64_t visible = visible_keys(a, range, node, tile * keys);
+      uint64_t visible = visible_keys(a, range, node, path_length(a, node), tile * keys);
       if (keys < 64) visible &= low_bits(keys);
 #pragma unroll 1
       for (; visible != 0; visible &= visible - 1) {
-        const int64_t key_row = tile * keys + __ffsll(static_cast<long long>(visible)) - 1;
+        int key_row = tile * keys + __ffsll(static_cast<long long>(visible)) - 1;
+        if (a.by_position) key_row = cache_row(a, range, node, key_row);
+        if (key_row < 0) continue;
         const T* value = static_cast<const T*>(a.values) + kv_head * a.value_stride[0] + key_row * a.value_stride[1];
         const auto is_finite = [](float x) { return fabsf(x) < INFINITY; };
         bool found = false;

@@ -39,11 +39,13 @@ class TreeContext:
     """What the attention of one forward needs to know; it travels as the keyword argument `specbranch`.
 
     prefix_length: int64 [], committed cache rows. ancestors: int64 [n, words], or None for a chain of new rows.
+    by_position: whether a row's bits must not depend on where the tree lies in the cache: see `tree_attention`.
     calls: how many layers have asked, so that a model that ignores the registered attention is found out.
     """
 
     prefix_length: Tensor
     ancestors: Tensor | None = None
+    by_position: bool = True
     calls: int = 0
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -87,6 +89,7 @@ def specbranch_attention(
         scale=scaling,
         sliding_window=sliding_window,
         softcap=softcap,
+        by_position=specbranch.by_position,
     )
     return out[None], None
 

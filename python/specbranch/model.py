@@ -98,7 +98,8 @@ class CachedModel:
     def forward(self, inputs: Inputs, keep: slice = slice(None)) -> Tensor:
         """One forward; logits of the rows that `keep` selects, [n, V], in the model's dtype."""
         self.cache.rows = inputs.rows
-        context = TreeContext(inputs.prefix, inputs.ancestors)
+        # A text is the target's: a draft may be off in the last bits, and is faster so with several leaves.
+        context = TreeContext(inputs.prefix, inputs.ancestors, by_position=self.role == "target")
         out = self.model(
             input_ids=inputs.ids[None],
             position_ids=inputs.positions[None],

@@ -39,10 +39,12 @@ def tree_attention(
     scale: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    by_position: bool = True,
 ) -> Tensor:
     """As `specbranch_ext.tree_attention`: [n, Hq, D], [Hkv, C, D] and [Hkv, C, Dv] to [n, Hq, Dv].
 
-    In float64: besides rounding, a process's first float32 tanh in torch is now and then off by 1e-4 on one thread.
+    by_position makes no difference. In float64: besides rounding, a process's first float32 tanh in torch is now and
+    then off by 1e-4 on one thread.
     """
     prefix = int(prefix_length)
     visible, rows = visible_keys(query.shape[0], prefix, ancestors, sliding_window)
