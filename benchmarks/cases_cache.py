@@ -29,6 +29,8 @@ def tree_attention_cases(device: str, flex: bool = False) -> Iterator[Case]:
             for i, dtype in enumerate(dtypes(device)):
                 chosen = head_counts == heads[0] and i == 0 and (n, prefix) in quick
                 yield attention_case(device, *head_counts, n, prefix, dtype, flex, chain=False, quick=chosen)
+                if not on_cpu and n == 8:
+                    yield attention_case(device, *head_counts, n, prefix, dtype, flex, chain=False, by_position=True)
         for n, prefix in [(256, 0), (256, 1024)]:
             for dtype in dtypes(device):
                 yield attention_case(device, *head_counts, n, prefix, dtype, flex, chain=True)
@@ -45,8 +47,12 @@ def attention_case(
     flex: bool,
     chain: bool,
     quick: bool = False,
+    by_position: bool = False,
 ) -> Case:
-    """A tree of n nodes, or a chunk of a prompt; torch gets the mask and the copies for free."""
+    """A tree of n nodes, or a chunk of a prompt; torch gets the mask and the copies for free.
+
+    In the order of rows, as the others, whose bits depend on it, or by position. The CPU knows only the latter.
+    """
     length = prefix + n
 
     def build() -> Built:
@@ -61,7 +67,7 @@ def attention_case(
         rows, prefix_length = query[0].transpose(0, 1), torch.tensor(prefix, device=device)
 
         def ours() -> Tensor:
-            return tree_attention(rows, keys[0], values[0], prefix_length, ancestors)
+            return tree_attention(rows, keys[0], values[0], prefix_length, ancestors, by_position=by_position)
 
         def check() -> None:
             expected = scaled_dot_product_attention(query, keys, values, attn_mask=visible, enable_gqa=True)
@@ -78,7 +84,7 @@ def attention_case(
     return Case(
         op="tree_attention",
         what=f"{n} {rows_of}, {query_heads}/{kv_heads} heads, D {dim}, prefix {prefix}, "
-        f"{str(dtype).removeprefix('torch.')}",
+        f"{str(dtype).removeprefix('torch.')}{', by position' if by_position else ''}",
         build=build,
         bytes=2 * (kv_heads * length + query_heads * n) * dim * dtype.itemsize,
         flops=4 * n * query_heads * length * dim,

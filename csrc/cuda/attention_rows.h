@@ -80,7 +80,7 @@ struct RangeLoads {
   }
 };
 
-// The keys that a block reads: cache rows, or positions when a.by_position. prefix_length and ancestors come from device
+// The keys that a block reads: cache rows, or positions if a.by_position. prefix_length and ancestors come from device
 // memory and may hold anything: no row outside [0, capacity) is visible.
 struct KeyRange {
   int prefix;                    // clamped
@@ -184,9 +184,9 @@ __device__ inline uint64_t visible_keys(const AttentionArguments& a, const KeyRa
 }
 
 // ---- Keys in the order of positions. In a tile with positions behind the prefix, different nodes have different rows
-// at one position. So a block goes over it once for each path: a set of ancestor bits that no other node's goes on from.
-// A node lies on the first path that begins with its own bits, and sees nothing in the turns of the others. A trunk is
-// one path; a tree has one for each leaf.
+// at one position. So a block goes over it once for each path: the ancestors of a leaf, a node that no other node's
+// ancestors go on from. A node lies on the first path that begins with its own ancestors, and sees nothing in the turns
+// of the others. A trunk is one path.
 
 struct Turn {
   int tile, path;
@@ -308,7 +308,7 @@ __device__ inline Turn next_turn(const AttentionArguments& a, const KeyRange& ra
   return {turn.tile + a.splits, 0};
 }
 
-// In turn i, from -1 on: where the keys of turn i + 1 lie, and which one is turn i + 2. All threads take part, and it is
+// In turn i, from -1 on: where the keys of turn i + 1 lie, and which one is turn i + 2. All threads take part; it is
 // there behind the next barrier.
 template <int keys>
 __device__ inline void prepare_turn(const AttentionArguments& a, const KeyRange& range, int last_tile, Paths& paths,
@@ -344,8 +344,8 @@ __device__ inline void find_visible(const AttentionArguments& a, const KeyRange&
 // ---- Tiles in shared memory, in chunks of 16 bytes. place(row, chunk) is a chunk's offset.
 
 // Copies rows [first, first + rows) of a head into shared memory, as far as they lie before `end`, or those that
-// `cache_rows` names; the rest, and what lies behind `dim` in `used_chunks` chunks, becomes zeros. The vector copies are
-// asynchronous.
+// `cache_rows` names; the rest, and what lies behind `dim` in `used_chunks` chunks, becomes zeros. The vector copies
+// are asynchronous.
 template <typename T, int chunks, int rows, typename Place>
 __device__ inline void load_tile(unsigned char* memory, SharedAddress address, const Place& place, const T* head,
                                  int64_t stride, int first, int end, const int* cache_rows, int dim, int used_chunks,

@@ -25,8 +25,8 @@
 //   - a position's split, tile and slot follow from its number alone: split s takes tiles s, s + splits, …;
 //   - behind the prefix a tile is put together along a path (attention_rows.h), so that a node's key has its position's
 //     slot, wherever its row is;
-//   - a key that a row does not see leaves the row's maximum and sums as they are: its weight is 0, and a sum plus 0, or
-//     times 2^0, is that sum; a split without a visible key has the share 0 of a sum that is 0.
+//   - a key that a row does not see leaves the row's maximum and sums as they are: its weight is 0, and a sum plus 0,
+//     or times 2^0, is that sum; a split without a visible key adds a sum that is 0.
 // They do depend on the number of queries and heads and on the capacity, which decide how many splits there are and how
 // a block's warps share a tile. A value that is infinite or NaN reaches whoever sees it, as one or the other.
 //
