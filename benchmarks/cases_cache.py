@@ -30,7 +30,7 @@ def tree_attention_cases(device: str, flex: bool = False) -> Iterator[Case]:
                 chosen = head_counts == heads[0] and i == 0 and (n, prefix) in quick
                 yield attention_case(device, *head_counts, n, prefix, dtype, flex, chain=False, quick=chosen)
                 if not on_cpu and n == 8:
-                    yield attention_case(device, *head_counts, n, prefix, dtype, flex, chain=False, by_position=True)
+                    yield attention_case(device, *head_counts, n, prefix, dtype, flex, False, chosen, by_position=True)
         for n, prefix in [(256, 0), (256, 1024)]:
             for dtype in dtypes(device):
                 yield attention_case(device, *head_counts, n, prefix, dtype, flex, chain=True)
