@@ -183,6 +183,17 @@ def test_every_verification_has_the_same_number_of_rows() -> None:
     assert target.counts()["eager"] == len(METHODS) * 2 + target_setups(target)  # the prompts, and no step
 
 
+def test_only_the_target_attends_by_position() -> None:
+    """It costs a turn for each leaf, and a text does not depend on a draft's last bits."""
+    pair = tiny_pair()
+    devices = capture(pair)
+    pair.generate(PROMPT, max_new_tokens=20)
+    for device, expected in zip(devices, (True, False), strict=True):
+        calls = [call for graph in device.graphs for call in graph.calls]
+        attends = torch.ops.specbranch.tree_attention.default
+        assert {args[-1] for func, args, _, _ in calls if func is attends} == {expected}
+
+
 def target_setups(device: RecordingDevice) -> int:
     """Times that the device was asked for static memory and for a warm-up."""
     return 2 + len(device.graphs)
