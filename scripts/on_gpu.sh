@@ -92,8 +92,9 @@ ops() {
     "$python" benchmarks/bench_ops.py --quick "${options[@]}" --json "$work/ops.jsonl"
 }
 
-op_files=(tests/test_verify.py tests/test_draft_sample.py tests/test_tree_attention.py tests/test_kv_commit.py
-    tests/test_ancestor_mask.py tests/test_philox.py tests/test_verify_rejection.py tests/test_device_data.py)
+op_files=(tests/test_verify.py tests/test_draft_sample.py tests/test_filters.py tests/test_tree_attention.py
+    tests/test_attention_bits.py tests/test_kv_commit.py tests/test_ancestor_mask.py tests/test_philox.py
+    tests/test_verify_rejection.py tests/test_device_data.py)
 
 op_tests() {
     if [ -n "$dry" ]; then
@@ -144,8 +145,7 @@ ncu() {
 
 find_tools() {
     local folder
-    for folder in /opt/torch/.venv/bin /usr/local/cuda/bin /usr/local/cuda/extras/compute-sanitizer \
-        /opt/nvidia/nsight-compute/*/; do
+    for folder in /usr/local/cuda/bin /usr/local/cuda/extras/compute-sanitizer /opt/nvidia/nsight-compute/*/; do
         if [ -d "$folder" ]; then PATH=$PATH:${folder%/}; fi
     done
     python=$(command -v "${PYTHON:-python3}") || { echo "on_gpu.sh: there is no ${PYTHON:-python3}" >&2; exit 2; }

@@ -26,6 +26,7 @@ TESTS = [
     "tests/test_draft_sample.py",
     "tests/test_filters.py",
     "tests/test_tree_attention.py",
+    "tests/test_attention_bits.py",
     "tests/test_verify_rejection.py",
 ]
 

@@ -24,7 +24,7 @@ def stages(out: Path) -> dict[str, tuple[str, str]]:
 
 
 def test_every_stage_runs_at_tiny_sizes(tmp_path: Path) -> None:
-    """A typo must not cost a rental."""
+    """A typo must not cost the minutes that a GPU is at hand."""
     done = on_gpu("--dry-run", "600", str(tmp_path))
     assert done.returncode == 0, done.stdout[-5000:]
     found = stages(tmp_path)
@@ -37,7 +37,7 @@ def test_every_stage_runs_at_tiny_sizes(tmp_path: Path) -> None:
     assert {*decoding, "deepseek.json", "vicuna.json", "ops.jsonl", "profile.json", "log.txt", "stages.tsv"} <= files
     runners = {row["name"]: row["runners"]["target"] for row in rows if "runners" in row}
     assert set(runners.values()) == {"captured"}
-    assert len(list(tmp_path.iterdir())) == 3  # what comes back from a rented machine may be a few files only
+    assert len(list(tmp_path.iterdir())) == 3  # what comes back from a machine may be a few files only
 
 
 def test_what_there_is_no_time_for_is_left_out_and_said(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@
 // prefix_length, on the rows of the tree that the ancestors lie in, on strides, or on what else the call and the cache
 // hold. So decoding token by token and verifying a tree, with as many queries, give the same bits. For that,
 //   - a position's split, tile and slot follow from its number alone: split s takes tiles s, s + splits, …;
-//   - behind the prefix a tile is put together along a path (attention_rows.h), so that a node's key has its position's
-//     slot, wherever its row is;
+//   - behind the prefix a tile is put together along a path (attention_paths.h), so that a node's key has the slot of
+//     its position, wherever its row is;
 //   - a key that a row does not see leaves the row's maximum and sums as they are: its weight is 0, and a sum plus 0,
 //     or times 2^0, is that sum; a split without a visible key adds a sum that is 0.
 // They do depend on the number of queries and heads and on the capacity, which decide how many splits there are and how
