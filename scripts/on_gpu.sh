@@ -170,6 +170,7 @@ fi
 dry=
 if [ "${1:-}" = --dry-run ]; then
     dry=yes
+    export OMP_NUM_THREADS=1 # tiny models: two threads on a busy machine would wait for each other most of the time
     shift
 fi
 [[ "${1:-}" =~ ^[1-9][0-9]*$ && -n "${2:-}" ]] || usage
