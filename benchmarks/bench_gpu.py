@@ -35,13 +35,13 @@ from traced_model import SHAPES, Trace, kv_bytes, traced_model, weight_bytes
 from transformers import PreTrainedModel
 
 from specbranch import METHODS, SpecBranch
-from specbranch.captured import VERIFY_ROWS
-from specbranch.commands.machine import describe_machine, describe_versions
-from specbranch.commands.peers import Peers
-from specbranch.model import CachedModel
-from specbranch.placement import PRIORITIES, make_runner
-from specbranch.record import TAIL, Record, RecordedText, Said
-from specbranch.stats import Round, Stats
+from specbranch.cli.bench.peers import Peers
+from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.core.stats import Round, Stats
+from specbranch.replay.record import TAIL, Record, RecordedText, Said
+from specbranch.runtime.graphs.runner import VERIFY_ROWS
+from specbranch.runtime.model import CachedModel
+from specbranch.runtime.placement import PRIORITIES, make_runner
 
 ROWS = (1, 4, 8, 16)  # of the draft's steps that are measured alone
 REPEATS = 12
@@ -220,7 +220,7 @@ def our_contenders(target: PreTrainedModel, draft: PreTrainedModel, args: argpar
 
 def record_steps(engine: SpecBranch) -> None:
     """Captured steps without a GPU: the tests' stand-in for one."""
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
     importlib.import_module("captured_pair").capture(engine)
 
 

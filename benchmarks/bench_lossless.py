@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from specbranch import METHODS, SpecBranch
-from specbranch.commands.machine import describe_machine, describe_versions
-from specbranch.prompts import read_prompts
+from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.text.prompts import read_prompts
 
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},

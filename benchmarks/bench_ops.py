@@ -28,7 +28,7 @@ from cases_sampling import draft_sample_cases, verify_cases, verify_rejection_ca
 from op_case import Case, Timing, describe_error, measure, read_bandwidth
 from op_case_cuda import CudaTiming, Gpu, copy_bandwidth, measure_cuda
 
-from specbranch.commands.machine import describe_machine, describe_versions
+from specbranch.cli.machine import describe_machine, describe_versions
 
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     "verify": verify_cases,

@@ -12,9 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from specbranch.methods import METHODS, make_policy
-from specbranch.record import Record
-from specbranch.replay import ReplayCosts, replay
+from specbranch.policies.methods import METHODS, make_policy
+from specbranch.replay.record import Record
+from specbranch.replay.replayer import ReplayCosts, replay
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from itertools import cycle
 import torch
 from op_case import Case, Function, Timing, describe_error, in_turn
 
-from specbranch.cuda import capture, uncollected
+from specbranch.runtime.cuda import capture, uncollected
 
 ROTATED_BYTES = 256 << 20
 MAX_COPIES = 64

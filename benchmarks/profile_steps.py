@@ -23,11 +23,11 @@ from torch.profiler import ProfilerActivity, profile
 from traced_model import SHAPES, plain_model
 from transformers import PreTrainedModel
 
-from specbranch.captured import CapturedRunner
-from specbranch.commands.machine import describe_versions
-from specbranch.model import CachedModel
-from specbranch.placement import make_runner
-from specbranch.runner import Runner
+from specbranch.cli.machine import describe_versions
+from specbranch.runtime.graphs.runner import CapturedRunner
+from specbranch.runtime.model import CachedModel
+from specbranch.runtime.placement import make_runner
+from specbranch.runtime.runner import Runner
 
 STEPS = (("target", 1), ("target", 8), ("draft", 1), ("draft", 8))
 SHOWN = 25  # kernels of a step that are printed
@@ -94,7 +94,7 @@ def profile_step(model: PreTrainedModel, role: str, rows: int, replays: int, on_
 def captured_runner(model: CachedModel, on_gpu: bool) -> Runner:
     if on_gpu:
         return make_runner(model, cuda_graphs=True)
-    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+    sys.path.append(str(Path(__file__).resolve().parent.parent / "tests" / "support"))
     return CapturedRunner(model, importlib.import_module("recording_device").RecordingDevice())
 
 

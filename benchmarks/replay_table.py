@@ -15,9 +15,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from specbranch.planning import Expectation, expect, tasks_of
-from specbranch.record import Record
-from specbranch.replay import ReplayCosts
+from specbranch.replay.planner import Expectation, expect, tasks_of
+from specbranch.replay.record import Record
+from specbranch.replay.replayer import ReplayCosts
 
 RATIOS = (5.0, 10.0, 20.0)
 COLUMNS: dict[str, tuple[str, dict[str, object]]] = {

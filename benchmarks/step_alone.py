@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from specbranch.drafter import always
-from specbranch.runner import Runner
-from specbranch.sampling import Sampling
-from specbranch.steps import Step
-from specbranch.tree import Tree
+from specbranch.core.messages import Step
+from specbranch.core.sampling import Sampling
+from specbranch.core.tree import Tree
+from specbranch.drafters.model import always
+from specbranch.runtime.runner import Runner
 
 CANDIDATES = 6
 BURST = 8

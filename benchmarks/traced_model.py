@@ -18,7 +18,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Co
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
-from specbranch.record import TAIL, RecordedText
+from specbranch.replay.record import TAIL, RecordedText
 
 CERTAIN = 1e4  # a logit that no other one reaches
 

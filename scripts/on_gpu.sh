@@ -92,9 +92,9 @@ ops() {
     "$python" benchmarks/bench_ops.py --quick "${options[@]}" --json "$work/ops.jsonl"
 }
 
-op_files=(tests/test_verify.py tests/test_draft_sample.py tests/test_filters.py tests/test_tree_attention.py
-    tests/test_attention_bits.py tests/test_kv_commit.py tests/test_ancestor_mask.py tests/test_philox.py
-    tests/test_verify_rejection.py tests/test_device_data.py)
+op_files=(tests/ops/test_verify.py tests/ops/test_draft_sample.py tests/ops/test_filters.py tests/ops/test_tree_attention.py
+    tests/ops/test_attention_bits.py tests/ops/test_kv_commit.py tests/ops/test_ancestor_mask.py tests/ops/test_philox.py
+    tests/ops/test_verify_rejection.py tests/ops/test_device_data.py)
 
 op_tests() {
     if [ -n "$dry" ]; then
@@ -105,7 +105,7 @@ op_tests() {
 }
 
 decoding_tests() {
-    local files=(tests/test_cuda.py tests/test_capturable.py)
+    local files=(tests/runtime/test_cuda.py tests/runtime/test_capturable.py)
     if [ -n "$dry" ]; then
         "$python" -m pytest -q -p no:cacheprovider --collect-only -m cuda "${files[@]}"
         return
@@ -126,7 +126,7 @@ memcheck() {
     if [ -n "$dry" ]; then tool=(env) selected="-k emulated"; fi
     # Few and small: a sanitizer is slow. Not racecheck: races between blocks that only cost time are meant.
     "${tool[@]}" "$python" -m pytest -q -p no:cacheprovider $selected \
-        tests/test_device_data.py tests/test_ancestor_mask.py --maxfail 3
+        tests/ops/test_device_data.py tests/ops/test_ancestor_mask.py --maxfail 3
 }
 
 ncu() {

@@ -18,16 +18,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TESTS = [
-    "tests/test_device_data.py",
-    "tests/test_philox.py",
-    "tests/test_kv_commit.py",
-    "tests/test_ancestor_mask.py",
-    "tests/test_verify.py",
-    "tests/test_draft_sample.py",
-    "tests/test_filters.py",
-    "tests/test_tree_attention.py",
-    "tests/test_attention_bits.py",
-    "tests/test_verify_rejection.py",
+    "tests/ops/test_device_data.py",
+    "tests/ops/test_philox.py",
+    "tests/ops/test_kv_commit.py",
+    "tests/ops/test_ancestor_mask.py",
+    "tests/ops/test_verify.py",
+    "tests/ops/test_draft_sample.py",
+    "tests/ops/test_filters.py",
+    "tests/ops/test_tree_attention.py",
+    "tests/ops/test_attention_bits.py",
+    "tests/ops/test_verify_rejection.py",
 ]
 
 # What takes long under a sanitizer and runs next to no line that the rest does not: left to the ordinary run.

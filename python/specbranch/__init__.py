@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from specbranch.core.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
+    from specbranch.core.generation import Generation, TextStream
+    from specbranch.core.sampling import Sampling
+    from specbranch.core.stats import Stats
     from specbranch.engine import SpecBranch
-    from specbranch.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
-    from specbranch.generation import Generation, TextStream
-    from specbranch.methods import METHODS
-    from specbranch.sampling import Sampling
-    from specbranch.stats import Stats
+    from specbranch.policies.methods import METHODS
 
 __all__ = [
     "METHODS",
@@ -36,15 +36,15 @@ __all__ = [
 ]
 
 _HOME = {
-    "METHODS": "methods",
-    "Generation": "generation",
-    "GenerationFailed": "errors",
-    "GenerationInterrupted": "errors",
-    "Sampling": "sampling",
+    "METHODS": "policies.methods",
+    "Generation": "core.generation",
+    "GenerationFailed": "core.errors",
+    "GenerationInterrupted": "core.errors",
+    "Sampling": "core.sampling",
     "SpecBranch": "engine",
-    "SpecBranchError": "errors",
-    "Stats": "stats",
-    "TextStream": "generation",
+    "SpecBranchError": "core.errors",
+    "Stats": "core.stats",
+    "TextStream": "core.generation",
 }
 
 

@@ -12,30 +12,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specbranch.calibration import Calibrator
-from specbranch.costs import Costs
-from specbranch.decoder import Decoder
-from specbranch.drafter import Drafter
-from specbranch.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
-from specbranch.features import FeatureTap
-from specbranch.generation import Generation, TextStream
-from specbranch.hrad import HRad, Predictor, load_hrad
-from specbranch.loading import (
+from specbranch.core.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
+from specbranch.core.generation import Generation, TextStream
+from specbranch.core.sampling import Sampling
+from specbranch.drafters.model import Drafter
+from specbranch.loop import Decoder
+from specbranch.policies.calibration import Calibrator
+from specbranch.policies.costs import Costs
+from specbranch.policies.methods import make_policy
+from specbranch.replay.record import RecordedText
+from specbranch.replay.recorder import read_features, record_text
+from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
+from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.loading import (
     ModelSource,
     check_vocabularies,
     end_of_sequence,
     load_model,
     load_tokenizer,
 )
-from specbranch.measuring import measure_costs
-from specbranch.methods import make_policy
-from specbranch.model import CachedModel
-from specbranch.placement import make_runner, make_workers
-from specbranch.record import RecordedText
-from specbranch.recording import read_features, record_text
-from specbranch.sampling import Sampling
-from specbranch.text import TextBuilder
-from specbranch.verifier import Verifier
+from specbranch.runtime.measure import measure_costs
+from specbranch.runtime.model import CachedModel
+from specbranch.runtime.placement import make_runner, make_workers
+from specbranch.runtime.verifier import Verifier
+from specbranch.text.detokenizer import TextBuilder
 
 
 class SpecBranch:

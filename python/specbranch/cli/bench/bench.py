@@ -1,0 +1,309 @@
+"""`specbranch bench`: our methods and transformers' own, on the same prompts, interleaved in one process."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from specbranch.cli import files
+from specbranch.cli.bench import memory, plot, report, resume
+from specbranch.cli.bench.peers import Peers
+from specbranch.cli.loading import load_engine, sampling_options
+from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
+from specbranch.cli.terminal import Steps, output_console, steps
+from specbranch.text.prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from specbranch import SpecBranch
+
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Output:
+    """New tokens of one run, how many of them came after the prefill and what that took; stats if it is ours.
+
+    Our prefill leaves the prompt's last token to the first round; transformers' gives the first token.
+    """
+
+    tokens: list[int]
+    decoded_tokens: int
+    prefill_seconds: float
+    stats: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that generates: `generate(ids, max_new_tokens)`."""
+
+    name: str
+    generate: Callable[[list[int], int], Output]
+    comparable: bool  # its text can be compared with autoregressive's
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print the tables, write the files; Ctrl-C does so with what is there, and ends with 130.
+
+    What the JSON file holds already is not measured again.
+    """
+    if args.fresh and args.json is None:
+        raise ValueError("--fresh needs --json: without a file nothing is kept")
+    prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
+    if args.plot is not None:
+        plot.check(args.plot)
+    request = resume.request(args, prompts)
+    before = None
+    if args.json is not None:
+        files.check_writable(args.json)
+        before = resume.read_report(args.json, request, fresh=args.fresh)
+    wanted = len(prompts) * len(names(args))
+    if before is not None:
+        if len(before["records"]) >= wanted:
+            complain(f"{args.json} is complete; --fresh measures again")
+            whole = before | {"interrupted": False, "rows": report.summarize(before["records"])}
+            if before["interrupted"]:  # after the last measurement
+                files.write_json(args.json, whole)
+            return _show(args, whole, wanted)
+        complain(f"going on after {len(before['records'])} of {wanted} measurements; --fresh starts anew")
+    resident_before_loading = _resident_with_libraries()
+    engine = load_engine(args)
+    bench = Bench(engine, contenders(engine, args), args, request, resident_before_loading, before)
+    interrupted = False
+    try:
+        with steps(len(bench.contenders) + wanted - len(bench.records)) as progress:
+            bench.warm_up(prompts[0], progress)
+            for number, prompt in enumerate(prompts):
+                bench.measure(prompt, number, progress)
+                if args.json is not None:
+                    files.write_json(args.json, bench.report(interrupted=True))
+    except KeyboardInterrupt:
+        interrupted = True
+    result = bench.report(interrupted)
+    if args.json is not None:
+        files.write_json(args.json, result)
+    return _show(args, result, wanted)
+
+
+def _show(args: argparse.Namespace, result: dict[str, Any], wanted: int) -> int:
+    """Print and draw a report, and give the exit status."""
+    if result["rows"]:
+        title, console = report.title(result["settings"]), output_console()
+        for number, table in enumerate(report.tables(result["rows"], title)):
+            if number:
+                console.print()
+            console.print(table)
+        for line in report.difference_lines(result["rows"]):
+            print(line)
+        if args.plot is not None:
+            plot.plot(args.plot, result["rows"], title)
+    if result["interrupted"]:
+        more = "" if args.json is None else "; the same command goes on from there"
+        complain(f"interrupted after {len(result['records'])} of {wanted} measurements{more}")
+        return INTERRUPTED
+    return FAILURE if any(record["error"] for record in result["records"]) else 0
+
+
+def names(args: argparse.Namespace) -> list[str]:
+    """The methods and peers asked for; autoregressive is always there, for the tokens."""
+    return [*dict.fromkeys([*args.methods, report.REFERENCE]), *args.peers]
+
+
+def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
+    options = sampling_options(args)
+    del options["max_new_tokens"]
+    peers = Peers(engine.target, engine.draft, args.threads) if args.peers and engine.draft else None
+
+    def method(name: str) -> Contender:
+        def generate(ids: list[int], new_tokens: int) -> Output:
+            generation = engine.generate(ids, max_new_tokens=new_tokens, method=name, **options)
+            tokens, stats = generation.tokens, generation.stats.as_dict()
+            return Output(tokens, len(tokens), stats["prefill_seconds"], stats)
+
+        return Contender(name, generate, comparable=True)
+
+    def peer(name: str, peers: Peers) -> Contender:
+        def generate(ids: list[int], new_tokens: int) -> Output:
+            text = peers.generate(name, ids, max_new_tokens=new_tokens, **options)
+            return Output(text.tokens, len(text.tokens) - text.first_tokens, text.first_seconds)
+
+        return Contender(name, generate, comparable=args.temperature == 0)  # else they draw other noise
+
+    return [peer(name, peers) if peers and name in args.peers else method(name) for name in names(args)]
+
+
+class Bench:
+    """One benchmark run: its contenders and the records so far, those of a report `before` among them."""
+
+    def __init__(
+        self,
+        engine: SpecBranch,
+        contenders: Sequence[Contender],
+        args: argparse.Namespace,
+        request: dict[str, Any],
+        resident_before_loading: int,
+        before: dict[str, Any] | None,
+    ) -> None:
+        self.engine, self.contenders, self.args = engine, list(contenders), args
+        self.records: list[report.Record] = [] if before is None else list(before["records"])
+        self._request = request
+        self._resumed = 0 if before is None else before.get("resumed", 0) + 1
+        self._resident_before_loading = resident_before_loading
+        self._weights = memory.weight_bytes(engine.target, engine.draft)
+        memory.make_resident(engine.target, engine.draft)
+        self._machine, self._versions = describe_machine(), describe_versions()
+
+    def warm_up(self, prompt: Prompt, progress: Steps) -> None:
+        """A short run of everything before anything is timed."""
+        ids = self.engine.encode(prompt.text, chat=prompt.chat)
+        for contender in self.contenders:
+            progress.next(f"warm-up: {contender.name}")
+            contender.generate(ids, min(WARM_UP_TOKENS, self.args.max_new_tokens))
+            progress.done()
+
+    def measure(self, prompt: Prompt, number: int, progress: Steps) -> None:
+        """Every contender on one prompt, in an order that rotates with the prompt's number: none is always first.
+
+        Those whose record is there already are left out.
+        """
+        earlier = [record for record in self.records if record["prompt"] == number]
+        done = {record["name"] for record in earlier}
+        if len(done) == len(self.contenders):
+            return
+        ids = self.engine.encode(prompt.text, chat=prompt.chat)
+        start = number % len(self.contenders)
+        records: list[report.Record] = []
+        try:
+            for contender in self.contenders[start:] + self.contenders[:start]:
+                if contender.name not in done:
+                    progress.next(f"{prompt.id}: {contender.name}")
+                    records.append(self._measure_one(contender, prompt, ids) | {"prompt": number})
+                    progress.done()
+        finally:  # also when interrupted: what is measured counts
+            self._compare([*earlier, *records], ids)
+            self.records += records
+
+    def _measure_one(self, contender: Contender, prompt: Prompt, ids: list[int]) -> report.Record:
+        record: report.Record = {
+            "name": contender.name,
+            "task": prompt.task,
+            "id": prompt.id,
+            "prompt_tokens": len(ids),
+            "same_tokens": None,
+            "first_difference": None,
+            "comparable": contender.comparable,
+            "error": None,
+        }
+        resets = memory.reset_peak()
+        started = time.perf_counter()
+        try:
+            output = contender.generate(ids, self.args.max_new_tokens)
+        except Exception as error:
+            complain(f"error: {contender.name} on {prompt.id}: {one_line(error)}")
+            return record | {"error": one_line(error)}
+        seconds = time.perf_counter() - started
+        peak, tokens = memory.peak_resident_bytes(), output.tokens
+        decode_seconds = seconds - output.prefill_seconds
+        caches = cache_bytes(self.engine, len(ids) + len(tokens))
+        over = peak - self._resident_before_loading - self._weights - caches
+        return record | {
+            "seconds": seconds,
+            "new_tokens": len(tokens),
+            "tokens_per_second": len(tokens) / seconds,
+            "prefill_seconds": output.prefill_seconds,
+            "decode_tokens_per_second": output.decoded_tokens / decode_seconds if output.decoded_tokens else None,
+            "tokens": tokens,
+            "stats": output.stats,
+            "peak_resident_bytes": peak,
+            "memory_over_bytes": over if resets else None,
+        }
+
+    def _compare(self, records: list[report.Record], ids: list[int]) -> None:
+        reference = next((r for r in records if r["name"] == report.REFERENCE and r["error"] is None), None)
+        if reference is None:
+            return
+        for record in records:
+            if record["error"] is not None or not record["comparable"]:
+                continue
+            position = report.compare_tokens(record["tokens"], reference["tokens"])
+            record["same_tokens"] = position is None
+            if position is not None:
+                shared = reference["tokens"][:position]
+                record["first_difference"] = {
+                    "id": record["id"],
+                    "position": position,
+                    "token": _at(record["tokens"], position),
+                    "reference_token": _at(reference["tokens"], position),
+                    "logit_gap": top_two_gap(self.engine, ids + shared, self.args),
+                }
+
+    def report(self, interrupted: bool) -> dict[str, Any]:
+        """Everything measured so far, ready for JSON."""
+        peaks = [r["peak_resident_bytes"] for r in self.records if r["error"] is None]
+        return {
+            "command": shlex.join(["specbranch", *self.args.argv]),
+            "interrupted": interrupted,
+            "machine": self._machine,
+            "versions": self._versions,
+            "request": self._request,
+            "resumed": self._resumed,
+            "settings": self._request["options"]
+            | {
+                "dtype": str(self.engine.target.dtype).removeprefix("torch."),
+                "threads": self.args.threads or torch.get_num_threads(),
+            },
+            "memory": {
+                "resident_before_loading_bytes": self._resident_before_loading,
+                "weight_bytes": self._weights,
+                "peak_resident_bytes": max(peaks) if peaks else None,
+            },
+            "rows": report.summarize(self.records),
+            "records": self.records,
+        }
+
+
+@torch.inference_mode()
+def top_two_gap(engine: SpecBranch, ids: list[int], args: argparse.Namespace) -> float | None:
+    """By how much the target's best next token after `ids` beats its second best.
+
+    A fresh forward of the target with transformers' own attention: logits at temperature 0, perturbed scores
+    above it. None where the filters leave one token.
+    """
+    from specbranch_ext import draft_sample
+
+    input_ids = torch.tensor([ids], device=engine.target.device)
+    logits = engine.target(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0]
+    position = torch.tensor([len(ids)], device=logits.device)
+    options = {name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "min_p")}
+    scores = draft_sample(logits, position, 2, **options).scores[0]
+    gap = float(scores[0] - scores[1])
+    return gap if torch.isfinite(scores).all() else None
+
+
+def cache_bytes(engine: SpecBranch, positions: int) -> int:
+    """K and V of target and draft for so many positions; what is reserved beyond them does not count."""
+    total = 0
+    for model in (engine.target, engine.draft):
+        if model is not None:
+            config = model.config.get_text_config()
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            total += 2 * config.num_hidden_layers * kv_heads * head_dim * positions * model.dtype.itemsize
+    return total
+
+
+def _resident_with_libraries() -> int:
+    """Resident memory once the libraries are there and no model is."""
+    import specbranch.engine  # noqa: F401
+
+    return memory.resident_bytes()
+
+
+def _at(tokens: list[int], position: int) -> int | None:
+    return tokens[position] if position < len(tokens) else None

@@ -1,0 +1,93 @@
+"""Going on with a benchmark that was interrupted: what its file must hold, and what must be the same."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.text.prompts import Prompt
+
+# They say where the figures go, not how they come about.
+_ELSEWHERE = ("argv", "command", "json", "plot", "fresh")
+
+
+def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """All that figures must share to stand in one table: options as given, texts, machine and versions."""
+    machine, versions = describe_machine(), describe_versions()
+    texts = json.dumps([asdict(prompt) for prompt in prompts])
+    asked: dict[str, Any] = {
+        "options": {key: value for key, value in vars(args).items() if key not in _ELSEWHERE},
+        "prompts": {"sha256": hashlib.sha256(texts.encode()).hexdigest()},
+        "machine": {name: machine[name] for name in ("cpu", "cores", "isa", "system")},
+        "versions": versions,
+    }
+    as_written: dict[str, Any] = json.loads(json.dumps(asked))
+    return as_written
+
+
+def read_report(path: str, request: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
+    """The report at `path`, to go on from; None where there is none, or with `fresh`.
+
+    Raises ValueError for a report of other settings, and for a file that is none of ours: that is never overwritten.
+    """
+    if not Path(path).exists():
+        return None
+    try:
+        report = json.loads(Path(path).read_bytes())
+    except ValueError:
+        raise ValueError(f"{path} is no complete JSON file: it stays as it is; delete it or choose another") from None
+    if not _is_report(report):
+        raise ValueError(f"{path} is no report of specbranch bench: it stays as it is; choose another file")
+    if fresh:
+        return None
+    if report.get("request") is None:
+        raise ValueError(f"{path} does not say all of its settings; choose another file, or --fresh to measure anew")
+    if changed := _differences(report["request"], request):
+        raise ValueError(
+            f"{path} was measured with other settings: {'; '.join(changed)}; "
+            "choose another file, or --fresh to measure anew"
+        )
+    assert isinstance(report, dict)
+    return report
+
+
+def _is_report(report: object) -> bool:
+    """Whether every part that is read here is there."""
+    if not isinstance(report, dict) or not isinstance(report.get("settings"), dict):
+        return False
+    records, request = report.get("records"), report.get("request")
+    if not isinstance(report.get("interrupted"), bool) or not isinstance(records, list):
+        return False
+    if request is not None and not (isinstance(request, dict) and all(isinstance(v, dict) for v in request.values())):
+        return False
+    needed = {"name", "task", "id", "error", *(() if request is None else ("prompt",))}
+    return all(isinstance(record, dict) and needed <= record.keys() for record in records)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each setting that differs, as a user writes it, with its value in the file and its value now."""
+    lines = []
+    for part, settings in now.items():
+        known = before.get(part, {})
+        for name in dict.fromkeys([*settings, *known]):
+            old, new = known.get(name), settings.get(name)
+            if old == new:
+                continue
+            if part == "prompts":
+                lines.append("the prompts have other texts")
+            else:
+                shown = f"--{name.replace('_', '-')}" if part == "options" else name
+                lines.append(f"{shown} was {_shown(old)}, is {_shown(new)}")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

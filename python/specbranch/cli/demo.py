@@ -1,0 +1,90 @@
+"""`specbranch demo`: the bundled pair, plain decoding and SpecBranch side by side."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from specbranch.cli.loading import load_engine
+from specbranch.cli.messages import FAILURE
+from specbranch.cli.terminal import output_console, steps
+
+if TYPE_CHECKING:
+    from specbranch import Generation
+
+METHODS = ("autoregressive", "specbranch")
+NAMES = {"autoregressive": "autoregressive", "specbranch": "SpecBranch"}
+PROMPTS, NEW_TOKENS = 3, 96
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate with both methods; print texts, speeds, and whether the tokens are the same (1 if not)."""
+    from specbranch import bundled
+
+    pair = argparse.Namespace(
+        target="bundled", draft="bundled", dtype="float32", device="cpu", overlap="auto", threads=args.threads
+    )
+    engine = load_engine(pair)
+    prompts = [record["prompt"] for record in bundled.prompts()[:PROMPTS]]
+    results: list[dict[str, Generation]] = []
+    with steps((len(prompts) + 1) * len(METHODS)) as progress:
+        for number, prompt in enumerate([prompts[0], *prompts]):  # the first time warms up
+            ids = engine.encode(prompt)
+            result = {}
+            for method in METHODS:
+                progress.next(NAMES[method])
+                result[method] = engine.generate(ids, max_new_tokens=NEW_TOKENS, method=method)
+                progress.done()
+            if number > 0:
+                results.append(result)
+
+    console = output_console()
+    for prompt, result in zip(prompts, results, strict=True):
+        console.print(_side_by_side(prompt, result))
+    console.print(_summary(results))
+    same = all(result["autoregressive"].tokens == result["specbranch"].tokens for result in results)
+    console.print(f"same tokens: {'yes' if same else 'NO'}")
+    return 0 if same else FAILURE
+
+
+def _side_by_side(prompt: str, result: dict[str, Generation]) -> Table:
+    table = Table(title=Text(prompt.rstrip("\n"), style="dim"), title_justify="left", expand=True)
+    for method in METHODS:
+        table.add_column(NAMES[method], ratio=1)
+    table.add_row(*(Text(result[method].text, overflow="fold") for method in METHODS))
+    table.add_section()
+    table.add_row(*(_speed(result[method].stats.as_dict()) for method in METHODS))
+    return table
+
+
+def _speed(stats: dict[str, Any]) -> str:
+    line = f"{stats['tokens_per_second']:.0f} tokens/s, {stats['target_forwards']} target forwards"
+    if stats["drafted_tokens"] > 0:
+        line += f", acceptance {stats['acceptance_rate']:.2f}"
+    return line
+
+
+def _summary(results: Sequence[dict[str, Generation]]) -> Table:
+    table = Table(title="medians", title_justify="left")
+    table.add_column("method")
+    for heading in ("tokens/s", "speed-up", "tokens per target forward", "acceptance"):
+        table.add_column(heading, justify="right")
+    base = None
+    for method in METHODS:
+        stats = [result[method].stats.as_dict() for result in results]
+        speed = median(s["tokens_per_second"] for s in stats)
+        base = base or speed
+        accepted = [s["acceptance_rate"] for s in stats if s["drafted_tokens"] > 0]
+        table.add_row(
+            NAMES[method],
+            f"{speed:.0f}",
+            f"{speed / base:.2f}x",
+            f"{median(s['tokens_per_target_forward'] for s in stats):.2f}",
+            f"{median(accepted):.2f}" if accepted else "-",
+        )
+    return table

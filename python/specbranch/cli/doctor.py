@@ -1,0 +1,167 @@
+"""`specbranch doctor`: what is installed, what can run here, and why something cannot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.cli.messages import FAILURE, one_line
+from specbranch.cli.terminal import output_console
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the findings; status 1 when SpecBranch cannot generate here."""
+    findings = examine(args.target, args.draft)
+    if args.json:
+        print(json.dumps(findings, indent=1))
+    else:
+        view = Table(show_header=False, box=None)
+        view.add_column(style="bold", no_wrap=True)
+        view.add_column()
+        for section, values in findings.items():
+            view.add_row(section.replace("_", " "), Text(_as_text(values)))
+        output_console().print(view)
+    return 0 if findings["ready"] else FAILURE
+
+
+def examine(target: str = "bundled", draft: str = "bundled") -> dict[str, Any]:
+    """Everything that `doctor` reports; each part says for itself what is wrong with it, and none raises."""
+    findings: dict[str, Any] = {
+        "versions": describe_versions(),
+        "machine": _attempt(describe_machine),
+        "threads": _attempt(_threads),
+        "core": _attempt(_core),
+        "openmp": _attempt(_openmp),
+        "cuda": _attempt(_cuda),
+        "cuda_graphs": {"target": _captured(target, "target"), "draft": _captured(draft, "draft")},
+        "bundled_pair": _attempt(_bundled_pair),
+    }
+    needed = ("core", "bundled_pair", "threads")
+    problems = [f"{part}: {findings[part]['error']}" for part in needed if "error" in findings[part]]
+    return {**findings, "problems": problems, "ready": not problems}
+
+
+def _attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return part()
+    except Exception as error:
+        return {"error": one_line(error)}
+
+
+def _threads() -> dict[str, Any]:
+    import torch
+
+    return {"intra_op": torch.get_num_threads(), "inter_op": torch.get_num_interop_threads()}
+
+
+def _core() -> dict[str, Any]:
+    import specbranch_ext
+
+    return dict(specbranch_ext.build_info())
+
+
+def _openmp() -> dict[str, Any]:
+    """The OpenMP runtimes in this process: torch and the core should share one; two fight for the cores."""
+    import torch  # noqa: F401
+
+    import specbranch_ext  # noqa: F401
+
+    if not sys.platform.startswith("linux"):
+        return {"runtimes": None, "shared": None}
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
+    runtimes = sorted(path for path in mapped if Path(path).name.startswith(("libgomp", "libomp", "libiomp")))
+    return {"runtimes": runtimes, "shared": len(runtimes) == 1}
+
+
+def _cuda() -> dict[str, Any]:
+    """Whether CUDA can be used, and what is missing: kernels, a CUDA build of torch, a driver or a device."""
+    import torch
+
+    from specbranch_ext import cuda_device_problem
+
+    core = _attempt(_core)
+    built = bool(core.get("cuda"))
+    reasons = []
+    if not built:
+        reasons.append(core.get("cuda_reason") or "the core was built without CUDA kernels")
+    if torch.version.cuda is None:
+        reasons.append("torch is a CPU build")
+    elif not torch.cuda.is_available():
+        reasons.append("torch finds no CUDA device or driver")
+    devices = []
+    if torch.cuda.is_available():
+        devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if built:
+        problems = [(name, cuda_device_problem(index)) for index, name in enumerate(devices)]
+        reasons += [f"{name}: {problem}" for name, problem in problems if problem]
+    return {
+        "built": built,
+        "compiler": core.get("cuda_compiler"),
+        "architectures": core.get("cuda_architectures", []),
+        "runtime": _cuda_runtime() if built else None,
+        "torch_cuda": torch.version.cuda,
+        "driver": _driver(),
+        "devices": devices,
+        "usable": not reasons,
+        "why_not": reasons,
+    }
+
+
+def _cuda_runtime() -> str:
+    """What the core's own CUDA runtime finds, which may differ from torch's."""
+    from specbranch_ext import _C
+
+    return str(_C.cuda_runtime_report())
+
+
+def _captured(source: str, role: str) -> str:
+    """Whether a model's steps can be captured in CUDA graphs, by its configuration alone."""
+    from specbranch.cli.loading import quiet_libraries
+
+    quiet_libraries()
+    try:
+        from specbranch.runtime.graphs.probe import why_not_captured
+        from specbranch.runtime.loading import without_weights
+
+        reason = why_not_captured(without_weights(source, role))
+    except Exception as error:
+        reason = one_line(error)
+    return "can be captured" if reason is None else f"eager: {reason}"
+
+
+def _driver() -> str | None:
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None
+
+
+def _bundled_pair() -> dict[str, Any]:
+    from specbranch import bundled
+
+    folders = {name: Path(bundled.path(name)) for name in ("target", "draft")}
+    for name, folder in folders.items():
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            if not (folder / file).is_file():
+                raise FileNotFoundError(f"the bundled {name} lacks {file}")
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+def _as_text(values: object) -> str:
+    if isinstance(values, dict):
+        return "\n".join(f"{key.replace('_', ' ')}: {_as_text(value)}" for key, value in values.items())
+    if isinstance(values, list):
+        return ", ".join(_as_text(value) for value in values) or "none"
+    if values is None:
+        return "-"
+    if isinstance(values, bool):
+        return "yes" if values else "no"
+    return str(values)

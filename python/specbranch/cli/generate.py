@@ -1,0 +1,130 @@
+"""`specbranch generate`: text for one prompt or for a file of prompts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+from specbranch.cli.files import check_writable, write_json
+from specbranch.cli.loading import load_engine, sampling_options
+from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
+from specbranch.cli.terminal import steps
+from specbranch.text.prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from specbranch import Generation, SpecBranch
+    from specbranch.core.stats import Stats
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate for every prompt in turn.
+
+    A prompt that cannot be used (too long, for example) is named on stderr and the others go on; the exit
+    status is then 1. Ctrl-C prints what the current prompt has so far and ends with 130.
+    """
+    if args.draft is None and args.method != "autoregressive":
+        raise ValueError(f"--method {args.method} needs --draft")
+    if args.prompts is None:
+        prompts = [Prompt(id="prompt", text=args.prompt, chat=args.chat)]
+    else:
+        prompts = read_prompts(args.prompts, args.limit)
+    if args.trace is not None:
+        check_writable(args.trace)
+    engine = load_engine(args)
+    runs: list[tuple[str, Stats]] = []
+    try:
+        return _generate_all(engine, prompts, args, runs)
+    finally:  # also when interrupted: the rounds up to there are what one wants to see
+        if args.trace is not None:
+            from specbranch.cli.trace import trace
+
+            write_json(args.trace, trace(runs))
+
+
+def _generate_all(
+    engine: SpecBranch, prompts: list[Prompt], args: argparse.Namespace, runs: list[tuple[str, Stats]]
+) -> int:
+    """Generate for every prompt in turn and add what each cost to `runs`."""
+    from specbranch import GenerationFailed, GenerationInterrupted, SpecBranchError
+
+    options = {**sampling_options(args), "stop": args.stop, "method": args.method}
+    failed = False
+    with steps(len(prompts), shown=not sys.stdout.isatty()) as progress:
+        for number, prompt in enumerate(prompts):
+            progress.next(prompt.id)
+            try:
+                ids = engine.encode(prompt.text, chat=prompt.chat)
+                if args.json:
+                    generation = engine.generate(ids, **options)
+                    _print_json(prompt, generation)
+                else:
+                    if args.prompts is not None:
+                        print(f"{chr(10) if number else ''}=== {prompt.id}", flush=True)
+                    generation = _print_stream(engine, ids, options)
+                    _print_summary(generation)
+                runs.append((prompt.id, generation.stats))
+            except (GenerationFailed, GenerationInterrupted) as ending:
+                runs.append((prompt.id, ending.generation.stats))
+                if args.json:
+                    _print_json(prompt, ending.generation)
+                if isinstance(ending, GenerationFailed):
+                    raise
+                complain(f"interrupted after {len(ending.generation.tokens)} new tokens")
+                return INTERRUPTED
+            except SpecBranchError as error:
+                if args.prompts is None:
+                    raise
+                complain(f"error: prompt {prompt.id}: {one_line(error)}")
+                failed = True
+            progress.done()
+    return FAILURE if failed else 0
+
+
+def _print_json(prompt: Prompt, generation: Generation) -> None:
+    record = {
+        "id": prompt.id,
+        "text": generation.text,
+        "tokens": generation.tokens,
+        "finish_reason": generation.finish_reason,
+        "stats": generation.stats.as_dict(),
+    }
+    print(json.dumps(record), flush=True)
+
+
+def _print_stream(engine: SpecBranch, ids: list[int], options: dict[str, Any]) -> Generation:
+    """Print the text as it is committed, and end its line whatever happens."""
+    from specbranch import GenerationFailed, GenerationInterrupted
+
+    written = ""
+    with closing(engine.stream(ids, **options)) as stream:
+        try:
+            for piece in stream:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+                written += piece
+        except (GenerationFailed, GenerationInterrupted) as ending:
+            rest = ending.generation.text.removeprefix(written)  # committed, but held back until now
+            sys.stdout.write(rest + "\n")
+            raise
+        except KeyboardInterrupt:  # between two rounds
+            sys.stdout.write("\n")
+            raise
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    assert stream.generation is not None
+    return stream.generation
+
+
+def _print_summary(generation: Generation) -> None:
+    if not sys.stderr.isatty():
+        return
+    stats = generation.stats.as_dict()
+    print(
+        f"[{stats['method']}: {stats['new_tokens']} tokens, {stats['tokens_per_second']:.1f} tokens/s, "
+        f"{stats['tokens_per_target_forward']:.2f} tokens per target forward, "
+        f"acceptance {stats['acceptance_rate']:.2f}]",
+        file=sys.stderr,
+    )

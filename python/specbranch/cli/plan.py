@@ -1,0 +1,97 @@
+"""`specbranch plan`: every method replayed over records, without the models."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from specbranch.cli.files import check_writable, write_json
+from specbranch.cli.terminal import output_console, status
+
+if TYPE_CHECKING:
+    from specbranch.replay.planner import Expectation
+    from specbranch.replay.record import Record
+    from specbranch.replay.replayer import ReplayCosts
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a table for every set of costs and, with --json, write what it shows and more."""
+    from specbranch.replay.record import Record
+
+    if args.json is not None:
+        check_writable(args.json)
+    record = joined([Record.load(Path(path)) for path in args.records], args.records)
+    results = []
+    for title, costs, modes in cost_sets(record, args):
+        from specbranch.replay.planner import plan
+
+        with status(f"replaying: {title}"):
+            expectations = list(plan(record, costs, modes))
+        output_console().print(table(expectations, title))
+        results.append({"costs": title, "expectations": [asdict(expectation) for expectation in expectations]})
+    if args.json is not None:
+        pair: dict[str, Any] = {"target": asdict(record.target), "draft": asdict(record.draft)}
+        command = shlex.join(["specbranch", *args.argv])
+        texts = [{"task": text.task, "id": text.id, "tokens": len(text)} for text in record.texts]
+        write_json(args.json, {"command": command, **pair, "texts": texts, "results": results})
+    return 0
+
+
+def joined(records: list[Record], paths: list[str]) -> Record:
+    """One record of all texts; costs are the first's. Raises ValueError for records of different pairs."""
+    first = records[0]
+    for other, path in zip(records, paths, strict=True):
+        if (other.target, other.draft) != (first.target, first.draft):
+            raise ValueError(
+                f"{path}: a record of {other.draft.name} and {other.target.name}; {paths[0]} is of "
+                f"{first.draft.name} and {first.target.name}"
+            )
+    return replace(first, texts=[text for record in records for text in record.texts])
+
+
+def cost_sets(record: Record, args: argparse.Namespace) -> list[tuple[str, ReplayCosts, tuple[str, ...]]]:
+    """Title, costs and modes of every table."""
+    from specbranch.replay.planner import MODES
+    from specbranch.replay.replayer import ReplayCosts
+
+    if args.ratio:
+        return [
+            (
+                f"a target forward is {ratio:g} draft forwards",
+                ReplayCosts.ratio(ratio, args.row, args.row),
+                tuple(MODES),
+            )
+            for ratio in args.ratio
+        ]
+    if not record.costs:
+        raise ValueError(f"{args.records[0]}: no measured costs (an unfinished record?); finish it or pass --ratio")
+    return [("costs as measured with the record", ReplayCosts.of(record), tuple(MODES))]
+
+
+def table(expectations: list[Expectation], title: str) -> Table:
+    view = Table(title=title, title_justify="left")
+    view.add_column("method", no_wrap=True)
+    view.add_column("mode")
+    for heading in ("tokens/s", "speed-up", "per forward", "rollback", "wasted"):
+        view.add_column(heading, justify="right")
+    view.add_column("settings", min_width=22)
+    best = max(expectations, key=lambda expectation: expectation.tokens_per_second)
+    for expectation in expectations:
+        settings = " ".join(f"{name}={value}" for name, value in expectation.settings.items())
+        view.add_row(
+            expectation.method,
+            expectation.mode,
+            f"{expectation.tokens_per_second:.2f}",
+            f"{expectation.speedup:.2f}",
+            f"{expectation.tokens_per_target_forward:.2f}",
+            f"{expectation.rollback_rate:.2f}",
+            f"{expectation.wasted_per_token:.2f}",
+            settings or "default",
+            style="bold" if expectation is best else None,
+        )
+    return view

@@ -1,0 +1,79 @@
+"""`specbranch record`: what a pair says along its own texts, for `specbranch plan`."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from specbranch.cli.loading import load_engine, sampling_options
+from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.cli.messages import INTERRUPTED, complain
+from specbranch.cli.terminal import status, steps
+from specbranch.text.prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from specbranch import SpecBranch
+    from specbranch.replay.record import Record
+
+
+def run(args: argparse.Namespace) -> int:
+    """Record every prompt and what forwards cost here; running it again goes on where it stopped."""
+    prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
+    path = Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine = load_engine(args)
+    record = record_prompts(engine, prompts, sampling_options(args), path, args.features)
+    if record is None:
+        return INTERRUPTED
+    record = with_costs(engine, record, path)
+    positions = sum(len(text) for text in record.texts)
+    print(f"{path}: {len(record.texts)} texts, {positions} tokens, agreement {agreement(record):.3f}")
+    return 0
+
+
+def record_prompts(
+    engine: SpecBranch, prompts: list[Prompt], options: dict[str, Any], path: Path, features: bool
+) -> Record | None:
+    """The record of the prompts, None after Ctrl-C; whatever is finished is in the file."""
+    from specbranch.core.sampling import Sampling
+    from specbranch.replay.recorder import collect
+
+    new_tokens = options.pop("max_new_tokens")
+    seen = 0
+    with steps(len(prompts)) as progress:
+
+        def before(id: str) -> None:
+            nonlocal seen
+            if seen:
+                progress.done()
+            seen += 1
+            progress.next(id)
+
+        try:
+            return collect(engine, prompts, Sampling(**options), new_tokens, path, features, before)
+        except KeyboardInterrupt:
+            complain(f"interrupted at prompt {seen} of {len(prompts)}; run it again to go on")
+            return None
+
+
+def with_costs(engine: SpecBranch, record: Record, path: Path) -> Record:
+    """The record at `path`, with what forwards cost here if it did not hold that yet."""
+    if record.costs:
+        return record
+    with status("measuring forwards"):
+        record = replace(record, costs=engine.measure_costs(), machine=machine(engine))
+    record.save(path)
+    return record
+
+
+def machine(engine: SpecBranch) -> dict[str, object]:
+    dtype = str(engine.target.dtype).removeprefix("torch.")
+    return {**describe_machine(), **describe_versions(), "dtype": dtype, "threads": engine.threads}
+
+
+def agreement(record: Record) -> float:
+    """How often the draft's first candidate is the target's token."""
+    right = sum(int((text.said.tokens[:, 0] == text.tokens).sum()) for text in record.texts)
+    return right / max(1, sum(len(text) for text in record.texts))

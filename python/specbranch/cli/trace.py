@@ -1,0 +1,79 @@
+"""From the logs of generations to a trace that chrome://tracing and ui.perfetto.dev show.
+
+The format is Chrome's Trace Event Format: complete events (ph "X"), times in microseconds, and metadata events that
+name processes and threads. Each prompt is a process; its threads are the lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from specbranch.core.messages import Step
+from specbranch.core.stats import Round, Stats
+
+THREADS = {"rounds": 1, "target": 2, "draft": 3}  # the lanes, in the order they are shown
+
+Event = dict[str, Any]
+
+
+def trace(runs: Sequence[tuple[str, Stats]]) -> dict[str, Any]:
+    """The trace of some generations, each with its prompt's id, on one clock; time 0 is the first round's begin."""
+    origin = min((round.begin for _, stats in runs for round in stats.log), default=0.0)
+    events: list[Event] = []
+    for process, (prompt, stats) in enumerate(runs, 1):
+        events += _names(process, f"{prompt} ({stats.method})")
+        for round in stats.log:
+            events += _round_events(process, round, origin)
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def outcome(round: Round) -> str:
+    """hit: work below the next token lives on. rollback: it was in vain. miss: nothing was refused, nothing is left."""
+    if round.hit:
+        return "hit"
+    return "rollback" if round.rolled_back else "miss"
+
+
+def _round_events(process: int, round: Round, origin: float) -> Iterable[Event]:
+    steps = [*round.target, *round.draft]
+    end = max([round.end, round.begin, *(step.end for step in steps)])  # a round cut short has no end of its own
+    yield _event(process, "rounds", outcome(round), round.begin - origin, end - origin) | {
+        "args": {
+            "verified": round.verified,
+            "accepted": round.accepted,
+            "hit": round.hit,
+            "rolled_back": round.rolled_back,
+            "wasted": round.wasted,
+            "tokens": round.tokens,
+            "overlapped": round.overlapped,
+        }
+    }
+    for lane, name, forwards in (("target", "verify", round.target), ("draft", "draft", round.draft)):
+        for step in forwards:
+            yield _forward(process, lane, name, step, origin)
+
+
+def _forward(process: int, lane: str, name: str, step: Step, origin: float) -> Event:
+    return _event(process, lane, name, step.begin - origin, step.end - origin) | {"args": {"rows": step.rows}}
+
+
+def _event(process: int, lane: str, name: str, begin: float, end: float) -> Event:
+    """Times in seconds; written with nanoseconds, of which both ends are rounded, so that neighbours never overlap."""
+    first, last = round(begin * 1e9), round(end * 1e9)
+    return {
+        "name": name,
+        "cat": lane,
+        "ph": "X",
+        "ts": first / 1000,
+        "dur": (last - first) / 1000,
+        "pid": process,
+        "tid": THREADS[lane],
+    }
+
+
+def _names(process: int, name: str) -> Iterable[Event]:
+    yield {"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}}
+    for lane, thread in THREADS.items():
+        yield {"name": "thread_name", "ph": "M", "pid": process, "tid": thread, "args": {"name": lane}}
+        yield {"name": "thread_sort_index", "ph": "M", "pid": process, "tid": thread, "args": {"sort_index": thread}}

@@ -1,0 +1,1 @@
+"""Values of the decoding loop: they import neither torch nor numpy."""

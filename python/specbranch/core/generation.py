@@ -1,0 +1,47 @@
+"""The result of a generation, and a text that arrives while it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+from specbranch.core.errors import GenerationInterrupted
+from specbranch.core.stats import Stats
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came out.
+
+    text: without special tokens, and without a stop string. tokens: the new ids only; an end-of-sequence id is
+    included. finish_reason: "stop" (end of sequence or a stop string), "length", "interrupted" or "error".
+    """
+
+    text: str
+    tokens: list[int]
+    stats: Stats
+    finish_reason: str
+
+
+class TextStream:
+    """Iterates over pieces of text as they are committed; `generation` is there when the iteration is over."""
+
+    def __init__(self, pieces: Generator[str | Generation, None, None]) -> None:
+        self._pieces = pieces
+        self.generation: Generation | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for piece in self._pieces:
+                if isinstance(piece, Generation):
+                    self.generation = piece
+                elif piece:
+                    yield piece
+        except GenerationInterrupted:
+            raise
+        except KeyboardInterrupt as interrupt:  # it came between two rounds: hand it in, so that the text is kept
+            self._pieces.throw(interrupt)
+
+    def close(self) -> None:
+        """Stop generating; what was committed is dropped."""
+        self._pieces.close()

@@ -1,0 +1,195 @@
+"""What a generation cost and how good the guesses were: counted the same way for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from specbranch.core.messages import Step
+from specbranch.core.tree import Tree
+from specbranch.runtime.verifier import Verdict
+
+CAUSES = ("rejected", "behind_rejection", "losing_branches", "left_over")  # why a drafted token was wasted
+
+
+def ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+@dataclass(slots=True)
+class Round:
+    """What happened between two commits.
+
+    draft, target: the forwards. verified, accepted: drafted tokens scored, and those that stood. hit: the next token
+    was in the tree. rolled_back, wasted: tokens of the best path, and of the whole tree, that were thrown away.
+    rejected, behind_rejection, losing_branches: what the wasted ones were, as in Stats.
+    """
+
+    begin: float
+    overlapped: bool
+    end: float = 0.0
+    draft: list[Step] = field(default_factory=list)
+    target: list[Step] = field(default_factory=list)
+    verified: int = 0
+    accepted: int = 0
+    hit: bool = False
+    rejected: int = 0
+    behind_rejection: int = 0
+    losing_branches: int = 0
+    tokens: int = 0
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.begin
+
+    @property
+    def outside_seconds(self) -> float:
+        """Time in which neither model works: what the host makes of it."""
+        working, end = 0.0, self.begin
+        for step in sorted([*self.target, *self.draft], key=lambda step: step.begin):
+            working += max(0.0, step.end - max(step.begin, end))
+            end = max(end, step.end)
+        return self.seconds - working
+
+    @property
+    def rolled_back(self) -> int:
+        return self.rejected + self.behind_rejection
+
+    @property
+    def wasted(self) -> int:
+        return self.rolled_back + self.losing_branches
+
+
+@dataclass
+class Stats:
+    """Counts over the rounds of one generation; times in seconds.
+
+    target_runner, draft_runner: how their steps ran, "captured" or "eager", and why.
+    drafted: tokens that ever became tree nodes. verified: drafted tokens that the target scored. accepted: those
+    that stood. rolled_back: tokens of a tree's best path (the trunk and its likeliest continuation) thrown away.
+    target_busy and draft_busy: time inside the models, prefill apart.
+    """
+
+    method: str = ""
+    target_runner: str = ""
+    draft_runner: str = ""
+    overlap: bool = False
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    rounds: int = 0
+    overlapped_rounds: int = 0
+    target_forwards: int = 0
+    draft_forwards: int = 0
+    drafted: int = 0
+    verified: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    behind_rejection: int = 0
+    losing_branches: int = 0
+    hits: int = 0
+    target_busy: float = 0.0
+    draft_busy: float = 0.0
+    log: list[Round] = field(default_factory=list)
+
+    def begin_round(self, now: float, overlapped: bool) -> None:
+        self.log.append(Round(now, overlapped))
+
+    def end_round(self, now: float, tokens: int) -> Round:
+        round = self.log[-1]
+        round.end, round.tokens = now, tokens
+        return round
+
+    def add_draft(self, step: Step) -> None:
+        self.draft_forwards += 1
+        self.draft_busy += step.seconds
+        self.log[-1].draft.append(step)
+
+    def add_target(self, step: Step) -> None:
+        self.target_forwards += 1
+        self.target_busy += step.seconds
+        self.log[-1].target.append(step)
+
+    def count(self, tree: Tree, trunk: tuple[int, ...], verdict: Verdict, next_node: int | None) -> None:
+        """Add one round. tree: as it stood at the verdict; next_node: the node of the next token, if drafted."""
+        kept = {*verdict.path, *(() if next_node is None else tree.below(next_node))}
+        round = self.log[-1]
+        round.verified, round.accepted = len(trunk) - 1, verdict.accepted
+        round.hit = next_node is not None
+        refused = sum(node not in kept for node in tree.best_path())  # the first of them has a parent that stands
+        round.rejected = min(refused, 1)
+        round.behind_rejection = refused - round.rejected
+        round.losing_branches = len(tree) - len(kept) - refused
+        self.rounds += 1
+        self.verified += round.verified
+        self.accepted += round.accepted
+        self.hits += round.hit
+        self.rejected += round.rejected
+        self.behind_rejection += round.behind_rejection
+        self.losing_branches += round.losing_branches
+
+    def end(self, new_tokens: int) -> None:
+        """The text has so many tokens; what the last round committed behind a stop was drafted in vain."""
+        beyond, self.new_tokens = self.new_tokens - new_tokens, new_tokens
+        if beyond > 0:
+            last = self.log[-1]
+            self.hits -= last.hit  # the round's last token
+            self.accepted -= min(beyond - 1, last.accepted)
+
+    @property
+    def rolled_back(self) -> int:
+        return self.rejected + self.behind_rejection
+
+    @property
+    def wasted(self) -> int:
+        return self.drafted - self.accepted - self.hits
+
+    @property
+    def left_over(self) -> int:
+        return self.wasted - self.rolled_back - self.losing_branches
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.seconds - self.prefill_seconds
+
+    @property
+    def bubble_seconds(self) -> float:
+        """Time that one model waited for the other: what both could have worked less what they did."""
+        if not self.draft_forwards:
+            return 0.0
+        return max(0.0, 2 * self.decode_seconds - self.target_busy - self.draft_busy)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything that is reported; rates are 0 where nothing was drafted.
+
+        A verdict whose next token was a drafted node makes that node a committed token, so hits are not wasted.
+        """
+        return {
+            "method": self.method,
+            "target_runner": self.target_runner,
+            "draft_runner": self.draft_runner,
+            "overlap": self.overlap,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "seconds": self.seconds,
+            "prefill_seconds": self.prefill_seconds,
+            "tokens_per_second": ratio(self.new_tokens, self.seconds),
+            "decode_tokens_per_second": ratio(self.new_tokens, self.decode_seconds),
+            "target_forwards": self.target_forwards,
+            "draft_forwards": self.draft_forwards,
+            "tokens_per_target_forward": ratio(self.new_tokens, self.target_forwards),
+            "rounds": self.rounds,
+            "overlapped_rounds": self.overlapped_rounds,
+            "drafted_tokens": self.drafted,
+            "verified_tokens": self.verified,
+            "accepted_tokens": self.accepted,
+            "acceptance_rate": ratio(self.accepted, self.verified),
+            "hit_rate": ratio(self.hits, self.rounds),
+            "rollback_rate": ratio(self.rolled_back, self.rolled_back + self.accepted + self.hits),
+            "wasted_tokens": self.wasted,
+            **{cause: getattr(self, cause) for cause in CAUSES},
+            "bubble_seconds": self.bubble_seconds,
+            "target_busy_seconds": self.target_busy,
+            "draft_busy_seconds": self.draft_busy,
+        }

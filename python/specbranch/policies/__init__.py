@@ -1,0 +1,1 @@
+"""What to draft and what to verify: pure decisions, and what they are based on."""

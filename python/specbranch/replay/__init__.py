@@ -1,0 +1,1 @@
+"""Decoding without models: records, replays, plans."""

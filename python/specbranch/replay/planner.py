@@ -1,0 +1,99 @@
+"""Planning: what every method is expected to give for a recorded pair, and with which settings."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from specbranch.core.stats import Stats, ratio
+from specbranch.policies.methods import METHODS, make_policy
+from specbranch.replay.record import Record, RecordedText
+from specbranch.replay.replayer import ReplayCosts, replay
+
+# What is tried for each method besides its defaults.
+GRIDS: Mapping[str, Mapping[str, Sequence[object]]] = {
+    "speculative": {"length": (1, 2, 3, 4, 6, 8, 12)},
+    "adaptive": {"stop": (0.2, 0.4, 0.6, 0.8), "max_length": (8, 20)},
+    "pearl": {"length": (1, 2, 3, 4, 6, 8, 12)},
+    "ssd": {"fan": (1, 2, 3), "length": (2, 4, 8)},
+    "specbranch-paper": {"epsilon": (0.3, 0.5, 0.7, 0.9), "max_trunk": (4, 12)},
+    "specbranch": {"batch": (4, 8, 16), "max_trunk": (6, 12, 20)},
+}
+MODES: Mapping[str, bool] = {"serial": False, "overlapped": True}
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """A method with these settings, replayed.
+
+    tokens_per_second: in the unit of the costs. speedup: over autoregressive decoding. The other figures are as in
+    Stats, over all texts.
+    """
+
+    method: str
+    mode: str
+    settings: dict[str, object]
+    tokens_per_second: float
+    speedup: float
+    tokens_per_target_forward: float
+    rollback_rate: float
+    wasted_per_token: float
+    by_task: dict[str, float] = field(default_factory=dict)
+
+
+def expect(
+    record: Record,
+    costs: ReplayCosts,
+    method: str,
+    mode: str,
+    settings: dict[str, object],
+    texts: Sequence[RecordedText],
+) -> Expectation:
+    stats = replay(record, make_policy(method, settings), costs, MODES[mode], texts)
+    alone = 1 / costs.serial_target(1)
+
+    def speed(some: Sequence[Stats]) -> float:
+        return sum(s.new_tokens for s in some) / sum(s.seconds for s in some)
+
+    tasks = {task: [s for s, text in zip(stats, texts, strict=True) if text.task == task] for task in tasks_of(texts)}
+    rolled, stood = sum(s.rolled_back for s in stats), sum(s.accepted + s.hits for s in stats)
+    tokens = sum(s.new_tokens for s in stats)
+    return Expectation(
+        method,
+        mode,
+        settings,
+        speed(stats),
+        speed(stats) / alone,
+        tokens / sum(s.target_forwards for s in stats),
+        ratio(rolled, rolled + stood),
+        sum(s.wasted for s in stats) / tokens,
+        {task: speed(some) / alone for task, some in tasks.items()},
+    )
+
+
+def plan(record: Record, costs: ReplayCosts, modes: Sequence[str] = tuple(MODES)) -> Iterator[Expectation]:
+    """Every method in every mode: with its defaults, then with the best settings of its grid where they are better.
+
+    The grid is searched on every other text and the winner is replayed over all of them.
+    """
+    sample = record.texts[::2]
+    for method, mode in itertools.product(METHODS, modes):
+        if MODES[mode] and not make_policy(method, {}).overlaps:
+            continue
+        default = expect(record, costs, method, mode, {}, record.texts)
+        yield default
+        grid = GRIDS.get(method, {})
+        choices: list[dict[str, object]] = [
+            dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
+        ]
+        tried = [expect(record, costs, method, mode, settings, sample) for settings in choices if settings]
+        if tried:
+            best = max(tried, key=lambda expectation: expectation.tokens_per_second)
+            tuned = expect(record, costs, method, mode, best.settings, record.texts)
+            if tuned.tokens_per_second > default.tokens_per_second:
+                yield tuned
+
+
+def tasks_of(texts: Sequence[RecordedText]) -> list[str]:
+    return list(dict.fromkeys(text.task for text in texts))

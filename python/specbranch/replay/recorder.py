@@ -1,0 +1,167 @@
+"""Making records: a pair decodes prompts once, and what a policy could ask of it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from specbranch.core.errors import SpecBranchError
+from specbranch.core.sampling import Sampling
+from specbranch.core.tree import Proposals, Tree
+from specbranch.drafters.model import Drafter
+from specbranch.replay.record import TAIL, Record, RecordedText, Said
+from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.identity import ModelIdentity
+from specbranch.runtime.model import PREFILL_CHUNK
+from specbranch.runtime.runner import Runner
+from specbranch.text.prompts import Prompt
+
+if TYPE_CHECKING:
+    from specbranch.engine import SpecBranch
+
+WINDOW = 16  # positions whose tails are drafted together
+
+
+def collect(
+    engine: SpecBranch,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    max_new_tokens: int,
+    path: Path,
+    features: bool,
+    before: Callable[[str], None],
+) -> Record:
+    """Decode and record every prompt that the file at `path` does not hold yet; it is written after each.
+
+    before: told each prompt's id when its turn comes. Raises SpecBranchError when the file there is of another pair
+    or other settings.
+    """
+    assert engine.draft is not None
+    settings: dict[str, float] = {**asdict(sampling), "max_new_tokens": max_new_tokens}
+    record = Record(ModelIdentity.of(engine.target), ModelIdentity.of(engine.draft), settings, [])
+    if path.exists():
+        found = Record.load(path)
+        check_continues(found, record, features, path)
+        record = found
+    outside: list[float] = []
+    done = {(text.task, text.id) for text in record.texts}
+    for prompt in prompts:
+        before(prompt.id)
+        if (prompt.task, prompt.id) in done:
+            continue
+        ids = engine.encode(prompt.text, chat=prompt.chat)
+        made = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling))
+        if not made.tokens:
+            continue
+        outside += [round.outside_seconds for round in made.stats.log]
+        text = engine.record(ids, made.tokens, id=prompt.id, task=prompt.task, sampling=sampling, features=features)
+        record = replace(record, texts=[*record.texts, text], round_seconds=median(outside))
+        record.save(path)
+    return record
+
+
+def check_continues(found: Record, wanted: Record, features: bool, path: Path) -> None:
+    """That a record at `path` may be continued with these settings."""
+    for name, here, there in (
+        ("target", wanted.target, found.target),
+        ("draft", wanted.draft, found.draft),
+        *((name, value, found.sampling.get(name)) for name, value in wanted.sampling.items()),
+        *(("choice of features", features, text.features is not None) for text in found.texts[:1]),
+    ):
+        if here != there:
+            raise SpecBranchError(f"{path}: a record with another {name} ({there}, here {here}); choose another file")
+
+
+def record_text(
+    drafter: Drafter, prompt: Sequence[int], tokens: Sequence[int], *, id: str, task: str, features: Tensor | None
+) -> RecordedText:
+    """Run the draft along a text that the target has generated, and a little way down each of its wrong turns.
+
+    drafter: with an attached draft model, reset for the whole text, and without a calibrator.
+    """
+    drafter.prefill(prompt[:-1])
+    text = [*prompt, *tokens]
+    said: list[Proposals] = []
+    tails: list[list[Proposals | None]] = []
+    for start in range(0, len(tokens), WINDOW):
+        position = len(prompt) - 1 + start
+        window = text[position + 1 : position + 1 + min(WINDOW, len(tokens) - start)]
+        tree = Tree.rooted(text[position], position)
+        tree = drafter.propose(tree, [0], text).tree
+        for depth, token in enumerate(window):
+            tree = tree.hang(depth, token)
+        chain = list(range(1, len(window)))
+        if chain:
+            tree = drafter.propose(tree, chain, text).tree
+        here = [_proposals(tree, node) for node in range(len(window))]
+        ends = {}
+        for node, proposals in enumerate(here):
+            if proposals.tokens[0] != window[node]:
+                tree = tree.adopt(node, 0)
+                ends[node] = len(tree) - 1
+        found: list[list[Proposals | None]] = [[None] * TAIL for _ in window]
+        for step in range(TAIL if ends else 0):
+            tree = drafter.propose(tree, list(ends.values()), text).tree
+            for node, end in ends.items():
+                found[node][step] = _proposals(tree, end)
+                tree = tree.adopt(end, 0)
+                ends[node] = len(tree) - 1
+        said += here
+        tails += found
+        drafter.commit(range(len(window)), {})
+    flat = [proposals for tail in tails for proposals in tail]
+    k = len(said[0].tokens)
+    return RecordedText(id, task, len(prompt), torch.tensor(list(tokens)), _stack(said, k), _stack(flat, k), features)
+
+
+def read_features(target: Runner, tap: FeatureTap, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """The target's features before each of `tokens`, [len(tokens), F]: those that its verdicts would have given.
+
+    target: attached, and so is its tap.
+    """
+    text = [*prompt, *tokens]
+    target.reset(len(text))
+    found = []
+    first = max(len(prompt) - 2, 0)
+    target.prefill(text[:first])
+    for start in range(first, len(text) - 2, PREFILL_CHUNK):
+        chunk = text[start : min(start + PREFILL_CHUNK, len(text) - 2)]
+        target.prefill(chunk)
+        with target.device.running():
+            found.append(tap.rows(slice(None), text[start + 1 : start + 1 + len(chunk)]))
+    features = torch.cat(found)
+    if len(prompt) == 1:  # nothing was verified before the first token
+        features = torch.cat([torch.zeros_like(features[:1]), features])
+    return features
+
+
+def _proposals(tree: Tree, node: int) -> Proposals:
+    proposals = tree.nodes[node].proposals
+    assert proposals is not None
+    return proposals
+
+
+def _stack(all_proposals: Sequence[Proposals | None], k: int) -> Said:
+    """As tensors; what is missing is -1 and NaN."""
+
+    def rows() -> Iterator[tuple[list[int], list[float], float, float]]:
+        for proposals in all_proposals:
+            if proposals is None or proposals.signals is None:
+                yield [-1] * k, [torch.nan] * k, torch.nan, torch.nan
+                continue
+            missing = k - len(proposals.tokens)
+            yield (
+                [*proposals.tokens, *[-1] * missing],
+                [*proposals.confidence, *[0.0] * missing],
+                proposals.signals.entropy,
+                min(proposals.signals.margin, 100.0),
+            )
+
+    tokens, agreement, entropy, margin = zip(*rows(), strict=True)
+    return Said(torch.tensor(tokens), torch.tensor(agreement), torch.tensor(entropy), torch.tensor(margin))

@@ -1,0 +1,152 @@
+"""Attaching specbranch to a transformers model: the registered attention, and layers that are exact per row.
+
+Outside `attached(model)` a model is as its owner loaded it, so it can be shared with transformers' own generate().
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.activations import ACT2CLS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from specbranch.core.errors import SpecBranchError
+from specbranch_ext import linear, tree_attention
+
+ATTENTION = "specbranch"
+
+ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
+
+LINEAR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@cache
+def no_mask(device: torch.device) -> Tensor:
+    """A 4D mask is handed through untouched, so this one keeps transformers from building one that nobody reads."""
+    return torch.zeros(1, 1, 1, 1, device=device)
+
+
+@dataclass
+class TreeContext:
+    """What the attention of one forward needs to know; it travels as the keyword argument `specbranch`.
+
+    prefix_length: int64 [], committed cache rows. ancestors: int64 [n, words], or None for a chain of new rows.
+    by_position: whether a row's bits must not depend on where the tree lies in the cache: see `tree_attention`.
+    calls: how many layers have asked, so that a model that ignores the registered attention is found out.
+    """
+
+    prefix_length: Tensor
+    ancestors: Tensor | None = None
+    by_position: bool = True
+    calls: int = 0
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """prefix_length and ancestors on a layer's device: a model may be spread over several."""
+        if self.prefix_length.device == device:
+            return self.prefix_length, self.ancestors
+        ancestors = None if self.ancestors is None else self.ancestors.to(device, non_blocking=True)
+        return self.prefix_length.to(device, non_blocking=True), ancestors
+
+
+def specbranch_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    specbranch: TreeContext | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Tree attention for transformers' AttentionInterface.
+
+    query [1, Hq, n, D] with RoPE applied; key, value [1, Hkv, capacity, D], the branch cache's whole buffers.
+    Returns [1, n, Hq, D] and no weights. Without a TreeContext it is transformers' own sdpa attention.
+    """
+    if specbranch is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if kwargs.get("s_aux") is not None:
+        raise SpecBranchError(f"{type(module).__name__} uses attention sinks, which specbranch does not support")
+    specbranch.calls += 1
+    prefix_length, ancestors = specbranch.on(query.device)
+    out = tree_attention(
+        query[0].transpose(0, 1),
+        key[0],
+        value[0],
+        prefix_length,
+        ancestors,
+        scale=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        by_position=specbranch.by_position,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION, specbranch_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # else padding is silently lost outside our own forwards
+
+
+@contextmanager
+def attached(model: PreTrainedModel) -> Iterator[None]:
+    """Run `model` with tree attention and, on the CPU, with layers whose rows do not depend on each other.
+
+    A row's result then does not change with the number of rows in its forward: verifying drafted tokens
+    together gives bit for bit what decoding one by one gives.
+    """
+    previous = model.config._attn_implementation
+    patched: list[nn.Module] = []
+    model.set_attn_implementation(ATTENTION)
+    for module in model.modules():
+        forward = _exact_forward(module, model.device)
+        if forward is not None:
+            module.forward = forward
+            patched.append(module)
+    try:
+        yield
+    finally:
+        for module in patched:
+            del module.forward
+        model.set_attn_implementation(previous)
+
+
+def _exact_forward(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """What to run instead of a module's own forward; None where that is exact per row already, or not on the CPU."""
+    if isinstance(module, nn.Linear) and _exact_linear_fits(module):
+        return partial(_exact_linear, module)
+    if device.type == "cpu" and type(module) in ACTIVATIONS and "forward" not in vars(module):
+        return partial(_exact_activation, module)
+    return None
+
+
+def _exact_linear_fits(module: nn.Linear) -> bool:
+    return (
+        type(module) is nn.Linear
+        and "forward" not in vars(module)
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in LINEAR_DTYPES
+    )
+
+
+def _exact_linear(module: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, module.weight, module.bias)
+
+
+def _exact_activation(module: nn.Module, input: Tensor) -> Tensor:
+    """Row by row: torch's vector loop ends in a tail with another exponential, which differs in the last bit."""
+    rows = input.reshape(-1, input.shape[-1])
+    if len(rows) == 1:
+        alone: Tensor = type(module).forward(module, input)
+        return alone
+    return torch.stack([type(module).forward(module, row) for row in rows]).view(input.shape)

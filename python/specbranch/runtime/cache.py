@@ -1,0 +1,159 @@
+"""The branch cache: one preallocated K/V buffer per layer, committed prefix first, then the rows of tree nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from specbranch.core.errors import SpecBranchError
+from specbranch_ext import kv_commit
+
+TREE_ROWS = 256  # rows kept free behind the text for tree nodes
+MAX_BACKLOG = 16  # of them, for text that is caught up with in the same forward
+
+
+class BranchLayer(CacheLayerMixin):
+    """One layer's buffers, `[1, kv_heads, capacity, head_dim]`, written at the rows that the owner names.
+
+    Sliding-window layers keep all rows too (the window is applied in the attention), so that rollback is exact.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+
+    def __init__(self, owner: BranchCache) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.owner = owner
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor | None = None) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._buffer(key_states)
+        self.values = self._buffer(key_states if value_states is None else value_states)
+        self.is_initialized = True
+
+    def _buffer(self, states: torch.Tensor) -> torch.Tensor:
+        batch, heads, _, width = states.shape
+        if batch != 1:
+            raise SpecBranchError(f"the branch cache holds one sequence; got a batch of {batch}")
+        return states.new_empty(1, heads, self.owner.capacity, width)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write `[1, kv_heads, n, head_dim]` at the owner's rows; return the whole buffers (the mask selects)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        rows = self.owner.rows_on(key_states.device)
+        self.keys.index_copy_(2, rows, key_states)
+        self.values.index_copy_(2, rows, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.owner.length
+
+    def get_max_length(self) -> int:
+        return self.owner.capacity
+
+    get_max_cache_shape = get_max_length  # the name of 5.17
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.length + query_length, 0
+
+    def reset(self) -> None:
+        self.owner.length = 0
+
+
+class BranchCache(Cache):
+    """All layers' buffers, with the row of every tree node.
+
+    capacity: rows of each buffer. length: committed rows. nodes: the tree node in each row behind them, so node
+    nodes[j] sits at row length + j. rows: int64 [n], where the forward in progress writes.
+    """
+
+    def __init__(self, layers: int, capacity: int, device: torch.device | str = "cpu") -> None:
+        self.capacity = capacity
+        self.length = 0
+        self.nodes: list[int] = []
+        self.rows = torch.empty(0, dtype=torch.int64, device=device)
+        self._branch_layers = [BranchLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self._branch_layers))
+
+    @property
+    def used(self) -> int:
+        return self.length + len(self.nodes)
+
+    @property
+    def room(self) -> int:
+        """Rows that are still free. The last row is nobody's: what pads a captured batch is written there."""
+        return self.capacity - 1 - self.used
+
+    @property
+    def tree_room(self) -> int:
+        """Tree nodes that there may still be before the next commit."""
+        return min(self.room, TREE_ROWS - MAX_BACKLOG - len(self.nodes))
+
+    def rows_on(self, device: torch.device) -> torch.Tensor:
+        """`rows` on a layer's device: a model may be spread over several."""
+        return self.rows if self.rows.device == device else self.rows.to(device, non_blocking=True)
+
+    def reserve(self, count: int) -> None:
+        """Raise SpecBranchError when there are no `count` free rows."""
+        if count > self.room:
+            raise SpecBranchError(
+                f"the cache has {self.capacity} rows and {self.used} are in use: no room for {count} more"
+            )
+
+    def commit(self, path: Sequence[int], survivors: Mapping[int, int] | None = None) -> None:
+        """Move the rows of the accepted `path` behind the prefix, keep those of `survivors`, drop the others.
+
+        path: tree nodes from the root down; those that have no row (the model never ran over them) are skipped,
+        and may only stand at the end. survivors: old index to new index of the nodes that live on.
+        """
+        start = self.length
+        self.move(self.accept(path, survivors or {}), start)
+
+    @torch.inference_mode()  # the buffers are inference tensors: they were made in a forward
+    def move(self, rows: Sequence[int], start: int) -> None:
+        """Move cache rows, in order, to `start` and behind it."""
+        if rows:
+            for device, buffers in groupby(self.buffers(), key=lambda buffer: buffer.device):
+                kv_commit(list(buffers), torch.tensor(rows, device=device), start)
+
+    def accept(self, path: Sequence[int], survivors: Mapping[int, int]) -> list[int]:
+        """Take note of a commit; return the rows that must move behind the prefix, in order, none if they are in place.
+
+        Whoever calls it moves them.
+        """
+        row_of = {node: row for row, node in enumerate(self.nodes, self.length)}
+        accepted = [row_of[node] for node in path if node in row_of]
+        living = [(row_of[node], survivors[node]) for node in self.nodes if node in survivors]
+        rows = [*accepted, *(row for row, _ in living)]
+        in_place = rows == list(range(self.length, self.length + len(rows)))
+        self.length += len(accepted)
+        self.nodes = [node for _, node in living]
+        return [] if in_place else rows
+
+    def rollback(self, length: int) -> None:
+        """Drop all tree rows and the committed rows from `length` on: no bytes move."""
+        if not 0 <= length <= self.length:
+            raise SpecBranchError(f"cannot roll back to {length} rows: {self.length} are committed")
+        self.length, self.nodes = length, []
+
+    def release(self) -> None:
+        """Free the buffers now: cache and layers refer to each other, so Python would take its time."""
+        for layer in self._branch_layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        self.capacity, self.length, self.nodes = 0, 0, []
+
+    def buffers(self) -> list[torch.Tensor]:
+        buffers = [buffer for layer in self._branch_layers for buffer in (layer.keys, layer.values)]
+        return [buffer[0] for buffer in buffers if buffer is not None]

@@ -1,0 +1,146 @@
+"""A transformers model with its branch cache: prefill, tree forwards, commit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specbranch.core.errors import SpecBranchError
+from specbranch.core.tree import Tree
+from specbranch.runtime.attention import TreeContext, attached, no_mask
+from specbranch.runtime.batch import Batch, Inputs
+from specbranch.runtime.cache import TREE_ROWS, BranchCache
+from specbranch_ext import cuda_device_problem
+
+PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
+
+# Layers whose state is a K/V row per token; anything else (state space, linear attention) cannot roll back.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class CachedModel:
+    """One of the two models, `role` "target" or "draft", with the K/V of the committed text and of tree nodes."""
+
+    def __init__(self, model: PreTrainedModel, role: str) -> None:
+        self.model = model
+        self.role = role
+        self.device = model.device
+        self.layers = model.config.get_text_config().num_hidden_layers
+        self.vocabulary = model.config.get_text_config().vocab_size
+        self.cache = BranchCache(self.layers, 0, self.device)
+        self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
+        check_supported(model, role)
+
+    def attached(self) -> AbstractContextManager[None]:
+        """The context in which the forwards below may run."""
+        return attached(self.model)
+
+    def reset(self, tokens: int) -> None:
+        """Start a new text of at most `tokens` tokens; the buffers are kept when they are large enough.
+
+        Raises SpecBranchError when the model's context or the memory is too small.
+        """
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and tokens > limit:
+            raise SpecBranchError(
+                f"prompt and new tokens together are {tokens} tokens; the {self.role} model's context holds {limit}"
+            )
+        if not self.holds(tokens):
+            self.cache.release()  # there is not always memory for both
+            rows = -(-rows_for(tokens) // self.granularity) * self.granularity
+            self.cache = BranchCache(self.layers, rows, self.device)
+        self.cache.rollback(0)
+
+    def holds(self, tokens: int) -> bool:
+        """Whether the buffers that are there are large enough for a text of so many tokens."""
+        return rows_for(tokens) <= self.cache.capacity
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Commit a chain of tokens behind the prefix, in chunks. Only the first copy to a device waits for it."""
+        ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
+        for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
+            self.cache.reserve(len(chunk))
+            self.forward(Inputs.chain(chunk, self.cache.length), keep=slice(-1, None))
+            self.cache.length += len(chunk)
+
+    def place(self, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Batch:
+        """The next forward over `nodes`, whose rows in the cache it takes.
+
+        Each node's parent must have a row already or stand earlier in `nodes`. backlog: committed tokens that the
+        cache lacks; they become part of the prefix, in the same forward, and then `nodes` may only be the root.
+        """
+        cache, prefix = self.cache, self.cache.length
+        if backlog and (list(nodes) != [0] or cache.nodes):
+            raise ValueError("a backlog can only be caught up together with the root")
+        cache.reserve(len(backlog) + len(nodes))
+        first = cache.used + len(backlog)
+        cache.length += len(backlog)
+        cache.nodes = [*cache.nodes, *nodes]
+        row_of = {node: cache.length + i for i, node in enumerate(cache.nodes)}
+        caught_up = (1 << len(backlog)) - 1
+        return Batch(
+            tuple(self._known([*tree.tokens(nodes), *backlog])),
+            (*(tree.position + tree.nodes[node].depth for node in nodes), *range(prefix, cache.length)),
+            (*range(first, first + len(nodes)), *range(prefix, cache.length)),
+            (
+                *(caught_up | sum(1 << (row_of[above] - prefix) for above in tree.path(node)) for node in nodes),
+                *((1 << i + 1) - 1 for i in range(len(backlog))),
+            ),
+            prefix,
+            len(nodes),
+        )
+
+    @torch.inference_mode()
+    def forward(self, inputs: Inputs, keep: slice = slice(None)) -> Tensor:
+        """One forward; logits of the rows that `keep` selects, [n, V], in the model's dtype."""
+        self.cache.rows = inputs.rows
+        # A text is the target's: a draft may be off in the last bits, and is faster so with several leaves.
+        context = TreeContext(inputs.prefix, inputs.ancestors, by_position=self.role == "target")
+        out = self.model(
+            input_ids=inputs.ids[None],
+            position_ids=inputs.positions[None],
+            attention_mask=no_mask(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+            specbranch=context,
+        )
+        if context.calls != self.layers:
+            raise SpecBranchError(
+                f"{type(self.model).__name__} called the registered attention in {context.calls} of "
+                f"{self.layers} layers: specbranch cannot run it"
+            )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    def _known(self, tokens: Sequence[int]) -> list[int]:
+        """Only a draft with fewer padding ids than the target can meet a token that it lacks; it then guesses worse."""
+        return [min(token, self.vocabulary - 1) for token in tokens]
+
+
+def rows_for(tokens: int) -> int:
+    """Cache rows for a text of so many tokens, its tree, and what pads a captured batch."""
+    return tokens + TREE_ROWS + 1
+
+
+def check_supported(model: PreTrainedModel, role: str) -> None:
+    """Refuse, by name, what cannot be decoded with a branch cache and a registered attention."""
+    name = type(model).__name__
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise SpecBranchError(f"{role} model {name}: expected a decoder-only causal language model")
+    if not model._can_set_attn_implementation():
+        raise SpecBranchError(
+            f"{role} model {name} does not honour transformers' AttentionInterface: specbranch cannot run it"
+        )
+    if model.device.type not in ("cpu", "meta", "cuda"):
+        raise SpecBranchError(f"{role} model on {model.device}: specbranch runs on the CPU and on CUDA devices")
+    if model.device.type == "cuda" and (problem := cuda_device_problem(model.device.index or 0)):
+        raise SpecBranchError(f"{role} model on {model.device}: specbranch cannot run there: {problem}")
+    others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if others:
+        raise SpecBranchError(f"{role} model {name} has {', '.join(sorted(others))} layers, which cannot roll back")

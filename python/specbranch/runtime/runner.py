@@ -1,0 +1,185 @@
+"""Step runners: one model's prefill, steps and commits, with the host told only what it needs.
+
+A step is a forward with the op that reads its logits: `verify` for the target, `draft_sample` for the draft. The eager
+runner calls the model; the captured one (captured.py) replays CUDA graphs. Both give the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specbranch.core.messages import Step
+from specbranch.core.sampling import Sampling
+from specbranch.runtime.batch import Batch, Inputs
+from specbranch.runtime.cache import TREE_ROWS
+from specbranch.runtime.device import Device, Host, Mark, step
+from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.model import CachedModel
+from specbranch_ext import draft_sample, verify
+
+Going = Callable[[int], bool]
+"""Whether the draft is to take one more step, behind so many that are still under way on its device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """The target's word on a batch: the accepted rows below the first one, in order, and the token after them; -1
+    where a row could not be sampled. hidden: what a tap saw, until the next step."""
+
+    path: list[int]
+    next_token: int
+    step: Step
+    hidden: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Guesses:
+    """`draft_sample`'s results at the leaves of one step, as lists: [b][k], [b][k], [b][k], [b]."""
+
+    tokens: list[list[int]]
+    scores: list[list[float]]
+    confidence: list[list[float]]
+    entropy: list[float]
+    step: Step
+
+
+class PendingJudgement(Protocol):
+    def done(self) -> bool: ...
+
+    def result(self) -> Judgement: ...
+
+
+class Runner(Protocol):
+    """Runs one model's work, in order."""
+
+    model: CachedModel
+    burst: int  # draft steps that are best asked for at once
+    most_rows: int  # of a verification
+    note: str  # "captured", or "eager" and why
+
+    @property
+    def device(self) -> Device: ...
+
+    def reset(self, tokens: int) -> None:
+        """Start a new text of at most `tokens` tokens. Raises SpecBranchError when it does not fit."""
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        """Commit a chain of tokens behind the prefix."""
+
+    def verify(
+        self, batch: Batch, parents: Sequence[int], sampling: Sampling, tap: FeatureTap | None = None
+    ) -> PendingJudgement:
+        """Start a step of the target. parents: of each row, -1 for the first. tap: attached to the model."""
+
+    def draft(
+        self,
+        batch: Batch,
+        candidates: int,
+        vocabulary: int,
+        sampling: Sampling,
+        steps: int,
+        going: Going,
+    ) -> list[Guesses]:
+        """Steps of the draft: over the batch, then each over the first candidates of the one before, until there are
+        `steps` of them or `going`, asked before each but the first, says no."""
+
+    def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None:
+        """See BranchCache.commit."""
+
+
+class EagerRunner:
+    """Calls the model from Python, step by step."""
+
+    burst = 1
+    most_rows = TREE_ROWS
+
+    def __init__(self, model: CachedModel, device: Device | None = None, reason: str = "") -> None:
+        """reason: why the steps are not captured, where they might be."""
+        self.model = model
+        self.note = f"eager: {reason}" if reason else "eager"
+        self.device: Device = Host() if device is None else device
+
+    def reset(self, tokens: int) -> None:
+        self.model.reset(tokens)
+
+    def prefill(self, tokens: Sequence[int]) -> None:
+        with self.device.running():
+            self.model.prefill(tokens)
+
+    def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None:
+        with self.device.running():
+            self.model.cache.commit(path, survivors)
+
+    @torch.inference_mode()
+    def verify(
+        self, batch: Batch, parents: Sequence[int], sampling: Sampling, tap: FeatureTap | None = None
+    ) -> PendingJudgement:
+        begin = self.device.mark()
+        with self.device.running():
+            inputs = Inputs.of(batch, self.model.device)
+            verdict = verify(
+                self.model.forward(inputs),
+                inputs.ids,
+                torch.tensor(parents, device=inputs.ids.device),
+                inputs.positions + 1,
+                **sampling.op_arguments,
+            )
+            result = torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
+        host = self.device.host_memory(len(result))
+        self.device.copy(host, result)
+        return DeviceJudgement(host, begin, self.device.mark(), len(batch), seen(tap))
+
+    @torch.inference_mode()
+    def draft(
+        self,
+        batch: Batch,
+        candidates: int,
+        vocabulary: int,
+        sampling: Sampling,
+        steps: int,
+        going: Going,
+    ) -> list[Guesses]:
+        guesses: list[Guesses] = []
+        while len(guesses) < steps and (not guesses or going(0)):
+            begin = self.device.mark()
+            with self.device.running():
+                inputs = Inputs.of(batch, self.model.device)
+                logits = self.model.forward(inputs, keep=slice(batch.leaves))[:, :vocabulary]
+                positions = inputs.positions[: batch.leaves] + 1
+                sample = draft_sample(logits, positions, candidates, **sampling.op_arguments)
+                tokens, scores, confidence, entropy = (part.tolist() for part in sample)
+            took = step(begin, self.device.mark(), len(batch), begin)
+            guesses.append(Guesses(tokens, scores, confidence, entropy, took))
+            first = [row[0] for row in tokens]
+            if min(first) < 0:
+                break  # a row that cannot be sampled: nothing can follow it
+            batch = batch.below(first)
+        return guesses
+
+
+def seen(tap: FeatureTap | None) -> list[Tensor]:
+    return [] if tap is None else tap.newest
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceJudgement:
+    """A judgement on its way to host memory: [accepted, next token, path …]."""
+
+    host: Tensor
+    begin: Mark
+    end: Mark
+    rows: int
+    hidden: list[Tensor]
+
+    def done(self) -> bool:
+        return self.end.done()
+
+    def result(self) -> Judgement:
+        self.end.wait()
+        accepted, next_token, *path = self.host.tolist()
+        return Judgement(path[:accepted], next_token, step(self.begin, self.end, self.rows, self.begin), self.hidden)

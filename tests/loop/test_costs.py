@@ -1,0 +1,147 @@
+"""The cost model: lines are recovered, and the cheaper mode is taken."""
+
+import pytest
+
+from specbranch.policies.costs import (
+    ENOUGH_ROUNDS,
+    RETRY_AFTER,
+    RETRY_ROUNDS,
+    ROW_PRIOR,
+    SHARE,
+    TRIAL_ROUNDS,
+    Costs,
+    ForwardCost,
+    ModeCosts,
+)
+
+
+def test_a_line_is_recovered_and_the_first_forward_is_left_out() -> None:
+    cost = ForwardCost()
+    assert cost.of(3) == 0
+    cost.record(1, 99.0)
+    for rows in (1, 5, 2, 8, 3):
+        cost.record(rows, 0.2 + 0.01 * rows)
+    assert cost.per_row == pytest.approx(0.01)
+    assert cost.of(6) == pytest.approx(0.26)
+
+
+def test_what_a_row_costs_is_a_guess_until_sizes_differ() -> None:
+    cost = ForwardCost()
+    for _ in range(4):
+        cost.record(1, 0.1)
+    assert cost.per_row == pytest.approx(ROW_PRIOR * 0.1)
+    assert cost.of(1) == pytest.approx(0.1)
+    for _ in range(4):
+        cost.record(9, 0.1)
+    assert cost.per_row == pytest.approx(0, abs=1e-9)  # on a GPU, rows are free
+
+
+def test_one_size_alone_says_what_another_takes_at_most_and_at_least() -> None:
+    """All that is known is a forward over 16 rows; those over one row take as long."""
+    cost = ForwardCost()
+    cost.record(16, 1.0)
+    cost.record(16, 1.0)
+    assert cost.of(16) == pytest.approx(1.0)
+    assert 0.3 < cost.of(1) < 1.0
+    cost.record(1, 1.0)
+    assert cost.of(1) == pytest.approx(1.0)
+    assert cost.per_row == pytest.approx(0, abs=1e-9)
+
+
+def test_what_was_learned_of_rows_is_kept_while_their_number_stays() -> None:
+    cost = ForwardCost()
+    for rows in (1, 1, 9):
+        cost.record(rows, 1.0)
+    for _ in range(2000):
+        cost.record(1, 1.0)
+    assert cost.of(20) == pytest.approx(1.0)
+
+
+def test_a_row_must_bring_what_it_costs() -> None:
+    mode = ModeCosts()
+    assert mode.row_price == ROW_PRIOR
+    for rows in (1, 1, 3, 5):
+        mode.target.record(rows, 0.1 + 0.02 * (rows - 1))
+    mode.rounds, mode.seconds, mode.tokens = 5, 0.4, 8.0
+    assert mode.row_price == pytest.approx(0.02 / 0.05)
+    mode.tokens = 1.0  # rounds slower than decoding without a draft: a token is worth a forward
+    assert mode.row_price == pytest.approx(0.02 / 0.1)
+
+
+def measured(serial: float, overlapped: float) -> Costs:
+    """Costs of a pair whose rounds of four tokens took so many seconds."""
+    costs = Costs()
+    for mode, seconds in ((costs.serial, serial), (costs.overlapped, overlapped)):
+        for _ in range(TRIAL_ROUNDS):
+            mode.record_round(seconds, 4)
+    return costs
+
+
+def test_each_mode_is_tried_before_one_is_preferred() -> None:
+    costs = Costs()
+    assert costs.choose_overlap() is False
+    for _ in range(TRIAL_ROUNDS):
+        costs.serial.record_round(1.0, 3)
+    assert costs.choose_overlap() is True
+
+
+def test_the_cheaper_mode_wins_and_may_lose_again() -> None:
+    assert measured(serial=0.4, overlapped=0.3).choose_overlap() is True
+    costs = measured(serial=0.4, overlapped=0.6)
+    assert costs.choose_overlap() is False
+    for _ in range(60):
+        costs.serial.record_round(0.9, 4)
+    assert costs.choose_overlap() is True
+
+
+def test_a_mode_that_was_measured_at_a_bad_moment_is_tried_again() -> None:
+    costs = measured(serial=0.4, overlapped=0.6)  # truly 0.3
+    chosen = []
+    for _ in range(400):
+        chosen.append(costs.choose_overlap())
+        costs.mode(chosen[-1]).record_round(0.3 if chosen[-1] else 0.4, 4)
+    assert not any(chosen[:RETRY_AFTER])
+    assert all(chosen[-20:])
+
+
+def test_a_mode_that_is_slower_is_tried_ever_less() -> None:
+    costs = measured(serial=0.4, overlapped=0.6)
+    chosen = []
+    for _ in range(1000):
+        chosen.append(costs.choose_overlap())
+        costs.mode(chosen[-1]).record_round(0.6 if chosen[-1] else 0.4, 4)
+    assert RETRY_ROUNDS < sum(chosen) <= 5 * RETRY_ROUNDS
+    first = chosen.index(True)
+    # Three rounds that take half as long again: 1 % of the time.
+    assert first == pytest.approx(RETRY_ROUNDS * 0.5 / SHARE, abs=1)
+    assert chosen[first : first + RETRY_ROUNDS + 1] == [True] * RETRY_ROUNDS + [False]
+
+
+def test_a_trial_that_goes_badly_ends_early() -> None:
+    costs = Costs()
+    for _ in range(TRIAL_ROUNDS):
+        costs.serial.record_round(0.2, 2)
+        costs.serial.target.record(1, 0.1)
+    rounds = 0
+    while costs.choose_overlap():
+        costs.overlapped.record_round(0.3, 2)
+        rounds += 1
+    assert rounds == 1 + ENOUGH_ROUNDS  # the first one does not count
+
+
+def test_acceptance_follows_the_verdicts() -> None:
+    costs = Costs()
+    for _ in range(200):
+        costs.record_verdict(1, rejected=True)
+    assert costs.acceptance == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_machine_that_slept_does_not_upset_the_costs() -> None:
+    mode = ModeCosts()
+    for _ in range(20):
+        mode.target.record(2, 0.1)
+        mode.record_round(0.2, 2)
+    mode.target.record(2, 900.0)
+    mode.record_round(900.0, 2)
+    assert mode.target.of(2) < 0.15
+    assert mode.seconds_per_token < 0.15

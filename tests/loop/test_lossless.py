@@ -1,0 +1,83 @@
+"""Every method gives the tokens of autoregressive decoding, at any temperature, overlapped or serial."""
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from specbranch import METHODS, SpecBranch, bundled
+from specbranch.policies.methods import make_policy
+
+SAMPLINGS = [{"temperature": 0.0}] + [{"temperature": 1.0, "top_p": 0.95, "seed": seed} for seed in (1, 2, 3)]
+RUNS = [
+    (method, overlap)
+    for method in METHODS[1:]
+    for overlap in ((False, True) if make_policy(method, {}).overlaps else (False,))
+]
+NEW_TOKENS = 16
+
+
+def prompts() -> list[str]:
+    """Fifty beginnings: the bundled prompts, whole and cut at two thirds and one third."""
+    whole = [entry["prompt"] for entry in bundled.prompts()]
+    cut = [text[: max(8, len(text) * part // 3)] for part in (2, 1) for text in whole]
+    return (whole + cut)[:50]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seed1", "seed2", "seed3"])
+def test_same_tokens_as_autoregressive(bundled_pair: SpecBranch, sampling: dict[str, float]) -> None:
+    """200 texts in all; for each, every method, serial and overlapped."""
+    texts = prompts()
+    assert len(texts) == 50
+    accepted = 0
+    for text in texts:
+        plain = bundled_pair.generate(text, max_new_tokens=NEW_TOKENS, method="autoregressive", **sampling)
+        for method, overlap in RUNS:
+            drafted = bundled_pair.generate(text, max_new_tokens=NEW_TOKENS, method=method, overlap=overlap, **sampling)
+            assert drafted.tokens == plain.tokens, (text, method, overlap)
+            assert drafted.text == plain.text
+            accepted += drafted.stats.accepted
+    assert accepted > 50 * NEW_TOKENS  # the drafts were really used
+
+
+@pytest.mark.parametrize("options", [{"epsilon": 1.0, "k_max": 4}, {"verify_tail": False}, {"max_trunk": 1}])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_policy_options_never_change_the_text(
+    bundled_pair: SpecBranch, options: dict[str, object], overlap: bool
+) -> None:
+    for text in prompts()[:4]:
+        plain = bundled_pair.generate(text, max_new_tokens=32, temperature=0.8, seed=9, method="autoregressive")
+        branched = bundled_pair.generate(text, max_new_tokens=32, temperature=0.8, seed=9, overlap=overlap, **options)
+        assert branched.tokens == plain.tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_neox"])
+def test_random_models_and_useless_drafts(family: str, dtype: torch.dtype) -> None:
+    """A draft that knows nothing costs time, not tokens; rows are exact, so bfloat16 agrees as well."""
+    target, draft = tiny_model(family, seed=3).to(dtype), tiny_model("llama", seed=4).to(dtype)
+    pair = SpecBranch(target, draft)
+    for sampling in SAMPLINGS:
+        plain = pair.generate([5, 9, 2], max_new_tokens=30, method="autoregressive", **sampling)
+        assert len(plain.tokens) == 30
+        for method, overlap in RUNS:
+            drafted = pair.generate([5, 9, 2], max_new_tokens=30, method=method, overlap=overlap, **sampling)
+            assert drafted.tokens == plain.tokens, (method, overlap)
+
+
+def test_a_draft_with_a_padded_vocabulary_does_not_change_the_text() -> None:
+    target = tiny_model(seed=5)
+    for size in (24, 48):
+        pair = SpecBranch(target, tiny_model(seed=5, vocab_size=size))
+        plain = pair.generate([3, 1], max_new_tokens=20, temperature=1.0, method="autoregressive")
+        assert pair.generate([3, 1], max_new_tokens=20, temperature=1.0).tokens == plain.tokens
+
+
+def test_greedy_equals_transformers_generate(bundled_pair: SpecBranch) -> None:
+    """In float32 our autoregressive decoding is transformers' own."""
+    for text in prompts()[:8]:
+        ids = torch.tensor([bundled_pair.encode(text)])
+        theirs = bundled_pair.target.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False
+        )
+        ours = bundled_pair.generate(ids, max_new_tokens=32)
+        assert ours.tokens == theirs[0, ids.shape[1] :].tolist()

@@ -1,0 +1,237 @@
+"""Records and replays: what is kept, what is refused, and that a replay decides as the real run did."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from specbranch import METHODS, SpecBranch, SpecBranchError, bundled
+from specbranch.cli import main as cli
+from specbranch.core.sampling import Sampling
+from specbranch.policies.methods import make_policy
+from specbranch.replay.planner import plan
+from specbranch.replay.record import TAIL, Record, RecordedText, Said
+from specbranch.replay.recorder import collect
+from specbranch.replay.replayer import Line, ReplayCosts, replay
+from specbranch.runtime.identity import ModelIdentity
+from specbranch.text.prompts import Prompt
+
+NEW_TOKENS = 48
+PROMPTS = [Prompt(str(entry["id"]), entry["prompt"], False, "bundled") for entry in bundled.prompts()[:4]]
+PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
+
+
+def nothing(id: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def recorded(bundled_pair: SpecBranch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Record, Path]:
+    path = tmp_path_factory.mktemp("records") / "bundled.safetensors"
+    return collect(bundled_pair, PROMPTS, Sampling(), NEW_TOKENS, path, False, nothing), path
+
+
+def perfect(tokens: int, agreement: float = 0.99) -> Record:
+    """One text on which the draft is always right."""
+    said = Said(
+        torch.stack([torch.arange(tokens), torch.arange(tokens) + 5000], 1),
+        torch.tensor([[agreement, 1 - agreement]] * tokens),
+        torch.full((tokens,), 0.1),
+        torch.full((tokens,), 4.0),
+    )
+    none = torch.full((tokens * TAIL,), torch.nan)
+    tails = Said(torch.full((tokens * TAIL, 2), -1), none[:, None].expand(-1, 2), none, none)
+    identity = ModelIdentity("a", "b")
+    return Record(identity, identity, {}, [RecordedText("x", "t", 3, torch.arange(tokens), said, tails)])
+
+
+def test_lines_are_interpolated_and_go_on() -> None:
+    line = Line(((1, 10.0), (2, 12.0), (4, 20.0)))
+    assert [line(rows) for rows in (1, 1.5, 2, 3, 4, 6)] == [10, 11, 12, 16, 20, 28]
+    assert Line(((1, 3.0),))(7) == 3.0
+
+
+def test_a_record_is_read_as_it_was_written(recorded: tuple[Record, Path]) -> None:
+    made, path = recorded
+    read = Record.load(path)
+    assert (read.target, read.draft, read.sampling) == (made.target, made.draft, made.sampling)
+    for a, b in zip(made.texts, read.texts, strict=True):
+        assert (a.id, a.task, a.prompt_tokens) == (b.id, b.task, b.prompt_tokens)
+        assert torch.equal(a.tokens, b.tokens)
+        for x, y in ((a.said, b.said), (a.tails, b.tails)):
+            assert torch.equal(x.tokens, y.tokens)
+            torch.testing.assert_close(x.agreement, y.agreement, rtol=2e-3, atol=1e-4, equal_nan=True)
+    assert not list(path.parent.glob("*.part"))
+
+
+def test_what_is_recorded_is_what_the_draft_says(bundled_pair: SpecBranch, recorded: tuple[Record, Path]) -> None:
+    """Where the draft is right, a run accepts; its tail behind a wrong token is its own greedy continuation."""
+    text = recorded[0].texts[0]
+    assert bundled_pair.draft is not None
+    alone = SpecBranch(bundled_pair.draft, tokenizer=bundled_pair.tokenizer, method="autoregressive")
+    prompt = bundled_pair.encode(PROMPTS[0].text)
+    wrong = [i for i in range(len(text) - TAIL) if text.said.tokens[i, 0] != text.tokens[i]]
+    assert wrong
+    for i in (0, 1, 5, wrong[0], wrong[-1]):
+        ids = prompt + text.tokens[:i].tolist()
+        continuation = alone.generate(ids, max_new_tokens=1 + TAIL).tokens
+        assert continuation[0] == text.said.tokens[i, 0]
+        if i in wrong:
+            assert continuation[1:] == text.tails.tokens[i * TAIL : (i + 1) * TAIL, 0].tolist()
+
+
+def test_an_interrupted_record_goes_on(
+    bundled_pair: SpecBranch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.safetensors"
+
+    def interrupt_at(number: int) -> Callable[[str], None]:
+        def before(id: str) -> None:
+            if id == PROMPTS[number].id:
+                raise KeyboardInterrupt
+
+        return before
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, interrupt_at(2))
+    assert [text.id for text in Record.load(path).texts] == [prompt.id for prompt in PROMPTS[:2]]
+    generated = []
+    generate = bundled_pair.generate
+    monkeypatch.setattr(bundled_pair, "generate", lambda *a, **k: (generated.append(1), generate(*a, **k))[1])
+    whole = collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing)
+    assert [text.id for text in whole.texts] == [prompt.id for prompt in PROMPTS]
+    assert len(generated) == 2
+    with pytest.raises(SpecBranchError, match=r"another temperature \(0.0, here 1.0\)"):
+        collect(bundled_pair, PROMPTS, Sampling(temperature=1.0), 8, path, False, nothing)
+    with pytest.raises(SpecBranchError, match="another max_new_tokens"):
+        collect(bundled_pair, PROMPTS, Sampling(), 9, path, False, nothing)
+    with pytest.raises(SpecBranchError, match="another choice of features"):
+        collect(bundled_pair, PROMPTS, Sampling(), 8, path, True, nothing)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "weights", "missing"])
+def test_files_that_are_no_records_are_refused_by_name(
+    recorded: tuple[Record, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    path = tmp_path / "bad.safetensors"
+    if damage == "truncated":
+        path.write_bytes(recorded[1].read_bytes()[:500])
+    elif damage == "text":
+        path.write_text("tokens\n")
+    elif damage == "weights":
+        path.write_bytes((bundled.path("draft") / "model.safetensors").read_bytes())
+    with pytest.raises(SpecBranchError, match=r"bad\.safetensors"):
+        Record.load(path)
+    assert cli.main(["plan", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("specbranch: error: ")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["speculative", "pearl", "ssd", "specbranch-paper"])
+def test_a_serial_replay_decides_as_the_real_run(
+    bundled_pair: SpecBranch, recorded: tuple[Record, Path], method: str
+) -> None:
+    """Policies that do not steer by measured times make the same rounds, forward by forward."""
+    costs = ReplayCosts.ratio(5)
+    replayed = replay(Record.load(recorded[1]), make_policy(method, {}), costs, overlap=False)
+    for prompt, stats in zip(PROMPTS, replayed, strict=True):
+        real = bundled_pair.generate(prompt.text, max_new_tokens=NEW_TOKENS, method=method, overlap=False).stats
+        assert [len(round.draft) for round in stats.log] == [len(round.draft) for round in real.log]
+        assert [(r.verified, r.accepted, r.tokens) for r in stats.log] == [
+            (r.verified, r.accepted, r.tokens) for r in real.log
+        ]
+        assert (stats.rolled_back, stats.wasted) == (real.rolled_back, real.wasted)
+
+
+def test_virtual_time() -> None:
+    """A draft that is always right, five times as fast as the target: arithmetic that can be done by hand."""
+    record, costs = perfect(60), ReplayCosts.ratio(5)
+
+    def seconds(method: str, overlap: bool, **options: object) -> float:
+        return replay(record, make_policy(method, options), costs, overlap)[0].seconds
+
+    assert seconds("autoregressive", False) == pytest.approx(60)
+    assert seconds("speculative", False, length=5) == pytest.approx(10 * (5 * 0.2 + 1))  # six tokens a round
+    # PEARL: the first round verifies the root alone; then five tokens are drafted during each forward.
+    assert seconds("pearl", True) == pytest.approx(13, abs=1)
+    assert seconds("specbranch", True) <= seconds("pearl", True) + 1
+
+
+def test_a_replay_with_overlap_never_beats_both_bounds() -> None:
+    """No more than all drafted tokens a round, no less time than the target's forwards take."""
+    record = perfect(80)
+    for method in METHODS:
+        policy = make_policy(method, {})
+        for overlap in (False, True):
+            stats = replay(record, policy, ReplayCosts.ratio(8, 0.02, 0.02), overlap)[0]
+            assert stats.new_tokens == 80
+            assert stats.seconds >= stats.target_busy - 1e-9
+            assert stats.accepted + stats.rounds >= 80
+
+
+def test_plan_on_a_record(recorded: tuple[Record, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    assert cli.main(["plan", str(recorded[1]), "--ratio", "10", "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    result = json.loads(out.read_text())["results"][0]["expectations"]
+    assert {expectation["method"] for expectation in result} == set(METHODS)
+    assert all(method in shown for method in METHODS)
+    alone = next(e for e in result if e["method"] == "autoregressive")
+    assert (alone["speedup"], alone["rollback_rate"]) == (pytest.approx(1), 0)
+    default = {(e["method"], e["mode"]): e["speedup"] for e in result if not e["settings"]}
+    for tuned in (e for e in result if e["settings"]):
+        assert tuned["speedup"] > default[tuned["method"], tuned["mode"]]
+    assert default["specbranch", "overlapped"] > max(default["pearl", "overlapped"], default["ssd", "overlapped"])
+
+
+def test_plan_needs_costs_and_one_pair(
+    recorded: tuple[Record, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, path = recorded
+    assert cli.main(["plan", str(path)]) == 1
+    assert "no measured costs" in capsys.readouterr().err
+    other = tmp_path / "other.safetensors"
+    replace(record, draft=ModelIdentity("someone", "f00")).save(other)
+    assert cli.main(["plan", str(path), str(other), "--ratio", "4"]) == 1
+    assert "other.safetensors: a record of someone" in capsys.readouterr().err
+
+
+def test_record_command_measures_costs_for_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text("".join(json.dumps({"id": p.id, "prompt": p.text}) + "\n" for p in PROMPTS[:2]))
+    out = tmp_path / "deep" / "r.safetensors"
+    command = ["record", *PAIR, "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "12"]
+    assert cli.main(command) == 0
+    assert "2 texts, 24 tokens, agreement 0." in capsys.readouterr().out
+    record = Record.load(out)
+    costs = ReplayCosts.of(record)
+    assert 0 < costs.serial_draft(1) < costs.serial_target(1)
+    assert {e.method for e in plan(record, costs, ("serial",))} == set(METHODS)
+
+
+def test_train_hrad_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(
+        "".join(json.dumps({"id": e["id"], "prompt": e["prompt"]}) + "\n" for e in bundled.prompts()[:6])
+    )
+    out = tmp_path / "hrad"
+    command = ["train-hrad", *PAIR, "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "24"]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    for words in ("H-RAD", "online calibration", "confidence alone", "majority class", "true class", "saved to"):
+        assert words in shown
+    assert "times its speed without H-RAD" in shown
+    config = json.loads((out / "config.json").read_text())
+    assert (config["target"]["name"], config["draft"]["name"]) == ("target", "draft")
+    generate = ["generate", *PAIR, "--prompt", PROMPTS[0].text, "--max-new-tokens", "8", "--hrad", str(out)]
+    assert cli.main(generate) == 0
+    assert (
+        cli.main(["train-hrad", *PAIR, "--prompts", str(prompts), "--out", str(tmp_path / "few"), "--limit", "2"]) == 1
+    )
+    assert "2 prompts: expected at least 5" in capsys.readouterr().err

@@ -1,0 +1,192 @@
+"""H-RAD: the features it sees, the files it refuses, that it learns, and that it never changes the text."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from untrained import untrained
+
+from specbranch import SpecBranch, SpecBranchError, bundled
+from specbranch.replay.record import TAIL, Record, RecordedText, Said
+from specbranch.replay.train_hrad import ALL, NONE, SOME, Examples, Split, best_epsilon, draft_run, evaluate, fit
+from specbranch.runtime.hrad.predictor import HRad, Outlook, load_hrad
+from specbranch.runtime.identity import ModelIdentity
+
+PROMPT = bundled.prompts()[0]["prompt"]
+
+
+def with_hrad(engine: SpecBranch, hrad: HRad) -> SpecBranch:
+    return SpecBranch(engine.target, engine.draft, tokenizer=engine.tokenizer, hrad=hrad)
+
+
+def test_outlook() -> None:
+    outlook = Outlook(0.2, 0.3, 0.5)
+    assert outlook.likeliest == "all"
+    assert Outlook(0.5, 0.3, 0.2).likeliest == "none"
+    assert outlook.stands(0) == pytest.approx(torch.tensor(0.8).logit().item())
+    assert outlook.stands(3) == pytest.approx(torch.tensor(0.5 / 0.8).logit().item())
+    assert Outlook(0.0, 0.0, 1.0).stands(0) < 10  # never certain
+
+
+def test_features_of_a_verdict_are_those_of_the_text(bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the verifier reads behind a trunk, accepted or not, is what a plain pass over the text gives there."""
+    seen: list[torch.Tensor] = []
+    hrad = untrained(bundled_pair)
+    predict = hrad.predict
+    monkeypatch.setattr(hrad, "predict", lambda features: (seen.append(features), predict(features))[1])
+    engine = with_hrad(bundled_pair, hrad)
+    for overlap in (False, True):
+        seen.clear()
+        generation = engine.generate(PROMPT, max_new_tokens=40, overlap=overlap)
+        ids = engine.encode(PROMPT)
+        text = engine.record(ids, generation.tokens, id="a", task="b", features=True)
+        assert text.features is not None
+        committed, compared = 0, 0
+        for features, round in zip(seen, generation.stats.log, strict=True):
+            committed += round.tokens
+            if committed < len(text):
+                torch.testing.assert_close(features, text.features[committed], rtol=1e-4, atol=1e-4)
+                compared += 1
+        assert compared > 5
+    assert not any(module._forward_hooks for module in engine.target.modules())  # nothing stays behind
+
+
+@pytest.mark.parametrize("method", ["specbranch", "specbranch-paper"])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_predictor_never_changes_the_text(bundled_pair: SpecBranch, method: str, overlap: bool) -> None:
+    for seed in range(3):
+        engine = SpecBranch(
+            bundled_pair.target,
+            bundled_pair.draft,
+            tokenizer=bundled_pair.tokenizer,
+            hrad=untrained(bundled_pair, seed),
+        )
+        plain = engine.generate(PROMPT, max_new_tokens=32, temperature=0.9, seed=seed, method="autoregressive")
+        drafted = engine.generate(PROMPT, max_new_tokens=32, temperature=0.9, seed=seed, method=method, overlap=overlap)
+        assert drafted.tokens == plain.tokens
+
+
+def test_the_paper_follows_its_class(bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "None" keeps every trunk at its root, so nothing is verified but after the first round."""
+    hrad = untrained(bundled_pair)
+    monkeypatch.setattr(hrad, "predict", lambda features: Outlook(0.9, 0.05, 0.05))
+    engine = with_hrad(bundled_pair, hrad)
+    log = engine.generate(PROMPT, max_new_tokens=20, method="specbranch-paper", overlap=False).stats.log
+    assert [round.verified for round in log[1:]] == [0] * (len(log) - 1)
+    monkeypatch.setattr(hrad, "predict", lambda features: Outlook(0.05, 0.05, 0.9))
+    log = engine.generate(PROMPT, max_new_tokens=20, method="specbranch-paper", overlap=False).stats.log
+    assert all(round.verified > 0 for round in log[1:-1])
+
+
+def test_saved_and_read_again(bundled_pair: SpecBranch, tmp_path: Path) -> None:
+    hrad = untrained(bundled_pair).with_metrics({"accuracy": 0.5})
+    hrad.save(tmp_path)
+    read = load_hrad(tmp_path, bundled_pair.target, bundled_pair.draft)  # type: ignore[arg-type]
+    features = torch.randn(hrad.config.features)
+    assert read.predict(features) == hrad.predict(features)
+    assert read.config == hrad.config
+    assert SpecBranch(bundled_pair.target, bundled_pair.draft, hrad=tmp_path).hrad is not None
+    in_bfloat16 = SpecBranch.from_pretrained("bundled", draft="bundled", dtype="bfloat16", hrad=tmp_path)
+    assert in_bfloat16.hrad is not None  # the same checkpoint in another type
+
+
+def test_a_predictor_of_another_pair_is_refused(bundled_pair: SpecBranch, tmp_path: Path) -> None:
+    untrained(bundled_pair).save(tmp_path)
+    other = tiny_model(vocab_size=bundled_pair.target.config.vocab_size)
+    with pytest.raises(SpecBranchError, match=r"trained for the draft draft .*; the draft here is LlamaForCausalLM"):
+        load_hrad(tmp_path, bundled_pair.target, other)
+    with pytest.raises(SpecBranchError, match="trained for the target target"):
+        load_hrad(tmp_path, other, bundled_pair.draft)  # type: ignore[arg-type]
+    with pytest.raises(SpecBranchError, match="hrad predicts for a pair"):
+        SpecBranch(bundled_pair.target, hrad=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "pickle", "foreign", "no directory"])
+def test_damaged_files_are_refused_by_name(bundled_pair: SpecBranch, tmp_path: Path, damage: str) -> None:
+    directory = tmp_path / "predictor"
+    untrained(bundled_pair).save(directory)
+    config, weights = directory / "config.json", directory / "model.safetensors"
+    culprit = "model.safetensors"
+    if damage == "missing":
+        weights.unlink()
+    elif damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "pickle":
+        weights.write_bytes(pickle.dumps({"layers.1.weight": [1.0]}))
+    elif damage == "foreign":
+        config.write_text(json.dumps({"model_type": "llama"}))
+        culprit = "config.json"
+    else:
+        directory = tmp_path / "elsewhere"
+        culprit = "config.json"
+    with pytest.raises(SpecBranchError, match=culprit):
+        load_hrad(directory, bundled_pair.target, bundled_pair.draft)  # type: ignore[arg-type]
+
+
+def recorded(right: list[bool]) -> RecordedText:
+    """A text whose draft was right at these positions; confidence 0.01 * position, in tails 0.5 + 0.01 * step."""
+    n = len(right)
+    tokens = torch.arange(n)
+    first = torch.tensor([i if ok else 1000 + i for i, ok in enumerate(right)])
+    rows, steps = torch.arange(n) * 0.01, torch.arange(n * TAIL) % TAIL * 0.01 + 0.5
+    said = Said(first[:, None], rows[:, None], rows, rows)
+    tails = Said(torch.full((n * TAIL, 1), -5), steps[:, None], steps, steps)
+    return RecordedText("a", "b", 3, tokens, said, tails)
+
+
+def test_runs_of_the_draft() -> None:
+    text = recorded([True, True, False, True, True, True, False, True])
+    assert draft_run(text, 0, 2) == (2, pytest.approx([0.0, 0.01]))
+    assert draft_run(text, 0, 5) == (2, pytest.approx([0.0, 0.01, 0.02, 0.5, 0.51]))
+    assert draft_run(text, 2, 3) == (0, pytest.approx([0.02, 0.5, 0.51]))
+    assert draft_run(text, 3, 3)[0] == 3
+    assert draft_run(text, 7, 3)[0] is None  # the text ends before it is known
+
+
+def synthetic(count: int, seed: int) -> Examples:
+    """Classes that two features tell apart, with words that say little."""
+    torch.manual_seed(seed)
+    labels = torch.multinomial(torch.tensor([0.5, 0.3, 0.2]), count, replacement=True)
+    features = torch.randn(count, 10)
+    features[:, 0] += 3.0 * (labels == NONE)
+    features[:, 1] += 3.0 * (labels == ALL)
+    online = torch.full((count, 3), 1 / 3)
+    return Examples(features * 50 + 7, labels, torch.rand(count, 5), online)
+
+
+def test_training_beats_the_majority_and_keeps_the_classes_frequencies() -> None:
+    identity = ModelIdentity("a", "b")
+    train, validation, held_out = synthetic(1500, 1), synthetic(400, 2), synthetic(600, 3)
+    model = fit(train, validation, identity, identity)
+    scores = evaluate(model, train, held_out)
+    assert scores["H-RAD"].accuracy > 0.85
+    assert scores["H-RAD"].accuracy > scores["majority class"].accuracy + 0.25
+    assert scores["H-RAD"].accuracy > scores["confidence alone"].accuracy + 0.25
+    assert scores["H-RAD"].loss is not None
+    assert scores["H-RAD"].loss < 0.45
+    assert sum(map(sum, scores["H-RAD"].confusion)) == 600
+    with torch.no_grad():
+        frequencies = model(held_out.features).softmax(1).mean(0)
+    expected = torch.bincount(held_out.labels, minlength=3) / 600
+    torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.05)
+    assert 0 < best_epsilon(train) < 1
+    again = fit(train, validation, identity, identity)
+    assert torch.equal(again(held_out.features), model(held_out.features))  # deterministic for a seed
+    assert {SOME} <= set(held_out.labels.tolist())
+
+
+def test_splits_are_by_prompt() -> None:
+    identity = ModelIdentity("a", "b")
+    texts = [replace(recorded([True]), id=str(i)) for i in range(12)]
+    split = Split.of(Record(identity, identity, {}, texts))
+    parts = [{text.id for text in part} for part in (split.train, split.validation, split.held_out)]
+    assert [len(part) for part in parts] == [8, 2, 2]
+    assert set.union(*parts) == {str(i) for i in range(12)}
+    with pytest.raises(SpecBranchError, match="4 prompts: expected at least 5"):
+        Split.of(Record(identity, identity, {}, texts[:4]))

@@ -1,0 +1,14 @@
+"""A predictor of nothing, of the right shape for a pair."""
+
+import torch
+
+from specbranch import SpecBranch
+from specbranch.runtime.hrad.predictor import HRad, HRadConfig
+from specbranch.runtime.identity import ModelIdentity
+
+
+def untrained(engine: SpecBranch, seed: int = 0) -> HRad:
+    assert engine.draft is not None
+    torch.manual_seed(seed)
+    size = 5 * engine.target.config.hidden_size
+    return HRad(HRadConfig(ModelIdentity.of(engine.target), ModelIdentity.of(engine.draft), size, 5))
