@@ -38,7 +38,7 @@ from specbranch import METHODS, SpecBranch
 from specbranch.cli.bench.peers import Peers
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.core.stats import Round, Stats
-from specbranch.replay.record import TAIL, Record, RecordedText, Said
+from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.runtime.graphs.runner import VERIFY_ROWS
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.placement import PRIORITIES, make_runner
@@ -152,13 +152,13 @@ def shortened(text: RecordedText, tokens: int | None) -> RecordedText:
     if tokens is None:
         return text
 
-    def first(said: Said, rows: int) -> Said:
-        return Said(*(values[:rows] for values in vars(said).values()))
+    def first(said: RecordedProposals, rows: int) -> RecordedProposals:
+        return RecordedProposals(*(values[:rows] for values in vars(said).values()))
 
     return replace(
         text,
         tokens=text.tokens[:tokens],
-        said=first(text.said, tokens),
+        proposals=first(text.proposals, tokens),
         tails=first(text.tails, TAIL * tokens),
     )
 
@@ -194,7 +194,7 @@ def our_contenders(target: PreTrainedModel, draft: PreTrainedModel, args: argpar
         if args.device == "recording" and cuda_graphs:
             record_steps(made)
         if one_row:
-            made._target.most_rows = 1
+            made.pair.target.most_rows = 1
         return made
 
     def ours(engine: SpecBranch, method: str, overlap: bool, captured: bool = graphs) -> Contender:

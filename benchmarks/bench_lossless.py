@@ -17,6 +17,7 @@ from typing import Any
 
 from specbranch import METHODS, SpecBranch
 from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.text.encoding import encode
 from specbranch.text.prompts import read_prompts
 
 SAMPLINGS: list[dict[str, Any]] = [
@@ -62,7 +63,7 @@ def main() -> int:
     pair = SpecBranch.from_pretrained(args.target, draft=args.draft, dtype=args.dtype, threads=args.threads)
     records = []
     for prompt in read_prompts(args.prompts, args.limit):
-        ids = pair.encode(prompt.text, chat=prompt.chat)
+        ids = encode(pair.tokenizer, prompt.text, chat=prompt.chat)
         for sampling in SAMPLINGS:
             records += [{"id": prompt.id, **record} for record in compare(pair, ids, sampling, args.max_new_tokens)]
         same = sum(record["same_tokens"] for record in records)

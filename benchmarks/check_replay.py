@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 from specbranch.policies.methods import METHODS, make_policy
+from specbranch.replay.costs import ReplayCosts
 from specbranch.replay.record import Record
-from specbranch.replay.replayer import ReplayCosts, replay
+from specbranch.replay.replayer import replay
 
 
 def main() -> None:

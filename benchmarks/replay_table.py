@@ -15,9 +15,9 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from specbranch.replay.costs import ReplayCosts
 from specbranch.replay.planner import Expectation, expect, tasks_of
 from specbranch.replay.record import Record
-from specbranch.replay.replayer import ReplayCosts
 
 RATIOS = (5.0, 10.0, 20.0)
 COLUMNS: dict[str, tuple[str, dict[str, object]]] = {
@@ -27,12 +27,12 @@ COLUMNS: dict[str, tuple[str, dict[str, object]]] = {
     "ssd": ("ssd", {}),
     "specbranch-paper": ("specbranch-paper", {}),
     "specbranch": ("specbranch", {}),
-    "frugal": ("specbranch", {"min_reach": 0.3, "beside": 4}),
+    "frugal": ("specbranch", {"min_reach": 0.3, "siblings": 4}),
     # one part less each
     "no calibration": ("specbranch", {"calibrate": False}),
     "one branch point": ("specbranch", {"hedge": "point"}),
     "no hedging": ("specbranch", {"hedge": "none"}),
-    "nothing beside the path": ("specbranch", {"beside": 0}),
+    "nothing beside the path": ("specbranch", {"siblings": 0}),
     "trunk ends at the branch point": ("specbranch", {"verify_tail": False}),
 }
 

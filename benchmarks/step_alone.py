@@ -6,8 +6,6 @@ from collections.abc import Callable
 
 from specbranch.core.messages import Step
 from specbranch.core.sampling import Sampling
-from specbranch.core.tree import Tree
-from specbranch.drafters.model import always
 from specbranch.runtime.runner import Runner
 
 CANDIDATES = 6
@@ -21,20 +19,22 @@ def step_alone(runner: Runner, rows: int) -> Callable[[], list[Step]]:
     model = runner.model
     runner.reset(PREFIX + 1)
     runner.prefill([1] * PREFIX)
-    tree = Tree.rooted(1, PREFIX)
-    for _ in range(rows):
-        tree = tree.hang(0, 1)
 
     def verify() -> list[Step]:
         model.cache.rollback(PREFIX)
-        batch = model.place(tree, range(rows))
-        return [runner.verify(batch, [-1] + [0] * (rows - 1), Sampling()).result().step]
+        parents = [-1] + [0] * (rows - 1)
+        batch = model.place(range(rows), parents, [1] * rows, [PREFIX + (parent >= 0) for parent in parents])
+        return [runner.verify(batch, parents, Sampling()).result().step]
 
     def draft() -> list[Step]:
         model.cache.rollback(PREFIX)
-        runner.draft(model.place(tree, [0]), CANDIDATES, model.vocabulary, Sampling(), 1, always)
-        batch = model.place(tree, range(1, rows + 1))
+        runner.draft(model.place([0], [-1], [1], [PREFIX]), CANDIDATES, model.vocabulary, Sampling(), 1, always)
+        batch = model.place(range(1, rows + 1), [0] * rows, [1] * rows, [PREFIX + 1] * rows)
         burst = runner.draft(batch, CANDIDATES, model.vocabulary, Sampling(), BURST, always)
-        return [guess.step for guess in burst]
+        return [samples.step for samples in burst]
 
     return draft if model.role == "draft" else verify
+
+
+def always(under_way: int) -> bool:
+    return True

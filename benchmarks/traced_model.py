@@ -91,11 +91,11 @@ class Trace:
         self.text[:end] = torch.tensor([*prompt, *new])
         rows = [
             fold(said, int(token), self.vocabulary)
-            for said, token in zip(text.said.tokens[:, : self.k].tolist(), text.tokens, strict=True)
+            for said, token in zip(text.proposals.tokens[:, : self.k].tolist(), text.tokens, strict=True)
         ]
         place = slice(text.prompt_tokens, end)
         self.candidates[place] = torch.tensor(rows)
-        self.logits[place] = log_shares(text.said.agreement[:, : self.k], self.vocabulary)
+        self.logits[place] = log_shares(text.proposals.agreement[:, : self.k], self.vocabulary)
         tails = text.tails.agreement.view(len(new), TAIL, -1)[:, 0, : self.k]
         wrong = tails.isfinite().all(1)
         tails = tails if not wrong.any() else torch.where(wrong[:, None], tails, tails[wrong].mean(0))

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from specbranch.core.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
-    from specbranch.core.generation import Generation, TextStream
+    from specbranch.core.errors import SpecBranchError
+    from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream
     from specbranch.core.sampling import Sampling
     from specbranch.core.stats import Stats
     from specbranch.engine import SpecBranch
@@ -38,8 +38,8 @@ __all__ = [
 _HOME = {
     "METHODS": "policies.methods",
     "Generation": "core.generation",
-    "GenerationFailed": "core.errors",
-    "GenerationInterrupted": "core.errors",
+    "GenerationFailed": "core.generation",
+    "GenerationInterrupted": "core.generation",
     "Sampling": "core.sampling",
     "SpecBranch": "engine",
     "SpecBranchError": "core.errors",

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from specbranch.core.errors import GenerationFailed, GenerationInterrupted, SpecBranchError
-from specbranch.core.generation import Generation, TextStream
+from specbranch.core.errors import SpecBranchError
+from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream
 from specbranch.core.sampling import Sampling
-from specbranch.drafters.model import Drafter
-from specbranch.loop import Decoder
+from specbranch.drafters.model import ModelDrafter
+from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy
-from specbranch.replay.record import RecordedText
-from specbranch.replay.recorder import read_features, record_text
 from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.loading import (
@@ -31,11 +28,10 @@ from specbranch.runtime.loading import (
     load_model,
     load_tokenizer,
 )
-from specbranch.runtime.measure import measure_costs
-from specbranch.runtime.model import CachedModel
-from specbranch.runtime.placement import make_runner, make_workers
-from specbranch.runtime.verifier import Verifier
+from specbranch.runtime.pair import Pair
+from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.detokenizer import TextBuilder
+from specbranch.text.encoding import encode
 
 
 class SpecBranch:
@@ -75,13 +71,7 @@ class SpecBranch:
         self.method = method
         self.options = options
         self._overlap = check_overlap(overlap)
-        if threads is not None and threads < 1:
-            raise SpecBranchError(f"threads is {threads}; expected at least 1")
-        self.threads = torch.get_num_threads() if threads is None else threads
-        self._target = make_runner(CachedModel(target, "target"), cuda_graphs, priority)
-        self._tap: FeatureTap | None = None
-        self._draft = None if draft is None else make_runner(CachedModel(draft, "draft"), cuda_graphs, priority)
-        self._workers = make_workers(self._target, self._draft, self.threads, target_threads)
+        self.pair = Pair(target, draft, threads, target_threads, cuda_graphs, priority)
         self._costs: defaultdict[str, Costs] = defaultdict(Costs)  # by method
         self._calibrator = Calibrator()
         self._eos = end_of_sequence(target)
@@ -138,21 +128,6 @@ class SpecBranch:
             **options,
         )
 
-    def encode(self, prompt: str, chat: bool = False) -> list[int]:
-        """Token ids of a prompt; chat: as a user's message in the tokenizer's chat template.
-
-        Raises SpecBranchError without a tokenizer, or without a chat template when one is needed.
-        """
-        if self.tokenizer is None:
-            raise SpecBranchError("the target came without a tokenizer: pass tokenizer= or token ids")
-        if not chat:
-            return [int(token) for token in self.tokenizer(prompt)["input_ids"]]
-        if self.tokenizer.chat_template is None:
-            raise SpecBranchError("the target's tokenizer has no chat template: use prompts without chat")
-        message = [{"role": "user", "content": prompt}]
-        text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return [int(token) for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
-
     def generate(
         self,
         prompt: str | Sequence[int] | Tensor,
@@ -207,59 +182,6 @@ class SpecBranch:
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
         return TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options))
 
-    def record(
-        self,
-        prompt: Sequence[int],
-        tokens: Sequence[int],
-        *,
-        id: str,
-        task: str,
-        k: int = 8,
-        sampling: Sampling | None = None,
-        features: bool = False,
-    ) -> RecordedText:
-        """What the draft says along a text that the target generated from `prompt`; see record.py.
-
-        tokens: the new ids. k: candidates kept at each position. sampling: as the text was sampled.
-        features: also keep the target's, for a learned predictor; this takes a target forward over the text.
-        """
-        if self._draft is None:
-            raise SpecBranchError("a record needs a draft model: pass draft=")
-        drafter = Drafter(self._draft, sampling or Sampling(), k, self._target.model.vocabulary)
-        self._draft.reset(len(prompt) + len(tokens))
-        seen = None
-        if features:
-            with self._running(tap := self._feature_tap()):
-                seen = read_features(self._target, tap, prompt, tokens)
-        with self._running():
-            return record_text(drafter, prompt, tokens, id=id, task=task, features=seen)
-
-    def _feature_tap(self) -> FeatureTap:
-        if self._tap is None:
-            self._tap = FeatureTap(self.target)
-        return self._tap
-
-    def measure_costs(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
-        """What forwards of this pair cost on this machine; see measuring.py."""
-        if self._draft is None:
-            raise SpecBranchError("costs are measured for a pair: pass draft=")
-        with self._running():
-            return measure_costs(self._target, self._draft, self._workers)
-
-    @contextmanager
-    def _running(self, tap: FeatureTap | None = None) -> Iterator[None]:
-        """Both models attached, with this engine's threads; tap: reads the target's features meanwhile."""
-        with ExitStack() as stack:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(self.threads)
-            stack.enter_context(self._target.model.attached())
-            if self._draft is not None:
-                stack.enter_context(self._draft.model.attached())
-            if tap is not None:
-                stack.enter_context(tap.attached())
-            stack.callback(self._workers.wait)
-            yield
-
     def _run(
         self,
         prompt: str | Sequence[int] | Tensor,
@@ -276,52 +198,49 @@ class SpecBranch:
         if max_new_tokens < 1 or int(max_new_tokens) != max_new_tokens:
             raise SpecBranchError(f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1")
         builder = TextBuilder(self.tokenizer, self._eos, self._stop_strings(stop))
-        decoder, tap = self._decoder(method, sampling, overlap, options)
-        self._target.reset(len(ids) + max_new_tokens)
-        if decoder.drafter is not None:
-            assert self._draft is not None
-            self._draft.reset(len(ids) + max_new_tokens)
+        loop, tap = self._loop(method, sampling, overlap, options)
+        self.pair.reset(len(ids) + max_new_tokens, draft=loop.drafter is not None)
         reason = "length"
-        with self._running(tap):
+        with self.pair.running(tap):
             try:
-                for committed in decoder.rounds(ids, max_new_tokens):
+                for committed in loop.rounds(ids, max_new_tokens):
                     if any(builder.add(token) for token in committed):
                         reason = "stop"
                     yield builder.fresh()
                     if reason == "stop":
                         break
             except KeyboardInterrupt as interrupt:
-                raise GenerationInterrupted(self._result(decoder, builder, begin, "interrupted")) from interrupt
+                raise GenerationInterrupted(self._result(loop, builder, begin, "interrupted")) from interrupt
             except (MemoryError, RuntimeError, ValueError) as error:
                 if not builder.tokens:
                     raise
-                generation = self._result(decoder, builder, begin, "error")
+                generation = self._result(loop, builder, begin, "error")
                 raise GenerationFailed(f"generation ended early: {error}", generation) from error
         yield builder.fresh(final=True)
-        yield self._result(decoder, builder, begin, reason)
+        yield self._result(loop, builder, begin, reason)
 
-    def _decoder(
+    def _loop(
         self, method: str | None, sampling: Sampling, overlap: bool | str | None, options: dict[str, object]
-    ) -> tuple[Decoder, FeatureTap | None]:
-        """The decoder, and the tap that must be attached while it runs."""
+    ) -> tuple[DecodingLoop, FeatureTap | None]:
+        """The decoding loop, and the tap that must be attached while it runs."""
         policy = make_policy(method or self.method, {**self.options, **options})
         drafter = None
         if policy.candidates > 0:
-            if self._draft is None:
-                raise SpecBranchError(f"method {policy.name!r} needs a draft model: pass draft=")
+            draft = self.pair.need_draft(f"method {policy.name!r}")
             calibrator = self._calibrator if policy.calibrated else None
-            drafter = Drafter(self._draft, sampling, policy.candidates, self._target.model.vocabulary, calibrator)
+            drafter = ModelDrafter(draft, sampling, policy.candidates, self.pair.vocabulary, calibrator)
         mode = self._overlap if overlap is None else check_overlap(overlap)
-        predictor = None
-        if self.hrad is not None and policy.foresees:
-            predictor = Predictor(self._feature_tap(), self.hrad)
-        verifier = Verifier(self._target, sampling, predictor)
-        decoder = Decoder(verifier, drafter, policy, self._costs[policy.name], self._workers, mode)
-        return decoder, None if predictor is None else predictor.tap
+        tap, predictor = None, None
+        if self.hrad is not None and policy.uses_forecast:
+            tap = self.pair.tap
+            predictor = Predictor(tap, self.hrad)
+        verifier = ModelVerifier(self.pair.target, sampling, predictor)
+        costs, workers = self._costs[policy.name], self.pair.workers
+        return DecodingLoop(verifier, drafter, policy, costs, workers, mode), tap
 
     def _prompt_ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
         if isinstance(prompt, str):
-            ids = self.encode(prompt)
+            ids = encode(self.tokenizer, prompt)
         elif isinstance(prompt, Tensor):
             if prompt.dim() == 2 and prompt.shape[0] != 1:
                 raise SpecBranchError(f"the prompt is a batch of {prompt.shape[0]}; expected one text at a time")
@@ -330,10 +249,8 @@ class SpecBranch:
             ids = [int(token) for token in prompt]
         if not ids:
             raise SpecBranchError("the prompt is empty: expected at least one token")
-        if bad := [token for token in ids if not 0 <= token < self._target.model.vocabulary]:
-            raise SpecBranchError(
-                f"token id {bad[0]} is outside the target's vocabulary of {self._target.model.vocabulary}"
-            )
+        if bad := [token for token in ids if not 0 <= token < self.pair.vocabulary]:
+            raise SpecBranchError(f"token id {bad[0]} is outside the target's vocabulary of {self.pair.vocabulary}")
         return ids
 
     def _stop_strings(self, stop: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -344,11 +261,11 @@ class SpecBranch:
             raise SpecBranchError("stop strings need a tokenizer: pass tokenizer=")
         return strings
 
-    def _result(self, decoder: Decoder, builder: TextBuilder, begin: float, reason: str) -> Generation:
-        stats = decoder.stats
+    def _result(self, loop: DecodingLoop, builder: TextBuilder, begin: float, reason: str) -> Generation:
+        stats = loop.stats
         stats.seconds = time.perf_counter() - begin
-        stats.target_runner = self._target.note
-        stats.draft_runner = "" if self._draft is None or decoder.drafter is None else self._draft.note
+        stats.target_runner = self.pair.target.note
+        stats.draft_runner = "" if self.pair.draft is None or loop.drafter is None else self.pair.draft.note
         stats.end(len(builder.tokens))
         return Generation(builder.text, builder.tokens, stats, reason)
 

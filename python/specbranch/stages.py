@@ -1,4 +1,4 @@
-"""What the decoding loop asks of the two models and of the clock; real ones and replayed ones answer alike."""
+"""What the decoding loop asks of a draft, of the target, and of the clock; real and replayed ones answer alike."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from specbranch.core.messages import Drafted, Forecast, Trunk, Verdict
 from specbranch.core.tree import Tree
-from specbranch.drafters.model import Drafted
-from specbranch.runtime.hrad.predictor import Outlook
-from specbranch.runtime.verifier import Verdict
+
+ShouldContinue = Callable[[int], bool]
+"""Whether the draft is to take one more step, behind so many that are still under way on its device."""
 
 
 class Pending(Protocol):
@@ -20,51 +21,67 @@ class Pending(Protocol):
     def result(self) -> Verdict: ...
 
 
-class Target(Protocol):
-    """Judges drafted tokens: verifier.Verifier, replay.ReplayVerifier."""
+class Verifier(Protocol):
+    """The target: judges drafted tokens. It sees trunks, which are plain integers, and never the tree."""
 
     @property
     def most_rows(self) -> int:
         """Of a trunk."""
 
-    def prefill(self, tokens: Sequence[int]) -> None: ...
+    def prefill(self, prompt: Sequence[int]) -> None:
+        """Start a text: commit the prompt but its last token, which is the first root."""
 
-    def verify(self, tree: Tree, trunk: Sequence[int]) -> Verdict: ...
+    def verify(self, trunk: Trunk) -> Verdict: ...
 
-    def start(self, tree: Tree, trunk: Sequence[int]) -> Pending: ...
+    def start(self, trunk: Trunk) -> Pending:
+        """`verify`, whose result can be asked for later."""
 
-    def commit(self, path: Sequence[int]) -> None: ...
+    def commit(self, path: Sequence[int]) -> None:
+        """Commit the newest trunk's root and the accepted tokens, given as a verdict does; drop the others."""
 
 
-class Draft(Protocol):
-    """Guesses: drafter.Drafter, replay.ReplayDrafter."""
-
-    @property
-    def room(self) -> int: ...
-
-    def prefill(self, tokens: Sequence[int]) -> None: ...
+class Drafter(Protocol):
+    """Proposes tokens."""
 
     @property
-    def burst(self) -> int: ...
+    def room(self) -> int:
+        """Nodes that it may still run over before the next commit."""
+
+    @property
+    def burst(self) -> int:
+        """Steps that are best asked for at once."""
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        """As a verifier's."""
 
     def propose(
-        self, tree: Tree, nodes: Sequence[int], text: Sequence[int], steps: int, going: Callable[[int], bool]
-    ) -> Drafted: ...
+        self, tree: Tree, nodes: Sequence[int], steps: int = 1, should_continue: ShouldContinue = ...
+    ) -> Drafted:
+        """Run over `nodes`, then over the first candidates of each step, until there are `steps` steps or
+        `should_continue`, asked before each but the first, says no.
 
-    def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None: ...
+        The caller makes nodes of those candidates, as Tree.descend does; the tree is only read.
+        """
 
-    def learn(self, tree: Tree, path: Sequence[int], next_token: int, outlook: Outlook | None) -> None: ...
+    def commit(self, path: Sequence[int], survivors: Mapping[int, int], tokens: Sequence[int]) -> None:
+        """A round is over. path: the accepted nodes, the root first. survivors: old to new index of the nodes that live
+        on. tokens: the committed ones, the target's own at the end."""
+
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int, forecast: Forecast | None) -> None:
+        """Take a verdict's labels, and a predictor's forecast for the round to come."""
 
 
 class Workers(Protocol):
-    """Runs the target beside the draft, and says what time it is: overlap.Threads and Streams, replay.VirtualTime."""
+    """Runs the target beside the draft, and is the clock."""
 
-    def clock(self) -> float: ...
+    def clock(self) -> float:
+        """Seconds."""
 
-    def submit(self, target: Target, tree: Tree, trunk: Sequence[int]) -> Pending:
-        """Start `target.verify(tree, trunk)`; the caller goes on."""
+    def submit(self, target: Verifier, trunk: Trunk) -> Pending:
+        """Start verifying; the caller goes on."""
 
-    def draft_threads(self) -> AbstractContextManager[None]: ...
+    def draft_threads(self) -> AbstractContextManager[None]:
+        """The context in which the draft runs beside the target."""
 
     def wait(self) -> None:
         """Return when neither model has work."""

@@ -16,7 +16,7 @@ from specbranch.cli import main as cli
 from specbranch.cli.trace import outcome, trace
 from specbranch.core.messages import Step
 from specbranch.core.stats import Round, Stats
-from specbranch.runtime.verifier import Verifier
+from specbranch.runtime.verifier import ModelVerifier
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "2"]
 ROUNDING = 0.002  # microseconds: two ends rounded to nanoseconds
@@ -100,7 +100,7 @@ def test_generate_writes_the_trace_of_every_prompt(capsys, tmp_path):
 
 
 def test_ctrl_c_leaves_the_trace_of_what_was_done(capsys, tmp_path, monkeypatch):
-    verify, calls = Verifier.verify, []
+    verify, calls = ModelVerifier.verify, []
 
     def interrupted(self, tree, trunk):
         calls.append(trunk)
@@ -108,7 +108,7 @@ def test_ctrl_c_leaves_the_trace_of_what_was_done(capsys, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return verify(self, tree, trunk)
 
-    monkeypatch.setattr(Verifier, "verify", interrupted)
+    monkeypatch.setattr(ModelVerifier, "verify", interrupted)
     out = tmp_path / "trace.json"
     arguments = ["--prompt", bundled.prompts()[0]["prompt"], "--overlap", "off", "--trace", str(out)]
     assert cli.main(["generate", *PAIR, *arguments]) == 130

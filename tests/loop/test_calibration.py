@@ -1,4 +1,5 @@
-"""Online calibration: the draft's word at first, the labels' after a while, and never anything but probabilities."""
+"""Online calibration: the draft's confidence at first, the labels' after a while, and never anything but
+probabilities."""
 
 import random
 
@@ -6,49 +7,54 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from specbranch.core.tree import Signals
+from specbranch.core.tree import Proposals, Signals
 from specbranch.policies.calibration import Calibrator
 
 
-def signals(agreement: float, depth: int = 1, outlook: float = 0.0) -> Signals:
-    return Signals(agreement, entropy=1.0, margin=2.0, depth=depth, outlook=outlook)
+def signals(agreement: float, depth: int = 1, forecast: float = 0.0) -> Signals:
+    return Signals(agreement, entropy=1.0, margin=2.0, depth=depth, forecast=forecast)
 
 
-@pytest.mark.parametrize("word", [0.1, 0.5, 0.9])
-def test_before_any_label_it_takes_about_the_drafts_word(word: float) -> None:
-    chance = Calibrator().chances([signals(word)], [(word, 1 - word)])[0][0]
-    assert abs(chance - word) < 0.1
-    assert abs(chance - 0.5) <= abs(word - 0.5)  # and is a little less sure
+def chances(calibrator: Calibrator, signals: Signals, confidence: tuple[float, ...]) -> tuple[float, ...]:
+    tokens = tuple(range(len(confidence)))
+    return calibrator.correct([Proposals(tokens, confidence, signals)])[0].confidence
+
+
+@pytest.mark.parametrize("confidence", [0.1, 0.5, 0.9])
+def test_before_any_label_it_takes_about_the_drafts_confidence(confidence: float) -> None:
+    chance = chances(Calibrator(), signals(confidence), (confidence, 1 - confidence))[0]
+    assert abs(chance - confidence) < 0.1
+    assert abs(chance - 0.5) <= abs(confidence - 0.5)  # and is a little less sure
 
 
 @pytest.mark.parametrize("truth", [0.2, 0.6, 0.95])
 def test_it_learns_how_often_the_draft_is_right(truth: float) -> None:
     calibrator, draw = Calibrator(), random.Random(1)
     for _ in range(400):
-        calibrator.learn(signals(0.8), stood=draw.random() < truth, covered=True)
-    assert calibrator.chances([signals(0.8)], [(0.8, 0.2)])[0][0] == pytest.approx(truth, abs=0.12)
+        calibrator.learn(signals(0.8), accepted=draw.random() < truth, covered=True)
+    assert chances(calibrator, signals(0.8), (0.8, 0.2))[0] == pytest.approx(truth, abs=0.12)
 
 
 def test_it_learns_to_tell_sure_from_unsure() -> None:
     """A draft that overstates: 0.9 means 0.7 and 0.5 means 0.1."""
     calibrator, draw = Calibrator(), random.Random(2)
     for _ in range(600):
-        word, truth = draw.choice([(0.9, 0.7), (0.5, 0.1)])
-        calibrator.learn(signals(word), stood=draw.random() < truth, covered=False)
-    sure, unsure = (calibrator.chances([signals(word)], [(word,)])[0][0] for word in (0.9, 0.5))
+        confidence, truth = draw.choice([(0.9, 0.7), (0.5, 0.1)])
+        calibrator.learn(signals(confidence), accepted=draw.random() < truth, covered=False)
+    sure, unsure = (chances(calibrator, signals(confidence), (confidence,))[0] for confidence in (0.9, 0.5))
     assert sure == pytest.approx(0.7, abs=0.12)
     assert unsure == pytest.approx(0.1, abs=0.12)
 
 
-def test_an_outlook_counts_as_far_as_it_is_right() -> None:
+def test_a_forecast_counts_as_far_as_it_is_right() -> None:
     weights = []
     for informed in (False, True):
         calibrator, draw = Calibrator(), random.Random(3)
         for _ in range(800):
-            stood = draw.random() < 0.5
-            told = stood if informed else draw.random() < 0.5
-            calibrator.learn(signals(0.5, outlook=1.5 if told else -1.5), stood, covered=True)
-        likely, unlikely = (calibrator.chances([signals(0.5, outlook=sign)], [(0.5,)])[0][0] for sign in (1.5, -1.5))
+            accepted = draw.random() < 0.5
+            predicted = accepted if informed else draw.random() < 0.5
+            calibrator.learn(signals(0.5, forecast=1.5 if predicted else -1.5), accepted, covered=True)
+        likely, unlikely = (chances(calibrator, signals(0.5, forecast=sign), (0.5,))[0] for sign in (1.5, -1.5))
         weights.append(likely - unlikely)
     assert abs(weights[0]) < 0.1
     assert weights[1] > 0.5
@@ -63,11 +69,11 @@ def test_chances_are_probabilities_in_the_drafts_order_whatever_the_labels(
 ) -> None:
     calibrators = Calibrator(), Calibrator()
     for calibrator in calibrators:
-        for agreement, stood, covered, depth in labels:
-            calibrator.learn(signals(agreement, depth), stood, covered or stood)
-    word = tuple(sorted((weight / sum(weights) for weight in weights), reverse=True))
-    chances = calibrators[0].chances([signals(word[0])], [word])[0]
-    assert all(0 <= chance <= 1 for chance in chances)
-    assert sum(chances) <= 1 + 1e-9
-    assert list(chances[1:]) == sorted(chances[1:], reverse=True)
-    assert chances == calibrators[1].chances([signals(word[0])], [word])[0]  # the same labels, the same chances
+        for agreement, accepted, covered, depth in labels:
+            calibrator.learn(signals(agreement, depth), accepted, covered or accepted)
+    confidence = tuple(sorted((weight / sum(weights) for weight in weights), reverse=True))
+    first, second = (chances(calibrator, signals(confidence[0]), confidence) for calibrator in calibrators)
+    assert all(0 <= chance <= 1 for chance in first)
+    assert sum(first) <= 1 + 1e-9
+    assert list(first[1:]) == sorted(first[1:], reverse=True)
+    assert first == second  # the same labels, the same chances

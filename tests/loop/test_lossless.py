@@ -6,6 +6,7 @@ from tiny import tiny_model
 
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.policies.methods import make_policy
+from specbranch.text.encoding import encode
 
 SAMPLINGS = [{"temperature": 0.0}] + [{"temperature": 1.0, "top_p": 0.95, "seed": seed} for seed in (1, 2, 3)]
 RUNS = [
@@ -75,7 +76,7 @@ def test_a_draft_with_a_padded_vocabulary_does_not_change_the_text() -> None:
 def test_greedy_equals_transformers_generate(bundled_pair: SpecBranch) -> None:
     """In float32 our autoregressive decoding is transformers' own."""
     for text in prompts()[:8]:
-        ids = torch.tensor([bundled_pair.encode(text)])
+        ids = torch.tensor([encode(bundled_pair.tokenizer, text)])
         theirs = bundled_pair.target.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False
         )

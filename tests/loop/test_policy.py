@@ -1,17 +1,19 @@
-"""Policies as pure functions: what they cut, where they branch, when they stop drafting."""
+"""Policies as pure functions: what they verify, where they branch, when they stop drafting."""
 
+import re
 from collections.abc import Callable
 
 import pytest
 
 from specbranch import METHODS, SpecBranchError
-from specbranch.core.tree import Proposals, Tree
-from specbranch.policies.branching import PaperSpecBranch, SpecBranch, Ssd
+from specbranch.core.messages import Forecast
+from specbranch.core.tree import Choice, Proposals, Tree
+from specbranch.policies.backoff import Backoff
+from specbranch.policies.branching import Hedging, Paper, Ssd
 from specbranch.policies.chain import Adaptive, Autoregressive, Pearl, Speculative
 from specbranch.policies.costs import ModeCosts
-from specbranch.policies.methods import make_policy
-from specbranch.policies.policy import Rest, Situation
-from specbranch.runtime.hrad.predictor import Outlook
+from specbranch.policies.methods import make_policy, options_of
+from specbranch.policies.policy import Expansion, InFlight, Policy, State, TrunkChoice
 
 CANDIDATES = 6
 
@@ -24,10 +26,28 @@ def proposals(depth: int, chance: float) -> Proposals:
 
 def chain(*chances: float) -> Tree:
     """A drafted chain with these chances; every node but the last has proposals."""
-    tree = Tree.rooted(0, 10)
+    tree = Tree(0, 10)
     for depth, chance in enumerate(chances):
-        tree = tree.propose({depth: proposals(depth, chance)}).branch({depth: 1})
+        tree.note(depth, proposals(depth, chance))
+        tree.branch(depth, 1)
     return tree
+
+
+def nodes(expansion: Expansion) -> list[int]:
+    """The nodes of an expansion that makes none."""
+    assert all(choice.rank < 0 for choice in expansion.choices)
+    return [choice.node for choice in expansion.choices]
+
+
+def grow(tree: Tree, expansion: Expansion) -> list[int]:
+    """The nodes of an expansion, those that it makes among them."""
+    return [tree.take(choice) for choice in expansion.choices]
+
+
+def verify(tree: Tree, choice: TrunkChoice) -> InFlight:
+    """What the loop makes of a choice."""
+    taken = tuple(tree.take(each) for each in choice.choices)
+    return InFlight(taken, taken[choice.branch_point])
 
 
 def costs(target: float = 0.23, draft: float = 0.1, per_row: float = 0.0, value: float = 0.14) -> ModeCosts:
@@ -40,119 +60,127 @@ def costs(target: float = 0.23, draft: float = 0.1, per_row: float = 0.0, value:
     return mode
 
 
-def situation(
+def state_of(
     overlapped: bool = False,
     remaining: int = 99,
     acceptance: float = 0.9,
     retry: bool = False,
     burst: int = 1,
-    outlook: Outlook | None = None,
+    forecast: Forecast | None = None,
     **kwargs: float,
-) -> Situation:
-    return Situation(overlapped, costs(**kwargs), acceptance, remaining, retry, burst, outlook)
+) -> State:
+    return State(overlapped, costs(**kwargs), acceptance, remaining, retry, burst, forecast)
 
 
 def test_chain_policies_draft_their_length_and_no_further_than_needed() -> None:
-    assert Autoregressive().before(chain(), situation()).nodes == []
-    assert Speculative(3).before(chain(0.1, 0.1), situation()).nodes == [2]
-    assert Speculative(3).before(chain(0.1, 0.1, 0.1), situation()).nodes == []
-    assert Speculative(3).before(chain(0.9), situation(remaining=2)).nodes == []
-    assert Pearl(4).before(chain(), situation(overlapped=True)).nodes == []
-    cut = Pearl(4).cut(chain(0.9, 0.9), situation(overlapped=True))
-    assert cut.trunk == (0, 1, 2)
-    assert Pearl(4).during(cut, cut.tree, situation(overlapped=True)).nodes == [2]
+    assert Autoregressive().draft_before(chain(), state_of()).choices == []
+    assert nodes(Speculative(3).draft_before(chain(0.1, 0.1), state_of())) == [2]
+    assert Speculative(3).draft_before(chain(0.1, 0.1, 0.1), state_of()).choices == []
+    assert Speculative(3).draft_before(chain(0.9), state_of(remaining=2)).choices == []
+    assert Pearl(4).draft_before(chain(), state_of(overlapped=True)).choices == []
+    tree = chain(0.9, 0.9)
+    flight = verify(tree, Pearl(4).choose_trunk(tree, state_of(overlapped=True)))
+    assert flight.nodes == (0, 1, 2)
+    assert nodes(Pearl(4).draft_during(tree, flight, state_of(overlapped=True))) == [2]
 
 
 def test_adaptive_stops_behind_the_first_unsure_token() -> None:
-    policy = Adaptive(stop=0.4, max_length=3)
-    assert policy.before(chain(0.5), situation()).nodes == [1]
-    assert policy.before(chain(0.5, 0.3), situation()).nodes == []
-    assert policy.before(chain(0.9, 0.9, 0.9), situation()).nodes == []
-    assert policy.cut(chain(0.5, 0.3), situation()).trunk == (0, 1, 2)
+    policy = Adaptive(stop_below=0.4, max_length=3)
+    assert nodes(policy.draft_before(chain(0.5), state_of())) == [1]
+    assert policy.draft_before(chain(0.5, 0.3), state_of()).choices == []
+    assert policy.draft_before(chain(0.9, 0.9, 0.9), state_of()).choices == []
+    tree = chain(0.5, 0.3)
+    assert verify(tree, policy.choose_trunk(tree, state_of())).nodes == (0, 1, 2)
 
 
 def test_a_trunk_never_outruns_the_tokens_that_may_be_committed() -> None:
     tree = chain(0.9, 0.9, 0.9, 0.9)
-    for policy in (Speculative(), Pearl(), Ssd(), PaperSpecBranch(), SpecBranch()):
+    for policy in (Speculative(), Pearl(), Ssd(), Paper(), Hedging()):
         for remaining in (1, 2, 3):
             for overlapped in (False, True):
-                cut = policy.cut(tree, situation(overlapped, remaining))
-                assert max(cut.tree.nodes[i].depth for i in cut.trunk) < remaining
+                choice = policy.choose_trunk(tree, state_of(overlapped, remaining))
+                assert max(tree.depth[each.node] + (each.rank >= 0) for each in choice.choices) < remaining
 
 
 def test_specbranch_drafts_while_the_next_token_is_worth_its_step() -> None:
-    policy = SpecBranch()
-    assert policy.before(chain(), situation()).nodes == [0]
-    assert policy.before(chain(0.95), situation()).nodes == [1]  # 0.95 * 0.9 * 0.14 s > 0.1 s
-    assert policy.before(chain(0.7), situation()).nodes == []
-    assert policy.before(chain(0.7), situation(draft=0.01)).nodes == [1]
-    assert policy.before(chain(0.99, 0.99), situation(overlapped=True)).nodes == []  # a hit: the target starts at once
-    assert SpecBranch(max_trunk=2).before(chain(0.99, 0.99), situation(draft=0.001)).nodes == []
+    policy = Hedging()
+    assert nodes(policy.draft_before(chain(), state_of())) == [0]
+    assert nodes(policy.draft_before(chain(0.95), state_of())) == [1]  # 0.95 * 0.9 * 0.14 s > 0.1 s
+    assert policy.draft_before(chain(0.7), state_of()).choices == []
+    assert nodes(policy.draft_before(chain(0.7), state_of(draft=0.01))) == [1]
+    assert (
+        policy.draft_before(chain(0.99, 0.99), state_of(overlapped=True)).choices == []
+    )  # a hit: the target starts at once
+    assert Hedging(max_trunk=2).draft_before(chain(0.99, 0.99), state_of(draft=0.001)).choices == []
 
 
 def test_specbranch_knows_when_not_to_draft_and_looks_again() -> None:
     """A draft that costs more than its tokens are worth rests."""
-    policy, tree = SpecBranch(), chain()
-    assert policy.before(tree, situation(draft=0.2)).nodes == []
-    assert policy.before(tree, situation(draft=0.2, retry=True)).nodes == [0]
+    policy, tree = Hedging(), chain()
+    assert policy.draft_before(tree, state_of(draft=0.2)).choices == []
+    assert nodes(policy.draft_before(tree, state_of(draft=0.2, retry=True))) == [0]
 
 
 def test_a_token_is_worth_no_more_than_a_forward_without_draft() -> None:
     """However slow the rounds were: drafting for 0.2 s a token that a forward of 0.15 s would give does not pay."""
     tree = chain()
-    assert SpecBranch().before(tree, situation(target=0.15, draft=0.12, value=9.0)).nodes == [0]
-    assert SpecBranch().before(tree, situation(target=0.15, draft=0.2, value=9.0)).nodes == []
+    assert nodes(Hedging().draft_before(tree, state_of(target=0.15, draft=0.12, value=9.0))) == [0]
+    assert Hedging().draft_before(tree, state_of(target=0.15, draft=0.2, value=9.0)).choices == []
 
 
-def rounds_that_draft(rest: Rest, count: int, stands: Callable[[int], bool]) -> list[int]:
-    """Those of `count` rounds in which a draft runs that is only run when its rest is over."""
+def rounds_that_draft(backoff: Backoff, count: int, accepted: Callable[[int], bool]) -> list[int]:
+    """Those of `count` rounds in which a draft runs that only runs in trials."""
     found = []
     for i in range(count):
-        if drafted := rest.over:
+        if drafted := backoff.over:
             found.append(i)
-        rest.record(drafted, drafted and stands(i))
+        backoff.record(drafted, drafted and accepted(i))
     return found
 
 
-def test_a_draft_that_rests_is_tried_ever_less() -> None:
-    assert rounds_that_draft(Rest(), 100, lambda i: False) == [8, 25, 58]  # after 8, 16 and 32 rounds without it
+def test_a_draft_that_does_not_pay_is_tried_ever_less() -> None:
+    assert rounds_that_draft(Backoff(), 100, lambda i: False) == [8, 25, 58]  # after 8, 16 and 32 idle rounds
 
 
-def test_a_chance_lasts_while_the_draft_is_right() -> None:
-    assert rounds_that_draft(Rest(), 30, lambda i: i < 10) == [8, 9, 10, 27]
+def test_a_trial_lasts_while_the_draft_is_right() -> None:
+    assert rounds_that_draft(Backoff(), 30, lambda i: i < 10) == [8, 9, 10, 27]
 
 
 def test_a_draft_that_runs_again_by_itself_has_its_failures_forgotten() -> None:
-    rest = Rest()
-    rounds_that_draft(rest, 60, lambda i: False)
-    rest.record(drafted=True, stood=True)
-    assert rounds_that_draft(rest, 10, lambda i: False) == [8]
+    backoff = Backoff()
+    rounds_that_draft(backoff, 60, lambda i: False)
+    backoff.record(drafted=True, accepted=True)
+    assert rounds_that_draft(backoff, 10, lambda i: False) == [8]
+
+
+NOW = state_of(overlapped=True)
 
 
 def test_hedging_any_outcome_takes_the_likeliest_first_wherever_they_are() -> None:
-    policy = SpecBranch(batch=4)
-    now = situation(overlapped=True)
-    cut = policy.cut(chain(0.5, 0.9), now)
-    growth = policy.during(cut, cut.tree, now)
-    reaches = [growth.tree.nodes[node].reach for node in growth.nodes]
+    policy, tree = Hedging(batch=4), chain(0.5, 0.9)
+    flight = verify(tree, policy.choose_trunk(tree, NOW))
+    grown = grow(tree, policy.draft_during(tree, flight, NOW))
+    reaches = [tree.reach[node] for node in grown]
     assert reaches == sorted(reaches, reverse=True) == pytest.approx([0.45, 0.05, 0.05, 0.05])
-    assert growth.nodes[0] == 2  # the trunk's end
-    assert [growth.tree.nodes[node].parent for node in growth.nodes[1:]] == [0, 0, 0]  # beside the unsure token
-    assert [growth.tree.nodes[node].token for node in growth.nodes[1:]] == [1, 2, 3]
-    sure = policy.cut(chain(0.9, 0.5), now)
-    beside = policy.during(sure, sure.tree, now)
-    assert {beside.tree.nodes[node].parent for node in beside.nodes[1:]} == {1}
+    assert grown[0] == 2  # the trunk's end
+    assert [tree.parent[node] for node in grown[1:]] == [0, 0, 0]  # beside the unsure token
+    assert tree.tokens(grown[1:]) == [1, 2, 3]
+    sure = chain(0.9, 0.5)
+    flight = verify(sure, policy.choose_trunk(sure, NOW))
+    grown = grow(sure, policy.draft_during(sure, flight, NOW))
+    assert {sure.parent[node] for node in grown[1:]} == {1}
 
 
 def test_an_outcome_gets_a_row_only_if_it_pays_for_it() -> None:
-    tree = chain(0.5, 0.9)
-    policy = SpecBranch()
-    free, dear = situation(overlapped=True), situation(overlapped=True, per_row=0.02)
-    assert len(policy.during(policy.cut(tree, free), tree, free).nodes) == 8
-    assert len(policy.during(policy.cut(tree, dear), tree, dear).nodes) == 1  # 0.05 * 0.1 s < 0.02 s
-    frugal = SpecBranch(min_reach=0.1)
-    assert len(frugal.during(frugal.cut(tree, free), tree, free).nodes) == 1
-    assert SpecBranch(min_reach=0.5).during(policy.cut(tree, free), tree, free).nodes == []
+    def rows(policy: Hedging, state: State) -> int:
+        tree = chain(0.5, 0.9)
+        flight = verify(tree, policy.choose_trunk(tree, state))
+        return len(policy.draft_during(tree, flight, state).choices)
+
+    assert rows(Hedging(), NOW) == 8
+    assert rows(Hedging(), state_of(overlapped=True, per_row=0.02)) == 1  # 0.05 * 0.1 s < 0.02 s
+    assert rows(Hedging(min_reach=0.1), NOW) == 1
+    assert rows(Hedging(min_reach=0.5), NOW) == 0
 
 
 @pytest.mark.parametrize(("confidence", "branches"), [(0.65, 2), (0.4, 3), (0.05, 5)])
@@ -160,76 +188,74 @@ def test_the_paper_ends_its_trunk_at_the_first_unsure_position_and_branches_ther
     confidence: float, branches: int
 ) -> None:
     """k = max(1, floor(k_max * (1 - confidence))), the drafted tail being branch 1."""
-    policy = PaperSpecBranch(epsilon=0.7, k_max=6)
+    policy, tree = Paper(epsilon=0.7, k_max=6), chain(0.95, confidence, 0.9)
+    flight = verify(tree, policy.choose_trunk(tree, NOW))
+    assert flight == InFlight((0, 1), branch_point=1)
+    grown = grow(tree, policy.draft_during(tree, flight, NOW))
+    assert len(tree.children[1]) == branches
+    assert set(grown) == {3, *(child for child in tree.children[1] if child != 2)}
     tree = chain(0.95, confidence, 0.9)
-    now = situation(overlapped=True)
-    cut = policy.cut(tree, now)
-    assert cut.branch_point == 1
-    assert cut.trunk == (0, 1)
-    growth = policy.during(cut, cut.tree, now)
-    assert len(growth.tree.children(1)) == branches
-    assert set(growth.nodes) == {3, *(i for i in growth.tree.children(1) if i != 2)}
-    with_tail = PaperSpecBranch(epsilon=0.7, verify_tail=True).cut(tree, now)
-    assert with_tail.trunk[:4] == (0, 1, 2, 3)
-    assert {with_tail.tree.nodes[node].parent for node in with_tail.trunk[4:]} == {1}
+    with_tail = verify(tree, Paper(epsilon=0.7, verify_tail=True).choose_trunk(tree, NOW))
+    assert with_tail.nodes[:4] == (0, 1, 2, 3)
+    assert {tree.parent[node] for node in with_tail.nodes[4:]} == {1}
 
 
 def test_a_sure_trunk_branches_at_its_end() -> None:
-    policy = PaperSpecBranch(epsilon=0.5)
-    now = situation(overlapped=True)
-    cut = policy.cut(chain(0.9, 0.8), now)
-    assert cut.branch_point == cut.trunk[-1] == 2
-    assert policy.during(cut, cut.tree, now).nodes == [2]
-    tree = cut.tree.propose({2: Proposals((1, 2, 3, 4, 5, 6), (0.3, 0.2, 0.1, 0.1, 0.1, 0.1))})
-    assert policy.width(tree, 2, cut.branch_point) == 4
-    assert policy.width(tree, 1, cut.branch_point) == 1
+    policy, tree = Paper(epsilon=0.5), chain(0.9, 0.8)
+    flight = verify(tree, policy.choose_trunk(tree, NOW))
+    assert flight == InFlight((0, 1, 2), branch_point=2)
+    assert nodes(policy.draft_during(tree, flight, NOW)) == [2]
+    tree.note(2, Proposals((1, 2, 3, 4, 5, 6), (0.3, 0.2, 0.1, 0.1, 0.1, 0.1)))
+    assert policy.width(tree, 2, flight) == 4
+    assert policy.width(tree, 1, flight) == 1
+    assert policy.width(tree, 2, None) == 1
 
 
-def test_the_outlook_decides_before_the_confidence_where_the_paper_cuts() -> None:
+def test_the_forecast_decides_before_the_confidence_where_the_paper_cuts() -> None:
     tree = chain(0.95, 0.4, 0.9)
-    none, some, all_ = Outlook(0.6, 0.3, 0.1), Outlook(0.1, 0.8, 0.1), Outlook(0.1, 0.2, 0.7)
-    points = [PaperSpecBranch().cut(tree, situation(True, outlook=word)).branch_point for word in (none, some, all_)]
+    none, some, all_ = Forecast(0.6, 0.3, 0.1), Forecast(0.1, 0.8, 0.1), Forecast(0.1, 0.2, 0.7)
+    points = [Paper().choose_trunk(tree, state_of(True, forecast=each)).branch_point for each in (none, some, all_)]
     assert points == [0, 1, 3]
-    assert PaperSpecBranch(decide_by_outlook=False).cut(tree, situation(True, outlook=none)).branch_point == 1
+    assert Paper(decide_by_forecast=False).choose_trunk(tree, state_of(True, forecast=none)).branch_point == 1
 
 
 def test_ssd_hedges_a_fixed_number_beside_every_trunk_token() -> None:
-    policy = Ssd(fan=2)
-    now = situation(overlapped=True, per_row=0.05)
-    cut = policy.cut(chain(0.9, 0.1, 0.9), now)
-    growth = policy.during(cut, cut.tree, now)
-    assert [len(growth.tree.children(node)) for node in (0, 1, 2)] == [3, 3, 3]
-    assert len(growth.nodes) == 7  # with the trunk's end
+    policy, tree = Ssd(fan=2), chain(0.9, 0.1, 0.9)
+    now = state_of(overlapped=True, per_row=0.05)
+    flight = verify(tree, policy.choose_trunk(tree, now))
+    grown = grow(tree, policy.draft_during(tree, flight, now))
+    assert [len(tree.children[node]) for node in (0, 1, 2)] == [3, 3, 3]
+    assert len(grown) == 7  # with the trunk's end
 
 
 def test_no_hedge_grows_below_the_trunk_only() -> None:
-    policy = SpecBranch(hedge="none")
-    now = situation(overlapped=True)
-    cut = policy.cut(chain(0.5, 0.5), now)
-    assert policy.during(cut, cut.tree, now).nodes == [2]
+    policy, tree = Hedging(hedge="none"), chain(0.5, 0.5)
+    flight = verify(tree, policy.choose_trunk(tree, NOW))
+    assert nodes(policy.draft_during(tree, flight, NOW)) == [2]
 
 
 @pytest.mark.parametrize("overlapped", [False, True])
 def test_outcomes_beside_the_path_are_verified_where_a_row_pays(overlapped: bool) -> None:
     tree = chain(0.9, 0.4, 0.9)
-    free = SpecBranch(beside=5).cut(tree, situation(overlapped))
-    assert len(free.trunk) == 4 + 5
-    assert free.trunk[:4] == (0, 1, 2, 3)
-    others = [free.tree.nodes[node] for node in free.trunk[4:]]
-    assert [node.reach for node in others] == sorted((node.reach for node in others), reverse=True)
-    assert len(SpecBranch().cut(tree, situation(overlapped, per_row=0.1)).trunk) == 2  # nor is the unsure token
+    dear = Hedging().choose_trunk(tree, state_of(overlapped, per_row=0.1))
+    assert len(dear.choices) == 2  # nor is the unsure token
+    free = verify(tree, Hedging(siblings=5).choose_trunk(tree, state_of(overlapped)))
+    assert len(free.nodes) == 4 + 5
+    assert free.nodes[:4] == (0, 1, 2, 3)
+    others = [tree.reach[node] for node in free.nodes[4:]]
+    assert others == sorted(others, reverse=True)
 
 
 def test_branches_that_survived_are_verified_below_their_parents() -> None:
     """A trunk is a tree: every node of it has its parent in it, whatever lived on from the last round."""
     tree = chain(0.6, 0.9)
-    tree = tree.adopt(0, 1)
-    side = len(tree) - 1
-    tree = tree.propose({side: Proposals((77, 78), (0.9, 0.05))}).branch({side: 1})
-    cut = SpecBranch(beside=20).cut(tree, situation(overlapped=True))
-    assert {77, 78} <= {cut.tree.nodes[node].token for node in cut.trunk}
-    for place, node in enumerate(cut.trunk[1:], start=1):
-        assert cut.tree.nodes[node].parent in cut.trunk[:place]
+    side = tree.take(Choice(0, 1))
+    tree.note(side, Proposals((77, 78), (0.9, 0.05)))
+    tree.branch(side, 1)
+    flight = verify(tree, Hedging(siblings=20).choose_trunk(tree, NOW))
+    assert {77, 78} <= set(tree.tokens(flight.nodes))
+    for place, node in enumerate(flight.nodes[1:], start=1):
+        assert tree.parent[node] in flight.nodes[:place]
 
 
 def test_methods_and_options() -> None:
@@ -243,24 +269,41 @@ def test_methods_and_options() -> None:
         make_policy("specbranch", {"epsilon": 2.0})
     with pytest.raises(SpecBranchError, match="hedge is 'all'; expected one of any"):
         make_policy("specbranch", {"hedge": "all"})
+    for options, message in (
+        ({"epsilon": 2.0}, "epsilon is 2.0; expected 0 <= epsilon <= 1"),
+        ({"k_max": 0}, "k_max is 0; expected 1 <= k_max"),
+        ({"k_max": 2.0}, "k_max is 2.0; expected an integer"),
+        ({"k_max": True}, "k_max is True; expected an integer"),
+        ({"min_reach": float("nan")}, "min_reach is nan; expected 0 <= min_reach <= 1"),
+        ({"thrifty": 1}, "thrifty is 1; expected True or False"),
+        ({"epsilon": "0.5"}, "epsilon is '0.5'; expected a number"),
+    ):
+        with pytest.raises(SpecBranchError, match=re.escape(message)):
+            make_policy("specbranch", options)
+    assert make_policy("specbranch", {"epsilon": 1}) == Hedging(epsilon=1)
+
+
+def test_every_option_says_what_it_is_for() -> None:
+    for method in METHODS:
+        for name, declared in options_of(method).items():
+            assert declared.metadata["help"], (method, name)
 
 
 def test_bursts_go_no_deeper_than_a_policy_would_step_by_step() -> None:
-    assert Speculative(5).before(chain(0.9), situation(burst=16)).steps == 4
-    assert Speculative(5).before(chain(0.9), situation(burst=3)).steps == 3
-    assert Adaptive().before(chain(0.9), situation(burst=16)).steps == 1  # it looks at every token
-    tree = chain(0.9, 0.9)
-    for policy in (Pearl(limit=8), SpecBranch(limit=8), Ssd(limit=8)):
-        now = situation(overlapped=True, burst=16)
-        cut = policy.cut(tree, now)
-        assert policy.during(cut, cut.tree, now).steps == 6
-        late = situation(overlapped=True, burst=16, remaining=5)
-        cut = policy.cut(tree, late)
-        assert policy.during(cut, cut.tree, late).steps == 2  # four tokens at most are committed behind the root
-        last = situation(overlapped=True, burst=16, remaining=3)
-        cut = policy.cut(tree, last)
-        growth = policy.during(cut, cut.tree, last)
-        assert all(growth.tree.nodes[node].depth <= 2 for node in growth.nodes)
+    assert Speculative(5).draft_before(chain(0.9), state_of(burst=16)).steps == 4
+    assert Speculative(5).draft_before(chain(0.9), state_of(burst=3)).steps == 3
+    assert Adaptive().draft_before(chain(0.9), state_of(burst=16)).steps == 1  # it looks at every token
+
+    def during(policy: Policy, state: State) -> tuple[Tree, Expansion]:
+        tree = chain(0.9, 0.9)
+        return tree, policy.draft_during(tree, verify(tree, policy.choose_trunk(tree, state)), state)
+
+    for policy in (Pearl(limit=8), Hedging(limit=8), Ssd(limit=8)):
+        assert during(policy, state_of(overlapped=True, burst=16))[1].steps == 6
+        late = state_of(overlapped=True, burst=16, remaining=5)
+        assert during(policy, late)[1].steps == 2  # four tokens at most are committed behind the root
+        tree, expansion = during(policy, state_of(overlapped=True, burst=16, remaining=3))
+        assert all(tree.depth[node] <= 2 for node in grow(tree, expansion))
 
 
 def test_a_burst_is_half_of_what_fits_beside_the_target() -> None:

@@ -1,7 +1,6 @@
 """Random trees, random verdicts: after every round both caches hold the committed text, and nothing else."""
 
 import random
-from collections.abc import Sequence
 
 import pytest
 import torch
@@ -9,17 +8,18 @@ from recording_device import RecordingDevice
 from tiny import tiny_model
 from transformers import DynamicCache
 
+from specbranch.core.messages import Trunk, Verdict
 from specbranch.core.sampling import Sampling
-from specbranch.core.tree import Tree
-from specbranch.drafters.model import Drafter
-from specbranch.loop import Decoder
+from specbranch.core.tree import Choice, Tree
+from specbranch.drafters.model import ModelDrafter
+from specbranch.loop import DecodingLoop
 from specbranch.policies.costs import Costs
-from specbranch.policies.policy import Cut, Growth, Situation, nothing
+from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice
 from specbranch.runtime.cache import BranchCache
 from specbranch.runtime.graphs.runner import CapturedRunner
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.runner import EagerRunner, Runner
-from specbranch.runtime.verifier import Verdict, Verifier
+from specbranch.runtime.verifier import ModelVerifier
 from specbranch.runtime.workers import Threads
 
 ROUNDS = 1000
@@ -36,45 +36,65 @@ class RandomPolicy:
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance
 
-    def before(self, tree: Tree, situation: Situation) -> Growth:
-        fresh = [i for i, node in enumerate(tree.nodes) if node.proposals is None]
+    def draft_before(self, tree: Tree, state: State) -> Expansion:
+        fresh = [node for node, proposals in enumerate(tree.proposals) if proposals is None]
         if not fresh or len(tree) > 12 or self.chance.random() < 0.2:
-            return nothing(tree)
+            return NOTHING
         steps = self.chance.randint(1, 3)
         if 0 in fresh:
-            return Growth(tree, [0], steps)
-        return Growth(tree, sorted(self.chance.sample(fresh, self.chance.randint(1, min(3, len(fresh))))), steps)
+            return Expansion([Choice(0)], steps)
+        chosen = sorted(self.chance.sample(fresh, self.chance.randint(1, min(3, len(fresh)))))
+        return Expansion([Choice(node) for node in chosen], steps)
 
-    def cut(self, tree: Tree, situation: Situation) -> Cut:
+    def choose_trunk(self, tree: Tree, state: State) -> TrunkChoice:
         trunk = [0]
-        for i in range(1, len(tree)):
-            if tree.nodes[i].parent in trunk and self.chance.random() < 0.6:
-                trunk.append(i)
-        return Cut(tree, tuple(trunk), trunk[-1])
+        for node in range(1, len(tree)):
+            if tree.parent[node] in trunk and self.chance.random() < 0.6:
+                trunk.append(node)
+        return TrunkChoice([Choice(node) for node in trunk], len(trunk) - 1)
 
-    def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
-        return nothing(tree)
+    def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
+        return NOTHING
 
-    def width(self, tree: Tree, node: int, branch_point: int | None) -> int:
+    def width(self, tree: Tree, node: int, flight: InFlight | None) -> int:
         return self.chance.randint(1, 3)
 
 
-class RandomVerifier(Verifier):
+class RandomVerifier(ModelVerifier):
     """Runs the target, then accepts a random path and goes on with a random token, drafted or not."""
 
     chance: random.Random
+    loop: "SpyLoop"
 
-    def verify(self, tree: Tree, trunk: Sequence[int]) -> Verdict:
-        step = super().verify(tree, trunk).step
-        path = [0]
-        while (children := [i for i in tree.children(path[-1]) if i in trunk]) and self.chance.random() < 0.6:
+    def verify(self, trunk: Trunk) -> Verdict:
+        step = super().verify(trunk).step
+        path: list[int] = []
+
+        def below() -> list[int]:
+            last = path[-1] if path else 0
+            return [place for place, parent in enumerate(trunk.parents) if parent == last]
+
+        while (children := below()) and self.chance.random() < 0.6:
             path.append(self.chance.choice(children))
-        drafted = tree.tokens(tree.children(path[-1]))
-        refused = set(tree.tokens(i for i in tree.children(path[-1]) if i in trunk))
+        refused = {trunk.tokens[place] for place in below()}
+        tree, nodes = self.loop.tree, self.loop.nodes
+        drafted = tree.tokens(tree.children[nodes[path[-1] if path else 0]])
         others = [token for token in drafted if token not in refused]
         if others and self.chance.random() < 0.7:
             return Verdict(tuple(path), self.chance.choice(others), step)
         return Verdict(tuple(path), self.chance.choice([t for t in range(32) if t not in refused]), step)
+
+
+class SpyLoop(DecodingLoop):
+    """Shows the tree of the round, and keeps the text."""
+
+    tree: Tree
+    nodes: tuple[int, ...]
+
+    def _choose_trunk(self, tree: Tree, state: State) -> InFlight:
+        flight = super()._choose_trunk(tree, state)
+        self.tree, self.nodes = tree, flight.nodes
+        return flight
 
 
 def assert_holds(cache: BranchCache, cached: CachedModel, text: list[int]) -> None:
@@ -101,23 +121,24 @@ def test_caches_equal_a_fresh_forward_after_every_round(captured: bool) -> None:
         draft.reset(200)
         verifier = RandomVerifier(target_runner, Sampling())
         verifier.chance = chance
-        drafter = Drafter(draft_runner, Sampling(), 3, 32)
-        decoder = Decoder(verifier, drafter, RandomPolicy(chance), Costs(), Threads(1), overlap=False)
+        drafter = ModelDrafter(draft_runner, Sampling(), 3, 32)
+        loop = verifier.loop = SpyLoop(verifier, drafter, RandomPolicy(chance), Costs(), Threads(1), overlap=False)
         prompt = [chance.randrange(32) for _ in range(chance.randint(1, 9))]
-        stepper = decoder.rounds(prompt, 150)
+        stepper, text = loop.rounds(prompt, 150), list(prompt)
         for _ in range(TEXT):
             with target.attached(), draft.attached():
-                if not next(stepper, None):
+                if not (committed := next(stepper, None)):
                     break
+            text += committed
             rounds += 1
             for runner in (target_runner, draft_runner):
                 runner.device.mark().wait()  # a commit may be enqueued
-            assert target.cache.length == len(decoder.tokens) - 1
-            assert_holds(target.cache, target, decoder.tokens)
-            assert draft.cache.length <= len(decoder.tokens) - 1
+            assert target.cache.length == len(text) - 1
+            assert_holds(target.cache, target, text)
+            assert draft.cache.length <= len(text) - 1
             if draft.cache.length:
-                assert_holds(draft.cache, draft, decoder.tokens)
+                assert_holds(draft.cache, draft, text)
             moved += bool(draft.cache.nodes)
-        hits += decoder.stats.hits
+        hits += loop.stats.hits
     assert hits > ROUNDS // 10  # the drafted work did survive often
     assert moved > ROUNDS // 20  # with rows of its own in the draft's cache

@@ -5,21 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trees import tree_of
 
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.core.messages import Step
 from specbranch.core.stats import CAUSES, Round, Stats
-from specbranch.core.tree import Node, Tree
-from specbranch.runtime.verifier import Verdict
-
-
-def tree_of(*nodes: tuple[int, int, float]) -> Tree:
-    """A tree from (token, parent, reach) of every node but the root."""
-    made = [Node(0)]
-    for token, parent, reach in nodes:
-        made.append(Node(token, parent, made[parent].depth + 1, reach))
-    return Tree(tuple(made), 0)
-
 
 # root ── 1 ── 2 ── 3 ── 4, with 7 ── 8 beside 2 and 9 beside 4
 TREE = tree_of((1, 0, 0.9), (2, 1, 0.8), (3, 2, 0.7), (4, 3, 0.6), (7, 1, 0.1), (8, 5, 0.1), (9, 3, 0.1))
@@ -41,7 +31,7 @@ def test_causes_on_a_small_tree(path, next_token, rejected, behind, losing, left
     stats = Stats(drafted=len(TREE) - 1)
     stats.begin_round(0.0, overlapped=False)
     node = TREE.child(path[-1], next_token)
-    stats.count(TREE, TRUNK, Verdict(path, next_token, Step(0.0, 0.1, len(TRUNK))), node)
+    stats.count(TREE, len(TRUNK) - 1, path, node)
     round = stats.end_round(1.0, tokens=len(path))
     assert (round.rejected, round.behind_rejection, round.losing_branches) == (rejected, behind, losing)
     assert (round.rolled_back, round.wasted) == (rejected + behind, rejected + behind + losing)
@@ -71,10 +61,10 @@ def test_every_wasted_token_has_one_cause(
     lost, standing = [], [0]
     count = Stats.count
 
-    def spy(stats, tree, trunk, verdict, next_node):
-        count(stats, tree, trunk, verdict, next_node)
+    def spy(stats, tree, verified, path, next_node):
+        count(stats, tree, verified, path, next_node)
         survivors = [] if next_node is None else tree.below(next_node)
-        lost.append(len(tree) - len(verdict.path) - len(survivors))
+        lost.append(len(tree) - len(path) - len(survivors))
         standing[0] = max(0, len(survivors) - 1)
 
     with pytest.MonkeyPatch.context() as patch:

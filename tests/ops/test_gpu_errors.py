@@ -72,4 +72,4 @@ def test_a_priority_that_there_is_not() -> None:
     with pytest.raises(SpecBranchError, match="priority is 'both'; expected one of target, draft, none"):
         SpecBranch(tiny_model(), priority="both")
     with pytest.raises(SpecBranchError, match="priority"):
-        make_runner(SpecBranch(tiny_model())._target.model, True, "first")
+        make_runner(SpecBranch(tiny_model()).pair.target.model, True, "first")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,13 @@ from specbranch import METHODS, SpecBranch, SpecBranchError, bundled
 from specbranch.cli import main as cli
 from specbranch.core.sampling import Sampling
 from specbranch.policies.methods import make_policy
+from specbranch.replay.costs import Line, ReplayCosts
 from specbranch.replay.planner import plan
-from specbranch.replay.record import TAIL, Record, RecordedText, Said
+from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.replay.recorder import collect
-from specbranch.replay.replayer import Line, ReplayCosts, replay
+from specbranch.replay.replayer import replay
 from specbranch.runtime.identity import ModelIdentity
+from specbranch.text.encoding import encode
 from specbranch.text.prompts import Prompt
 
 NEW_TOKENS = 48
@@ -38,14 +41,14 @@ def recorded(bundled_pair: SpecBranch, tmp_path_factory: pytest.TempPathFactory)
 
 def perfect(tokens: int, agreement: float = 0.99) -> Record:
     """One text on which the draft is always right."""
-    said = Said(
+    said = RecordedProposals(
         torch.stack([torch.arange(tokens), torch.arange(tokens) + 5000], 1),
         torch.tensor([[agreement, 1 - agreement]] * tokens),
         torch.full((tokens,), 0.1),
         torch.full((tokens,), 4.0),
     )
     none = torch.full((tokens * TAIL,), torch.nan)
-    tails = Said(torch.full((tokens * TAIL, 2), -1), none[:, None].expand(-1, 2), none, none)
+    tails = RecordedProposals(torch.full((tokens * TAIL, 2), -1), none[:, None].expand(-1, 2), none, none)
     identity = ModelIdentity("a", "b")
     return Record(identity, identity, {}, [RecordedText("x", "t", 3, torch.arange(tokens), said, tails)])
 
@@ -63,7 +66,7 @@ def test_a_record_is_read_as_it_was_written(recorded: tuple[Record, Path]) -> No
     for a, b in zip(made.texts, read.texts, strict=True):
         assert (a.id, a.task, a.prompt_tokens) == (b.id, b.task, b.prompt_tokens)
         assert torch.equal(a.tokens, b.tokens)
-        for x, y in ((a.said, b.said), (a.tails, b.tails)):
+        for x, y in ((a.proposals, b.proposals), (a.tails, b.tails)):
             assert torch.equal(x.tokens, y.tokens)
             torch.testing.assert_close(x.agreement, y.agreement, rtol=2e-3, atol=1e-4, equal_nan=True)
     assert not list(path.parent.glob("*.part"))
@@ -74,13 +77,13 @@ def test_what_is_recorded_is_what_the_draft_says(bundled_pair: SpecBranch, recor
     text = recorded[0].texts[0]
     assert bundled_pair.draft is not None
     alone = SpecBranch(bundled_pair.draft, tokenizer=bundled_pair.tokenizer, method="autoregressive")
-    prompt = bundled_pair.encode(PROMPTS[0].text)
-    wrong = [i for i in range(len(text) - TAIL) if text.said.tokens[i, 0] != text.tokens[i]]
+    prompt = encode(bundled_pair.tokenizer, PROMPTS[0].text)
+    wrong = [i for i in range(len(text) - TAIL) if text.proposals.tokens[i, 0] != text.tokens[i]]
     assert wrong
     for i in (0, 1, 5, wrong[0], wrong[-1]):
         ids = prompt + text.tokens[:i].tolist()
         continuation = alone.generate(ids, max_new_tokens=1 + TAIL).tokens
-        assert continuation[0] == text.said.tokens[i, 0]
+        assert continuation[0] == text.proposals.tokens[i, 0]
         if i in wrong:
             assert continuation[1:] == text.tails.tokens[i * TAIL : (i + 1) * TAIL, 0].tolist()
 
@@ -147,6 +150,22 @@ def test_a_serial_replay_decides_as_the_real_run(
             (r.verified, r.accepted, r.tokens) for r in real.log
         ]
         assert (stats.rolled_back, stats.wasted) == (real.rolled_back, real.wasted)
+
+
+RECORD = Path(__file__).parents[2] / "benchmarks" / "records" / "coder_good_t1.safetensors"
+REPLAYS = json.loads((Path(__file__).parent / "replays.json").read_text())
+
+
+@pytest.mark.parametrize("expected", REPLAYS, ids=lambda row: f"{row['method']}-{row['overlap']}-{row['costs']}")
+def test_a_committed_record_is_replayed_as_ever(expected: dict[str, Any]) -> None:
+    """Whoever changes a decision on purpose writes the new figures here, and says so. Every fourth text."""
+    record = Record.load(RECORD)
+    costs = ReplayCosts.of(record) if expected["costs"] == "measured" else ReplayCosts.ratio(10, 0.02, 0.02)
+    policy = make_policy(expected["method"], {})
+    stats = replay(record, policy, costs, expected["overlap"], record.texts[::4])
+    for name in ("rounds", "target_forwards", "draft_forwards", "accepted", "verified"):
+        assert sum(getattr(s, name) for s in stats) == expected[name], name
+    assert sum(s.seconds for s in stats) == pytest.approx(expected["seconds"], rel=1e-9)
 
 
 def test_virtual_time() -> None:

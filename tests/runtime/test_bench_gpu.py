@@ -142,10 +142,10 @@ def test_the_draft_says_what_was_recorded():
     trace.suggest(logits, positions, right)
     tokens = torch.tensor(new)
     agrees = logits.argmax(1) == tokens
-    recorded = text.said.tokens[:, 0] == text.tokens
+    recorded = text.proposals.tokens[:, 0] == text.tokens
     assert torch.equal(agrees, recorded)
     confidence = logits.softmax(1).max(1).values
-    torch.testing.assert_close(confidence, text.said.agreement[:, 0].clamp(max=0.99999), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(confidence, text.proposals.agreement[:, 0].clamp(max=0.99999), rtol=1e-3, atol=1e-3)
     trace.suggest(logits, positions, (right + 1) % 1000)
     assert not (logits.topk(6).indices == tokens[:, None]).any()
 

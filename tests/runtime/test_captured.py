@@ -12,17 +12,17 @@ from captured_pair import capture, capture_timed
 from recording_device import RecordingDevice
 from tiny import FAMILIES, PROMPT, tiny_model
 from tiny_pair import SAMPLINGS, ends_in, tiny_pair
+from trees import place
 from untrained import untrained
 
 from specbranch import METHODS, SpecBranch, bundled
+from specbranch.core.messages import Forecast
 from specbranch.core.sampling import Sampling
 from specbranch.core.stats import Stats
 from specbranch.core.tree import Tree
-from specbranch.drafters.model import always
 from specbranch.policies.costs import ModeCosts
 from specbranch.runtime.graphs.memory import STEPS
 from specbranch.runtime.graphs.runner import AHEAD, CapturedRunner
-from specbranch.runtime.hrad.predictor import Outlook
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.runner import EagerRunner
 
@@ -68,7 +68,7 @@ def test_the_cuda_kernels_give_every_method_the_same_bits(dtype: torch.dtype) ->
         capture(pair)
         for method in METHODS:
             tokens = pair.generate(prompt, max_new_tokens=length, method=method, temperature=0.9, seed=3).tokens
-            cache = pair._target.model.cache
+            cache = pair.pair.target.model.cache
             assert cache.length >= rows
             found[method] = tokens, [buffer[:, :rows].clone() for buffer in cache.buffers()]
     expected = found.pop("autoregressive")
@@ -121,17 +121,18 @@ def test_steps_equal_the_eager_runner_s() -> None:
         runner.reset(100)
         with cached.attached():
             runner.prefill(PROMPT[:8])
-            tree = Tree.rooted(PROMPT[-1], len(PROMPT) - 1)
+            tree = Tree(PROMPT[-1], len(PROMPT) - 1)
             backlog = PROMPT[8:-1]
             sampling = Sampling(temperature=0.8, top_p=0.9, seed=4)
-            batch = cached.place(tree, [0], backlog)
-            found += runner.draft(batch, 3, 30, sampling, 5, always)
-            cached.cache.nodes += range(1, 5)
+            batch = place(cached, tree, [0], backlog)
+            found += runner.draft(batch, 3, 30, sampling, 5, lambda under_way: True)
+            cached.cache.add(range(1, 5), range(4))
             for parent in range(4):
-                tree = tree.hang(parent, found[parent].tokens[0][0])
-            tree = tree.hang(0, 7).hang(2, 9)
-            batch = cached.place(tree, [5, 6])
-            found += runner.draft(batch, 3, 30, sampling, 4, always)
+                tree.add(parent, found[parent].tokens[0][0], 1.0)
+            tree.add(0, 7, 1.0)
+            tree.add(2, 9, 1.0)
+            batch = place(cached, tree, [5, 6])
+            found += runner.draft(batch, 3, 30, sampling, 4, lambda under_way: True)
         results.append([(g.tokens, g.scores, g.confidence, g.entropy, g.step.rows) for g in found])
     assert results[0] == results[1]
     assert len(results[0]) == 9
@@ -186,7 +187,7 @@ def test_the_draft_is_fed_while_the_target_works_and_not_beyond() -> None:
     pair = tiny_pair()
     target, draft = capture(pair)
     pair.generate(PROMPT, max_new_tokens=8, overlap=True)
-    assert isinstance(pair._draft, CapturedRunner)
+    assert isinstance(pair.pair.draft, CapturedRunner)
     waiting: list[int] = []
     enqueue = draft.enqueue
 
@@ -233,7 +234,9 @@ def test_a_predictor_sees_the_same_hidden_states(monkeypatch: pytest.MonkeyPatch
         pair = SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32")
         pair.hrad = untrained(pair)
         seen: list[torch.Tensor] = []
-        monkeypatch.setattr(pair.hrad, "predict", lambda x, seen=seen: seen.append(x.clone()) or Outlook(0.2, 0.5, 0.3))
+        monkeypatch.setattr(
+            pair.hrad, "predict", lambda x, seen=seen: seen.append(x.clone()) or Forecast(0.2, 0.5, 0.3)
+        )
         if captured:
             capture(pair)
         for seed in (1, 2):

@@ -11,6 +11,7 @@ import torch
 
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.runtime.workers import Streams
+from specbranch.text.encoding import encode
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
@@ -61,7 +62,7 @@ def test_captured_equals_eager_and_overlapped_equals_serial(
 
 def test_eager_equals_captured_when_overlapped(texts: list[list[int]]) -> None:
     eager = load(cuda_graphs=False)
-    assert isinstance(eager._workers, Streams)
+    assert isinstance(eager.pair.workers, Streams)
     for record, expected in zip(PROMPTS, texts[:: len(SAMPLINGS)], strict=True):
         generation = eager.generate(record["prompt"], max_new_tokens=NEW_TOKENS, overlap=True)
         assert generation.tokens == expected
@@ -111,7 +112,7 @@ def test_memory_does_not_grow(captured: SpecBranch) -> None:
 
 def test_a_text_beyond_the_cache_is_captured_anew(captured: SpecBranch) -> None:
     limit = captured.target.config.max_position_embeddings
-    prompt = captured.encode(PROMPTS[0]["prompt"])
+    prompt = encode(captured.tokenizer, PROMPTS[0]["prompt"])
     longer = (prompt * (limit // len(prompt) + 1))[: limit - 40]
     expected = captured.generate(longer, max_new_tokens=32, method="autoregressive", overlap=False).tokens
     assert captured.generate(longer, max_new_tokens=32, overlap=True).tokens == expected

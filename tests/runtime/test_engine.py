@@ -14,12 +14,13 @@ from specbranch import (
     SpecBranch,
     SpecBranchError,
 )
+from specbranch.text.encoding import encode
 
 PROMPT = "def area(width, height):\n"
 
 
 def test_prompts_may_be_text_ids_or_tensors(bundled_pair: SpecBranch) -> None:
-    ids = bundled_pair.encode(PROMPT)
+    ids = encode(bundled_pair.tokenizer, PROMPT)
     results = [
         bundled_pair.generate(prompt, max_new_tokens=12).tokens
         for prompt in (PROMPT, ids, torch.tensor(ids), torch.tensor([ids]))
@@ -200,14 +201,14 @@ def test_a_failure_in_the_middle_keeps_what_was_committed(
     bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = bundled_pair.generate(PROMPT, max_new_tokens=32)
-    verify, calls = bundled_pair._target.verify, iter(range(100))
+    verify, calls = bundled_pair.pair.target.verify, iter(range(100))
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 3:
             raise RuntimeError("out of memory")
         return verify(*args, **kwargs)
 
-    monkeypatch.setattr(bundled_pair._target, "verify", failing)
+    monkeypatch.setattr(bundled_pair.pair.target, "verify", failing)
     with pytest.raises(GenerationFailed, match="out of memory") as caught:
         bundled_pair.generate(PROMPT, max_new_tokens=32)
     partial = caught.value.generation

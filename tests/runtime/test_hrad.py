@@ -13,10 +13,12 @@ from tiny import tiny_model
 from untrained import untrained
 
 from specbranch import SpecBranch, SpecBranchError, bundled
-from specbranch.replay.record import TAIL, Record, RecordedText, Said
+from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
+from specbranch.replay.recorder import record_text
 from specbranch.replay.train_hrad import ALL, NONE, SOME, Examples, Split, best_epsilon, draft_run, evaluate, fit
-from specbranch.runtime.hrad.predictor import HRad, Outlook, load_hrad
+from specbranch.runtime.hrad.predictor import Forecast, HRad, load_hrad
 from specbranch.runtime.identity import ModelIdentity
+from specbranch.text.encoding import encode
 
 PROMPT = bundled.prompts()[0]["prompt"]
 
@@ -25,13 +27,13 @@ def with_hrad(engine: SpecBranch, hrad: HRad) -> SpecBranch:
     return SpecBranch(engine.target, engine.draft, tokenizer=engine.tokenizer, hrad=hrad)
 
 
-def test_outlook() -> None:
-    outlook = Outlook(0.2, 0.3, 0.5)
-    assert outlook.likeliest == "all"
-    assert Outlook(0.5, 0.3, 0.2).likeliest == "none"
-    assert outlook.stands(0) == pytest.approx(torch.tensor(0.8).logit().item())
-    assert outlook.stands(3) == pytest.approx(torch.tensor(0.5 / 0.8).logit().item())
-    assert Outlook(0.0, 0.0, 1.0).stands(0) < 10  # never certain
+def test_forecast() -> None:
+    forecast = Forecast(0.2, 0.3, 0.5)
+    assert forecast.likeliest == "all"
+    assert Forecast(0.5, 0.3, 0.2).likeliest == "none"
+    assert forecast.log_odds(0) == pytest.approx(torch.tensor(0.8).logit().item())
+    assert forecast.log_odds(3) == pytest.approx(torch.tensor(0.5 / 0.8).logit().item())
+    assert Forecast(0.0, 0.0, 1.0).log_odds(0) < 10  # never certain
 
 
 def test_features_of_a_verdict_are_those_of_the_text(bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,8 +46,8 @@ def test_features_of_a_verdict_are_those_of_the_text(bundled_pair: SpecBranch, m
     for overlap in (False, True):
         seen.clear()
         generation = engine.generate(PROMPT, max_new_tokens=40, overlap=overlap)
-        ids = engine.encode(PROMPT)
-        text = engine.record(ids, generation.tokens, id="a", task="b", features=True)
+        ids = encode(engine.tokenizer, PROMPT)
+        text = record_text(engine.pair, ids, generation.tokens, id="a", task="b", features=True)
         assert text.features is not None
         committed, compared = 0, 0
         for features, round in zip(seen, generation.stats.log, strict=True):
@@ -75,11 +77,11 @@ def test_a_predictor_never_changes_the_text(bundled_pair: SpecBranch, method: st
 def test_the_paper_follows_its_class(bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch) -> None:
     """ "None" keeps every trunk at its root, so nothing is verified but after the first round."""
     hrad = untrained(bundled_pair)
-    monkeypatch.setattr(hrad, "predict", lambda features: Outlook(0.9, 0.05, 0.05))
+    monkeypatch.setattr(hrad, "predict", lambda features: Forecast(0.9, 0.05, 0.05))
     engine = with_hrad(bundled_pair, hrad)
     log = engine.generate(PROMPT, max_new_tokens=20, method="specbranch-paper", overlap=False).stats.log
     assert [round.verified for round in log[1:]] == [0] * (len(log) - 1)
-    monkeypatch.setattr(hrad, "predict", lambda features: Outlook(0.05, 0.05, 0.9))
+    monkeypatch.setattr(hrad, "predict", lambda features: Forecast(0.05, 0.05, 0.9))
     log = engine.generate(PROMPT, max_new_tokens=20, method="specbranch-paper", overlap=False).stats.log
     assert all(round.verified > 0 for round in log[1:-1])
 
@@ -135,8 +137,8 @@ def recorded(right: list[bool]) -> RecordedText:
     tokens = torch.arange(n)
     first = torch.tensor([i if ok else 1000 + i for i, ok in enumerate(right)])
     rows, steps = torch.arange(n) * 0.01, torch.arange(n * TAIL) % TAIL * 0.01 + 0.5
-    said = Said(first[:, None], rows[:, None], rows, rows)
-    tails = Said(torch.full((n * TAIL, 1), -5), steps[:, None], steps, steps)
+    said = RecordedProposals(first[:, None], rows[:, None], rows, rows)
+    tails = RecordedProposals(torch.full((n * TAIL, 1), -5), steps[:, None], steps, steps)
     return RecordedText("a", "b", 3, tokens, said, tails)
 
 

@@ -7,9 +7,10 @@ import torch
 from tiny import FAMILIES, PROMPT, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
+from trees import place, tree_of
 
 from specbranch import SpecBranchError
-from specbranch.core.tree import Node, Tree
+from specbranch.core.tree import Tree
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.cache import TREE_ROWS
 from specbranch.runtime.model import CachedModel
@@ -17,16 +18,13 @@ from specbranch.runtime.model import CachedModel
 
 def tree() -> Tree:
     """Root with two branches of three and two nodes, one of them forked."""
-    parents = [-1, 0, 0, 1, 2, 3, 3]
-    tokens = [5, 7, 12, 20, 1, 28, 14]
-    depths = [0, 1, 1, 2, 2, 3, 3]
-    nodes = tuple(Node(*row) for row in zip(tokens, parents, depths, strict=True))
-    return Tree(nodes, len(PROMPT))
+    nodes = zip([7, 12, 20, 1, 28, 14], [0, 0, 1, 2, 3, 3], strict=True)
+    return tree_of(*((token, parent, 1.0) for token, parent in nodes), token=5, position=len(PROMPT))
 
 
 def score(cached: CachedModel, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Tensor:
     """Logits after each of `nodes`."""
-    batch = cached.place(tree, nodes, backlog)
+    batch = place(cached, tree, nodes, backlog)
     return cached.forward(Inputs.of(batch, cached.device), slice(batch.leaves))
 
 
@@ -59,17 +57,17 @@ def test_tree_forward_commit_and_rollback_equal_eager(family: str) -> None:
 
     # Re-root at node 3: root and node 1 are committed, 3 and its children live on in other rows.
     rerooted, survivors = speculation.reroot(3)
-    grown = Tree((*rerooted.nodes, Node(9, 2, 2)), rerooted.position)
+    rerooted.add(2, 9, 1.0)
     with cached.attached():
         cached.cache.commit(speculation.path(1), survivors)
-        third = score(cached, grown, [3])
+        third = score(cached, rerooted, [3])
     committed = [*PROMPT, 5, 7]
-    check(third, [committed + grown.tokens(grown.path(3))])
+    check(third, [committed + rerooted.tokens(rerooted.path(3))])
 
     # Roll the tree and one committed token back, and go on another way.
     with cached.attached():
         cached.cache.rollback(len(PROMPT) + 1)
-        fourth = score(cached, Tree.rooted(29, len(PROMPT) + 1), [0])
+        fourth = score(cached, Tree(29, len(PROMPT) + 1), [0])
     check(fourth, [[*PROMPT, 5, 29]])
 
 
@@ -79,7 +77,7 @@ def test_backlog_is_committed_with_the_root() -> None:
     cached.reset(32)
     with cached.attached():
         cached.prefill(PROMPT[:9])
-        logits = score(cached, Tree.rooted(PROMPT[-1], len(PROMPT) - 1), [0], backlog=PROMPT[9:-1])
+        logits = score(cached, Tree(PROMPT[-1], len(PROMPT) - 1), [0], backlog=PROMPT[9:-1])
     torch.testing.assert_close(logits[0], eager(model, PROMPT), rtol=1e-4, atol=1e-4)
     assert (cached.cache.length, cached.cache.nodes) == (len(PROMPT) - 1, [0])
 
@@ -98,7 +96,7 @@ def test_a_tree_gives_the_bits_of_decoding_one_by_one(family: str, dtype: torch.
         for node in range(7):
             cached.cache.rollback(len(PROMPT))
             for step, token in enumerate(speculation.tokens(speculation.path(node))):
-                alone = score(cached, Tree.rooted(token, len(PROMPT) + step), [0])
+                alone = score(cached, Tree(token, len(PROMPT) + step), [0])
                 cached.cache.commit([0])
             assert torch.equal(together[node], alone[0]), node
 

@@ -6,12 +6,13 @@ from hypothesis import strategies as st
 
 from specbranch import SpecBranch
 from specbranch.text.detokenizer import TextBuilder
+from specbranch.text.encoding import encode
 
 
 def build(pair: SpecBranch, text: str, **options: object) -> tuple[TextBuilder, list[str]]:
     builder = TextBuilder(pair.tokenizer, **options)  # type: ignore[arg-type]
     pieces = []
-    for token in pair.encode(text):
+    for token in encode(pair.tokenizer, text):
         over = builder.add(token)
         pieces.append(builder.fresh())
         if over:
@@ -41,7 +42,7 @@ def test_a_stop_string_ends_the_text_and_is_never_shown(bundled_pair: SpecBranch
     builder, pieces = build(bundled_pair, before + stop + "more text", stop=[stop])
     assert builder.stopped
     assert builder.text == "".join(pieces) == before
-    assert len(builder.tokens) < len(bundled_pair.encode(before + stop + "more text"))
+    assert len(builder.tokens) < len(encode(bundled_pair.tokenizer, before + stop + "more text"))
 
 
 def test_the_earliest_of_several_stop_strings_counts(bundled_pair: SpecBranch) -> None:
@@ -53,7 +54,7 @@ def test_an_end_of_sequence_token_stays_and_is_not_shown(bundled_pair: SpecBranc
     assert bundled_pair.tokenizer is not None
     eos = bundled_pair.tokenizer.eos_token_id
     builder = TextBuilder(bundled_pair.tokenizer, frozenset([eos]))
-    tokens = [*bundled_pair.encode("x = 1"), eos]
+    tokens = [*encode(bundled_pair.tokenizer, "x = 1"), eos]
     assert [builder.add(token) for token in tokens] == [False] * (len(tokens) - 1) + [True]
     assert builder.text == "x = 1"
     assert builder.tokens[-1] == eos

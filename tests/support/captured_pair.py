@@ -44,7 +44,7 @@ def capture_timed(
 
 
 def place(engine: SpecBranch, target: RecordingDevice, draft: RecordingDevice, clock: Clock) -> None:
-    engine._target = CapturedRunner(engine._target.model, target)
-    assert engine._draft is not None
-    engine._draft = CapturedRunner(engine._draft.model, draft)
-    engine._workers = VirtualStreams([target, draft], clock)
+    engine.pair.target = CapturedRunner(engine.pair.target.model, target)
+    assert engine.pair.draft is not None
+    engine.pair.draft = CapturedRunner(engine.pair.draft.model, draft)
+    engine.pair.workers = VirtualStreams([target, draft], clock)

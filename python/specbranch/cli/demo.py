@@ -25,6 +25,7 @@ PROMPTS, NEW_TOKENS = 3, 96
 def run(args: argparse.Namespace) -> int:
     """Generate with both methods; print texts, speeds, and whether the tokens are the same (1 if not)."""
     from specbranch import bundled
+    from specbranch.text.encoding import encode
 
     pair = argparse.Namespace(
         target="bundled", draft="bundled", dtype="float32", device="cpu", overlap="auto", threads=args.threads
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     results: list[dict[str, Generation]] = []
     with steps((len(prompts) + 1) * len(METHODS)) as progress:
         for number, prompt in enumerate([prompts[0], *prompts]):  # the first time warms up
-            ids = engine.encode(prompt)
+            ids = encode(engine.tokenizer, prompt)
             result = {}
             for method in METHODS:
                 progress.next(NAMES[method])

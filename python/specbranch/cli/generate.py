@@ -49,6 +49,7 @@ def _generate_all(
 ) -> int:
     """Generate for every prompt in turn and add what each cost to `runs`."""
     from specbranch import GenerationFailed, GenerationInterrupted, SpecBranchError
+    from specbranch.text.encoding import encode
 
     options = {**sampling_options(args), "stop": args.stop, "method": args.method}
     failed = False
@@ -56,7 +57,7 @@ def _generate_all(
         for number, prompt in enumerate(prompts):
             progress.next(prompt.id)
             try:
-                ids = engine.encode(prompt.text, chat=prompt.chat)
+                ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
                 if args.json:
                     generation = engine.generate(ids, **options)
                     _print_json(prompt, generation)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 
-from specbranch.core.errors import GenerationFailed
+from specbranch.core.generation import GenerationFailed
 
 FAILURE, USAGE, INTERRUPTED, CLOSED_PIPE = (
     1,

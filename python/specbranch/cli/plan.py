@@ -14,9 +14,9 @@ from specbranch.cli.files import check_writable, write_json
 from specbranch.cli.terminal import output_console, status
 
 if TYPE_CHECKING:
+    from specbranch.replay.costs import ReplayCosts
     from specbranch.replay.planner import Expectation
     from specbranch.replay.record import Record
-    from specbranch.replay.replayer import ReplayCosts
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,8 +56,8 @@ def joined(records: list[Record], paths: list[str]) -> Record:
 
 def cost_sets(record: Record, args: argparse.Namespace) -> list[tuple[str, ReplayCosts, tuple[str, ...]]]:
     """Title, costs and modes of every table."""
+    from specbranch.replay.costs import ReplayCosts
     from specbranch.replay.planner import MODES
-    from specbranch.replay.replayer import ReplayCosts
 
     if args.ratio:
         return [

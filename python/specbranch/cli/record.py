@@ -62,18 +62,20 @@ def with_costs(engine: SpecBranch, record: Record, path: Path) -> Record:
     """The record at `path`, with what forwards cost here if it did not hold that yet."""
     if record.costs:
         return record
+    from specbranch.replay.measure import measure_costs
+
     with status("measuring forwards"):
-        record = replace(record, costs=engine.measure_costs(), machine=machine(engine))
+        record = replace(record, costs=measure_costs(engine.pair), machine=machine(engine))
     record.save(path)
     return record
 
 
 def machine(engine: SpecBranch) -> dict[str, object]:
     dtype = str(engine.target.dtype).removeprefix("torch.")
-    return {**describe_machine(), **describe_versions(), "dtype": dtype, "threads": engine.threads}
+    return {**describe_machine(), **describe_versions(), "dtype": dtype, "threads": engine.pair.threads}
 
 
 def agreement(record: Record) -> float:
     """How often the draft's first candidate is the target's token."""
-    right = sum(int((text.said.tokens[:, 0] == text.tokens).sum()) for text in record.texts)
+    right = sum(int((text.proposals.tokens[:, 0] == text.tokens).sum()) for text in record.texts)
     return right / max(1, sum(len(text) for text in record.texts))

@@ -25,8 +25,8 @@ ROUNDS = "rounds.safetensors"
 
 def run(args: argparse.Namespace) -> int:
     """Collect (what is there already is kept), train, evaluate on held-out prompts, save."""
+    from specbranch.core.messages import FORECASTS
     from specbranch.replay.train_hrad import EPOCHS, Split, check_enough, evaluate, examples, fit
-    from specbranch.runtime.hrad.predictor import CLASSES
 
     prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
     check_enough(len(prompts))
@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     }
     model.with_metrics(metrics).save(out)
     console = output_console()
-    console.print(score_table(scores, CLASSES, len(split.held_out), len(held_out)))
-    console.print(confusion_table(scores["H-RAD"], CLASSES))
+    console.print(score_table(scores, FORECASTS, len(split.held_out), len(held_out)))
+    console.print(confusion_table(scores["H-RAD"], FORECASTS))
     for method, gain in gains.items():
         print(f"{method}: {gain:.3f} times its speed without H-RAD, replayed on the held-out prompts")
     print(f"saved to {out}")
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
 def expected_gains(record: Record, split: Split, model: HRad) -> dict[str, float]:
     """Speed with the predictor over speed without it, at the measured costs, for the methods that use it."""
     from specbranch.policies.methods import make_policy
-    from specbranch.replay.replayer import ReplayCosts, replay
+    from specbranch.replay.costs import ReplayCosts
+    from specbranch.replay.replayer import replay
 
     costs = ReplayCosts.of(record)
     gains = {}

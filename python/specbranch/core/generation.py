@@ -1,11 +1,10 @@
-"""The result of a generation, and a text that arrives while it is made."""
+"""The result of a generation, how one can end early, and a text that arrives while it is made."""
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from specbranch.core.errors import GenerationInterrupted
 from specbranch.core.stats import Stats
 
 
@@ -21,6 +20,22 @@ class Generation:
     tokens: list[int]
     stats: Stats
     finish_reason: str
+
+
+class GenerationFailed(RuntimeError):
+    """A generation ended early, for example by running out of memory; `generation` holds what was committed."""
+
+    def __init__(self, message: str, generation: Generation) -> None:
+        super().__init__(message)
+        self.generation = generation
+
+
+class GenerationInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a generation; `generation` holds what was committed so far."""
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__("generation interrupted")
+        self.generation = generation
 
 
 class TextStream:

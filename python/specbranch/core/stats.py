@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from specbranch.core.messages import Step
 from specbranch.core.tree import Tree
-from specbranch.runtime.verifier import Verdict
 
 CAUSES = ("rejected", "behind_rejection", "losing_branches", "left_over")  # why a drafted token was wasted
 
@@ -20,7 +20,7 @@ def ratio(part: float, whole: float) -> float:
 class Round:
     """What happened between two commits.
 
-    draft, target: the forwards. verified, accepted: drafted tokens scored, and those that stood. hit: the next token
+    draft, target: the forwards. verified, accepted: drafted tokens scored, and those accepted. hit: the next token
     was in the tree. rolled_back, wasted: tokens of the best path, and of the whole tree, that were thrown away.
     rejected, behind_rejection, losing_branches: what the wasted ones were, as in Stats.
     """
@@ -64,10 +64,10 @@ class Round:
 class Stats:
     """Counts over the rounds of one generation; times in seconds.
 
-    target_runner, draft_runner: how their steps ran, "captured" or "eager", and why.
-    drafted: tokens that ever became tree nodes. verified: drafted tokens that the target scored. accepted: those
-    that stood. rolled_back: tokens of a tree's best path (the trunk and its likeliest continuation) thrown away.
-    target_busy and draft_busy: time inside the models, prefill apart.
+    target_runner, draft_runner: how their steps ran, "captured" or "eager", and why. drafted: tokens that ever became
+    tree nodes. verified: drafted tokens that the target scored. accepted: those of them that became part of the text.
+    rolled_back: tokens of a tree's best path (the trunk and its likeliest continuation) thrown away. target_busy and
+    draft_busy: time inside the models, prefill apart.
     """
 
     method: str = ""
@@ -111,16 +111,18 @@ class Stats:
         self.target_busy += step.seconds
         self.log[-1].target.append(step)
 
-    def count(self, tree: Tree, trunk: tuple[int, ...], verdict: Verdict, next_node: int | None) -> None:
-        """Add one round. tree: as it stood at the verdict; next_node: the node of the next token, if drafted."""
-        kept = {*verdict.path, *(() if next_node is None else tree.below(next_node))}
+    def count(self, tree: Tree, verified: int, path: Sequence[int], next_node: int | None) -> None:
+        """Add one round. tree: as it stands at the verdict. verified: drafted tokens in the trunk. path: the accepted
+        nodes, the root first. next_node: the node of the target's next token, if it was drafted."""
+        kept = {*path, *(() if next_node is None else tree.below(next_node))}
         round = self.log[-1]
-        round.verified, round.accepted = len(trunk) - 1, verdict.accepted
+        round.verified, round.accepted = verified, len(path) - 1
         round.hit = next_node is not None
-        refused = sum(node not in kept for node in tree.best_path())  # the first of them has a parent that stands
-        round.rejected = min(refused, 1)
-        round.behind_rejection = refused - round.rejected
-        round.losing_branches = len(tree) - len(kept) - refused
+        # Rolled back: what is thrown away of the best path. The first such token has an accepted parent.
+        rolled_back = sum(node not in kept for node in tree.best_path())
+        round.rejected = min(rolled_back, 1)
+        round.behind_rejection = rolled_back - round.rejected
+        round.losing_branches = len(tree) - len(kept) - rolled_back
         self.rounds += 1
         self.verified += round.verified
         self.accepted += round.accepted

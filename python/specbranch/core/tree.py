@@ -1,22 +1,20 @@
-"""The speculation tree: drafted tokens below the last committed token.
-
-A tree is a value. Growing or re-rooting it returns another tree; node indices stay valid while it grows.
-"""
+"""The speculation tree: drafted tokens below the last committed token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
 from typing import NamedTuple
+
+MOST_NODES = 240  # that a draft may run over between two commits
 
 
 class Signals(NamedTuple):
-    """What the draft said at one node, before calibration.
+    """What the draft's logits show at one node, before calibration.
 
     agreement: the estimated chance that the target picks the first candidate (a softmax of perturbed scores; at
     temperature 0 the draft's probability). entropy: of the draft's distribution, in nats. margin: score of the first
-    candidate less that of the second. depth: the node's, in the tree where the draft ran over it. outlook: log-odds
+    candidate less that of the second. depth: the node's, in the tree where the draft ran over it. forecast: log-odds
     that a learned predictor gave the first candidate; 0 without one.
     """
 
@@ -24,171 +22,203 @@ class Signals(NamedTuple):
     entropy: float
     margin: float
     depth: int
-    outlook: float = 0.0
+    forecast: float = 0.0
 
 
 class Proposals(NamedTuple):
-    """The draft's candidates after one node, best first, with the chance that the target agrees with each."""
+    """The draft's candidates after one node, best first, with the probability that the target picks each."""
 
     tokens: tuple[int, ...]
     confidence: tuple[float, ...]
     signals: Signals | None = None
 
 
-class Node(NamedTuple):
-    """One token of the tree.
+class Choice(NamedTuple):
+    """A place to draft at or a token to verify: a node, or with a rank that candidate of the node."""
 
-    reach: estimated probability that the target accepts the whole path from the root to this node.
-    proposals: None until the draft has run over the node.
-    """
-
-    token: int
-    parent: int = -1
-    depth: int = 0
-    reach: float = 1.0
-    proposals: Proposals | None = None
+    node: int
+    rank: int = -1
 
 
-@dataclass(frozen=True)
 class Tree:
-    """Nodes in the order they were added: node 0 is the root (the last committed token), parents come first.
+    """Nodes as columns that only grow; node 0 is the root (the last committed token), and parents come first.
 
-    position: the root's absolute position in the text, so node i stands at position + depth of i.
+    position: the root's in the text, so node i stands at position + depth[i]. token, parent, depth: of each node.
+    reach: estimated probability that the target accepts the whole path from the root to the node. proposals: None until
+    the draft has run over the node. children: in the order they were added.
+
+    The frontier is a heap of what could be drafted next, likeliest first: nodes without proposals, and candidates that
+    are no nodes yet. Entries go stale when their turn is over, and are dropped when they come up.
     """
 
-    nodes: tuple[Node, ...]
-    position: int
+    __slots__ = ("_frontier", "_offered", "children", "depth", "parent", "position", "proposals", "reach", "token")
 
-    @staticmethod
-    def rooted(token: int, position: int) -> Tree:
-        return Tree((Node(token),), position)
+    def __init__(self, token: int, position: int) -> None:
+        self.position = position
+        self.token, self.parent, self.depth = [token], [-1], [0]
+        self.reach = [1.0]
+        self.proposals: list[Proposals | None] = [None]
+        self.children: list[list[int]] = [[]]
+        self._frontier = [(-1.0, 0, -1)]  # (-reach, node, rank)
+        self._offered = [1]  # by node: the highest rank in the frontier
 
     def __len__(self) -> int:
-        return len(self.nodes)
+        return len(self.token)
 
-    @cached_property
-    def _children(self) -> list[list[int]]:
-        children: list[list[int]] = [[] for _ in self.nodes]
-        for i, node in enumerate(self.nodes):
-            if node.parent >= 0:
-                children[node.parent].append(i)
-        return children
+    # ---- Growing
 
-    def children(self, node: int) -> Sequence[int]:
-        """The children of `node`, in the order they were added."""
-        return self._children[node]
+    def add(self, parent: int, token: int, reach: float) -> int:
+        """Append a node; returns its index."""
+        node = len(self.token)
+        self.token.append(token)
+        self.parent.append(parent)
+        self.depth.append(self.depth[parent] + 1)
+        self.reach.append(reach)
+        self.proposals.append(None)
+        self.children.append([])
+        self.children[parent].append(node)
+        self._offered.append(1)
+        heappush(self._frontier, (-reach, node, -1))
+        return node
+
+    def take(self, choice: Choice) -> int:
+        """The node of a choice; a candidate becomes one."""
+        if choice.rank < 0:
+            return choice.node
+        return self.add(choice.node, self._at(choice.node).tokens[choice.rank], self.reach_of(choice))
+
+    def note(self, node: int, proposals: Proposals) -> None:
+        """Keep what the draft proposes after `node`; no candidate becomes a node yet."""
+        self.proposals[node] = proposals
+        for rank in range(min(2, len(proposals.tokens))):
+            self._offer(node, rank)
+
+    def descend(self, nodes: Sequence[int], proposals: Sequence[Sequence[Proposals]]) -> list[int]:
+        """Note a draft's run: proposals[0] at `nodes`, proposals[1] at the first candidates there, and so on.
+
+        Those candidates become nodes, in that order. Returns all the nodes where something was noted.
+        """
+        below, everywhere = list(nodes), list(nodes)
+        for step, row in enumerate(proposals):
+            if step:
+                below = [self.take(Choice(node, 0)) for node in below]
+                everywhere += below
+            for node, found in zip(below, row, strict=True):
+                self.note(node, found)
+        return everywhere
+
+    def branch(self, node: int, width: int) -> None:
+        """Make nodes of the first `width` candidates of `node`; those that are nodes already stay."""
+        for rank in range(min(width, len(self._at(node).tokens))):
+            if not self._is_child(node, rank):
+                self.take(Choice(node, rank))
+
+    def reroot(self, node: int) -> tuple[Tree, dict[int, int]]:
+        """The subtree at `node` as a tree of its own, and the map from old to new indices of what survives."""
+        kept = {old: new for new, old in enumerate(self.below(node))}
+        tree = Tree(self.token[node], self.position + self.depth[node])
+        top = self.reach[node]
+        for old, new in kept.items():
+            if new:
+                tree.add(kept[self.parent[old]], self.token[old], self.reach[old] / top if top > 0 else 1.0)
+        for old, new in kept.items():
+            if (proposals := self.proposals[old]) is not None:
+                tree.note(new, proposals)
+        return tree, kept
+
+    # ---- Asking
+
+    def tokens(self, nodes: Iterable[int]) -> list[int]:
+        return [self.token[node] for node in nodes]
 
     def child(self, node: int, token: int) -> int | None:
         """The child of `node` that carries `token`, if there is one."""
-        return next((i for i in self.children(node) if self.nodes[i].token == token), None)
+        return next((child for child in self.children[node] if self.token[child] == token), None)
 
-    def path(self, node: int) -> tuple[int, ...]:
+    def path(self, node: int) -> list[int]:
         """The nodes from the root to `node`, both included."""
         path = [node]
-        while (node := self.nodes[node].parent) >= 0:
+        while (node := self.parent[node]) >= 0:
             path.append(node)
-        return tuple(reversed(path))
+        return path[::-1]
 
-    def best_path(self, start: int = 0) -> tuple[int, ...]:
+    def best_path(self, start: int = 0) -> list[int]:
         """The path that goes on from `start` to the likeliest child at every node; `start` included."""
-        path, nodes, below = [start], self.nodes, self._children
-        while children := below[path[-1]]:
-            path.append(children[0] if len(children) == 1 else max(children, key=lambda i: nodes[i].reach))
-        return tuple(path)
+        path = [start]
+        while children := self.children[path[-1]]:
+            path.append(children[0] if len(children) == 1 else max(children, key=self.reach.__getitem__))
+        return path
 
     def below(self, node: int) -> list[int]:
         """`node` and all its descendants, in the order they were added."""
         members = [node]
         for member in members:
-            members.extend(self._children[member])
+            members.extend(self.children[member])
         return sorted(members)
 
-    def propose(self, found: Mapping[int, Proposals]) -> Tree:
-        """This tree, with the draft's candidates noted at some nodes (no children yet)."""
-        nodes = list(self.nodes)
-        for node, proposals in found.items():
-            nodes[node] = nodes[node]._replace(proposals=proposals)
-        tree = Tree(tuple(nodes), self.position)
-        tree.__dict__["_children"] = self._children
-        return tree
+    def reach_of(self, choice: Choice) -> float:
+        """The estimated probability that the target accepts the path down to a choice."""
+        reach = self.reach[choice.node]
+        return reach if choice.rank < 0 else reach * self._at(choice.node).confidence[choice.rank]
 
-    def branch(self, widths: Mapping[int, int]) -> Tree:
-        """This tree, with candidates of some nodes as their children: the first ones, as many as `widths` says (those
-        there already stay)."""
-        added = []
-        for node, width in widths.items():
-            parent = self.nodes[node]
-            if parent.proposals is None:
-                raise ValueError(f"node {node} has no proposals yet: the draft has not run over it")
-            known = {self.nodes[i].token for i in self.children(node)} if width else set()
-            candidates = zip(parent.proposals.tokens[:width], parent.proposals.confidence, strict=False)
-            added += [
-                Node(token, node, parent.depth + 1, parent.reach * confidence)
-                for token, confidence in candidates
-                if token not in known
-            ]
-        return Tree((*self.nodes, *added), self.position) if added else self
+    def chance_of(self, choice: Choice) -> float:
+        """The same, given that it accepts the parent."""
+        above = self.reach[self.parent[choice.node] if choice.rank < 0 else choice.node]
+        return self.reach_of(choice) / above if above > 0 else 0.0
 
-    def adopt(self, node: int, rank: int) -> Tree:
-        """This tree, with candidate number `rank` of `node` as its newest child."""
-        return self.adopt_all([(node, rank)])
+    def untried(self, node: int, ranks: int) -> Iterator[tuple[float, Choice]]:
+        """The first `ranks` candidates of `node` that are no nodes yet, best first, with the reach of each."""
+        if (proposals := self.proposals[node]) is None:
+            return
+        known = [self.token[child] for child in self.children[node]]
+        for rank, token in enumerate(proposals.tokens[:ranks]):
+            if token not in known:
+                yield self.reach[node] * proposals.confidence[rank], Choice(node, rank)
 
-    def adopt_all(self, chosen: Iterable[tuple[int, int]]) -> Tree:
-        """This tree, with the chosen candidates, (node, rank), as new nodes in that order."""
-        nodes, children = list(self.nodes), list(self._children)
-        for node, rank in chosen:
-            parent = nodes[node]
-            assert parent.proposals is not None
-            chance = parent.reach * parent.proposals.confidence[rank]
-            children[node] = [*children[node], len(nodes)]
-            children.append([])
-            nodes.append(Node(parent.proposals.tokens[rank], node, parent.depth + 1, chance))
-        tree = Tree(tuple(nodes), self.position)
-        tree.__dict__["_children"] = children
-        return tree
+    def undrafted(self, depth: int) -> list[tuple[float, Choice]]:
+        """The nodes above `depth` that the draft has not run over, with the reach of each."""
+        return [
+            (self.reach[node], Choice(node))
+            for node, proposals in enumerate(self.proposals)
+            if proposals is None and self.depth[node] < depth
+        ]
 
-    def descend(self, nodes: Sequence[int], found: Sequence[Sequence[Proposals]]) -> tuple[Tree, list[int]]:
-        """This tree with candidates noted at `nodes`, found[0], then at the first of those, found[1], and so on; and
-        all the nodes where some were noted."""
-        grown, below, everywhere = list(self.nodes), list(nodes), list(nodes)
-        for step, proposals in enumerate(found):
-            if step:
-                first = len(grown)
-                for node in below:
-                    parent = grown[node]
-                    assert parent.proposals is not None
-                    chance = parent.reach * parent.proposals.confidence[0]
-                    grown.append(Node(parent.proposals.tokens[0], node, parent.depth + 1, chance))
-                below = list(range(first, len(grown)))
-                everywhere += below
-            for node, said in zip(below, proposals, strict=True):
-                grown[node] = grown[node]._replace(proposals=said)
-        return Tree(tuple(grown), self.position), everywhere
+    def likeliest(self, count: int, depth: int, ranks: int) -> list[tuple[float, Choice]]:
+        """The `count` likeliest places to draft at, in order, with the reach of each: nodes above `depth` that the
+        draft has not run over, and those of the first `ranks` candidates after such a node that are no nodes yet."""
+        found: list[tuple[float, Choice]] = []
+        kept: list[tuple[float, int, int]] = []
+        frontier = self._frontier
+        while frontier and len(found) < count:
+            entry = heappop(frontier)
+            cost, node, rank = entry
+            if rank < 0:
+                stale = self.proposals[node] is not None
+            else:
+                if rank == self._offered[node]:
+                    self._offered[node] += 1
+                    self._offer(node, rank + 1)
+                stale = self._is_child(node, rank)
+            if not stale:
+                kept.append(entry)
+                if rank < ranks and self.depth[node] < depth:
+                    found.append((-cost, Choice(node, rank)))
+        for entry in kept:
+            heappush(frontier, entry)
+        return found
 
-    def without(self, leaf: int) -> Tree:
-        """This tree before `leaf`, its newest node, was added; a leaf that is not the newest stays."""
-        return Tree(self.nodes[:-1], self.position) if leaf == len(self.nodes) - 1 else self
+    def _offer(self, node: int, rank: int) -> None:
+        """Put a candidate into the frontier, unless there is none or it cannot be reached."""
+        proposals = self._at(node)
+        if rank < len(proposals.tokens) and (reach := self.reach[node] * proposals.confidence[rank]) > 0:
+            heappush(self._frontier, (-reach, node, rank))
 
-    def hang(self, node: int, token: int) -> Tree:
-        """This tree, with `token` below `node` whatever the draft thinks of it."""
-        parent = self.nodes[node]
-        return Tree((*self.nodes, Node(token, node, parent.depth + 1, parent.reach)), self.position)
+    def _is_child(self, node: int, rank: int) -> bool:
+        children = self.children[node]
+        return bool(children) and self.child(node, self._at(node).tokens[rank]) is not None
 
-    def reroot(self, node: int) -> tuple[Tree, dict[int, int]]:
-        """The subtree at `node` as a tree of its own, and the map from old to new indices of what survives."""
-        kept = {old: new for new, old in enumerate(self.below(node))}
-        top = self.nodes[node]
-        nodes = []
-        for old in kept:
-            token, parent, depth, reach, proposals = self.nodes[old]
-            reach = reach / top.reach if top.reach > 0 else 1.0
-            nodes.append(Node(token, kept.get(parent, -1), depth - top.depth, reach, proposals))
-        return Tree(tuple(nodes), self.position + top.depth), kept
-
-    def chance(self, node: int) -> float:
-        """The estimated chance that the target agrees with `node`, given that it accepts its parent."""
-        above = self.nodes[self.nodes[node].parent].reach
-        return self.nodes[node].reach / above if above > 0 else 0.0
-
-    def tokens(self, nodes: Iterable[int]) -> list[int]:
-        return [self.nodes[i].token for i in nodes]
+    def _at(self, node: int) -> Proposals:
+        proposals = self.proposals[node]
+        if proposals is None:
+            raise ValueError(f"node {node} has no proposals yet: the draft has not run over it")
+        return proposals

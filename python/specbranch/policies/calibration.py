@@ -1,10 +1,10 @@
 """Online calibration: how likely the target agrees with a drafted token, learned from the verdicts while decoding.
 
-Every verdict labels every drafted token that it judged: the accepted ones were right, the first rejected one was
-wrong. A logistic model on what the draft said there is updated label by label (the extended Kalman filter of logistic
-regression), so that it needs no training run. Its prior is the draft's own word; a learned predictor's (H-RAD) is one
-more feature, which counts as far as the labels say that it is right. It steers how far to draft and where to branch;
-it never changes the text.
+Every verdict labels the drafted tokens that it judged: the accepted ones were right, the first rejected one was
+wrong. A logistic model over the draft's signals is updated label by label (the extended Kalman filter of logistic
+regression), so it needs no training run. Its prior is the draft's own probability; a learned predictor's forecast
+(H-RAD) is one more feature, which gets the weight that the labels give it. It steers how far to draft and where to
+branch; it never changes the text.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from specbranch.core.tree import Signals
+from specbranch.core.tree import Proposals, Signals, Tree
 
 Vector = NDArray[np.float64]
 
-# bias, logit of the agreement, entropy, margin, depth, last token stood, tokens stood lately, outlook
-PRIOR_MEAN = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # the draft's own word
+# bias, logit of the agreement, entropy, margin, depth, last token accepted, tokens accepted lately, forecast
+PRIOR_MEAN = (0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)  # the draft's own probability
 PRIOR_SPREAD = (0.7, 0.3, 0.2, 0.1, 0.1, 0.5, 0.5, 0.1)
 FORGETTING = 0.999  # the text changes its subject
 COVERED = 0.75  # prior chance that the target's token is among the other candidates, given that the first is not it
@@ -36,13 +36,13 @@ class Calibrator:
         self.weights: Vector = np.array(PRIOR_MEAN)
         self.covariance: Vector = np.diag(np.square(PRIOR_SPREAD))
         self.labels = 0
-        self._last = 1.0  # whether the newest judged token stood
+        self._last = 1.0  # whether the newest judged token was accepted
         self._lately = 0.8
         self._covered, self._missed = 8 * COVERED, 8.0
 
     def features(self, signals: Sequence[Signals]) -> Vector:
         """[n, features]."""
-        agreement, entropy, margin, depth, outlook = np.array(signals, dtype=np.float64).T
+        agreement, entropy, margin, depth, forecast = np.array(signals, dtype=np.float64).T
         agreement = agreement.clip(1e-4, 1 - 1e-4)
         x = np.empty((len(signals), len(PRIOR_MEAN)))
         x[:, 0] = 1.0
@@ -52,38 +52,44 @@ class Calibrator:
         x[:, 4] = np.log1p(depth) - 1.0
         x[:, 5] = self._last - 0.8
         x[:, 6] = self._lately - 0.8
-        x[:, 7] = outlook
+        x[:, 7] = forecast
         return x
 
-    def chances(self, signals: Sequence[Signals], agreement: Sequence[Sequence[float]]) -> list[tuple[float, ...]]:
-        """At each of n nodes the chance that the target picks each candidate; agreement: the draft's own word on each,
-        best first."""
-        x = self.features(signals)
+    def correct(self, proposals: Sequence[Proposals]) -> list[Proposals]:
+        """The draft's proposals with the chance, for each candidate, that the target picks it."""
+        x = self.features([each.signals for each in proposals if each.signals is not None])
         # The mean over the weights' uncertainty, by MacKay's approximation: less sure while little is known.
         spread = np.sqrt(1 + math.pi / 8 * ((x @ self.covariance) * x).sum(1))
         first = (1 / (1 + np.exp(-(x @ self.weights) / spread))).tolist()
         share = self._covered / self._missed
-        found = []
-        for chance, said in zip(first, agreement, strict=True):
-            others = sum(said) - said[0]
+        corrected = []
+        for chance, (tokens, confidence, signals) in zip(first, proposals, strict=True):
+            others = sum(confidence) - confidence[0]
             scale = (1 - chance) * share / others if others > 0 else 0.0
-            found.append((chance, *[scale * word for word in said[1:]]))
-        return found
+            corrected.append(Proposals(tokens, (chance, *[scale * one for one in confidence[1:]]), signals))
+        return corrected
 
-    def learn(self, signals: Signals, stood: bool, covered: bool) -> None:
+    def observe(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
+        """Take a verdict's labels: at every accepted node, the root first, the token that the target went on with."""
+        for node, token in zip(path, [*tree.tokens(path[1:]), next_token], strict=True):
+            proposals = tree.proposals[node]
+            if proposals is not None and proposals.signals is not None:
+                self.learn(proposals.signals, proposals.tokens[0] == token, token in proposals.tokens)
+
+    def learn(self, signals: Signals, accepted: bool, covered: bool) -> None:
         """One label: whether the target's token was the first candidate there, or (covered) any candidate."""
         x = self.features([signals])[0]
         p = 1 / (1 + math.exp(-float(x @ self.weights)))
         spread = self.covariance @ x
         variance = p * (1 - p)
         gain = spread / (1 + variance * float(x @ spread))
-        self.weights = self.weights + gain * (stood - p)
+        self.weights = self.weights + gain * (accepted - p)
         self.covariance = (self.covariance - variance * np.outer(gain, spread)) / FORGETTING
         # Forgetting must not let what is never observed grow without bound.
         self.covariance *= min(1.0, float(np.square(PRIOR_SPREAD).sum() / np.trace(self.covariance)))
         self.labels += 1
-        self._last = float(stood)
-        self._lately = 0.9 * self._lately + 0.1 * stood
-        if not stood:
+        self._last = float(accepted)
+        self._lately = 0.9 * self._lately + 0.1 * accepted
+        if not accepted:
             self._covered = 0.99 * self._covered + covered
             self._missed = 0.99 * self._missed + 1

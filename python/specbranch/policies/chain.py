@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specbranch.core.errors import SpecBranchError
-from specbranch.core.tree import Tree
-from specbranch.policies.policy import Cut, Growth, Situation, grow_end, nothing
+from specbranch.core.tree import Choice, Tree
+from specbranch.policies.options import Options, option
+from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, extend, whole_path
 
 
 class ChainPolicy:
@@ -16,19 +16,18 @@ class ChainPolicy:
     candidates = 1
     overlaps = False
     calibrated = False
-    foresees = False
+    uses_forecast = False
 
-    def before(self, tree: Tree, situation: Situation) -> Growth:
-        return nothing(tree)
+    def draft_before(self, tree: Tree, state: State) -> Expansion:
+        return NOTHING
 
-    def cut(self, tree: Tree, situation: Situation) -> Cut:
-        trunk = tree.best_path()[: situation.remaining]
-        return Cut(tree, trunk, trunk[-1])
+    def choose_trunk(self, tree: Tree, state: State) -> TrunkChoice:
+        return whole_path(tree, state)
 
-    def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
-        return nothing(tree)
+    def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
+        return NOTHING
 
-    def width(self, tree: Tree, node: int, branch_point: int | None) -> int:
+    def width(self, tree: Tree, node: int, flight: InFlight | None) -> int:
         return 1
 
 
@@ -40,55 +39,48 @@ class Autoregressive(ChainPolicy):
 
 
 @dataclass(frozen=True)
-class Speculative(ChainPolicy):
+class Speculative(Options, ChainPolicy):
     """Speculative sampling (arXiv 2211.17192, 2302.01318): draft `length` tokens, verify, repeat."""
 
-    length: int = 5
+    length: int = option(5, "tokens drafted a round", least=1)
     name = "speculative"
 
-    def before(self, tree: Tree, situation: Situation) -> Growth:
-        return grow_end(tree, tree.best_path(), min(self.length, situation.remaining - 1), situation.burst)
+    def draft_before(self, tree: Tree, state: State) -> Expansion:
+        return extend(tree, tree.best_path(), min(self.length, state.remaining - 1), state.burst)
 
 
 @dataclass(frozen=True)
-class Adaptive(ChainPolicy):
-    """Speculative sampling that stops when the draft is unsure, as transformers' assisted generation does.
+class Adaptive(Options, ChainPolicy):
+    """Speculative sampling that stops when the draft is unsure, as transformers' assisted generation does."""
 
-    stop: drafting ends behind the first token with less confidence than this. max_length: most tokens a round.
-    """
-
-    stop: float = 0.4
-    max_length: int = 20
+    stop_below: float = option(0.4, "stop drafting behind a token with less confidence than this", least=0, most=1)
+    max_length: int = option(20, "most tokens drafted a round", least=1)
     name = "adaptive"
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.stop <= 1:
-            raise SpecBranchError(f"stop is {self.stop}; expected 0 <= stop <= 1")
-
-    def before(self, tree: Tree, situation: Situation) -> Growth:
+    def draft_before(self, tree: Tree, state: State) -> Expansion:
         path = tree.best_path()
-        if len(path) > 1 and tree.chance(path[-1]) < self.stop:
-            return nothing(tree)
-        return grow_end(tree, path, min(self.max_length, situation.remaining - 1))
+        if len(path) > 1 and tree.chance_of(Choice(path[-1])) < self.stop_below:
+            return NOTHING
+        return extend(tree, path, min(self.max_length, state.remaining - 1))
 
 
 @dataclass(frozen=True)
-class Pearl(ChainPolicy):
+class Pearl(Options, ChainPolicy):
     """PEARL (arXiv 2408.11850): one branch grows below the trunk while the target verifies it.
 
     Without overlap there is no such time, and it drafts `length` tokens first, as speculative sampling does.
     """
 
-    length: int = 5
-    limit: int = 32
+    length: int = option(5, "tokens drafted a round", least=1)
+    limit: int = option(32, "deepest token drafted while the target verifies", least=1)
     name = "pearl"
     overlaps = True
 
-    def before(self, tree: Tree, situation: Situation) -> Growth:
-        if situation.overlapped:
-            return nothing(tree)
-        return grow_end(tree, tree.best_path(), min(self.length, situation.remaining - 1), situation.burst)
+    def draft_before(self, tree: Tree, state: State) -> Expansion:
+        if state.overlapped:
+            return NOTHING
+        return extend(tree, tree.best_path(), min(self.length, state.remaining - 1), state.burst)
 
-    def during(self, cut: Cut, tree: Tree, situation: Situation) -> Growth:
-        depth = min(self.limit, situation.remaining - 1)
-        return grow_end(tree, tree.best_path(cut.trunk[-1]), depth, situation.burst)
+    def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
+        depth = min(self.limit, state.remaining - 1)
+        return extend(tree, tree.best_path(flight.nodes[-1]), depth, state.burst)

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
+
 from specbranch.core.errors import SpecBranchError
-from specbranch.policies.branching import PaperSpecBranch, SpecBranch, Ssd
+from specbranch.policies.branching import Hedging, Paper, Ssd
 from specbranch.policies.chain import Adaptive, Autoregressive, Pearl, Speculative
 from specbranch.policies.policy import Policy
 
 POLICIES: dict[str, type] = {
-    policy.name: policy for policy in (Autoregressive, Speculative, Adaptive, Pearl, Ssd, PaperSpecBranch, SpecBranch)
+    policy.name: policy for policy in (Autoregressive, Speculative, Adaptive, Pearl, Ssd, Paper, Hedging)
 }
 METHODS = tuple(POLICIES)
+
+
+def options_of(method: str) -> dict[str, Field[Any]]:
+    """The options that a method takes, by name; see options.py for what each declares."""
+    policy = POLICIES[method]
+    return {one.name: one for one in fields(policy)} if is_dataclass(policy) else {}
 
 
 def make_policy(method: str, options: dict[str, object]) -> Policy:
     """The policy of a method, with those of `options` that it takes.
 
-    Raises SpecBranchError for an unknown method or an option that no method takes.
+    Raises SpecBranchError for an unknown method, an option that no method takes, and a value out of range.
     """
     if method not in POLICIES:
         raise SpecBranchError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
-    known = {name for policy in POLICIES.values() for name in getattr(policy, "__dataclass_fields__", ())}
+    known = {name for each in METHODS for name in options_of(each)}
     if unknown := sorted(set(options) - known):
         raise SpecBranchError(f"unknown option {unknown[0]!r}; expected one of {', '.join(sorted(known))}")
-    fields = getattr(POLICIES[method], "__dataclass_fields__", ())
-    policy: Policy = POLICIES[method](**{name: value for name, value in options.items() if name in fields})
+    taken = options_of(method)
+    policy: Policy = POLICIES[method](**{name: value for name, value in options.items() if name in taken})
     return policy

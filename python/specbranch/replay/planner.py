@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 
 from specbranch.core.stats import Stats, ratio
 from specbranch.policies.methods import METHODS, make_policy
+from specbranch.replay.costs import ReplayCosts
 from specbranch.replay.record import Record, RecordedText
-from specbranch.replay.replayer import ReplayCosts, replay
+from specbranch.replay.replayer import replay
 
 # What is tried for each method besides its defaults.
 GRIDS: Mapping[str, Mapping[str, Sequence[object]]] = {
     "speculative": {"length": (1, 2, 3, 4, 6, 8, 12)},
-    "adaptive": {"stop": (0.2, 0.4, 0.6, 0.8), "max_length": (8, 20)},
+    "adaptive": {"stop_below": (0.2, 0.4, 0.6, 0.8), "max_length": (8, 20)},
     "pearl": {"length": (1, 2, 3, 4, 6, 8, 12)},
     "ssd": {"fan": (1, 2, 3), "length": (2, 4, 8)},
     "specbranch-paper": {"epsilon": (0.3, 0.5, 0.7, 0.9), "max_trunk": (4, 12)},

@@ -1,7 +1,7 @@
-"""Records of a pair's decoding: what the target said and what the draft would have said, position by position.
+"""Records of a pair's decoding: the target's tokens and what the draft would have proposed, position by position.
 
 A record is all that a policy's speed depends on besides the costs of forwards, so any policy can be replayed over it
-without the models (replay.py).
+without the models (replayer.py).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ TAIL = 7  # tokens drafted behind a wrong one
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the draft said at N positions, for its k best candidates.
+class RecordedProposals:
+    """What the draft proposed at N positions: its k best candidates.
 
-    tokens: int64 [N, k]. agreement: float32 [N, k], its own word on each. entropy, margin: float32 [N].
+    tokens: int64 [N, k]. agreement: float32 [N, k], its own confidence in each. entropy, margin: float32 [N].
     """
 
     tokens: Tensor
@@ -40,8 +40,8 @@ class Said:
 class RecordedText:
     """One generated text of N tokens.
 
-    tokens: int64 [N], the target's. said: at each position, after the tokens before it. tails: the same for the TAIL
-    tokens that the draft goes on with after its own first candidate, where that is wrong: `[N * TAIL]` rows, NaN
+    tokens: int64 [N], the target's. proposals: at each position, after the tokens before it. tails: the same for the
+    TAIL tokens that the draft goes on with after its own first candidate, where that is wrong: `[N * TAIL]` rows, NaN
     where it is right. features: bfloat16 [N, F], the target's before each token, where they were asked for.
     """
 
@@ -49,8 +49,8 @@ class RecordedText:
     task: str
     prompt_tokens: int
     tokens: Tensor
-    said: Said
-    tails: Said
+    proposals: RecordedProposals
+    tails: RecordedProposals
     features: Tensor | None = None
 
     def __len__(self) -> int:
@@ -80,8 +80,8 @@ class Record:
         for i, text in enumerate(self.texts):
             entries.append({"id": text.id, "task": text.task, "prompt_tokens": text.prompt_tokens})
             tensors[f"{i}.tokens"] = text.tokens.to(torch.int32)
-            for name, said in (("said", text.said), ("tails", text.tails)):
-                for part, values in vars(said).items():
+            for name, rows in (("said", text.proposals), ("tails", text.tails)):
+                for part, values in vars(rows).items():
                     kept = values.to(torch.int32) if part == "tokens" else values.to(torch.float16)
                     tensors[f"{i}.{name}.{part}"] = kept.contiguous()
             if text.features is not None:
@@ -106,8 +106,8 @@ class Record:
                     RecordedText(
                         **entry,
                         tokens=file.get_tensor(f"{i}.tokens").long(),
-                        said=_said(file, f"{i}.said"),
-                        tails=_said(file, f"{i}.tails"),
+                        proposals=_read(file, f"{i}.said"),
+                        tails=_read(file, f"{i}.tails"),
                         features=file.get_tensor(f"{i}.features") if f"{i}.features" in names else None,
                     )
                     for i, entry in enumerate(json.loads(metadata["texts"]))
@@ -122,6 +122,8 @@ def _without_texts(items: list[tuple[str, object]]) -> dict[str, object]:
     return {key: value for key, value in items if key != "texts"}
 
 
-def _said(file: Any, name: str) -> Said:
+def _read(file: Any, name: str) -> RecordedProposals:
     tokens = file.get_tensor(f"{name}.tokens").long()
-    return Said(tokens, *(file.get_tensor(f"{name}.{part}").float() for part in ("agreement", "entropy", "margin")))
+    return RecordedProposals(
+        tokens, *(file.get_tensor(f"{name}.{part}").float() for part in ("agreement", "entropy", "margin"))
+    )

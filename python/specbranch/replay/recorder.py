@@ -13,13 +13,15 @@ from torch import Tensor
 
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.sampling import Sampling
-from specbranch.core.tree import Proposals, Tree
-from specbranch.drafters.model import Drafter
-from specbranch.replay.record import TAIL, Record, RecordedText, Said
+from specbranch.core.tree import Choice, Proposals, Tree
+from specbranch.drafters.model import ModelDrafter
+from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.identity import ModelIdentity
 from specbranch.runtime.model import PREFILL_CHUNK
+from specbranch.runtime.pair import Pair
 from specbranch.runtime.runner import Runner
+from specbranch.text.encoding import encode
 from specbranch.text.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -55,12 +57,14 @@ def collect(
         before(prompt.id)
         if (prompt.task, prompt.id) in done:
             continue
-        ids = engine.encode(prompt.text, chat=prompt.chat)
+        ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
         made = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling))
         if not made.tokens:
             continue
         outside += [round.outside_seconds for round in made.stats.log]
-        text = engine.record(ids, made.tokens, id=prompt.id, task=prompt.task, sampling=sampling, features=features)
+        text = record_text(
+            engine.pair, ids, made.tokens, id=prompt.id, task=prompt.task, sampling=sampling, features=features
+        )
         record = replace(record, texts=[*record.texts, text], round_seconds=median(outside))
         record.save(path)
     return record
@@ -79,45 +83,71 @@ def check_continues(found: Record, wanted: Record, features: bool, path: Path) -
 
 
 def record_text(
-    drafter: Drafter, prompt: Sequence[int], tokens: Sequence[int], *, id: str, task: str, features: Tensor | None
+    pair: Pair,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    *,
+    id: str,
+    task: str,
+    k: int = 8,
+    sampling: Sampling | None = None,
+    features: bool = False,
 ) -> RecordedText:
-    """Run the draft along a text that the target has generated, and a little way down each of its wrong turns.
+    """What the draft proposes along a text that the target generated from `prompt`, and a little way down each of its
+    wrong turns.
 
-    drafter: with an attached draft model, reset for the whole text, and without a calibrator.
+    tokens: the new ids. k: candidates kept at each position. sampling: as the text was sampled. features: also keep the
+    target's, for a learned predictor; this takes a target forward over the text.
     """
-    drafter.prefill(prompt[:-1])
+    draft = pair.need_draft("a record")
+    drafter = ModelDrafter(draft, sampling or Sampling(), k, pair.vocabulary)
+    draft.reset(len(prompt) + len(tokens))
+    seen = None
+    if features:
+        with pair.running(pair.tap):
+            seen = read_features(pair.target, pair.tap, prompt, tokens)
+    with pair.running():
+        along, tails = follow(drafter, prompt, tokens)
+    width = len(along[0].tokens)
+    target_tokens = torch.tensor(list(tokens))
+    return RecordedText(id, task, len(prompt), target_tokens, _stack(along, width), _stack(tails, width), seen)
+
+
+def follow(
+    drafter: ModelDrafter, prompt: Sequence[int], tokens: Sequence[int]
+) -> tuple[list[Proposals], list[Proposals | None]]:
+    """Proposals at every token of a text, and TAIL of them behind each; None where the draft is right."""
+    drafter.prefill(prompt)
     text = [*prompt, *tokens]
-    said: list[Proposals] = []
+    along: list[Proposals] = []
     tails: list[list[Proposals | None]] = []
     for start in range(0, len(tokens), WINDOW):
         position = len(prompt) - 1 + start
         window = text[position + 1 : position + 1 + min(WINDOW, len(tokens) - start)]
-        tree = Tree.rooted(text[position], position)
-        tree = drafter.propose(tree, [0], text).tree
+        tree = Tree(text[position], position)
+        propose(drafter, tree, [0])
         for depth, token in enumerate(window):
-            tree = tree.hang(depth, token)
-        chain = list(range(1, len(window)))
-        if chain:
-            tree = drafter.propose(tree, chain, text).tree
+            tree.add(depth, token, 1.0)
+        if len(window) > 1:
+            propose(drafter, tree, range(1, len(window)))
         here = [_proposals(tree, node) for node in range(len(window))]
-        ends = {}
-        for node, proposals in enumerate(here):
-            if proposals.tokens[0] != window[node]:
-                tree = tree.adopt(node, 0)
-                ends[node] = len(tree) - 1
+        wrong = [node for node, proposals in enumerate(here) if proposals.tokens[0] != window[node]]
+        ends = {node: tree.take(Choice(node, 0)) for node in wrong}
         found: list[list[Proposals | None]] = [[None] * TAIL for _ in window]
         for step in range(TAIL if ends else 0):
-            tree = drafter.propose(tree, list(ends.values()), text).tree
+            propose(drafter, tree, list(ends.values()))
             for node, end in ends.items():
                 found[node][step] = _proposals(tree, end)
-                tree = tree.adopt(end, 0)
-                ends[node] = len(tree) - 1
-        said += here
+                ends[node] = tree.take(Choice(end, 0))
+        along += here
         tails += found
-        drafter.commit(range(len(window)), {})
-    flat = [proposals for tail in tails for proposals in tail]
-    k = len(said[0].tokens)
-    return RecordedText(id, task, len(prompt), torch.tensor(list(tokens)), _stack(said, k), _stack(flat, k), features)
+        drafter.commit(range(len(window)), {}, window)
+    return along, [proposals for tail in tails for proposals in tail]
+
+
+def propose(drafter: ModelDrafter, tree: Tree, nodes: Sequence[int]) -> None:
+    """One draft step over some nodes, noted in the tree."""
+    tree.descend(nodes, drafter.propose(tree, nodes).proposals)
 
 
 def read_features(target: Runner, tap: FeatureTap, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
@@ -142,12 +172,12 @@ def read_features(target: Runner, tap: FeatureTap, prompt: Sequence[int], tokens
 
 
 def _proposals(tree: Tree, node: int) -> Proposals:
-    proposals = tree.nodes[node].proposals
+    proposals = tree.proposals[node]
     assert proposals is not None
     return proposals
 
 
-def _stack(all_proposals: Sequence[Proposals | None], k: int) -> Said:
+def _stack(all_proposals: Sequence[Proposals | None], k: int) -> RecordedProposals:
     """As tensors; what is missing is -1 and NaN."""
 
     def rows() -> Iterator[tuple[list[int], list[float], float, float]]:
@@ -164,4 +194,4 @@ def _stack(all_proposals: Sequence[Proposals | None], k: int) -> Said:
             )
 
     tokens, agreement, entropy, margin = zip(*rows(), strict=True)
-    return Said(torch.tensor(tokens), torch.tensor(agreement), torch.tensor(entropy), torch.tensor(margin))
+    return RecordedProposals(torch.tensor(tokens), torch.tensor(agreement), torch.tensor(entropy), torch.tensor(margin))

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.core.tree import Signals
+from specbranch.core.messages import FORECASTS
+from specbranch.core.tree import Proposals, Signals
 from specbranch.policies.calibration import Calibrator
 from specbranch.replay.record import TAIL, Record, RecordedText
-from specbranch.runtime.hrad.predictor import CLASSES, HRad, HRadConfig
+from specbranch.runtime.hrad.predictor import HRad, HRadConfig
 from specbranch.runtime.identity import ModelIdentity
 
 LENGTH = 5  # drafted tokens that "all" means
@@ -33,7 +34,7 @@ NONE, SOME, ALL = range(3)
 
 @dataclass(frozen=True)
 class Examples:
-    """features: [M, F]. labels: int64 [M], places in CLASSES. words: float32 [M, length], the draft's confidence in
+    """features: [M, F]. labels: int64 [M], places in FORECASTS. words: float32 [M, length], the draft's confidence in
     its own next tokens. online: float32 [M, 3], class probabilities of the online calibration."""
 
     features: Tensor
@@ -80,8 +81,8 @@ def draft_run(text: RecordedText, at: int, length: int) -> tuple[int | None, lis
         i = at + len(words)
         if i >= len(text):
             return None, words
-        words.append(float(text.said.agreement[i, 0]))
-        if text.said.tokens[i, 0] != text.tokens[i]:
+        words.append(float(text.proposals.agreement[i, 0]))
+        if text.proposals.tokens[i, 0] != text.tokens[i]:
             stood = len(words) - 1
             behind = range(i * TAIL, i * TAIL + min(TAIL, length - len(words)))
             return stood, words + [float(text.tails.agreement[row, 0]) for row in behind]
@@ -103,24 +104,26 @@ def examples(texts: Sequence[RecordedText], calibrator: Calibrator, length: int 
                 labels.append(NONE if stood == 0 else ALL if stood == length else SOME)
                 words.append(confidence)
                 online.append((1 - first, max(0.0, first - through), through))
-            right = bool(text.said.tokens[at, 0] == text.tokens[at])
-            calibrator.learn(_signals(text, at, 0), right, bool((text.said.tokens[at] == text.tokens[at]).any()))
+            right = bool(text.proposals.tokens[at, 0] == text.tokens[at])
+            calibrator.learn(_signals(text, at, 0), right, bool((text.proposals.tokens[at] == text.tokens[at]).any()))
     return Examples(torch.stack(features), torch.tensor(labels), torch.tensor(words), torch.tensor(online))
 
 
 def _signals(text: RecordedText, at: int, depth: int) -> Signals:
-    said = text.said
-    return Signals(float(said.agreement[at, 0]), float(said.entropy[at]), float(said.margin[at]), depth)
+    rows = text.proposals
+    return Signals(float(rows.agreement[at, 0]), float(rows.entropy[at]), float(rows.margin[at]), depth)
 
 
 def _calibrated(text: RecordedText, at: int, depth: int, word: float, calibrator: Calibrator) -> float:
     """The calibrated chance of the draft's token at `depth` of a round that starts at `at`."""
     for step in range(depth):
-        if text.said.tokens[at + step, 0] != text.tokens[at + step]:  # on the draft's own wrong turn
+        if text.proposals.tokens[at + step, 0] != text.tokens[at + step]:  # on the draft's own wrong turn
             tails, row = text.tails, (at + step) * TAIL + depth - step - 1
             signals = Signals(word, float(tails.entropy[row]), float(tails.margin[row]), depth)
-            return calibrator.chances([signals], [(word,)])[0][0]
-    return calibrator.chances([_signals(text, at + depth, depth)], [(word,)])[0][0]
+            break
+    else:
+        signals = _signals(text, at + depth, depth)
+    return calibrator.correct([Proposals((0,), (word,), signals)])[0].confidence[0]
 
 
 def fit(
@@ -140,7 +143,7 @@ def fit(
     deviation = train.features.std(0)
     model.mean.copy_(train.features.mean(0))
     model.scale.copy_(1 / deviation.clamp(min=float(deviation.median()) * 1e-2 + 1e-6))
-    counts = torch.bincount(train.labels, minlength=len(CLASSES)).float().clamp(min=1)
+    counts = torch.bincount(train.labels, minlength=len(FORECASTS)).float().clamp(min=1)
     weights = (counts.sum() / counts).sqrt()
     weights = weights / weights.mean()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)

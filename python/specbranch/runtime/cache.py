@@ -11,10 +11,11 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.tree import MOST_NODES
 from specbranch_ext import kv_commit
 
-TREE_ROWS = 256  # rows kept free behind the text for tree nodes
-MAX_BACKLOG = 16  # of them, for text that is caught up with in the same forward
+MAX_BACKLOG = 16  # rows for text that is caught up with in the same forward
+TREE_ROWS = MOST_NODES + MAX_BACKLOG  # kept free behind the text
 
 
 class BranchLayer(CacheLayerMixin):
@@ -75,13 +76,15 @@ class BranchCache(Cache):
     """All layers' buffers, with the row of every tree node.
 
     capacity: rows of each buffer. length: committed rows. nodes: the tree node in each row behind them, so node
-    nodes[j] sits at row length + j. rows: int64 [n], where the forward in progress writes.
+    nodes[j] sits at row length + j. parents: the place in `nodes` of each one's parent; -1 for a root. rows: int64
+    [n], where the forward in progress writes.
     """
 
     def __init__(self, layers: int, capacity: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
         self.length = 0
         self.nodes: list[int] = []
+        self.parents: list[int] = []
         self.rows = torch.empty(0, dtype=torch.int64, device=device)
         self._branch_layers = [BranchLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._branch_layers))
@@ -98,7 +101,7 @@ class BranchCache(Cache):
     @property
     def tree_room(self) -> int:
         """Tree nodes that there may still be before the next commit."""
-        return min(self.room, TREE_ROWS - MAX_BACKLOG - len(self.nodes))
+        return min(self.room, MOST_NODES - len(self.nodes))
 
     def rows_on(self, device: torch.device) -> torch.Tensor:
         """`rows` on a layer's device: a model may be spread over several."""
@@ -110,6 +113,13 @@ class BranchCache(Cache):
             raise SpecBranchError(
                 f"the cache has {self.capacity} rows and {self.used} are in use: no room for {count} more"
             )
+
+    def add(self, nodes: Sequence[int], parents: Sequence[int]) -> None:
+        """Give tree nodes the next free rows. parents: the node above each, which has a row already or stands earlier
+        in `nodes`; -1, or a committed node, for a root."""
+        place = {node: i for i, node in enumerate([*self.nodes, *nodes])}
+        self.nodes += nodes
+        self.parents += [place.get(parent, -1) for parent in parents]
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int] | None = None) -> None:
         """Move the rows of the accepted `path` behind the prefix, keep those of `survivors`, drop the others.
@@ -134,25 +144,30 @@ class BranchCache(Cache):
         """
         row_of = {node: row for row, node in enumerate(self.nodes, self.length)}
         accepted = [row_of[node] for node in path if node in row_of]
-        living = [(row_of[node], survivors[node]) for node in self.nodes if node in survivors]
-        rows = [*accepted, *(row for row, _ in living)]
+        living = [place for place, node in enumerate(self.nodes) if node in survivors]
+        rows = [*accepted, *(self.length + place for place in living)]
         in_place = rows == list(range(self.length, self.length + len(rows)))
         self.length += len(accepted)
-        self.nodes = [node for _, node in living]
+        moved = {place: i for i, place in enumerate(living)}
+        self.nodes, self.parents = (
+            [survivors[self.nodes[place]] for place in living],
+            [moved.get(self.parents[place], -1) for place in living],
+        )
         return [] if in_place else rows
 
     def rollback(self, length: int) -> None:
         """Drop all tree rows and the committed rows from `length` on: no bytes move."""
         if not 0 <= length <= self.length:
             raise SpecBranchError(f"cannot roll back to {length} rows: {self.length} are committed")
-        self.length, self.nodes = length, []
+        self.length, self.nodes, self.parents = length, [], []
 
     def release(self) -> None:
         """Free the buffers now: cache and layers refer to each other, so Python would take its time."""
         for layer in self._branch_layers:
             layer.keys = layer.values = None
             layer.is_initialized = False
-        self.capacity, self.length, self.nodes = 0, 0, []
+        self.capacity = 0
+        self.length, self.nodes, self.parents = 0, [], []
 
     def buffers(self) -> list[torch.Tensor]:
         buffers = [buffer for layer in self._branch_layers for buffer in (layer.keys, layer.values)]

@@ -62,7 +62,7 @@ class GraphDevice(Device, Protocol):
         as if nothing had been asked."""
 
 
-def step(begin: Mark, end: Mark, rows: int, origin: Mark) -> Step:
+def step_between(begin: Mark, end: Mark, rows: int, origin: Mark) -> Step:
     """The step between two marks that are done, on the host's clock at `origin`, the mark that work began with."""
     start = origin.clock + begin.seconds_since(origin)
     return Step(start, start + end.seconds_since(begin), rows)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.core.tree import Tree
 from specbranch.runtime.attention import TreeContext, attached, no_mask
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
-from specbranch_ext import cuda_device_problem
+from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch_ext import ancestor_mask, cuda_device_problem
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
 
@@ -33,11 +34,23 @@ class CachedModel:
         self.vocabulary = model.config.get_text_config().vocab_size
         self.cache = BranchCache(self.layers, 0, self.device)
         self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
+        self.tap: FeatureTap | None = None  # while it is attached
         check_supported(model, role)
 
-    def attached(self) -> AbstractContextManager[None]:
-        """The context in which the forwards below may run."""
-        return attached(self.model)
+    @contextmanager
+    def attached(self, tap: FeatureTap | None = None) -> Iterator[None]:
+        """The context in which the forwards below may run. tap: reads hidden states in every one of them."""
+        with attached(self.model), nullcontext() if tap is None else tap.attached():
+            self.tap = tap
+            try:
+                yield
+            finally:
+                self.tap = None
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """What the tap saw in the newest forward; nothing without one."""
+        return [] if self.tap is None else self.tap.newest
 
     def reset(self, tokens: int) -> None:
         """Start a new text of at most `tokens` tokens; the buffers are kept when they are large enough.
@@ -67,11 +80,19 @@ class CachedModel:
             self.forward(Inputs.chain(chunk, self.cache.length), keep=slice(-1, None))
             self.cache.length += len(chunk)
 
-    def place(self, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Batch:
-        """The next forward over `nodes`, whose rows in the cache it takes.
+    def place(
+        self,
+        nodes: Sequence[int],
+        parents: Sequence[int],
+        tokens: Sequence[int],
+        positions: Sequence[int],
+        backlog: Sequence[int] = (),
+    ) -> Batch:
+        """The next forward over tree nodes, whose rows in the cache it takes.
 
-        Each node's parent must have a row already or stand earlier in `nodes`. backlog: committed tokens that the
-        cache lacks; they become part of the prefix, in the same forward, and then `nodes` may only be the root.
+        parents: the node above each, which has a row already or stands earlier in `nodes`; -1 for the root. backlog:
+        committed tokens that the cache lacks; they become part of the prefix, in the same forward, and then `nodes` may
+        only be the root.
         """
         cache, prefix = self.cache, self.cache.length
         if backlog and (list(nodes) != [0] or cache.nodes):
@@ -79,17 +100,17 @@ class CachedModel:
         cache.reserve(len(backlog) + len(nodes))
         first = cache.used + len(backlog)
         cache.length += len(backlog)
-        cache.nodes = [*cache.nodes, *nodes]
-        row_of = {node: cache.length + i for i, node in enumerate(cache.nodes)}
-        caught_up = (1 << len(backlog)) - 1
+        cache.add(nodes, parents)
+        if backlog:  # a chain, of which the root comes first in the batch
+            chain = torch.arange(-1, len(backlog))
+            ancestors = np.roll(ancestor_mask(chain).ancestors.numpy(), 1, axis=0)
+        else:
+            ancestors = ancestor_mask(torch.tensor(cache.parents)).ancestors[-len(nodes) :].numpy()
         return Batch(
-            tuple(self._known([*tree.tokens(nodes), *backlog])),
-            (*(tree.position + tree.nodes[node].depth for node in nodes), *range(prefix, cache.length)),
+            tuple(self._known([*tokens, *backlog])),
+            (*positions, *range(prefix, cache.length)),
             (*range(first, first + len(nodes)), *range(prefix, cache.length)),
-            (
-                *(caught_up | sum(1 << (row_of[above] - prefix) for above in tree.path(node)) for node in nodes),
-                *((1 << i + 1) - 1 for i in range(len(backlog))),
-            ),
+            ancestors,
             prefix,
             len(nodes),
         )

@@ -6,39 +6,25 @@ runner calls the model; the captured one (captured.py) replays CUDA graphs. Both
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from specbranch.core.messages import Step
+from specbranch.core.messages import Step, Verdict
 from specbranch.core.sampling import Sampling
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS
-from specbranch.runtime.device import Device, Host, Mark, step
-from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.device import Device, Host, Mark, step_between
 from specbranch.runtime.model import CachedModel
+from specbranch.stages import ShouldContinue
 from specbranch_ext import draft_sample, verify
 
-Going = Callable[[int], bool]
-"""Whether the draft is to take one more step, behind so many that are still under way on its device."""
-
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
-    """The target's word on a batch: the accepted rows below the first one, in order, and the token after them; -1
-    where a row could not be sampled. hidden: what a tap saw, until the next step."""
-
-    path: list[int]
-    next_token: int
-    step: Step
-    hidden: list[Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Guesses:
+class Samples:
     """`draft_sample`'s results at the leaves of one step, as lists: [b][k], [b][k], [b][k], [b]."""
 
     tokens: list[list[int]]
@@ -48,10 +34,29 @@ class Guesses:
     step: Step
 
 
-class PendingJudgement(Protocol):
-    def done(self) -> bool: ...
+@dataclass(frozen=True, slots=True)
+class PendingVerdict:
+    """A verdict on its way to host memory: [accepted, next token, path …].
 
-    def result(self) -> Judgement: ...
+    hidden: what the model's tap saw, until the next step.
+    """
+
+    host: Tensor
+    begin: Mark
+    end: Mark
+    rows: int
+    hidden: list[Tensor]
+
+    def done(self) -> bool:
+        return self.end.done()
+
+    def result(self) -> Verdict:
+        """Wait for it. Raises ValueError for logits that cannot be sampled."""
+        self.end.wait()
+        accepted, next_token, *path = self.host.tolist()
+        if next_token < 0:  # on a device, where a kernel cannot raise
+            raise ValueError("target_logits: a row has NaN or +inf, or masks every token")
+        return Verdict(tuple(path[:accepted]), next_token, step_between(self.begin, self.end, self.rows, self.begin))
 
 
 class Runner(Protocol):
@@ -71,10 +76,8 @@ class Runner(Protocol):
     def prefill(self, tokens: Sequence[int]) -> None:
         """Commit a chain of tokens behind the prefix."""
 
-    def verify(
-        self, batch: Batch, parents: Sequence[int], sampling: Sampling, tap: FeatureTap | None = None
-    ) -> PendingJudgement:
-        """Start a step of the target. parents: of each row, -1 for the first. tap: attached to the model."""
+    def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingVerdict:
+        """Start a step of the target. parents: of each row, -1 for the first."""
 
     def draft(
         self,
@@ -83,10 +86,10 @@ class Runner(Protocol):
         vocabulary: int,
         sampling: Sampling,
         steps: int,
-        going: Going,
-    ) -> list[Guesses]:
+        should_continue: ShouldContinue,
+    ) -> list[Samples]:
         """Steps of the draft: over the batch, then each over the first candidates of the one before, until there are
-        `steps` of them or `going`, asked before each but the first, says no."""
+        `steps` of them or `should_continue`, asked before each but the first, says no."""
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None:
         """See BranchCache.commit."""
@@ -116,9 +119,7 @@ class EagerRunner:
             self.model.cache.commit(path, survivors)
 
     @torch.inference_mode()
-    def verify(
-        self, batch: Batch, parents: Sequence[int], sampling: Sampling, tap: FeatureTap | None = None
-    ) -> PendingJudgement:
+    def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingVerdict:
         begin = self.device.mark()
         with self.device.running():
             inputs = Inputs.of(batch, self.model.device)
@@ -132,7 +133,7 @@ class EagerRunner:
             result = torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
         host = self.device.host_memory(len(result))
         self.device.copy(host, result)
-        return DeviceJudgement(host, begin, self.device.mark(), len(batch), seen(tap))
+        return PendingVerdict(host, begin, self.device.mark(), len(batch), self.model.hidden)
 
     @torch.inference_mode()
     def draft(
@@ -142,10 +143,10 @@ class EagerRunner:
         vocabulary: int,
         sampling: Sampling,
         steps: int,
-        going: Going,
-    ) -> list[Guesses]:
-        guesses: list[Guesses] = []
-        while len(guesses) < steps and (not guesses or going(0)):
+        should_continue: ShouldContinue,
+    ) -> list[Samples]:
+        samples: list[Samples] = []
+        while len(samples) < steps and (not samples or should_continue(0)):
             begin = self.device.mark()
             with self.device.running():
                 inputs = Inputs.of(batch, self.model.device)
@@ -153,33 +154,10 @@ class EagerRunner:
                 positions = inputs.positions[: batch.leaves] + 1
                 sample = draft_sample(logits, positions, candidates, **sampling.op_arguments)
                 tokens, scores, confidence, entropy = (part.tolist() for part in sample)
-            took = step(begin, self.device.mark(), len(batch), begin)
-            guesses.append(Guesses(tokens, scores, confidence, entropy, took))
+            took = step_between(begin, self.device.mark(), len(batch), begin)
+            samples.append(Samples(tokens, scores, confidence, entropy, took))
             first = [row[0] for row in tokens]
             if min(first) < 0:
                 break  # a row that cannot be sampled: nothing can follow it
             batch = batch.below(first)
-        return guesses
-
-
-def seen(tap: FeatureTap | None) -> list[Tensor]:
-    return [] if tap is None else tap.newest
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceJudgement:
-    """A judgement on its way to host memory: [accepted, next token, path …]."""
-
-    host: Tensor
-    begin: Mark
-    end: Mark
-    rows: int
-    hidden: list[Tensor]
-
-    def done(self) -> bool:
-        return self.end.done()
-
-    def result(self) -> Judgement:
-        self.end.wait()
-        accepted, next_token, *path = self.host.tolist()
-        return Judgement(path[:accepted], next_token, step(self.begin, self.end, self.rows, self.begin), self.hidden)
+        return samples

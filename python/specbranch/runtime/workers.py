@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 import torch
 
-from specbranch.core.tree import Tree
+from specbranch.core.messages import Trunk
 from specbranch.runtime.device import Device
-from specbranch.stages import Pending, Target
+from specbranch.stages import Pending, Verifier
 
 
 class Threads:
@@ -30,13 +30,13 @@ class Threads:
         """Seconds."""
         return time.perf_counter()
 
-    def submit(self, target: Target, tree: Tree, trunk: Sequence[int]) -> Pending:
+    def submit(self, target: Verifier, trunk: Trunk) -> Pending:
         """Verify on the target's thread."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(
                 1, "specbranch-target", initializer=torch.set_num_threads, initargs=(self.target,)
             )
-        return self._executor.submit(target.verify, tree, trunk)
+        return self._executor.submit(target.verify, trunk)
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
@@ -63,8 +63,8 @@ class Streams:
         """Seconds."""
         return time.perf_counter()
 
-    def submit(self, target: Target, tree: Tree, trunk: Sequence[int]) -> Pending:
-        return target.start(tree, trunk)
+    def submit(self, target: Verifier, trunk: Trunk) -> Pending:
+        return target.start(trunk)
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:

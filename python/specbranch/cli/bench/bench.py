@@ -18,6 +18,7 @@ from specbranch.cli.loading import load_engine, sampling_options
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import Steps, output_console, steps
+from specbranch.text.encoding import encode
 from specbranch.text.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class Bench:
 
     def warm_up(self, prompt: Prompt, progress: Steps) -> None:
         """A short run of everything before anything is timed."""
-        ids = self.engine.encode(prompt.text, chat=prompt.chat)
+        ids = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
         for contender in self.contenders:
             progress.next(f"warm-up: {contender.name}")
             contender.generate(ids, min(WARM_UP_TOKENS, self.args.max_new_tokens))
@@ -176,7 +177,7 @@ class Bench:
         done = {record["name"] for record in earlier}
         if len(done) == len(self.contenders):
             return
-        ids = self.engine.encode(prompt.text, chat=prompt.chat)
+        ids = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
         start = number % len(self.contenders)
         records: list[report.Record] = []
         try:

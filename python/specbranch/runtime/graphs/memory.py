@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from specbranch.core.sampling import Sampling
-from specbranch.runtime.batch import WORD, Batch, Inputs, pack
+from specbranch.runtime.batch import WORD, Batch, Inputs
 from specbranch.runtime.device import Device
 
 STEPS = 16  # most draft steps in a burst
@@ -50,7 +51,8 @@ class StaticInputs:
         columns[0, n:], columns[1, n:], columns[2, n:] = batch.tokens[0], batch.positions[0], self.spare
         columns[3, : batch.leaves], columns[3, batch.leaves :] = batch.leaves, 0
         columns[4, : len(parents)], columns[4, len(parents) :] = parents, -1
-        self._bits[:n] = pack(batch.ancestors, self.words)
+        words = batch.ancestors.shape[1]
+        self._bits[:n, :words], self._bits[:n, words:] = batch.ancestors, 0
         self._bits[n:] = self._bits[0]
         self._filters[:] = sampling.filters
         self._scalars[:] = batch.prefix, sampling.seed, 0
@@ -59,7 +61,7 @@ class StaticInputs:
 
     def clear(self) -> None:
         """Enqueue a batch of nothing but padding: what a warm-up runs over."""
-        self.fill(Batch((0,), (0,), (self.spare,), (1,), 0, 0), [], Sampling())
+        self.fill(Batch((0,), (0,), (self.spare,), np.ones((1, 1), dtype=np.int64), 0, 0), [], Sampling())
 
     def of(self, n: int) -> Inputs:
         """The first n rows, as a model is called with them."""
@@ -82,7 +84,7 @@ class StaticInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class StaticGuesses:
+class StaticSamples:
     """`draft_sample`'s results of up to STEPS steps, in one buffer and its copy on the host.
 
     tokens: int64 [STEPS, R, k]. scores, confidence: float32 [STEPS, R, k]. entropy: float32 [STEPS, R].
@@ -95,11 +97,11 @@ class StaticGuesses:
     entropy: Tensor
 
     @staticmethod
-    def within(buffer: Tensor, rows: int, k: int) -> StaticGuesses:
+    def within(buffer: Tensor, rows: int, k: int) -> StaticSamples:
         """Views of a buffer of int64 [words(rows, k)]."""
         count = STEPS * rows * k
         floats = buffer[count:].view(torch.float32)
-        return StaticGuesses(
+        return StaticSamples(
             buffer,
             buffer[:count].view(STEPS, rows, k),
             floats[:count].view(STEPS, rows, k),

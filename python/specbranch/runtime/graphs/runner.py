@@ -19,11 +19,12 @@ from torch import Tensor
 from specbranch.core.sampling import Sampling
 from specbranch.runtime.batch import WORD, Batch
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
-from specbranch.runtime.device import Graph, GraphDevice, Mark, step
-from specbranch.runtime.graphs.memory import STEPS, StaticCommit, StaticGuesses, StaticInputs
+from specbranch.runtime.device import Graph, GraphDevice, Mark, step_between
+from specbranch.runtime.graphs.memory import STEPS, StaticCommit, StaticInputs, StaticSamples
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
-from specbranch.runtime.runner import DeviceJudgement, EagerRunner, Going, Guesses, PendingJudgement, seen
+from specbranch.runtime.runner import EagerRunner, PendingVerdict, Samples
+from specbranch.stages import ShouldContinue
 from specbranch_ext import draft_sample, kv_commit, verify
 
 T = TypeVar("T")
@@ -50,11 +51,11 @@ class VerifyGraph:
 
 @dataclass(frozen=True)
 class DraftGraphs:
-    """By rows: forward, `draft_sample`, and the next step's batch. The results lie in `guesses`."""
+    """By rows: forward, `draft_sample`, and the next step's batch. The results lie in `samples`."""
 
     run: Callable[[int], None]
-    guesses: StaticGuesses
-    host: StaticGuesses
+    samples: StaticSamples
+    host: StaticSamples
     by_rows: dict[int, Graph] = field(default_factory=dict)
 
 
@@ -87,36 +88,40 @@ class CapturedRunner:
     def prefill(self, tokens: Sequence[int]) -> None:
         self.eager.prefill(tokens)
 
-    def verify(
-        self, batch: Batch, parents: Sequence[int], sampling: Sampling, tap: FeatureTap | None = None
-    ) -> PendingJudgement:
-        found = self._captured(len(batch) <= self.most_rows, partial(self._verify_graph, tap))
+    def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingVerdict:
+        found = self._captured(len(batch) <= self.most_rows, self._verify_graph)
         if found is None:
-            return self.eager.verify(batch, parents, sampling, tap)
+            return self.eager.verify(batch, parents, sampling)
         begin = self.device.mark()
         self.inputs.fill(batch, list(parents), sampling)
         found.graph.replay()
-        return DeviceJudgement(found.host, begin, self.device.mark(), len(batch), found.hidden)
+        return PendingVerdict(found.host, begin, self.device.mark(), len(batch), found.hidden)
 
     def draft(
-        self, batch: Batch, candidates: int, vocabulary: int, sampling: Sampling, steps: int, going: Going
-    ) -> list[Guesses]:
+        self,
+        batch: Batch,
+        candidates: int,
+        vocabulary: int,
+        sampling: Sampling,
+        steps: int,
+        should_continue: ShouldContinue,
+    ) -> list[Samples]:
         fits = len(batch) <= DRAFT_ROWS[-1]
         rows = [len(batch), batch.leaves] if steps > 1 else [len(batch)]
         found = self._captured(fits, partial(self._draft_graphs, candidates, vocabulary, rows))
         if found is None:
-            return self.eager.draft(batch, candidates, vocabulary, sampling, steps, going)
+            return self.eager.draft(batch, candidates, vocabulary, sampling, steps, should_continue)
         marks = [self.device.mark()]
         self.inputs.fill(batch, [], sampling)
         found.by_rows[fitting(DRAFT_ROWS, len(batch))].replay()
         marks.append(self.device.mark())
-        while len(marks) <= min(steps, STEPS) and self._turn(marks, going):
+        while len(marks) <= min(steps, STEPS) and self._turn(marks, should_continue):
             found.by_rows[fitting(DRAFT_ROWS, batch.leaves)].replay()
             marks.append(self.device.mark())
-        self.device.copy(found.host.buffer, found.guesses.buffer)
+        self.device.copy(found.host.buffer, found.samples.buffer)
         arrived = self.device.mark()
         arrived.wait()
-        return self._guesses(found.host, batch, marks)
+        return self._samples(found.host, batch, marks)
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None:
         cache = self.model.cache
@@ -131,24 +136,24 @@ class CapturedRunner:
         self._commit.fill(moved, start)
         graph.replay()
 
-    def _turn(self, marks: list[Mark], going: Going) -> bool:
+    def _turn(self, marks: list[Mark], should_continue: ShouldContinue) -> bool:
         """Wait until another step may be enqueued; False when there is to be none."""
         while True:
             under_way = sum(not mark.done() for mark in marks[1:][-AHEAD:])
-            if not going(min(under_way, AHEAD - 1)):
+            if not should_continue(min(under_way, AHEAD - 1)):
                 return False
             if under_way < AHEAD:
                 return True
 
-    def _guesses(self, host: StaticGuesses, batch: Batch, marks: list[Mark]) -> list[Guesses]:
+    def _samples(self, host: StaticSamples, batch: Batch, marks: list[Mark]) -> list[Samples]:
         count, leaves = len(marks) - 1, batch.leaves
         tokens, scores, confidence = (
             part[:count, :leaves].tolist() for part in (host.tokens, host.scores, host.confidence)
         )
         entropy = host.entropy[:count, :leaves].tolist()
         rows = [len(batch), *[leaves] * (count - 1)]
-        taken = [step(marks[i], marks[i + 1], rows[i], marks[0]) for i in range(count)]
-        return [Guesses(*each) for each in zip(tokens, scores, confidence, entropy, taken, strict=True)]
+        taken = [step_between(marks[i], marks[i + 1], rows[i], marks[0]) for i in range(count)]
+        return [Samples(*each) for each in zip(tokens, scores, confidence, entropy, taken, strict=True)]
 
     # ---- Capturing
 
@@ -186,7 +191,8 @@ class CapturedRunner:
         self.note = f"eager: capture failed: {reason}"
         warnings.warn(f"{self.model.role}: steps are not captured any more: {reason}", RuntimeWarning, stacklevel=2)
 
-    def _verify_graph(self, tap: FeatureTap | None) -> VerifyGraph:
+    def _verify_graph(self) -> VerifyGraph:
+        tap = self.model.tap  # without one, another graph: it keeps no hidden states
         if tap not in self._verifying:
             n, inputs, hidden = self.most_rows, self.inputs, list[Tensor]()
             host = self.device.host_memory(n + 2)
@@ -204,7 +210,7 @@ class CapturedRunner:
                 )
                 result = torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
                 host.copy_(result, non_blocking=True)
-                hidden[:] = seen(tap)  # of the run that is captured, which is the last
+                hidden[:] = self.model.hidden  # of the run that is captured, which is the last
 
             self._verifying[tap] = VerifyGraph(self._capture(run), host, hidden)
         return self._verifying[tap]
@@ -222,20 +228,20 @@ class CapturedRunner:
 
     def _draft_memory(self, candidates: int, vocabulary: int) -> DraftGraphs:
         inputs, most = self.inputs, DRAFT_ROWS[-1]
-        size = StaticGuesses.words(most, candidates)
+        size = StaticSamples.words(most, candidates)
         with self.device.running():
             buffer = torch.zeros(size, dtype=torch.int64, device=self.model.device)
-        guesses = StaticGuesses.within(buffer, most, candidates)
-        host = StaticGuesses.within(self.device.host_memory(size), most, candidates)
+        samples = StaticSamples.within(buffer, most, candidates)
+        host = StaticSamples.within(self.device.host_memory(size), most, candidates)
 
         def run(n: int) -> None:
             given = inputs.of(n)
             logits = self.model.forward(given)[:, :vocabulary]
             sample = draft_sample(logits, given.positions + 1, candidates, seed=inputs.seed, filters=inputs.filters)
-            guesses.write(inputs.slot, n, sample)
+            samples.write(inputs.slot, n, sample)
             inputs.go_below(n, sample.tokens[:, 0].clamp(min=0))
 
-        return DraftGraphs(run, guesses, host)
+        return DraftGraphs(run, samples, host)
 
     def _commit_graph(self, count: int) -> Graph:
         size = fitting(COMMIT_ROWS, count)

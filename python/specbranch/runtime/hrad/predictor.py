@@ -1,16 +1,15 @@
 """H-RAD, the hybrid rollback-aware draft of SpecBranch (arXiv 2506.01979): how much of the trunk will be accepted.
 
-A small network on the target's features at the last verified token. It is trained for one pair (training.py).
+A small network on the target's features at the last verified token. It is trained for one pair (replay/train_hrad.py).
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.messages import FORECASTS, Forecast
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.identity import ModelIdentity
 
@@ -26,26 +26,6 @@ FORMAT = "specbranch-hrad-1"
 WIDTHS = (256, 64)
 DROPOUT = 0.3
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
-CLASSES = ("none", "some", "all")
-
-
-class Outlook(NamedTuple):
-    """Probabilities that none of the next `length` drafted tokens stand, that some do, that all do."""
-
-    none: float
-    some: float
-    all: float
-
-    @property
-    def likeliest(self) -> str:
-        return CLASSES[self.index(max(self))]
-
-    def stands(self, depth: int) -> float:
-        """Log-odds that the draft's first candidate after a node at `depth` stands, those above it standing."""
-        yes, no = (self.some + self.all, self.none) if depth == 0 else (self.all, self.some)
-        return math.log(max(yes, 1e-3) / max(no, 1e-3))
 
 
 @dataclass(frozen=True)
@@ -77,7 +57,7 @@ class HRad(nn.Module):
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(sizes):
             layers += [nn.Dropout(DROPOUT), nn.Linear(inputs, outputs), nn.ReLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(WIDTHS[-1], len(CLASSES)))
+        self.layers = nn.Sequential(*layers, nn.Linear(WIDTHS[-1], len(FORECASTS)))
         self.eval()
 
     def forward(self, features: Tensor) -> Tensor:
@@ -86,9 +66,9 @@ class HRad(nn.Module):
         return logits
 
     @torch.inference_mode()
-    def predict(self, features: Tensor) -> Outlook:
-        """The outlook after one verdict; features [F]."""
-        return Outlook(*self(features[None].to(self.mean.device))[0].softmax(0).tolist())
+    def predict(self, features: Tensor) -> Forecast:
+        """The forecast after one verdict; features [F]."""
+        return Forecast(*self(features[None].to(self.mean.device))[0].softmax(0).tolist())
 
     def with_metrics(self, metrics: dict[str, Any]) -> HRad:
         """This predictor, with what its training printed in its configuration."""
@@ -113,8 +93,8 @@ class Predictor:
     tap: FeatureTap
     network: HRad
 
-    def after(self, row: int, token: int, hidden: list[Tensor]) -> Outlook:
-        """The outlook when a forward of the target, which gave `hidden`, is accepted up to `row` and `token` comes
+    def after(self, row: int, token: int, hidden: list[Tensor]) -> Forecast:
+        """The forecast when a forward of the target, which gave `hidden`, is accepted up to `row` and `token` comes
         next."""
         return self.network.predict(self.tap.rows(slice(row, row + 1), [token], hidden)[0])
 

@@ -1,0 +1,122 @@
+"""What steps of a loaded pair cost here, by rows: alone, and while the other model runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from specbranch.core.messages import Trunk
+from specbranch.core.sampling import Sampling
+from specbranch.core.tree import Tree
+from specbranch.drafters.model import ModelDrafter
+from specbranch.runtime.pair import Pair
+from specbranch.runtime.runner import Runner
+from specbranch.runtime.verifier import ModelVerifier
+from specbranch.runtime.workers import Streams, Threads
+
+ROWS = (1, 2, 4, 6, 8, 12, 16)
+REPEATS = 5
+CANDIDATES = 6
+
+Points = list[tuple[int, float]]
+
+
+def timed(model: Runner, run: Callable[[], object]) -> Callable[[], float]:
+    """A function that makes one step, forgets it, and returns its seconds."""
+    cache = model.model.cache
+    length = cache.length
+
+    def step() -> float:
+        begin = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - begin
+        cache.rollback(length)
+        return seconds
+
+    return step
+
+
+def chain(rows: int, position: int) -> Tree:
+    """A tree of one path."""
+    tree = Tree(1, position)
+    for node in range(rows - 1):
+        tree.add(node, 1, 1.0)
+    return tree
+
+
+def measure_costs(pair: Pair, prefix: int = 256) -> dict[str, dict[str, Points]]:
+    """What steps of a pair cost; see `_measure`."""
+    target, draft, workers = pair.target, pair.need_draft("measuring costs"), pair.workers
+    with pair.running():
+        return _measure(target, draft, workers, prefix)
+
+
+def _measure(target: Runner, draft: Runner, workers: Threads | Streams, prefix: int) -> dict[str, dict[str, Points]]:
+    """Median seconds of steps by mode ("serial", "overlapped") and model ("target", "draft"), as [rows, seconds].
+
+    A step is the forward and what is done with its logits: `verify`, or `draft_sample`. prefix: committed tokens
+    behind which they run.
+    """
+    verifier = ModelVerifier(target, Sampling())
+    drafter = ModelDrafter(draft, Sampling(), CANDIDATES, target.model.vocabulary)
+    lengths = {}
+    for name, model, stage in (("target", target, verifier), ("draft", draft, drafter)):
+        limit = getattr(model.model.model.config.get_text_config(), "max_position_embeddings", prefix + 1)
+        lengths[name] = min(prefix, limit - 1)
+        model.reset(lengths[name])
+        stage.prefill([1] * (lengths[name] + 1))
+
+    def verify(rows: int) -> Callable[[], float]:
+        trunk = Trunk.of(chain(rows, lengths["target"]), tuple(range(rows)))
+        return timed(target, lambda: verifier.verify(trunk))
+
+    def propose(rows: int) -> Callable[[], float]:
+        tree = chain(rows, lengths["draft"])
+        return timed(draft, lambda: drafter.propose(tree, range(rows)))
+
+    def beside(mine: Callable[[int], Callable[[], float]], other: Callable[[int], Callable[[], float]]) -> Points:
+        return [(rows, _median_beside(mine(rows), other(4), workers, mine is verify)) for rows in ROWS]
+
+    return {
+        "serial": {
+            "target": [(rows, _median(verify(rows))) for rows in ROWS],
+            "draft": [(rows, _median(propose(rows))) for rows in ROWS],
+        },
+        "overlapped": {"target": beside(verify, propose), "draft": beside(propose, verify)},
+    }
+
+
+def _median(run: Callable[[], float]) -> float:
+    run()
+    return statistics.median(run() for _ in range(REPEATS))
+
+
+def _median_beside(
+    run: Callable[[], float], other: Callable[[], float], workers: Threads | Streams, measured_is_target: bool
+) -> float:
+    """While `other` runs over and over on a thread of its own; each side with its share of the threads."""
+    threads = torch.get_num_threads()
+    mine = beside = threads
+    if isinstance(workers, Threads):
+        mine, beside = workers.target, workers.draft
+        if not measured_is_target:
+            mine, beside = beside, mine
+    going = True
+
+    def repeat() -> None:
+        while going:
+            other()
+
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(beside,)) as pool:
+        repeating = pool.submit(repeat)
+        torch.set_num_threads(mine)
+        try:
+            return _median(run)
+        finally:
+            going = False
+            torch.set_num_threads(threads)
+            repeating.result()

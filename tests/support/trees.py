@@ -1,0 +1,26 @@
+"""Trees made by hand, and a model's forward over one."""
+
+from collections.abc import Sequence
+
+from specbranch.core.tree import Proposals, Tree
+from specbranch.runtime.batch import Batch
+from specbranch.runtime.model import CachedModel
+
+
+def tree_of(*nodes: tuple[int, int, float], token: int = 0, position: int = 0) -> Tree:
+    """A tree from (token, parent, reach) of every node but the root."""
+    tree = Tree(token, position)
+    for child, parent, reach in nodes:
+        tree.add(parent, child, reach)
+    return tree
+
+
+def propose(tree: Tree, node: int, tokens: Sequence[int], confidence: Sequence[float]) -> None:
+    tree.note(node, Proposals(tuple(tokens), tuple(confidence)))
+
+
+def place(cached: CachedModel, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Batch:
+    """The next forward over `nodes` of the tree."""
+    parents = [tree.parent[node] for node in nodes]
+    positions = [tree.position + tree.depth[node] for node in nodes]
+    return cached.place(nodes, parents, tree.tokens(nodes), positions, backlog)
