@@ -21,17 +21,12 @@ from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy
 from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
 from specbranch.runtime.hrad.tap import FeatureTap
-from specbranch.runtime.loading import (
-    ModelSource,
-    check_vocabularies,
-    end_of_sequence,
-    load_model,
-    load_tokenizer,
-)
+from specbranch.runtime.loading import ModelSource, load_model, load_tokenizer
 from specbranch.runtime.pair import Pair
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.detokenizer import TextBuilder
 from specbranch.text.encoding import encode
+from specbranch.text.vocabulary import check_vocabularies, end_of_sequence
 
 
 class SpecBranch:

@@ -13,6 +13,7 @@ import torch
 
 from specbranch import METHODS, SpecBranch, SpecBranchError, bundled
 from specbranch.cli import main as cli
+from specbranch.core.identity import ModelIdentity
 from specbranch.core.sampling import Sampling
 from specbranch.policies.methods import make_policy
 from specbranch.replay.costs import Line, ReplayCosts
@@ -20,7 +21,6 @@ from specbranch.replay.planner import plan
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.replay.recorder import collect
 from specbranch.replay.replayer import replay
-from specbranch.runtime.identity import ModelIdentity
 from specbranch.text.encoding import encode
 from specbranch.text.prompts import Prompt
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.identity import ModelIdentity
+from specbranch.core.identity import ModelIdentity
 
 FORMAT = "specbranch-record-1"
 TAIL = 7  # tokens drafted behind a wrong one

@@ -17,7 +17,7 @@ from specbranch.core.tree import Choice, Proposals, Tree
 from specbranch.drafters.model import ModelDrafter
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.runtime.hrad.tap import FeatureTap
-from specbranch.runtime.identity import ModelIdentity
+from specbranch.runtime.identity import identify
 from specbranch.runtime.model import PREFILL_CHUNK
 from specbranch.runtime.pair import Pair
 from specbranch.runtime.runner import Runner
@@ -46,7 +46,7 @@ def collect(
     """
     assert engine.draft is not None
     settings: dict[str, float] = {**asdict(sampling), "max_new_tokens": max_new_tokens}
-    record = Record(ModelIdentity.of(engine.target), ModelIdentity.of(engine.draft), settings, [])
+    record = Record(identify(engine.target), identify(engine.draft), settings, [])
     if path.exists():
         found = Record.load(path)
         check_continues(found, record, features, path)

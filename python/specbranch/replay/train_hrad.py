@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.identity import ModelIdentity
 from specbranch.core.messages import FORECASTS
 from specbranch.core.tree import Proposals, Signals
 from specbranch.policies.calibration import Calibrator
 from specbranch.replay.record import TAIL, Record, RecordedText
 from specbranch.runtime.hrad.predictor import HRad, HRadConfig
-from specbranch.runtime.identity import ModelIdentity
 
 LENGTH = 5  # drafted tokens that "all" means
 BATCH = 128

@@ -1,31 +1,21 @@
-"""Attaching specbranch to a transformers model: the registered attention, and layers that are exact per row.
-
-Outside `attached(model)` a model is as its owner loaded it, so it can be shared with transformers' own generate().
-"""
+"""Tree attention for transformers' AttentionInterface."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.activations import ACT2CLS
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from specbranch.core.errors import SpecBranchError
-from specbranch_ext import linear, tree_attention
+from specbranch_ext import tree_attention
 
 ATTENTION = "specbranch"
-
-ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
-
-LINEAR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -96,57 +86,3 @@ def specbranch_attention(
 
 AttentionInterface.register(ATTENTION, specbranch_attention)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # else padding is silently lost outside our own forwards
-
-
-@contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
-    """Run `model` with tree attention and, on the CPU, with layers whose rows do not depend on each other.
-
-    A row's result then does not change with the number of rows in its forward: verifying drafted tokens
-    together gives bit for bit what decoding one by one gives.
-    """
-    previous = model.config._attn_implementation
-    patched: list[nn.Module] = []
-    model.set_attn_implementation(ATTENTION)
-    for module in model.modules():
-        forward = _exact_forward(module, model.device)
-        if forward is not None:
-            module.forward = forward
-            patched.append(module)
-    try:
-        yield
-    finally:
-        for module in patched:
-            del module.forward
-        model.set_attn_implementation(previous)
-
-
-def _exact_forward(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """What to run instead of a module's own forward; None where that is exact per row already, or not on the CPU."""
-    if isinstance(module, nn.Linear) and _exact_linear_fits(module):
-        return partial(_exact_linear, module)
-    if device.type == "cpu" and type(module) in ACTIVATIONS and "forward" not in vars(module):
-        return partial(_exact_activation, module)
-    return None
-
-
-def _exact_linear_fits(module: nn.Linear) -> bool:
-    return (
-        type(module) is nn.Linear
-        and "forward" not in vars(module)
-        and module.weight.device.type == "cpu"
-        and module.weight.dtype in LINEAR_DTYPES
-    )
-
-
-def _exact_linear(module: nn.Linear, input: Tensor) -> Tensor:
-    return linear(input, module.weight, module.bias)
-
-
-def _exact_activation(module: nn.Module, input: Tensor) -> Tensor:
-    """Row by row: torch's vector loop ends in a tail with another exponential, which differs in the last bit."""
-    rows = input.reshape(-1, input.shape[-1])
-    if len(rows) == 1:
-        alone: Tensor = type(module).forward(module, input)
-        return alone
-    return torch.stack([type(module).forward(module, row) for row in rows]).view(input.shape)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.attention import TreeContext, attached, no_mask
+from specbranch.runtime.attach import attached
+from specbranch.runtime.attention import TreeContext, no_mask
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.hrad.tap import FeatureTap

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from specbranch.text.stopping import StopStrings
+
 REPLACEMENT = "\ufffd"
 
 
@@ -19,31 +21,30 @@ class TextBuilder:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase | None, eos: frozenset[int] = frozenset(), stop: Sequence[str] = ()
     ) -> None:
-        self.tokenizer, self.eos, self.stop = tokenizer, eos, tuple(stop)
+        self.tokenizer, self.eos, self.stop = tokenizer, eos, StopStrings(tuple(stop))
         self.tokens: list[int] = []
         self.stopped = False
         self._settled = ""  # text of the tokens before _start, final
         self._start = 0
         self._shown = 0
-        self._longest = max((len(string) for string in self.stop), default=0)
 
     def add(self, token: int) -> bool:
         """Append a token; True when it ends the text."""
         self.tokens.append(token)
-        if token in self.eos or (self.stop and self._stop_index(self._text()) is not None):
+        if token in self.eos or (self.stop.strings and self.stop.find(self._text()) is not None):
             self.stopped = True
         return self.stopped
 
     def fresh(self, final: bool = False) -> str:
         """Text not returned before. Unless final, what may still change or belong to a stop string is held back."""
         text = self._text()
-        end = self._stop_index(text)
+        end = self.stop.find(text)
         if end is None:
             end = len(text)
             if not final:
                 while end and text[end - 1] == REPLACEMENT:
                     end -= 1
-                end -= self._stop_prefix(text[:end])
+                end -= self.stop.begun(text[:end])
         new, self._shown = text[self._shown : end], max(self._shown, end)
         return new
 
@@ -51,7 +52,7 @@ class TextBuilder:
     def text(self) -> str:
         """The whole text, without a stop string."""
         text = self._text()
-        return text[: self._stop_index(text)]
+        return text[: self.stop.find(text)]
 
     def _text(self) -> str:
         """All text so far. Decoding starts a few tokens back, since a tokenizer may join or strip at a seam."""
@@ -70,14 +71,3 @@ class TextBuilder:
         assert self.tokenizer is not None
         text = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
-
-    def _stop_index(self, text: str) -> int | None:
-        found = [index for string in self.stop if (index := text.find(string)) >= 0]
-        return min(found, default=None)
-
-    def _stop_prefix(self, text: str) -> int:
-        """Length of the longest end of `text` that could be the beginning of a stop string."""
-        for length in range(min(self._longest - 1, len(text)), 0, -1):
-            if any(string.startswith(text[-length:]) for string in self.stop):
-                return length
-        return 0

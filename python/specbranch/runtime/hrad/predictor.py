@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.identity import ModelIdentity
 from specbranch.core.messages import FORECASTS, Forecast
 from specbranch.runtime.hrad.tap import FeatureTap
-from specbranch.runtime.identity import ModelIdentity
+from specbranch.runtime.identity import identify
 
 FORMAT = "specbranch-hrad-1"
 WIDTHS = (256, 64)
@@ -107,7 +108,7 @@ def load_hrad(directory: str | Path, target: PreTrainedModel, draft: PreTrainedM
     directory = Path(directory)
     config = _read_config(directory)
     for role, trained, model in (("target", config.target, target), ("draft", config.draft, draft)):
-        found = ModelIdentity.of(model)
+        found = identify(model)
         if found.fingerprint != trained.fingerprint:
             raise SpecBranchError(
                 f"{directory}: this predictor was trained for the {role} {trained.name} ({trained.fingerprint}); "

@@ -1,0 +1,45 @@
+"""Whether two models have the same tokens, and which of them end a text."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from specbranch.core.errors import SpecBranchError
+
+
+def check_vocabularies(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
+    """Refuse a draft whose tokens are not the target's; a vocabulary padded at the end is fine.
+
+    Raises SpecBranchError naming the first ids that differ.
+    """
+    if target is None or draft is None:
+        return
+    ours, theirs = target.get_vocab(), draft.get_vocab()
+    if ours == theirs:
+        return
+    words = {index: word for word, index in ours.items()}
+    other = {index: word for word, index in theirs.items()}
+    differ = [index for index in sorted(words.keys() & other.keys()) if words[index] != other[index]]
+    if not differ and abs(len(words) - len(other)) <= _added(target, draft):
+        return
+    if not differ:
+        differ = sorted(words.keys() ^ other.keys())
+    examples = ", ".join(f"{i} ({words.get(i)!r} / {other.get(i)!r})" for i in differ[:5])
+    raise SpecBranchError(
+        f"the draft has another vocabulary than the target: {len(differ)} ids differ, "
+        f"the first (target / draft): {examples}"
+    )
+
+
+def _added(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> int:
+    """How many ids one of the two may have beyond the other's end: its added special tokens."""
+    return max(len(target.added_tokens_decoder), len(draft.added_tokens_decoder))
+
+
+def end_of_sequence(model: PreTrainedModel) -> frozenset[int]:
+    """The ids that end a text, from the generation config or else the model's config."""
+    for config in (model.generation_config, model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return frozenset(eos if isinstance(eos, (list, tuple)) else [eos])
+    return frozenset()
