@@ -310,3 +310,12 @@ def test_a_burst_is_half_of_what_fits_beside_the_target() -> None:
     assert costs(target=0.4, draft=0.05).burst() == 4
     assert costs(target=0.1, draft=0.4).burst() == 1
     assert ModeCosts().burst() == 1
+
+
+def test_a_root_that_was_drafted_meanwhile_is_not_drafted_again() -> None:
+    """After a hit the new root may have proposals and no children: they are a trunk that can be verified at once."""
+    tree = Tree(0, 10)
+    tree.note(0, proposals(0, 0.9))
+    assert Hedging().draft_before(tree, NOW).choices == []
+    assert Hedging().choose_trunk(tree, NOW).choices[:2] == [Choice(0), Choice(0, 0)]
+    assert Hedging().draft_before(tree, state_of()).choices == [Choice(0, 0)]  # in turn, the draft goes on behind them

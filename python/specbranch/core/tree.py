@@ -156,6 +156,10 @@ class Tree:
             members.extend(self.children[member])
         return sorted(members)
 
+    def depth_of(self, choice: Choice) -> int:
+        """The depth of the node that a choice is or would be."""
+        return self.depth[choice.node] + (choice.rank >= 0)
+
     def reach_of(self, choice: Choice) -> float:
         """The estimated probability that the target accepts the path down to a choice."""
         reach = self.reach[choice.node]

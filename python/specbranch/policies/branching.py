@@ -10,7 +10,7 @@ from itertools import takewhile
 from specbranch.core.tree import Choice, Tree
 from specbranch.policies.options import Options, inherited, option
 from specbranch.policies.outcomes import Anywhere, AtBranchPoint, BelowTrunk, BesideTrunk, Outcomes
-from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, extend, whole_path
+from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, best_path, extend, whole_path
 
 FIRST_STEP = 1.15  # the first draft step counts 15 % more than its token: it also tells whether a second one pays
 
@@ -66,7 +66,7 @@ class Hedging(Options):
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
         """Draft on while the next token is worth more, by its chance to be accepted, than its step costs."""
-        path = tree.best_path()
+        path = best_path(tree)
         if state.overlapped and len(path) > 1:
             return NOTHING  # after a hit there is a trunk: let the target start at once
         if not (self._worth_a_step(tree, path, state) if self.thrifty else self._sure(tree, path)):
@@ -75,10 +75,7 @@ class Hedging(Options):
 
     def choose_trunk(self, tree: Tree, state: State) -> TrunkChoice:
         """The best path as far as its rows pay, and what pays beside it."""
-        path = [Choice(node) for node in tree.best_path()]
-        if self.outcomes.anywhere and tree.proposals[path[-1].node] is not None:
-            path.append(Choice(path[-1].node, 0))  # what the draft has just said; the target may as well judge it
-        path = path[: state.remaining]
+        path = best_path(tree)[: state.remaining]
         if self.thrifty:
             least = self._least(state)
             path = path[:1] + list(takewhile(lambda choice: tree.reach_of(choice) >= least, path[1:]))
@@ -95,7 +92,7 @@ class Hedging(Options):
             if reach < self.min_reach or (choices and not self._worth_a_row(reach, state)):
                 break
             choices.append(choice)
-        deepest = max((tree.depth[choice.node] + (choice.rank >= 0) for choice in choices), default=0)
+        deepest = max((tree.depth_of(choice) for choice in choices), default=0)
         return Expansion(choices, min(state.burst, max(1, depth - deepest)))
 
     def width(self, tree: Tree, node: int, flight: InFlight | None) -> int:
@@ -142,17 +139,17 @@ class Hedging(Options):
         sure = takewhile(lambda choice: tree.chance_of(choice) >= self.epsilon, path[1:])
         return len(list(sure))
 
-    def _worth_a_step(self, tree: Tree, path: list[int], state: State) -> bool:
+    def _worth_a_step(self, tree: Tree, path: list[Choice], state: State) -> bool:
         costs = state.costs
         if len(path) == 1 and (costs.rounds < 2 or state.retry):
             return True  # nothing is known yet, or it is time to look again
-        worth = tree.reach[path[-1]] * state.acceptance * costs.token_value
+        worth = tree.reach_of(path[-1]) * state.acceptance * costs.token_value
         if len(path) == 1:
             worth *= FIRST_STEP
         return worth >= costs.draft.of(1) + costs.target.per_row
 
-    def _sure(self, tree: Tree, path: list[int]) -> bool:
-        return len(path) == 1 or tree.chance_of(Choice(path[-1])) >= self.epsilon
+    def _sure(self, tree: Tree, path: list[Choice]) -> bool:
+        return len(path) == 1 or tree.chance_of(path[-1]) >= self.epsilon
 
     def _least(self, state: State) -> float:
         """The least chance that is worth a row in the target's forward: what the row costs, in committed tokens."""
@@ -190,7 +187,7 @@ class Ssd(Hedging):
     name = "ssd"
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
-        path = tree.best_path()
+        path = best_path(tree)
         if state.overlapped and len(path) > 1:
             return NOTHING
         return extend(tree, path, min(self.length, state.remaining - 1), state.burst)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from specbranch.core.tree import Choice, Tree
+from specbranch.core.tree import Tree
 from specbranch.policies.options import Options, option
-from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, extend, whole_path
+from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, best_path, extend, whole_path
 
 
 class ChainPolicy:
@@ -46,7 +46,7 @@ class Speculative(Options, ChainPolicy):
     name = "speculative"
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
-        return extend(tree, tree.best_path(), min(self.length, state.remaining - 1), state.burst)
+        return extend(tree, best_path(tree), min(self.length, state.remaining - 1), state.burst)
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Adaptive(Options, ChainPolicy):
     name = "adaptive"
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
-        path = tree.best_path()
-        if len(path) > 1 and tree.chance_of(Choice(path[-1])) < self.stop_below:
+        path = best_path(tree)
+        if len(path) > 1 and tree.chance_of(path[-1]) < self.stop_below:
             return NOTHING
         return extend(tree, path, min(self.max_length, state.remaining - 1))
 
@@ -79,8 +79,8 @@ class Pearl(Options, ChainPolicy):
     def draft_before(self, tree: Tree, state: State) -> Expansion:
         if state.overlapped:
             return NOTHING
-        return extend(tree, tree.best_path(), min(self.length, state.remaining - 1), state.burst)
+        return extend(tree, best_path(tree), min(self.length, state.remaining - 1), state.burst)
 
     def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
         depth = min(self.limit, state.remaining - 1)
-        return extend(tree, tree.best_path(flight.nodes[-1]), depth, state.burst)
+        return extend(tree, best_path(tree, flight.nodes[-1]), depth, state.burst)

@@ -20,7 +20,7 @@ Outcome = tuple[float, Choice]
 
 
 class Outcomes(Protocol):
-    anywhere: bool  # also beside and below what the last round left; a candidate becomes a node when its turn comes
+    anywhere: bool  # whether an outcome must pay for its row
 
     def likeliest(self, tree: Tree, flight: InFlight, count: int, depth: int) -> list[Outcome]:
         """At most `count` places above `depth` to draft at, likeliest first."""
@@ -46,7 +46,7 @@ class Anywhere:
         return self.k_max
 
     def width(self, tree: Tree, node: int, flight: InFlight | None) -> int:
-        return 1 if flight is None else 0
+        return 0  # a candidate becomes a node when its turn comes
 
 
 @dataclass(frozen=True)

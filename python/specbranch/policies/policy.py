@@ -83,16 +83,21 @@ class Policy(Protocol):
 NOTHING = Expansion([])
 
 
-def extend(tree: Tree, path: list[int], depth: int, burst: int = 1) -> Expansion:
+def best_path(tree: Tree, start: int = 0) -> list[Choice]:
+    """The likeliest path from `start` down; at its end the draft's newest first candidate, if that is no node yet."""
+    path = [Choice(node) for node in tree.best_path(start)]
+    if tree.proposals[path[-1].node] is not None:
+        path.append(Choice(path[-1].node, 0))
+    return path
+
+
+def extend(tree: Tree, path: list[Choice], depth: int, burst: int = 1) -> Expansion:
     """Draft at the end of a path, to `depth` at most, `burst` steps of it; nothing if it may not grow."""
-    end = path[-1]
-    missing = depth - tree.depth[end]
-    if missing < 1 or tree.children[end]:
-        return NOTHING
-    return Expansion([Choice(end)], min(missing, burst))
+    missing = depth - tree.depth_of(path[-1])
+    return NOTHING if missing < 1 else Expansion([path[-1]], min(missing, burst))
 
 
 def whole_path(tree: Tree, state: State) -> TrunkChoice:
     """The best path, as far as its tokens may still be committed."""
-    path = tree.best_path()[: state.remaining]
-    return TrunkChoice([Choice(node) for node in path], len(path) - 1)
+    path = best_path(tree)[: state.remaining]
+    return TrunkChoice(path, len(path) - 1)
