@@ -56,7 +56,7 @@ class DecodingLoop:
                     self._draft_during(tree, flight, pending, state)
                     verdict = pending.result()
                 else:
-                    verdict = self.verifier.verify(trunk)
+                    verdict = self.verifier.verify(trunk).result()
                 committed, tree = self._commit(tree, flight, verdict)
                 self._measure(state, trunk, verdict, len(committed))
                 remaining -= len(committed)

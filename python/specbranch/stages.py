@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from specbranch.core.messages import Drafted, Forecast, Trunk, Verdict
@@ -21,6 +22,19 @@ class Pending(Protocol):
     def result(self) -> Verdict: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A verdict that is there already."""
+
+    verdict: Verdict
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Verdict:
+        return self.verdict
+
+
 class Verifier(Protocol):
     """The target: judges drafted tokens. It sees trunks, which are plain integers, and never the tree."""
 
@@ -31,10 +45,8 @@ class Verifier(Protocol):
     def prefill(self, prompt: Sequence[int]) -> None:
         """Start a text: commit the prompt but its last token, which is the first root."""
 
-    def verify(self, trunk: Trunk) -> Verdict: ...
-
-    def start(self, trunk: Trunk) -> Pending:
-        """`verify`, whose result can be asked for later."""
+    def verify(self, trunk: Trunk) -> Pending:
+        """Judge a trunk. On a device this only starts; elsewhere the verdict is there when it returns."""
 
     def commit(self, path: Sequence[int]) -> None:
         """Commit the newest trunk's root and the accepted tokens, given as a verdict does; drop the others."""

@@ -102,11 +102,11 @@ def test_generate_writes_the_trace_of_every_prompt(capsys, tmp_path):
 def test_ctrl_c_leaves_the_trace_of_what_was_done(capsys, tmp_path, monkeypatch):
     verify, calls = ModelVerifier.verify, []
 
-    def interrupted(self, tree, trunk):
+    def interrupted(self, trunk):
         calls.append(trunk)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return verify(self, tree, trunk)
+        return verify(self, trunk)
 
     monkeypatch.setattr(ModelVerifier, "verify", interrupted)
     out = tmp_path / "trace.json"

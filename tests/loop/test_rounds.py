@@ -21,6 +21,7 @@ from specbranch.runtime.model import CachedModel
 from specbranch.runtime.runner import EagerRunner, Runner
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.runtime.workers import Threads
+from specbranch.stages import Ready
 
 ROUNDS = 1000
 TEXT = 40  # rounds before a new text is begun
@@ -66,8 +67,8 @@ class RandomVerifier(ModelVerifier):
     chance: random.Random
     loop: "SpyLoop"
 
-    def verify(self, trunk: Trunk) -> Verdict:
-        step = super().verify(trunk).step
+    def verify(self, trunk: Trunk) -> Ready:
+        step = super().verify(trunk).result().step
         path: list[int] = []
 
         def below() -> list[int]:
@@ -80,9 +81,9 @@ class RandomVerifier(ModelVerifier):
         tree, nodes = self.loop.tree, self.loop.nodes
         drafted = tree.tokens(tree.children[nodes[path[-1] if path else 0]])
         others = [token for token in drafted if token not in refused]
-        if others and self.chance.random() < 0.7:
-            return Verdict(tuple(path), self.chance.choice(others), step)
-        return Verdict(tuple(path), self.chance.choice([t for t in range(32) if t not in refused]), step)
+        if not others or self.chance.random() >= 0.7:
+            others = [token for token in range(32) if token not in refused]
+        return Ready(Verdict(tuple(path), self.chance.choice(others), step))
 
 
 class SpyLoop(DecodingLoop):

@@ -72,7 +72,7 @@ def _measure(target: Runner, draft: Runner, workers: Threads | Streams, prefix: 
 
     def verify(rows: int) -> Callable[[], float]:
         trunk = Trunk.of(chain(rows, lengths["target"]), tuple(range(rows)))
-        return timed(target, lambda: verifier.verify(trunk))
+        return timed(target, lambda: verifier.verify(trunk).result())
 
     def propose(rows: int) -> Callable[[], float]:
         tree = chain(rows, lengths["draft"])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from specbranch.core.stats import Stats, ratio
+from specbranch.core.stats import ratio
 from specbranch.policies.methods import METHODS, make_policy
 from specbranch.replay.costs import ReplayCosts
 from specbranch.replay.record import Record, RecordedText
@@ -40,7 +40,6 @@ class Expectation:
     tokens_per_target_forward: float
     rollback_rate: float
     wasted_per_token: float
-    by_task: dict[str, float] = field(default_factory=dict)
 
 
 def expect(
@@ -54,22 +53,18 @@ def expect(
     stats = replay(record, make_policy(method, settings), costs, MODES[mode], texts)
     alone = 1 / costs.serial_target(1)
 
-    def speed(some: Sequence[Stats]) -> float:
-        return sum(s.new_tokens for s in some) / sum(s.seconds for s in some)
-
-    tasks = {task: [s for s, text in zip(stats, texts, strict=True) if text.task == task] for task in tasks_of(texts)}
-    rolled, stood = sum(s.rolled_back for s in stats), sum(s.accepted + s.hits for s in stats)
     tokens = sum(s.new_tokens for s in stats)
+    speed = tokens / sum(s.seconds for s in stats)
+    rolled_back, kept = sum(s.rolled_back for s in stats), sum(s.accepted + s.hits for s in stats)
     return Expectation(
         method,
         mode,
         settings,
-        speed(stats),
-        speed(stats) / alone,
+        speed,
+        speed / alone,
         tokens / sum(s.target_forwards for s in stats),
-        ratio(rolled, rolled + stood),
+        ratio(rolled_back, rolled_back + kept),
         sum(s.wasted for s in stats) / tokens,
-        {task: speed(some) / alone for task, some in tasks.items()},
     )
 
 

@@ -19,8 +19,8 @@ from specbranch.policies.costs import Costs
 from specbranch.policies.policy import Policy
 from specbranch.replay.costs import ReplayCosts
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
-from specbranch.replay.virtual_time import VirtualPending, VirtualTime
-from specbranch.stages import ShouldContinue
+from specbranch.replay.virtual_time import VirtualTime
+from specbranch.stages import Ready, ShouldContinue
 
 
 class Predictor(Protocol):
@@ -48,10 +48,7 @@ class ReplayVerifier:
     def commit(self, path: Sequence[int]) -> None:
         self.time.now += self.costs.round
 
-    def start(self, trunk: Trunk) -> VirtualPending:
-        return self.time.submit(self, trunk)
-
-    def verify(self, trunk: Trunk) -> Verdict:
+    def verify(self, trunk: Trunk) -> Ready:
         line = self.costs.overlapped_target if self.time.overlapped else self.costs.serial_target
         begin, self.time.now = self.time.now, self.time.now + line(len(trunk))
         step = Step(begin, self.time.now, len(trunk))
@@ -62,7 +59,7 @@ class ReplayVerifier:
             token = self._tokens[place] if place < len(self._tokens) else -1
             children = (i for i, parent in enumerate(trunk.parents) if parent == last and trunk.tokens[i] == token)
             if (child := next(children, None)) is None:
-                return Verdict(tuple(path), token, step, self._forecast(place + 1))
+                return Ready(Verdict(tuple(path), token, step, self._forecast(place + 1)))
             path.append(child)
 
     def _forecast(self, at: int) -> Forecast | None:

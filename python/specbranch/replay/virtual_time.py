@@ -22,7 +22,7 @@ class VirtualTime:
 
     def submit(self, target: Verifier, trunk: Trunk) -> VirtualPending:
         begin, self.overlapped = self.now, True
-        verdict = target.verify(trunk)
+        verdict = target.verify(trunk).result()
         end, self.now = self.now, begin
         return VirtualPending(self, verdict, end)
 

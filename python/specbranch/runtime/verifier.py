@@ -28,12 +28,8 @@ class ModelVerifier:
     def prefill(self, prompt: Sequence[int]) -> None:
         self.runner.prefill(prompt[:-1])
 
-    def verify(self, trunk: Trunk) -> Verdict:
-        """One target forward over the trunk."""
-        return self.start(trunk).result()
-
-    def start(self, trunk: Trunk) -> Pending:
-        """`verify`, whose result can be waited for later where the target runs on a device."""
+    def verify(self, trunk: Trunk) -> Pending:
+        """One target forward over the trunk; it is waited for when the result is asked for."""
         batch = self.runner.model.place(range(len(trunk)), trunk.parents, trunk.tokens, trunk.positions)
         pending = self.runner.verify(batch, trunk.parents, self.sampling)
         return pending if self.predictor is None else PendingForecast(pending, self.predictor)

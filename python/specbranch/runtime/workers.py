@@ -36,7 +36,7 @@ class Threads:
             self._executor = ThreadPoolExecutor(
                 1, "specbranch-target", initializer=torch.set_num_threads, initargs=(self.target,)
             )
-        return self._executor.submit(target.verify, trunk)
+        return self._executor.submit(lambda: target.verify(trunk).result())
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
@@ -64,7 +64,7 @@ class Streams:
         return time.perf_counter()
 
     def submit(self, target: Verifier, trunk: Trunk) -> Pending:
-        return target.start(trunk)
+        return target.verify(trunk)
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
