@@ -19,7 +19,9 @@ namespace {
 constexpr int64_t segment_keys = 8 * tile_keys;
 constexpr int64_t group_rows = 96;  // rows that share a packed tile; their queries and outputs stay in the L2 cache
 constexpr int64_t max_partial_floats = int64_t{1} << 22;  // 16 MiB: above it there is work enough without splitting
-constexpr int64_t min_parallel_products = 400000;  // about 20 microseconds of work: waking threads costs a few
+// Below this many multiply-adds one thread computes all: 25 to 50 microseconds of work, depending on how many rows share
+// the keys. Waking a sleeping thread takes 45, and milliseconds where its core is busy; see linear.cpp.
+constexpr int64_t min_parallel_products = 1500000;
 constexpr double log2_e = 1.4426950408889634;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -147,7 +147,7 @@ class Rejection {
   template <typename Body>
   void parts(int64_t first, int64_t last, Body body) {
     const int64_t begin = first * segments_.count, end = last * segments_.count;
-    const bool small = (end - begin) * segments_.length < 32768;
+    const bool small = (end - begin) * segments_.length < min_parallel_logits;
     const int threads = small ? 1 : static_cast<int>(std::min<int64_t>(p_.launch.threads, end - begin));
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
     for (int64_t task = begin; task < end; ++task) {

@@ -87,6 +87,21 @@ def test_rows_are_bitwise_independent(dtype, size_in, size_out, threads):
     assert torch.equal(specbranch_ext.linear(input[order], weight, bias), alone[order])
 
 
+# One thread below 2**19 weights for up to 16 rows, and below 2**23 products for more; then all.
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rows", "size_in", "size_out"),
+    [(1, 512, 1023), (1, 512, 1024), (6, 512, 1025), (17, 482, 1023), (17, 482, 1024), (32, 256, 1024)],
+)
+def test_bits_where_threads_begin_to_pay(rows, size_in, size_out, dtype, threads):
+    input, weight, bias = make(rows, size_in, size_out, dtype)
+    threads(1)
+    expected = specbranch_ext.linear(input, weight, bias)
+    for count in (2, 3):
+        threads(count)
+        assert torch.equal(specbranch_ext.linear(input, weight, bias), expected)
+
+
 def test_a_bad_row_stays_alone():
     input, weight, _ = make(6, 50, 20, torch.float32)
     expected = specbranch_ext.linear(input, weight)

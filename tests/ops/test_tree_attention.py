@@ -170,6 +170,17 @@ def test_bits_depend_neither_on_other_rows_nor_on_threads(n, prefix, dtype):
     assert torch.equal(one_head, expected[:, 3:4])
 
 
+@on_cpu
+@pytest.mark.parametrize("length", [1171, 1172, 1173])  # 10 nodes x 1172 keys x (64 + 64)
+def test_bits_where_threads_begin_to_pay(length):
+    ancestors = ancestor_mask(random_tree(10)).ancestors
+    query, keys, values = random_inputs(10, length - 10, (1, 1), (64, 64))
+    expected = tree_attention(query, keys, values, length - 10, ancestors)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(tree_attention(query, keys, values, length - 10, ancestors), expected)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("hidden", [0, 1, 5, 66])
