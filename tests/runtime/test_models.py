@@ -71,6 +71,29 @@ def test_tree_forward_commit_and_rollback_equal_eager(family: str) -> None:
     check(fourth, [[*PROMPT, 5, 29]])
 
 
+def test_rotary_angles_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    kind = type(model.model.rotary_emb)
+    seen: list[int] = []
+    forward = kind.forward
+
+    def counted(*args: object, **kwargs: object) -> object:
+        seen.append(torch.get_num_threads())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    cached, before = CachedModel(model, "target"), torch.get_num_threads()
+    cached.reset(64)
+    torch.set_num_threads(2)
+    try:
+        with cached.attached():
+            cached.prefill(PROMPT)
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_backlog_is_committed_with_the_root() -> None:
     model = tiny_model()
     cached = CachedModel(model, "draft")

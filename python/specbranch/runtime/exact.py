@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,25 @@ ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2
 LINEAR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def exact_forward(module: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+def exact_forward(module: nn.Module, device: torch.device) -> Callable[..., Any] | None:
     """What to run instead of a module's own forward; None where that is exact per row already, or not on the CPU."""
     if isinstance(module, nn.Linear) and _exact_linear_fits(module):
         return partial(_exact_linear, module)
     if device.type == "cpu" and type(module) in ACTIVATIONS and "forward" not in vars(module):
         return partial(_exact_activation, module)
+    if device.type == "cpu" and type(module).__name__.endswith("RotaryEmbedding") and "forward" not in vars(module):
+        return partial(_on_one_thread, module)
     return None
+
+
+def _on_one_thread(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Rotary angles: torch's sine and cosine, MKL's, wake all threads for as few as 128 numbers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return type(module).forward(module, *args, **kwargs)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _exact_linear_fits(module: nn.Linear) -> bool:
