@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
 if TYPE_CHECKING:
+    __version__: str
     from specbranch.core.errors import SpecBranchError
     from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream
     from specbranch.core.sampling import Sampling
@@ -50,6 +49,10 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that the command line answers --help without loading torch."""
+    if name == "__version__":  # stands in pyproject.toml
+        from importlib.metadata import version
+
+        return version("specbranch")
     if name not in _HOME:
         raise AttributeError(f"module 'specbranch' has no attribute {name!r}")
     from importlib import import_module
