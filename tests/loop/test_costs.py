@@ -6,8 +6,8 @@ from specbranch.policies.costs import (
     ENOUGH_ROUNDS,
     RETRY_AFTER,
     RETRY_ROUNDS,
+    RETRY_SHARE,
     ROW_PRIOR,
-    SHARE,
     TRIAL_ROUNDS,
     Costs,
     ForwardCost,
@@ -113,7 +113,7 @@ def test_a_mode_that_is_slower_is_tried_ever_less() -> None:
     assert RETRY_ROUNDS < sum(chosen) <= 5 * RETRY_ROUNDS
     first = chosen.index(True)
     # Three rounds that take half as long again: 1 % of the time.
-    assert first == pytest.approx(RETRY_ROUNDS * 0.5 / SHARE, abs=1)
+    assert first == pytest.approx(RETRY_ROUNDS * 0.5 / RETRY_SHARE, abs=1)
     assert chosen[first : first + RETRY_ROUNDS + 1] == [True] * RETRY_ROUNDS + [False]
 
 

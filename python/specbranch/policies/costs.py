@@ -8,17 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 DECAY = 0.97  # weight of the past at every new measurement
-ROW_PRIOR = (
-    0.08  # of a forward over one row, that one more adds: between a GPU's nothing and a CPU that computes all the time
-)
-OUTLIER = 4.0  # a measurement counts as at most so many times what was expected: a laptop that slept says nothing
+ROW_PRIOR = 0.08  # an extra row costs 8 % of a one-row forward (about 0 on a GPU, more on a compute-bound CPU)
+OUTLIER = 4.0  # a measurement counts as at most 4 times what was expected: a laptop may have slept
 TRIAL_ROUNDS = 6  # rounds in each mode before "auto" trusts its measurements
-ENOUGH_ROUNDS = 2  # measured rounds after which the trial of overlapping may end early
-HOPELESS = 1.1  # times as slow as decoding in turn: it then does end
-RETRY_AFTER = 40  # rounds, at least, before the other mode is tried again; doubled every time that it loses
-SHARE = 0.01  # of the time, that trying it may cost at first
-RETRY_ROUNDS = 3
-STALE = 0.3  # weight of what was measured before such a trial
+ENOUGH_ROUNDS = 2  # measured rounds after which the trial of the overlapped mode may end early,
+HOPELESS = 1.1  # namely if it is 1.1 times as slow as the serial mode
+RETRY_AFTER = 40  # rounds, at least, before the slower mode is tried again; doubled whenever it loses
+RETRY_SHARE = 0.01  # of the time that such trials may cost at first
+RETRY_ROUNDS = 3  # rounds of such a trial
+STALE = 0.3  # weight of the measurements before such a trial
 
 
 @dataclass
@@ -59,7 +57,7 @@ class ForwardCost:
 
     @property
     def per_row(self) -> float:
-        """Seconds that one more row adds; never negative. A guess until forwards of different sizes were seen."""
+        """Seconds that one more row adds; never negative. The prior's until forwards of different sizes were seen."""
         if self.slope is not None:
             return self.slope
         # The mean is a forward over `rows` rows on average, not over one.
@@ -92,13 +90,13 @@ class ModeCosts:
         self.tokens = self.tokens * DECAY + tokens
 
     def burst(self) -> int:
-        """Draft steps to ask for at once: half of what fits into a verdict's time, so that the policy looks twice."""
+        """Draft steps to ask for at once: half of what fits into a verdict's time, so that the policy decides twice."""
         if not (self.target.known and self.draft.known):
             return 1
         return max(1, round(0.5 * self.target.of(4) / max(self.draft.of(4), 1e-9)))
 
     def fade(self) -> None:
-        """What was measured of rounds so far counts little from now on."""
+        """Let the rounds measured so far count little from now on."""
         self.seconds, self.tokens = STALE * self.seconds, STALE * self.tokens
 
     @property
@@ -137,7 +135,8 @@ class Costs:
         return self.overlapped if overlapped else self.serial
 
     def record_verdict(self, accepted: int, rejected: bool) -> None:
-        """accepted tokens stood and then, perhaps, one was rejected (what follows it was not judged)."""
+        """Count a verdict: so many tokens accepted and then, perhaps, one rejected. What follows that was not
+        judged."""
         self.accepted = self.accepted * DECAY + accepted
         self.verified = self.verified * DECAY + accepted + rejected
 
@@ -147,8 +146,8 @@ class Costs:
         return min(0.99, self.accepted / self.verified)
 
     def choose_overlap(self) -> bool:
-        """The mode of the next round: each is tried first, then the cheaper committed token wins. The loser is tried
-        again now and then, in case it was measured at a bad moment."""
+        """The mode of the next round: both are tried, then the one with the cheaper committed token is used. The
+        other one is tried again now and then, in case it was measured at a bad moment."""
         if self.serial.rounds < TRIAL_ROUNDS:
             return False
         if self.overlapped.rounds < TRIAL_ROUNDS and not self._hopeless():
@@ -172,6 +171,7 @@ class Costs:
         return enough and self.overlapped.seconds_per_token > HOPELESS * self.serial.token_value
 
     def _patience(self) -> float:
-        """Rounds before the other mode is tried again: trying it costs at most a SHARE of the time, ever less of it."""
+        """Rounds before the other mode is tried again: trying it costs at most a RETRY_SHARE of the time, ever less
+        of it."""
         winner, loser = sorted(mode.seconds_per_token for mode in (self.serial, self.overlapped))
-        return max(RETRY_AFTER, RETRY_ROUNDS * (loser / winner - 1) / SHARE) * 2.0**self._losses
+        return max(RETRY_AFTER, RETRY_ROUNDS * (loser / winner - 1) / RETRY_SHARE) * 2.0**self._losses

@@ -1,7 +1,7 @@
-"""Training H-RAD from a record with features, and what it is worth beside simpler predictors.
+"""Training H-RAD from a record with features, and how it compares with simpler predictors.
 
 Every position of a text is a possible start of a round: the label says whether none, some or all of the next `length`
-drafted tokens would stand there (SpecBranch, arXiv 2506.01979, section on hybrid drafting).
+drafted tokens would be accepted there (SpecBranch, arXiv 2506.01979, section on hybrid drafting).
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ NONE, SOME, ALL = range(3)
 
 @dataclass(frozen=True)
 class Examples:
-    """features: [M, F]. labels: int64 [M], places in FORECASTS. words: float32 [M, length], the draft's confidence in
-    its own next tokens. online: float32 [M, 3], class probabilities of the online calibration."""
+    """features: [M, F]. labels: int64 [M], places in FORECASTS. confidences: float32 [M, length], the draft's
+    confidence in its own next tokens. online: float32 [M, 3], class probabilities of the online calibration."""
 
     features: Tensor
     labels: Tensor
-    words: Tensor
+    confidences: Tensor
     online: Tensor
 
     def __len__(self) -> int:
@@ -72,41 +72,42 @@ def check_enough(prompts: int) -> None:
 
 
 def draft_run(text: RecordedText, at: int, length: int) -> tuple[int | None, list[float]]:
-    """How many of the draft's next tokens stand from position `at`, and its confidence in each of `length` of them.
+    """How many of the draft's next tokens are accepted from position `at`, and its confidence in each of `length` of
+    them.
 
     None where the text ends before that is known.
     """
-    words: list[float] = []
-    while len(words) < length:
-        i = at + len(words)
+    confidences: list[float] = []
+    while len(confidences) < length:
+        i = at + len(confidences)
         if i >= len(text):
-            return None, words
-        words.append(float(text.proposals.agreement[i, 0]))
+            return None, confidences
+        confidences.append(float(text.proposals.agreement[i, 0]))
         if text.proposals.tokens[i, 0] != text.tokens[i]:
-            stood = len(words) - 1
-            behind = range(i * TAIL, i * TAIL + min(TAIL, length - len(words)))
-            return stood, words + [float(text.tails.agreement[row, 0]) for row in behind]
-    return length, words
+            accepted = len(confidences) - 1
+            behind = range(i * TAIL, i * TAIL + min(TAIL, length - len(confidences)))
+            return accepted, confidences + [float(text.tails.agreement[row, 0]) for row in behind]
+    return length, confidences
 
 
 def examples(texts: Sequence[RecordedText], calibrator: Calibrator, length: int = LENGTH) -> Examples:
     """Every position of the texts whose label is known; the calibrator goes on learning from text to text."""
-    features, labels, words, online = [], [], [], []
+    features, labels, confidences, online = [], [], [], []
     for text in texts:
         if text.features is None:
             raise SpecBranchError("the record has no features: make it with --features")
         for at in range(len(text)):
-            stood, confidence = draft_run(text, at, length)
-            if stood is not None:
+            accepted, confidence = draft_run(text, at, length)
+            if accepted is not None:
                 chances = [_calibrated(text, at, j, confidence[j], calibrator) for j in range(length)]
                 first, through = chances[0], float(torch.tensor(chances).prod())
                 features.append(text.features[at].float())
-                labels.append(NONE if stood == 0 else ALL if stood == length else SOME)
-                words.append(confidence)
+                labels.append(NONE if accepted == 0 else ALL if accepted == length else SOME)
+                confidences.append(confidence)
                 online.append((1 - first, max(0.0, first - through), through))
             right = bool(text.proposals.tokens[at, 0] == text.tokens[at])
             calibrator.learn(_signals(text, at, 0), right, bool((text.proposals.tokens[at] == text.tokens[at]).any()))
-    return Examples(torch.stack(features), torch.tensor(labels), torch.tensor(words), torch.tensor(online))
+    return Examples(torch.stack(features), torch.tensor(labels), torch.tensor(confidences), torch.tensor(online))
 
 
 def _signals(text: RecordedText, at: int, depth: int) -> Signals:
@@ -114,16 +115,16 @@ def _signals(text: RecordedText, at: int, depth: int) -> Signals:
     return Signals(float(rows.agreement[at, 0]), float(rows.entropy[at]), float(rows.margin[at]), depth)
 
 
-def _calibrated(text: RecordedText, at: int, depth: int, word: float, calibrator: Calibrator) -> float:
+def _calibrated(text: RecordedText, at: int, depth: int, confidence: float, calibrator: Calibrator) -> float:
     """The calibrated chance of the draft's token at `depth` of a round that starts at `at`."""
     for step in range(depth):
         if text.proposals.tokens[at + step, 0] != text.tokens[at + step]:  # on the draft's own wrong turn
             tails, row = text.tails, (at + step) * TAIL + depth - step - 1
-            signals = Signals(word, float(tails.entropy[row]), float(tails.margin[row]), depth)
+            signals = Signals(confidence, float(tails.entropy[row]), float(tails.margin[row]), depth)
             break
     else:
         signals = _signals(text, at + depth, depth)
-    return calibrator.correct([Proposals((0,), (word,), signals)])[0].confidence[0]
+    return calibrator.correct([Proposals((0,), (confidence,), signals)])[0].confidence[0]
 
 
 def fit(
@@ -139,7 +140,7 @@ def fit(
     The network's probabilities are then put back on the classes' own frequencies.
     """
     torch.manual_seed(seed)
-    model = HRad(HRadConfig(target, draft, train.features.shape[1], train.words.shape[1]))
+    model = HRad(HRadConfig(target, draft, train.features.shape[1], train.confidences.shape[1]))
     deviation = train.features.std(0)
     model.mean.copy_(train.features.mean(0))
     model.scale.copy_(1 / deviation.clamp(min=float(deviation.median()) * 1e-2 + 1e-6))
@@ -208,16 +209,20 @@ def score(predicted: Tensor, labels: Tensor, probabilities: Tensor | None = None
     return Score(float((predicted == labels).float().mean()), tuple(recall.tolist()), confusion.tolist(), loss)
 
 
-def by_confidence(words: Tensor, epsilon: float) -> Tensor:
+def by_confidence(confidences: Tensor, epsilon: float) -> Tensor:
     """The class that the draft's confidence alone suggests: int64 [M]."""
-    sure = words >= epsilon
+    sure = confidences >= epsilon
     return torch.where(sure.all(1), ALL, torch.where(sure[:, 0], SOME, NONE))
 
 
 def best_epsilon(train: Examples) -> float:
     """The threshold with the best accuracy on the training texts."""
     grid = [step / 50 for step in range(1, 50)]
-    return max(grid, key=lambda epsilon: float((by_confidence(train.words, epsilon) == train.labels).float().mean()))
+
+    def accuracy(epsilon: float) -> float:
+        return float((by_confidence(train.confidences, epsilon) == train.labels).float().mean())
+
+    return max(grid, key=accuracy)
 
 
 def evaluate(model: HRad, train: Examples, held_out: Examples) -> dict[str, Score]:
@@ -230,6 +235,6 @@ def evaluate(model: HRad, train: Examples, held_out: Examples) -> dict[str, Scor
     return {
         "H-RAD": score(probabilities.argmax(1), labels, probabilities),
         "online calibration": score(held_out.online.argmax(1), labels, held_out.online),
-        "confidence alone": score(by_confidence(held_out.words, best_epsilon(train)), labels),
+        "confidence alone": score(by_confidence(held_out.confidences, best_epsilon(train)), labels),
         "majority class": score(majority, labels, frequencies.expand(len(labels), 3)),
     }
