@@ -39,9 +39,10 @@ from specbranch.cli.bench.peers import Peers
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.core.stats import Round, Stats
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
+from specbranch.runtime.choices import PRIORITIES
 from specbranch.runtime.graphs.runner import VERIFY_ROWS
 from specbranch.runtime.model import CachedModel
-from specbranch.runtime.placement import PRIORITIES, make_runner
+from specbranch.runtime.placement import make_runner
 
 ROWS = (1, 4, 8, 16)  # of the draft's steps that are measured alone
 REPEATS = 12

@@ -11,13 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from specbranch import bundled
 from specbranch.core.errors import SpecBranchError
-
-DTYPES = {
-    "auto": "auto",
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+from specbranch.runtime.choices import DTYPES
 
 GIB = 2**30
 
@@ -61,7 +55,7 @@ def load_model(
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise SpecBranchError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-        wanted = DTYPES[dtype]
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             resolve(source, role), dtype=wanted, device_map=device_map

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.choices import PRIORITIES
 from specbranch.runtime.cuda import Cuda
 from specbranch.runtime.device import Host
 from specbranch.runtime.graphs.probe import why_not_captured
@@ -10,8 +11,6 @@ from specbranch.runtime.graphs.runner import CapturedRunner
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.runner import EagerRunner, Runner
 from specbranch.runtime.workers import Streams, Threads
-
-PRIORITIES = ("target", "draft", "none")
 
 
 def make_runner(model: CachedModel, cuda_graphs: bool, priority: str = "target") -> Runner:

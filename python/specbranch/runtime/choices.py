@@ -1,0 +1,4 @@
+"""What can be chosen by name when a pair is loaded. Imports nothing, so that `specbranch --help` is quick."""
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # of weights; auto: as the checkpoint stores them
+PRIORITIES = ("target", "draft", "none")  # the model whose work goes first where both share a GPU
