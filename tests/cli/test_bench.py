@@ -13,6 +13,7 @@ from specbranch import SpecBranch, bundled
 from specbranch.cli import main as cli
 from specbranch.cli.bench import memory, report
 from specbranch.cli.bench.bench import top_two_gap
+from specbranch.cli.bench.command import PEERS
 from specbranch.cli.bench.intervals import ratio_interval
 from specbranch.cli.bench.peers import Peers, PeerText
 from specbranch.cli.terminal import output_console
@@ -62,7 +63,7 @@ def test_rows_and_records_of_a_run(capsys, tmp_path, prompts):
         assert row["tokens_per_second"] > 0
         assert row["ratio_to_greedy"] > 0
         assert row["prefill_seconds"] > 0
-        ours = row["name"] not in cli.PEERS
+        ours = row["name"] not in PEERS
         assert row["same_tokens"] is True or not ours
         assert (row["tokens_per_target_forward"] is not None) == ours
         assert (row["acceptance_rate"] is not None) == (ours and row["name"] != "autoregressive")
@@ -170,7 +171,7 @@ def test_greedy_peer_is_the_plain_argmax_loop_whatever_the_checkpoint_asks_for()
             logits = target(torch.tensor([ids + expected])).logits[0, -1]
             expected.append(int(logits.argmax()))
     peers = Peers(target, draft)
-    for peer in cli.PEERS:
+    for peer in PEERS:
         assert peers.generate(peer, ids, max_new_tokens=20).tokens == expected
     assert target.generation_config.repetition_penalty == 5.0
 

@@ -18,7 +18,6 @@ from tiny import tiny_model
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.cli import doctor
 from specbranch.cli import main as cli
-from specbranch.runtime.placement import PRIORITIES
 from specbranch.text.prompts import Prompt, PromptFileError, read_prompts
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
@@ -119,6 +118,31 @@ def test_a_prompt_that_is_too_long_is_named_and_the_others_go_on(capsys, tmp_pat
     assert captured.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("bad", "expected"),
+    [
+        ({"prompt": "half a pair: \ud83d"}, "the prompt cannot be tokenized: "),
+        ({"prompt": "x", "chat": True}, "the chat template cannot be applied: no such role"),
+    ],
+)
+def test_a_prompt_that_cannot_be_encoded_is_named_and_the_others_go_on(capsys, tmp_path, bad, expected):
+    shutil.copytree(bundled.path("target"), tmp_path / "target")
+    (tmp_path / "target" / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    file = write_prompts(tmp_path / "p.jsonl", {"id": "bad", **bad}, {"id": "good", "prompt": PROMPT})
+    pair = ["--target", str(tmp_path / "target"), "--method", "autoregressive", "--threads", "1"]
+    assert cli.main(["generate", *pair, "--prompts", str(file), "--max-new-tokens", "2", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert [json.loads(line)["id"] for line in captured.out.splitlines()] == ["good"]
+    assert captured.err.startswith(f"specbranch: error: prompt bad: {expected}")
+    assert captured.err.count("\n") == 1
+
+
+def test_filters_without_a_temperature_are_warned_of(capsys):
+    options = ["--prompt", PROMPT, "--max-new-tokens", "2", "--method", "autoregressive"]
+    assert cli.main(["generate", *PAIR[:2], *options, "--top-p", "0.5", "--top-k", "3"]) == 0
+    assert capsys.readouterr().err == "specbranch: warning: no effect at temperature 0: --top-k, --top-p\n"
+
+
 # ---- errors
 
 
@@ -136,6 +160,7 @@ def test_a_prompt_that_is_too_long_is_named_and_the_others_go_on(capsys, tmp_pat
         (["--prompt", "x", "--top-k", "many"], "--top-k: must be a whole number, found 'many'"),
         (["--prompt", "x", "--threads", "0"], "--threads: must be at least 1, found 0"),
         (["--prompt", "x", "--device", "tpu"], "--device: must be cpu or cuda, found 'tpu'"),
+        (["--prompt", "x", "--seed", str(2**63)], f"--seed: must be at least 0 and at most {2**63 - 1}, found {2**63}"),
         ([], "one of the arguments --prompt --prompts is required"),
     ],
 )
@@ -156,6 +181,8 @@ def test_unknown_method_or_peer_of_bench(capsys):
         ([*PAIR, "--prompt", "word " * 20_000], "context"),
         (["--target", "no/such/folder", "--draft", "bundled", "--prompt", "x"], "no/such/folder"),
         ([*PAIR, "--prompts", "no-such-file.jsonl"], "no-such-file.jsonl: No such file or directory"),
+        ([*PAIR, "--prompts", "no-such-file.jsonl", "--chat"], "--chat has no effect with --prompts"),
+        ([*PAIR, "--prompt", "x", "--limit", "2"], "--limit has no effect with --prompt; it is for --prompts"),
     ],
 )
 def test_what_cannot_run_fails_on_one_line(capsys, arguments, expected):
@@ -182,11 +209,6 @@ def test_debug_shows_the_traceback(monkeypatch):
         cli.main(["generate", *PAIR, "--prompts", "no-such-file.jsonl"])
 
 
-def test_methods_are_those_of_the_package():
-    assert cli.METHODS == METHODS
-    assert cli.PRIORITIES == PRIORITIES
-
-
 def test_a_warning_is_one_line(monkeypatch, capsys):
     """That steps are not captured any more, for example."""
 
@@ -207,15 +229,21 @@ def test_a_warning_is_one_line(monkeypatch, capsys):
     assert warnings.formatwarning is before
 
 
-def test_help_does_not_load_torch():
-    code = (
-        "import sys; from specbranch.cli import main as cli\n"
-        "try: cli.main(['generate', '--help'])\n"
-        "except SystemExit: sys.exit('torch' in sys.modules)"
-    )
+def test_help_loads_neither_torch_nor_transformers():
+    code = """
+import sys
+from contextlib import suppress
+from specbranch.cli import main as cli
+for command in ([], *([name] for name in cli.COMMANDS)):
+    with suppress(SystemExit):
+        cli.main([*command, "--help"])
+    loaded = {"torch", "transformers", "numpy"} & set(sys.modules)
+    assert not loaded, (command, loaded)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    assert "--max-new-tokens" in done.stdout
+    for name in cli.COMMANDS:
+        assert f"usage: specbranch {name} " in done.stdout
 
 
 # ---- prompt files
@@ -342,10 +370,9 @@ def test_doctor_reports_what_can_run(capsys):
 def test_doctor_says_why_a_model_cannot_be_captured(capsys, tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     tiny_model(rope_parameters=rope).config.save_pretrained(tmp_path)
-    assert cli.main(["doctor", "--json", "--target", str(tmp_path), "--draft", str(tmp_path / "nowhere")]) == 0
+    assert cli.main(["doctor", "--json", "--target", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)["cuda_graphs"]
     assert found["target"].startswith("eager: a step on the meta device raised RuntimeError: Tensor.item()")
-    assert "there is no such directory" in found["draft"]
 
 
 def test_doctor_says_what_is_missing(capsys, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_run_without_drafts_has_speeds_only(tmp_path):
 def test_what_cannot_be_drawn_is_refused_before_anything_is_loaded(
     capsys, monkeypatch, tmp_path, name, missing, expected
 ):
-    monkeypatch.setattr("specbranch.cli.bench.bench.load_engine", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr("specbranch.cli.bench.command.load_engine", lambda args: pytest.fail("loaded"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if missing else object())
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps(bundled.prompts()[0]))

@@ -31,7 +31,7 @@ def bench(tmp_path):
 
 @pytest.fixture
 def no_models(monkeypatch):
-    monkeypatch.setattr("specbranch.cli.bench.bench.load_engine", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr("specbranch.cli.bench.command.load_engine", lambda args: pytest.fail("loaded"))
 
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> None:
@@ -80,7 +80,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(bench, capsys, monkeypatch,
 def test_what_a_killed_run_had_written_is_kept(bench, monkeypatch):
     with monkeypatch.context() as patch:
         fail_after(patch, 4, SystemExit())  # in the second prompt; the file has the first
-        patch.setattr("specbranch.cli.bench.bench._show", lambda *_: pytest.fail("ended in order"))
+        patch.setattr("specbranch.cli.bench.command._show", lambda *_: pytest.fail("ended in order"))
         with pytest.raises(SystemExit):
             bench()
     before = figures(bench.out)
@@ -98,7 +98,7 @@ def test_a_failed_measurement_is_not_tried_again(bench, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Bench, "_measure_one", failing)
         assert bench() == 1
-    monkeypatch.setattr("specbranch.cli.bench.bench.load_engine", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr("specbranch.cli.bench.command.load_engine", lambda args: pytest.fail("loaded"))
     assert bench() == 1
     assert "is complete" in capsys.readouterr().err
 
@@ -110,7 +110,7 @@ def test_a_finished_file_is_shown_and_left_as_it_is(bench, capsys, monkeypatch):
     assert bench() == 0
     shown, content = capsys.readouterr().out, bench.out.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("specbranch.cli.bench.bench.load_engine", lambda args: pytest.fail("loaded"))
+        patch.setattr("specbranch.cli.bench.command.load_engine", lambda args: pytest.fail("loaded"))
         assert bench() == 0
     captured = capsys.readouterr()
     assert captured.out == shown
@@ -128,7 +128,7 @@ def test_a_run_stopped_after_its_last_measurement_is_complete(bench, monkeypatch
     assert bench() == 0
     report = json.loads(bench.out.read_text())
     bench.out.write_text(json.dumps(report | {"interrupted": True}))
-    monkeypatch.setattr("specbranch.cli.bench.bench.load_engine", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr("specbranch.cli.bench.command.load_engine", lambda args: pytest.fail("loaded"))
     assert bench() == 0
     assert json.loads(bench.out.read_text()) == report
 
@@ -152,7 +152,7 @@ def test_other_settings_are_named_and_the_file_stays(bench, capsys, monkeypatch,
     assert bench() == 130
     content = bench.out.read_bytes()
     capsys.readouterr()
-    monkeypatch.setattr("specbranch.cli.bench.bench.load_engine", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr("specbranch.cli.bench.command.load_engine", lambda args: pytest.fail("loaded"))
     assert bench(*more) == 1
     error = capsys.readouterr().err
     assert f"{bench.out} was measured with other settings: {expected}" in error

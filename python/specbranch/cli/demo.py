@@ -1,4 +1,4 @@
-"""`specbranch demo`: the bundled pair, plain decoding and SpecBranch side by side."""
+"""`specbranch demo`: autoregressive decoding and SpecBranch side by side, on the bundled pair."""
 
 from __future__ import annotations
 
@@ -10,16 +10,23 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from specbranch.cli.loading import load_engine
+from specbranch.cli.arguments import whole
+from specbranch.cli.loading import load_pair
 from specbranch.cli.messages import FAILURE
-from specbranch.cli.terminal import output_console, steps
+from specbranch.cli.terminal import output_console, progress
 
 if TYPE_CHECKING:
     from specbranch import Generation
 
-METHODS = ("autoregressive", "specbranch")
-NAMES = {"autoregressive": "autoregressive", "specbranch": "SpecBranch"}
+NAMES = {"autoregressive": "autoregressive", "specbranch": "SpecBranch"}  # as shown, by method
 PROMPTS, NEW_TOKENS = 3, 96
+
+
+HELP = "compare autoregressive decoding and SpecBranch on the bundled pair"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,20 +34,17 @@ def run(args: argparse.Namespace) -> int:
     from specbranch import bundled
     from specbranch.text.encoding import encode
 
-    pair = argparse.Namespace(
-        target="bundled", draft="bundled", dtype="float32", device="cpu", overlap="auto", threads=args.threads
-    )
-    engine = load_engine(pair)
+    engine = load_pair("bundled", "bundled", dtype="float32", threads=args.threads)
     prompts = [record["prompt"] for record in bundled.prompts()[:PROMPTS]]
     results: list[dict[str, Generation]] = []
-    with steps((len(prompts) + 1) * len(METHODS)) as progress:
+    with progress((len(prompts) + 1) * len(NAMES)) as bar:
         for number, prompt in enumerate([prompts[0], *prompts]):  # the first time warms up
             ids = encode(engine.tokenizer, prompt)
             result = {}
-            for method in METHODS:
-                progress.next(NAMES[method])
+            for method in NAMES:
+                bar.next(NAMES[method])
                 result[method] = engine.generate(ids, max_new_tokens=NEW_TOKENS, method=method)
-                progress.done()
+                bar.done()
             if number > 0:
                 results.append(result)
 
@@ -55,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _side_by_side(prompt: str, result: dict[str, Generation]) -> Table:
     table = Table(title=Text(prompt.rstrip("\n"), style="dim"), title_justify="left", expand=True)
-    for method in METHODS:
+    for method in NAMES:
         table.add_column(NAMES[method], ratio=1)
-    table.add_row(*(Text(result[method].text, overflow="fold") for method in METHODS))
+    table.add_row(*(Text(result[method].text, overflow="fold") for method in NAMES))
     table.add_section()
-    table.add_row(*(_speed(result[method].stats.as_dict()) for method in METHODS))
+    table.add_row(*(_speed(result[method].stats.as_dict()) for method in NAMES))
     return table
 
 
@@ -76,7 +80,7 @@ def _summary(results: Sequence[dict[str, Generation]]) -> Table:
     for heading in ("tokens/s", "speed-up", "tokens per target forward", "acceptance"):
         table.add_column(heading, justify="right")
     base = None
-    for method in METHODS:
+    for method in NAMES:
         stats = [result[method].stats.as_dict() for result in results]
         speed = median(s["tokens_per_second"] for s in stats)
         base = base or speed

@@ -16,6 +16,16 @@ from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import FAILURE, one_line
 from specbranch.cli.terminal import output_console
 
+HELP = "report what is installed and what can run here"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for role in ("target", "draft"):
+        parser.add_argument(
+            f"--{role}", default="bundled", metavar="DIR|NAME", help=f"the {role} to examine (default: %(default)s)"
+        )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; status 1 when SpecBranch cannot generate here."""

@@ -1,4 +1,4 @@
-"""`specbranch generate`: text for one prompt or for a file of prompts."""
+"""`specbranch generate`: answers to one prompt or to a file of prompts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from specbranch.cli.arguments import add_models, add_sampling, sampling_options, text, whole
+from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
 from specbranch.cli.files import check_writable, write_json
-from specbranch.cli.loading import load_engine, sampling_options
+from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
-from specbranch.cli.terminal import steps
+from specbranch.cli.terminal import progress
+from specbranch.policies.methods import METHODS
 from specbranch.text.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -19,14 +22,42 @@ if TYPE_CHECKING:
     from specbranch.core.stats import Stats
 
 
+HELP = "generate text for a prompt or a file of prompts"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_models(parser, draft_required=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", type=text, metavar="TEXT", help="the text to continue")
+    source.add_argument("--prompts", metavar="FILE", help="JSON lines with id, prompt, chat; - is standard input")
+    parser.add_argument("--chat", action="store_true", help="apply the chat template to --prompt")
+    parser.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD, help="default: %(default)s")
+    add_sampling(parser)
+    parser.add_argument(
+        "--stop", type=text, action="append", metavar="TEXT", help="end before this text; may be repeated"
+    )
+    add_hrad(parser)
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N prompts of the file")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line, one for each prompt")
+    parser.add_argument(
+        "--trace", metavar="FILE", help="write when each model ran, for chrome://tracing or ui.perfetto.dev"
+    )
+    add_drafting(parser)
+
+
 def run(args: argparse.Namespace) -> int:
     """Generate for every prompt in turn.
 
-    A prompt that cannot be used (too long, for example) is named on stderr and the others go on; the exit
-    status is then 1. Ctrl-C prints what the current prompt has so far and ends with 130.
+    A prompt that cannot be used (too long, for example) is reported on stderr and skipped; the exit status is then 1.
+    Ctrl-C prints what the current prompt has so far and ends with 130.
     """
     if args.draft is None and args.method != "autoregressive":
         raise ValueError(f"--method {args.method} needs --draft")
+    if args.chat and args.prompt is None:
+        raise ValueError('--chat has no effect with --prompts; in a prompt file a line says "chat": true')
+    if args.limit is not None and args.prompts is None:
+        raise ValueError("--limit has no effect with --prompt; it is for --prompts")
+    check_used(args, [args.method])
     if args.prompts is None:
         prompts = [Prompt(id="prompt", text=args.prompt, chat=args.chat)]
     else:
@@ -37,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     runs: list[tuple[str, Stats]] = []
     try:
         return _generate_all(engine, prompts, args, runs)
-    finally:  # also when interrupted: the rounds up to there are what one wants to see
+    finally:  # also when interrupted
         if args.trace is not None:
             from specbranch.cli.trace import trace
 
@@ -53,9 +84,9 @@ def _generate_all(
 
     options = {**sampling_options(args), "stop": args.stop, "method": args.method}
     failed = False
-    with steps(len(prompts), shown=not sys.stdout.isatty()) as progress:
+    with progress(len(prompts), shown=not sys.stdout.isatty()) as bar:
         for number, prompt in enumerate(prompts):
-            progress.next(prompt.id)
+            bar.next(prompt.id)
             try:
                 ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
                 if args.json:
@@ -80,7 +111,7 @@ def _generate_all(
                     raise
                 complain(f"error: prompt {prompt.id}: {one_line(error)}")
                 failed = True
-            progress.done()
+            bar.done()
     return FAILURE if failed else 0
 
 

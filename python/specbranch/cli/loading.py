@@ -1,4 +1,4 @@
-"""Loading the models for a subcommand, without the chatter of the libraries below."""
+"""Loading the models for a command, without the messages of the libraries below."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from specbranch.cli.arguments import OVERLAP
+from specbranch.cli.drafting import drafting_options
 from specbranch.cli.terminal import status
 
 if TYPE_CHECKING:
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def quiet_libraries() -> None:
-    """No progress bars or warnings of transformers between our lines: what matters comes as an exception."""
+    """No progress bars or warnings of transformers: what matters is raised as an exception."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -21,34 +23,28 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="transformers")
 
 
-OVERLAP: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
-POLICY_OPTIONS = ("epsilon", "k_max", "max_trunk", "length")
-
-
 def load_engine(args: argparse.Namespace) -> SpecBranch:
-    """Load the pair that the arguments name; a spinner on stderr when it is a terminal."""
-    policy = {name: getattr(args, name, None) for name in POLICY_OPTIONS}
+    """Load the pair of `add_models`, with the options of `add_drafting` and `add_hrad` where a command has them."""
+    return load_pair(
+        args.target,
+        args.draft,
+        dtype=args.dtype,
+        device=args.device,
+        draft_device=args.draft_device,
+        device_map=args.device_map,
+        cuda_graphs=args.cuda_graphs,
+        priority=args.priority,
+        overlap=OVERLAP[args.overlap],
+        threads=args.threads,
+        hrad=getattr(args, "hrad", None),
+        **drafting_options(args),
+    )
+
+
+def load_pair(target: str, draft: str | None, **options: Any) -> SpecBranch:
+    """Load a pair; a spinner on stderr when it is a terminal. options: as `SpecBranch.from_pretrained` takes them."""
     with status("loading the models"):
         from specbranch import SpecBranch
 
         quiet_libraries()
-        return SpecBranch.from_pretrained(
-            args.target,
-            draft=args.draft,
-            dtype=args.dtype,
-            device=args.device,
-            draft_device=getattr(args, "draft_device", None),
-            device_map=getattr(args, "device_map", None),
-            cuda_graphs=getattr(args, "cuda_graphs", True),
-            priority=getattr(args, "priority", "target"),
-            overlap=OVERLAP[args.overlap],
-            threads=args.threads,
-            hrad=getattr(args, "hrad", None),
-            **{name: value for name, value in policy.items() if value is not None},
-        )
-
-
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling arguments as `SpecBranch.generate` takes them."""
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed")
-    return {name: getattr(args, name) for name in names}
+        return SpecBranch.from_pretrained(target, draft=draft, **options)

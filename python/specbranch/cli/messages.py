@@ -8,16 +8,12 @@ import sys
 
 from specbranch.core.generation import GenerationFailed
 
-FAILURE, USAGE, INTERRUPTED, CLOSED_PIPE = (
-    1,
-    2,
-    130,
-    141,
-)  # the last two as a shell reports SIGINT and SIGPIPE
+FAILURE, USAGE = 1, 2
+INTERRUPTED, CLOSED_PIPE = 130, 141  # as a shell reports SIGINT and SIGPIPE
 
 
 def complain(message: str) -> None:
-    """One line on stderr; what is on its way to stdout goes first."""
+    """One line on stderr, after flushing stdout."""
     try:
         sys.stdout.flush()
         print(f"specbranch: {message}", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from specbranch.cli.arguments import number
 from specbranch.cli.files import check_writable, write_json
 from specbranch.cli.terminal import output_console, status
 
@@ -19,10 +21,33 @@ if TYPE_CHECKING:
     from specbranch.replay.record import Record
 
 
+HELP = "replay every method over records: expected speeds and best settings"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("records", nargs="+", metavar="RECORD", help="files made by specbranch record, of one pair")
+    parser.add_argument(
+        "--ratio",
+        type=number(0, math.inf, open_low=True),
+        action="append",
+        metavar="C",
+        help="assume that a target forward costs C draft forwards, instead of what was measured; may be repeated",
+    )
+    parser.add_argument(
+        "--row",
+        type=number(0, math.inf),
+        metavar="R",
+        help="with --ratio: what one more row adds to a forward, as a share of it, for example 0.02 (default: 0)",
+    )
+    parser.add_argument("--json", metavar="OUT", help="write all results to this file")
+
+
 def run(args: argparse.Namespace) -> int:
-    """Print a table for every set of costs and, with --json, write what it shows and more."""
+    """Print a table for every set of costs; --json writes them with more detail."""
     from specbranch.replay.record import Record
 
+    if args.row is not None and not args.ratio:
+        raise ValueError("--row has no effect without --ratio: the costs are those measured with the record")
     if args.json is not None:
         check_writable(args.json)
     record = joined([Record.load(Path(path)) for path in args.records], args.records)
@@ -63,7 +88,7 @@ def cost_sets(record: Record, args: argparse.Namespace) -> list[tuple[str, Repla
         return [
             (
                 f"a target forward is {ratio:g} draft forwards",
-                ReplayCosts.ratio(ratio, args.row, args.row),
+                ReplayCosts.ratio(ratio, args.row or 0.0, args.row or 0.0),
                 tuple(MODES),
             )
             for ratio in args.ratio

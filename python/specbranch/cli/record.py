@@ -1,4 +1,4 @@
-"""`specbranch record`: what a pair says along its own texts, for `specbranch plan`."""
+"""`specbranch record`: decode prompts and record what target and draft predict, for `specbranch plan`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.loading import load_engine, sampling_options
+from specbranch.cli.arguments import add_models, add_prompts, add_sampling, sampling_options
+from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting
+from specbranch.cli.loading import load_engine
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import INTERRUPTED, complain
-from specbranch.cli.terminal import status, steps
+from specbranch.cli.terminal import progress, status
 from specbranch.text.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -18,8 +20,22 @@ if TYPE_CHECKING:
     from specbranch.replay.record import Record
 
 
+HELP = "decode prompts once and record the predictions of both models, for plan"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_models(parser, draft_required=True)
+    add_prompts(parser)
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="output file (safetensors); resumes if it is incomplete"
+    )
+    parser.add_argument("--features", action="store_true", help="also record the target's features, for H-RAD")
+    add_sampling(parser)
+    add_drafting(parser, [DEFAULT_METHOD])
+
+
 def run(args: argparse.Namespace) -> int:
-    """Record every prompt and what forwards cost here; running it again goes on where it stopped."""
+    """Record every prompt and what forwards cost here. Running it again resumes an incomplete file."""
     prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
     path = Path(args.out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,20 +52,20 @@ def run(args: argparse.Namespace) -> int:
 def record_prompts(
     engine: SpecBranch, prompts: list[Prompt], options: dict[str, Any], path: Path, features: bool
 ) -> Record | None:
-    """The record of the prompts, None after Ctrl-C; whatever is finished is in the file."""
+    """The record of the prompts; None after Ctrl-C, with the finished ones in the file."""
     from specbranch.core.sampling import Sampling
     from specbranch.replay.recorder import collect
 
     new_tokens = options.pop("max_new_tokens")
     seen = 0
-    with steps(len(prompts)) as progress:
+    with progress(len(prompts)) as bar:
 
         def before(id: str) -> None:
             nonlocal seen
             if seen:
-                progress.done()
+                bar.done()
             seen += 1
-            progress.next(id)
+            bar.next(id)
 
         try:
             return collect(engine, prompts, Sampling(**options), new_tokens, path, features, before)
@@ -59,7 +75,7 @@ def record_prompts(
 
 
 def with_costs(engine: SpecBranch, record: Record, path: Path) -> Record:
-    """The record at `path`, with what forwards cost here if it did not hold that yet."""
+    """The record at `path`, with measured costs added if it has none."""
     if record.costs:
         return record
     from specbranch.replay.measure import measure_costs

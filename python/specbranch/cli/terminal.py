@@ -6,8 +6,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
 
 class _Output(Console):
@@ -32,26 +33,27 @@ def status(message: str) -> Iterator[None]:
         yield
 
 
-class Steps:
-    """A progress bar over a known number of steps."""
+class Progress:
+    """A progress bar over a known number of items."""
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=total)
+    def __init__(self, bar: rich.progress.Progress, total: int) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=total)
 
     def next(self, what: str) -> None:
-        """`what` is the step that starts now."""
-        self._progress.update(self._task, description=what)
+        """An item starts; `what` is shown beside the bar."""
+        self._bar.update(self._task, description=what)
 
     def done(self) -> None:
-        """The step that started last is finished."""
-        self._progress.advance(self._task)
+        """The item that started last is finished."""
+        self._bar.advance(self._task)
 
 
 @contextmanager
-def steps(total: int, *, shown: bool = True) -> Iterator[Steps]:
-    """Progress over `total` steps; `shown=False` when stdout shows text on the same terminal."""
+def progress(total: int, *, shown: bool = True) -> Iterator[Progress]:
+    """Progress over `total` items; `shown=False` when stdout shows text on the same terminal."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        yield Steps(progress, total)
+    hidden = not (shown and console.is_terminal)
+    with rich.progress.Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        yield Progress(bar, total)

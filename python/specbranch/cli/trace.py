@@ -1,4 +1,4 @@
-"""From the logs of generations to a trace that chrome://tracing and ui.perfetto.dev show.
+"""The logs of generations as a trace for chrome://tracing and ui.perfetto.dev.
 
 The format is Chrome's Trace Event Format: complete events (ph "X"), times in microseconds, and metadata events that
 name processes and threads. Each prompt is a process; its threads are the lanes.
@@ -18,7 +18,7 @@ Event = dict[str, Any]
 
 
 def trace(runs: Sequence[tuple[str, Stats]]) -> dict[str, Any]:
-    """The trace of some generations, each with its prompt's id, on one clock; time 0 is the first round's begin."""
+    """The trace of some generations, each with its prompt's id, on one clock that starts with the first round."""
     origin = min((round.begin for _, stats in runs for round in stats.log), default=0.0)
     events: list[Event] = []
     for process, (prompt, stats) in enumerate(runs, 1):
@@ -29,7 +29,7 @@ def trace(runs: Sequence[tuple[str, Stats]]) -> dict[str, Any]:
 
 
 def outcome(round: Round) -> str:
-    """hit: work below the next token lives on. rollback: it was in vain. miss: nothing was refused, nothing is left."""
+    """hit: drafted work below the next token is kept. rollback: drafted tokens were thrown away. miss: neither."""
     if round.hit:
         return "hit"
     return "rollback" if round.rolled_back else "miss"
@@ -37,7 +37,7 @@ def outcome(round: Round) -> str:
 
 def _round_events(process: int, round: Round, origin: float) -> Iterable[Event]:
     steps = [*round.target, *round.draft]
-    end = max([round.end, round.begin, *(step.end for step in steps)])  # a round cut short has no end of its own
+    end = max([round.end, round.begin, *(step.end for step in steps)])  # an interrupted round has no end
     yield _event(process, "rounds", outcome(round), round.begin - origin, end - origin) | {
         "args": {
             "verified": round.verified,
@@ -59,7 +59,7 @@ def _forward(process: int, lane: str, name: str, step: Step, origin: float) -> E
 
 
 def _event(process: int, lane: str, name: str, begin: float, end: float) -> Event:
-    """Times in seconds; written with nanoseconds, of which both ends are rounded, so that neighbours never overlap."""
+    """Times in seconds. Both ends are rounded to nanoseconds, so that neighbours never overlap."""
     first, last = round(begin * 1e9), round(end * 1e9)
     return {
         "name": name,

@@ -1,4 +1,4 @@
-"""`specbranch train-hrad`: collect a pair's rounds, train the predictor, say what it is worth."""
+"""`specbranch train-hrad`: record prompts, train the predictor on them, and evaluate it on held-out ones."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from specbranch.cli.loading import load_engine, sampling_options
+from specbranch.cli.arguments import add_models, add_prompts, add_sampling, sampling_options
+from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, drafting_options, forecast_methods
+from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import INTERRUPTED, complain
 from specbranch.cli.record import record_prompts, with_costs
-from specbranch.cli.terminal import output_console, status, steps
+from specbranch.cli.terminal import output_console, progress, status
 from specbranch.text.prompts import read_prompts
 
 if TYPE_CHECKING:
@@ -23,8 +25,19 @@ if TYPE_CHECKING:
 ROUNDS = "rounds.safetensors"
 
 
+HELP = "train H-RAD, which predicts how many drafted tokens will be accepted, for a pair"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_models(parser, draft_required=True)
+    add_prompts(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="output directory; resumes if it is incomplete")
+    add_sampling(parser)
+    add_drafting(parser, [DEFAULT_METHOD])
+
+
 def run(args: argparse.Namespace) -> int:
-    """Collect (what is there already is kept), train, evaluate on held-out prompts, save."""
+    """Record the prompts (those recorded before are kept), train, evaluate on held-out prompts, save."""
     from specbranch.core.messages import FORECASTS
     from specbranch.replay.train_hrad import EPOCHS, Split, check_enough, evaluate, examples, fit
 
@@ -46,20 +59,20 @@ def run(args: argparse.Namespace) -> int:
             examples(texts, calibrator) for texts in (split.train, split.validation, split.held_out)
         )
     try:
-        with steps(EPOCHS) as progress:
+        with progress(EPOCHS) as bar:
 
             def after_epoch(epoch: int, loss: float) -> None:
-                progress.done()
-                progress.next(f"epoch {epoch + 1}, validation loss {loss:.4f}")
+                bar.done()
+                bar.next(f"epoch {epoch + 1}, validation loss {loss:.4f}")
 
-            progress.next("epoch 0")
+            bar.next("epoch 0")
             model = fit(train, validation, record.target, record.draft, after_epoch=after_epoch)
     except KeyboardInterrupt:
         complain(f"interrupted while training; the rounds are in {out / ROUNDS}: run it again to go on")
         return INTERRUPTED
     scores = evaluate(model, train, held_out)
     with status("replaying the held-out prompts"):
-        gains = expected_gains(record, split, model)
+        gains = expected_gains(record, split, model, drafting_options(args))
     metrics = {
         "prompts": {"train": len(split.train), "validation": len(split.validation), "held out": len(split.held_out)},
         "rounds": {"train": len(train), "validation": len(validation), "held out": len(held_out)},
@@ -76,25 +89,28 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def expected_gains(record: Record, split: Split, model: HRad) -> dict[str, float]:
-    """Speed with the predictor over speed without it, at the measured costs, for the methods that use it."""
+def expected_gains(record: Record, split: Split, model: HRad, options: dict[str, object]) -> dict[str, float]:
+    """Speed with the predictor over speed without it, at the measured costs, for the methods that use it.
+
+    options: of the policies.
+    """
     from specbranch.policies.methods import make_policy
     from specbranch.replay.costs import ReplayCosts
     from specbranch.replay.replayer import replay
 
     costs = ReplayCosts.of(record)
     gains = {}
-    for method in ("specbranch-paper", "specbranch"):
+    for method in forecast_methods():
         seconds = []
         for predictor in (None, model):
-            stats = replay(record, make_policy(method, {}), costs, None, split.held_out, predictor)
+            stats = replay(record, make_policy(method, options), costs, None, split.held_out, predictor)
             seconds.append(sum(s.seconds for s in stats))
         gains[method] = seconds[0] / seconds[1]
     return gains
 
 
 def score_table(scores: dict[str, Score], classes: tuple[str, ...], prompts: int, rounds: int) -> Table:
-    title = f"{prompts} held-out prompts, {rounds} positions: will none, some or all of the next tokens stand?"
+    title = f"{prompts} held-out prompts, {rounds} positions: will none, some or all of the next tokens be accepted?"
     view = Table(title=title, title_justify="left")
     view.add_column("predictor", no_wrap=True)
     for heading in ("accuracy", *(f"recall: {name}" for name in classes), "log loss"):

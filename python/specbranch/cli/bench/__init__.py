@@ -1,5 +1,5 @@
-"""`specbranch bench`: our methods and transformers' own, on the same prompts."""
+"""`specbranch bench`: methods and transformers' own generation, on the same prompts."""
 
-from specbranch.cli.bench.bench import run
+from specbranch.cli.bench.command import HELP, add_arguments, run
 
-__all__ = ["run"]
+__all__ = ["HELP", "add_arguments", "run"]

@@ -1,4 +1,4 @@
-"""`specbranch bench`: our methods and transformers' own, on the same prompts, interleaved in one process."""
+"""Measuring: our methods and transformers' own, on the same prompts, interleaved in one process."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specbranch.cli import files
-from specbranch.cli.bench import memory, plot, report, resume
+from specbranch.cli.arguments import sampling_options
+from specbranch.cli.bench import memory, report
+from specbranch.cli.bench.command import contender_names
 from specbranch.cli.bench.peers import Peers
-from specbranch.cli.loading import load_engine, sampling_options
 from specbranch.cli.machine import describe_machine, describe_versions
-from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
-from specbranch.cli.terminal import Steps, output_console, steps
+from specbranch.cli.messages import complain, one_line
+from specbranch.cli.terminal import Progress
 from specbranch.text.encoding import encode
-from specbranch.text.prompts import Prompt, read_prompts
+from specbranch.text.prompts import Prompt
 
 if TYPE_CHECKING:
     from specbranch import SpecBranch
@@ -49,73 +49,6 @@ class Contender:
     comparable: bool  # its text can be compared with autoregressive's
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure, print the tables, write the files; Ctrl-C does so with what is there, and ends with 130.
-
-    What the JSON file holds already is not measured again.
-    """
-    if args.fresh and args.json is None:
-        raise ValueError("--fresh needs --json: without a file nothing is kept")
-    prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
-    if args.plot is not None:
-        plot.check(args.plot)
-    request = resume.request(args, prompts)
-    before = None
-    if args.json is not None:
-        files.check_writable(args.json)
-        before = resume.read_report(args.json, request, fresh=args.fresh)
-    wanted = len(prompts) * len(names(args))
-    if before is not None:
-        if len(before["records"]) >= wanted:
-            complain(f"{args.json} is complete; --fresh measures again")
-            whole = before | {"interrupted": False, "rows": report.summarize(before["records"])}
-            if before["interrupted"]:  # after the last measurement
-                files.write_json(args.json, whole)
-            return _show(args, whole, wanted)
-        complain(f"going on after {len(before['records'])} of {wanted} measurements; --fresh starts anew")
-    resident_before_loading = _resident_with_libraries()
-    engine = load_engine(args)
-    bench = Bench(engine, contenders(engine, args), args, request, resident_before_loading, before)
-    interrupted = False
-    try:
-        with steps(len(bench.contenders) + wanted - len(bench.records)) as progress:
-            bench.warm_up(prompts[0], progress)
-            for number, prompt in enumerate(prompts):
-                bench.measure(prompt, number, progress)
-                if args.json is not None:
-                    files.write_json(args.json, bench.report(interrupted=True))
-    except KeyboardInterrupt:
-        interrupted = True
-    result = bench.report(interrupted)
-    if args.json is not None:
-        files.write_json(args.json, result)
-    return _show(args, result, wanted)
-
-
-def _show(args: argparse.Namespace, result: dict[str, Any], wanted: int) -> int:
-    """Print and draw a report, and give the exit status."""
-    if result["rows"]:
-        title, console = report.title(result["settings"]), output_console()
-        for number, table in enumerate(report.tables(result["rows"], title)):
-            if number:
-                console.print()
-            console.print(table)
-        for line in report.difference_lines(result["rows"]):
-            print(line)
-        if args.plot is not None:
-            plot.plot(args.plot, result["rows"], title)
-    if result["interrupted"]:
-        more = "" if args.json is None else "; the same command goes on from there"
-        complain(f"interrupted after {len(result['records'])} of {wanted} measurements{more}")
-        return INTERRUPTED
-    return FAILURE if any(record["error"] for record in result["records"]) else 0
-
-
-def names(args: argparse.Namespace) -> list[str]:
-    """The methods and peers asked for; autoregressive is always there, for the tokens."""
-    return [*dict.fromkeys([*args.methods, report.REFERENCE]), *args.peers]
-
-
 def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
     options = sampling_options(args)
     del options["max_new_tokens"]
@@ -136,11 +69,11 @@ def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
 
         return Contender(name, generate, comparable=args.temperature == 0)  # else they draw other noise
 
-    return [peer(name, peers) if peers and name in args.peers else method(name) for name in names(args)]
+    return [peer(name, peers) if peers and name in args.peers else method(name) for name in contender_names(args)]
 
 
 class Bench:
-    """One benchmark run: its contenders and the records so far, those of a report `before` among them."""
+    """One benchmark run: its contenders and the records so far. before: the report that it resumes."""
 
     def __init__(
         self,
@@ -160,7 +93,7 @@ class Bench:
         memory.make_resident(engine.target, engine.draft)
         self._machine, self._versions = describe_machine(), describe_versions()
 
-    def warm_up(self, prompt: Prompt, progress: Steps) -> None:
+    def warm_up(self, prompt: Prompt, progress: Progress) -> None:
         """A short run of everything before anything is timed."""
         ids = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
         for contender in self.contenders:
@@ -168,11 +101,9 @@ class Bench:
             contender.generate(ids, min(WARM_UP_TOKENS, self.args.max_new_tokens))
             progress.done()
 
-    def measure(self, prompt: Prompt, number: int, progress: Steps) -> None:
-        """Every contender on one prompt, in an order that rotates with the prompt's number: none is always first.
-
-        Those whose record is there already are left out.
-        """
+    def measure(self, prompt: Prompt, number: int, progress: Progress) -> None:
+        """Every contender on one prompt, in an order that rotates with the prompt's number, so that none is always
+        first. Contenders that have a record of this prompt are skipped."""
         earlier = [record for record in self.records if record["prompt"] == number]
         done = {record["name"] for record in earlier}
         if len(done) == len(self.contenders):
@@ -186,7 +117,7 @@ class Bench:
                     progress.next(f"{prompt.id}: {contender.name}")
                     records.append(self._measure_one(contender, prompt, ids) | {"prompt": number})
                     progress.done()
-        finally:  # also when interrupted: what is measured counts
+        finally:  # also when interrupted
             self._compare([*earlier, *records], ids)
             self.records += records
 
@@ -299,8 +230,8 @@ def cache_bytes(engine: SpecBranch, positions: int) -> int:
     return total
 
 
-def _resident_with_libraries() -> int:
-    """Resident memory once the libraries are there and no model is."""
+def resident_with_libraries() -> int:
+    """Resident memory once the libraries are loaded, before any model is."""
     import specbranch.engine  # noqa: F401
 
     return memory.resident_bytes()

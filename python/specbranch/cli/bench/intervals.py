@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 RESAMPLES, SEED = 2000, 0
 COVERAGE = 0.95
 
@@ -16,6 +14,8 @@ def ratio_interval(pairs: Sequence[tuple[float, float]]) -> tuple[float, float] 
     Percentile bootstrap (Efron 1979): prompts are drawn with replacement, both figures of a prompt together, always
     with the same seed.
     """
+    import numpy as np
+
     if len(pairs) < 2:
         return None
     values = np.asarray(pairs, dtype=np.float64)  # [n, 2]

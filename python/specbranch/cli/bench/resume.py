@@ -1,4 +1,4 @@
-"""Going on with a benchmark that was interrupted: what its file must hold, and what must be the same."""
+"""Resuming a benchmark that was interrupted: what its file must hold, and which settings must be the same."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import Any
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.text.prompts import Prompt
 
-# They say where the figures go, not how they come about.
+# Arguments that do not affect the measurements.
 _ELSEWHERE = ("argv", "command", "json", "plot", "fresh")
 
 
 def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """All that figures must share to stand in one table: options as given, texts, machine and versions."""
+    """What must be the same for all measurements of a file: options as given, texts, machine and versions."""
     machine, versions = describe_machine(), describe_versions()
     texts = json.dumps([asdict(prompt) for prompt in prompts])
     asked: dict[str, Any] = {
@@ -32,9 +32,9 @@ def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, An
 
 
 def read_report(path: str, request: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
-    """The report at `path`, to go on from; None where there is none, or with `fresh`.
+    """The report at `path`, to resume; None where there is none, or with `fresh`.
 
-    Raises ValueError for a report of other settings, and for a file that is none of ours: that is never overwritten.
+    Raises ValueError for a report of other settings, and for any other file: that is never overwritten.
     """
     if not Path(path).exists():
         return None
@@ -58,7 +58,7 @@ def read_report(path: str, request: dict[str, Any], *, fresh: bool) -> dict[str,
 
 
 def _is_report(report: object) -> bool:
-    """Whether every part that is read here is there."""
+    """Whether it has every part that a resumed run reads."""
     if not isinstance(report, dict) or not isinstance(report.get("settings"), dict):
         return False
     records, request = report.get("records"), report.get("request")

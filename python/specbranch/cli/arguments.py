@@ -1,0 +1,192 @@
+"""Arguments that several commands share, and the values that they take."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from specbranch.cli.messages import complain
+from specbranch.runtime.choices import DTYPES, PRIORITIES
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+OVERLAP: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+
+
+def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None:
+    parser.add_argument("--target", required=True, metavar="DIR|NAME", help='the model; "bundled" is the tiny one')
+    parser.add_argument(
+        "--draft",
+        required=draft_required,
+        metavar="DIR|NAME",
+        help="the small model that drafts; its vocabulary must be the target's"
+        + ("" if draft_required else " (not needed by --method autoregressive)"),
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
+    parser.add_argument(
+        "--device", type=device, default="cpu", metavar="cpu|cuda", help="where the models run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--draft-device",
+        type=device,
+        metavar="cpu|cuda",
+        help="where the draft runs, for example cuda:1 (default: --device)",
+    )
+    parser.add_argument(
+        "--device-map", choices=DEVICE_MAPS, help="spread the target over several devices, as transformers does"
+    )
+    parser.add_argument(
+        "--no-cuda-graphs",
+        dest="cuda_graphs",
+        action="store_false",
+        help="on a GPU: do not capture steps in CUDA graphs",
+    )
+    parser.add_argument(
+        "--priority",
+        choices=PRIORITIES,
+        default="target",
+        help="on one GPU: the model whose work goes first (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--overlap",
+        choices=tuple(OVERLAP),
+        default="auto",
+        help="draft while the target verifies; auto measures (default: %(default)s)",
+    )
+
+
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="JSON lines with id, prompt, chat")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N prompts of each file")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-new-tokens",
+        type=whole(1),
+        default=128,
+        metavar="N",
+        help="most tokens of an answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature", type=number(0, math.inf), default=0.0, metavar="T", help="0 is greedy decoding (default: 0)"
+    )
+    parser.add_argument(
+        "--top-k",
+        type=whole(0),
+        default=0,
+        metavar="K",
+        help="sample from the K likeliest tokens; 0 is off (default: 0)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=number(0, 1, open_low=True),
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest tokens that make up P; 1 is off (default: 1)",
+    )
+    parser.add_argument(
+        "--min-p",
+        type=number(0, 1),
+        default=0.0,
+        metavar="M",
+        help="drop tokens less likely than M times the likeliest; 0 is off (default: 0)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=whole(0, 2**63 - 1),
+        default=0,
+        metavar="S",
+        help="of the sampling noise; the same seed gives the same text (default: 0)",
+    )
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling arguments as `SpecBranch.generate` takes them; warns of filters that greedy decoding ignores."""
+    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    unused = [flag(name) for name, value in off.items() if getattr(args, name) != value]
+    if args.temperature == 0 and unused:
+        complain(f"warning: no effect at temperature 0: {', '.join(unused)}")
+    names = ("max_new_tokens", "temperature", *off, "seed")
+    return {name: getattr(args, name) for name in names}
+
+
+def flag(name: str) -> str:
+    """The switch of an argument."""
+    return f"--{name.replace('_', '-')}"
+
+
+# ---- values
+
+
+def text(value: str) -> str:
+    if not value:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
+
+
+def device(value: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", value):
+        raise argparse.ArgumentTypeError(f"must be cpu or cuda, found {value!r}")
+    return value
+
+
+def whole(low: float, high: float = math.inf) -> Callable[[str], int]:
+    """A whole number from `low` to `high`."""
+
+    def parse(value: str) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, found {value!r}") from None
+        if not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"{_expected(low, high)}, found {number}")
+        return number
+
+    return parse
+
+
+def number(low: float, high: float, *, open_low: bool = False) -> Callable[[str], float]:
+    """A finite number from `low` to `high`; open_low: above `low`."""
+
+    def parse(value: str) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number, found {value!r}") from None
+        inside = (low < number if open_low else low <= number) and number <= high and math.isfinite(number)
+        if not inside:
+            raise argparse.ArgumentTypeError(f"{_expected(low, high, open_low)}, found {value}")
+        return number
+
+    return parse
+
+
+def _expected(low: float, high: float, open_low: bool = False) -> str:
+    """The range in words; an end that is infinite is left out."""
+    ends = [f"{'above' if open_low else 'at least'} {_plain(low)}"] if math.isfinite(low) else []
+    if math.isfinite(high):
+        ends.append(f"at most {_plain(high)}")
+    return f"must be {' and '.join(ends) or 'finite'}"
+
+
+def _plain(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
+def names(known: Sequence[str], *, none: bool = False) -> Callable[[str], tuple[str, ...]]:
+    """Comma-separated names of `known`, each once. none: whether "none" may be given, for no names."""
+
+    def parse(value: str) -> tuple[str, ...]:
+        if none and value == "none":
+            return ()
+        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+        for name in names:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"unknown name {name!r} (choose from {', '.join(known)})")
+        return names
+
+    return parse

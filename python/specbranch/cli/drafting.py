@@ -1,0 +1,96 @@
+"""A switch for every option of the methods, made from the fields that declare them (policies/options.py)."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import Field
+from typing import Any
+
+from specbranch.cli.arguments import flag, number, whole
+from specbranch.policies.methods import METHODS, make_policy, options_of
+
+DEFAULT_METHOD = "specbranch"
+RENAMED = {"limit": "max_depth"}  # --limit is the number of prompts
+
+
+def add_drafting(parser: argparse.ArgumentParser, methods: Sequence[str] = METHODS) -> None:
+    """Switches for all options of these methods. One that is not given is None in the parsed arguments."""
+    group = parser.add_argument_group("drafting", "these change the speed, never the text")
+    for name, fields in options_by_name(methods).items():
+        text = f"{next(iter(fields.values())).metadata['help']} (default: {defaults(fields)})"
+        if len(methods) > 1:
+            text = f"{', '.join(fields)}: {text}"
+        group.add_argument(switch(name), help=text.replace("%", "%%"), **_kind_of_value(name, fields))
+
+
+def add_hrad(parser: argparse.ArgumentParser) -> None:
+    takers = ", ".join(forecast_methods())
+    parser.add_argument("--hrad", metavar="DIR", help=f"{takers}: a predictor that train-hrad made for this pair")
+
+
+def options_by_name(methods: Iterable[str] = METHODS) -> dict[str, dict[str, Field[Any]]]:
+    """Each option of these methods: its field in every one that takes it. Only defaults differ between methods."""
+    found: dict[str, dict[str, Field[Any]]] = {}
+    for method in methods:
+        for name, declared in options_of(method).items():
+            found.setdefault(name, {})[method] = declared
+    return found
+
+
+def forecast_methods() -> list[str]:
+    """The methods that use H-RAD, with their default options."""
+    return [method for method in METHODS if make_policy(method, {}).uses_forecast]
+
+
+def defaults(fields: dict[str, Field[Any]]) -> str:
+    """For example "any; ssd: fan": DEFAULT_METHOD's, then those of methods that differ."""
+    usual = fields.get(DEFAULT_METHOD, next(iter(fields.values()))).default
+    others = [f"{method}: {_shown(field.default)}" for method, field in fields.items() if field.default != usual]
+    return "; ".join([_shown(usual), *others])
+
+
+def switch(option: str) -> str:
+    """The switch of an option; a boolean has a second one, --no-…"""
+    return flag(RENAMED.get(option, option))
+
+
+def drafting_options(args: argparse.Namespace) -> dict[str, object]:
+    """The options given on the command line, as `SpecBranch` takes them."""
+    values = {name: getattr(args, RENAMED.get(name, name), None) for name in options_by_name()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def check_used(args: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Refuse an option that no method of those that run takes. Raises ValueError."""
+    given = drafting_options(args)
+    running = ", ".join(methods)
+    for name in given:
+        fields = options_by_name()[name]
+        if not fields.keys() & set(methods):
+            raise ValueError(f"{switch(name)} has no effect with {running}; it is an option of {', '.join(fields)}")
+    if args.hrad is not None and not any(make_policy(method, given).uses_forecast for method in methods):
+        takers = ", ".join(forecast_methods())
+        raise ValueError(f"--hrad has no effect with {running} and these options; it is for {takers}")
+
+
+def _kind_of_value(name: str, fields: dict[str, Field[Any]]) -> dict[str, Any]:
+    """What `add_argument` must know of an option's values."""
+    declared = next(iter(fields.values()))
+    default, metadata = declared.default, declared.metadata
+    if isinstance(default, bool):
+        return {"action": argparse.BooleanOptionalAction}
+    if isinstance(default, str):
+        return {"choices": metadata["choices"]}
+    low = -math.inf if metadata["least"] is None else metadata["least"]
+    high = math.inf if metadata["most"] is None else metadata["most"]
+    if isinstance(default, int):
+        return {"type": whole(low, high), "metavar": "N"}
+    return {"type": number(low, high), "metavar": name[0].upper()}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value)

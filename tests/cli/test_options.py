@@ -1,0 +1,177 @@
+"""Every option of every method has a switch, and none is ignored without a word."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from specbranch import METHODS, bundled
+from specbranch.cli import main as cli
+from specbranch.cli.bench import command as bench
+from specbranch.cli.drafting import defaults, drafting_options, options_by_name, switch
+from specbranch.policies.methods import make_policy, options_of
+
+GENERATE = ["generate", "--target", "bundled", "--draft", "bundled", "--prompt", "x"]
+PROMPTS = str(bundled.path("target").parent / "prompts.jsonl")
+BENCH = ["bench", "--target", "bundled", "--draft", "bundled", "--prompts", PROMPTS]
+RECORD = ["record", "--target", "bundled", "--draft", "bundled", "--prompts", "p.jsonl", "--out", "r.safetensors"]
+TRAIN = ["train-hrad", "--target", "bundled", "--draft", "bundled", "--prompts", "p.jsonl", "--out", "hrad"]
+OPTIONS = options_by_name()
+EVERY = [(method, option) for method in METHODS for option in options_of(method)]
+
+
+def field_of(option: str):
+    return next(iter(OPTIONS[option].values()))
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    return cli.build_parser().parse_args(arguments)
+
+
+def written(option: str) -> list[tuple[list[str], object]]:
+    """Ways to give an option on the command line, each with the value that it means."""
+    field, flag = field_of(option), switch(option)
+    if isinstance(field.default, bool):
+        return [([flag], True), ([flag.replace("--", "--no-", 1)], False)]
+    if field.metadata["choices"]:
+        return [([flag, choice], choice) for choice in field.metadata["choices"]]
+    ends = [end for end in (field.metadata["least"], field.metadata["most"]) if end is not None]
+    kind = type(field.default)
+    return [([flag, str(kind(end))], kind(end)) for end in [*ends, field.default]]
+
+
+def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    try:
+        status = cli.main(arguments)
+    except SystemExit as exit:
+        status = exit.code
+    assert status in (1, 2)
+    error = capsys.readouterr().err
+    assert error.startswith("specbranch: error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+# ---- every option has a switch
+
+
+@pytest.mark.parametrize("command", [GENERATE, BENCH], ids=lambda command: command[0])
+@pytest.mark.parametrize(("method", "option"), EVERY)
+def test_every_option_of_every_method_has_a_switch(command, method, option):
+    for given, value in written(option):
+        options = drafting_options(parse(*command, *given))
+        assert options == {option: value}
+        assert type(options[option]) is type(field_of(option).default)
+        assert getattr(make_policy(method, options), option) == value
+
+
+@pytest.mark.parametrize("command", [RECORD, TRAIN], ids=lambda command: command[0])
+def test_commands_that_decode_with_specbranch_have_its_options(capsys, command):
+    for option in options_of("specbranch"):
+        for given, value in written(option):
+            assert drafting_options(parse(*command, *given)) == {option: value}
+    assert "unrecognized arguments: --length 3" in one_line(capsys, *command, "--length", "3")
+
+
+def test_options_of_one_name_differ_in_their_defaults_only():
+    for fields in OPTIONS.values():
+        assert len({(type(field.default), *map(str, field.metadata.values())) for field in fields.values()}) == 1
+
+
+def test_nothing_is_passed_on_that_was_not_given():
+    assert drafting_options(parse(*GENERATE)) == {}
+    assert parse(*GENERATE, "--limit", "3").limit == 3  # of prompts
+    assert drafting_options(parse(*GENERATE, "--limit", "3")) == {}
+
+
+def test_help_names_methods_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["generate", "--help"])
+    shown = " ".join(re.sub(r"-\n +", "-", capsys.readouterr().out).split())
+    for option, fields in OPTIONS.items():
+        assert f"{', '.join(fields)}: {field_of(option).metadata['help']} (default: " in shown
+    assert "(default: any; ssd: fan; specbranch-paper: point)" in shown
+    assert "--verify-tail, --no-verify-tail" in shown
+
+
+def test_readme_has_every_option_with_its_methods_and_default():
+    """A line of the table is: switch, name in Python, methods, what it does, default."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(--[^`]*)` \| `(\w+)` \| ([^|]*) \| [^|]* \| ([^|]*) \|$", readme, re.MULTILINE)
+    assert {name: flag.split()[0] for flag, name, *_ in rows} == {name: switch(name) for name in OPTIONS}
+    for _, name, methods, default in rows:
+        assert re.findall(r"[\w-]+", methods) == list(OPTIONS[name])
+        assert default == defaults(OPTIONS[name])
+
+
+# ---- ranges
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if field_of(name).metadata["least"] is not None])
+def test_ranges_are_checked_when_the_arguments_are_parsed(capsys, option):
+    low, high = field_of(option).metadata["least"], field_of(option).metadata["most"]
+    expected = f"argument {switch(option)}: must be at least {low}" + ("" if high is None else f" and at most {high}")
+    for bad in (low - 1, *([] if high is None else [high + 1])):
+        assert f"{expected}, found {bad} " in one_line(capsys, *GENERATE, switch(option), str(bad))
+
+
+def test_values_of_another_kind_are_refused(capsys):
+    assert "--k-max: must be a whole number, found '1.5'" in one_line(capsys, *GENERATE, "--k-max", "1.5")
+    assert "--epsilon: must be at least 0 and at most 1, found nan" in one_line(capsys, *GENERATE, "--epsilon", "nan")
+    assert "--hedge: invalid choice: 'all'" in one_line(capsys, *GENERATE, "--hedge", "all")
+    assert "--no-verify-tail: ignored explicit argument" in one_line(capsys, *GENERATE, "--verify-tail=yes")
+
+
+# ---- options without effect
+
+
+NOT_TAKEN = [(method, option) for method in METHODS for option in OPTIONS if option not in options_of(method)]
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    for module in ("generate", "bench.command"):
+        monkeypatch.setattr(f"specbranch.cli.{module}.load_engine", lambda args: pytest.fail("loaded"))
+
+
+@pytest.mark.parametrize(("method", "option"), NOT_TAKEN)
+def test_an_option_that_the_method_does_not_take_is_refused(capsys, no_models, method, option):
+    expected = f"{switch(option)} has no effect with {method}; it is an option of {', '.join(OPTIONS[option])}\n"
+    for given, _ in written(option):
+        assert one_line(capsys, *GENERATE, "--method", method, *given) == f"specbranch: error: {expected}"
+
+
+def test_bench_refuses_only_what_no_method_takes(capsys, monkeypatch, no_models):
+    error = one_line(capsys, *BENCH, "--methods", "pearl,speculative", "--epsilon", "0.5")
+    assert "--epsilon has no effect with pearl, speculative, autoregressive; it is an option of ssd, " in error
+    loaded = []
+    monkeypatch.setattr(bench, "load_engine", lambda args: loaded.append(drafting_options(args)) or 1 / 0)
+    assert cli.main([*BENCH, "--methods", "pearl,ssd", "--epsilon", "0.5"]) == 1
+    assert loaded == [{"epsilon": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [
+        (["--method", "pearl"], False),
+        (["--method", "ssd"], False),
+        (["--method", "ssd", "--calibrate"], True),
+        (["--method", "specbranch-paper"], True),
+        (["--method", "specbranch"], True),
+        (["--no-calibrate"], False),
+        (["--no-calibrate", "--decide-by-forecast"], True),
+    ],
+)
+def test_hrad_needs_a_method_that_uses_it(capsys, monkeypatch, options, used):
+    loaded = []
+    monkeypatch.setattr("specbranch.cli.generate.load_engine", lambda args: loaded.append(args.hrad) or 1 / 0)
+    assert cli.main([*GENERATE, "--hrad", "my-hrad", *options]) == 1
+    assert loaded == (["my-hrad"] if used else [])
+    assert ("--hrad has no effect with " in capsys.readouterr().err) is not used
+
+
+def test_plan_takes_row_with_ratio_only(capsys):
+    assert "--row has no effect without --ratio" in one_line(capsys, "plan", "no-such-record", "--row", "0.02")
