@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
     check_enough(len(prompts))
     out = Path(args.out)
+    check_directory(out)
     out.mkdir(parents=True, exist_ok=True)
     engine = load_engine(args)
     record = record_prompts(engine, prompts, sampling_options(args), out / ROUNDS, features=True)
@@ -87,6 +89,22 @@ def run(args: argparse.Namespace) -> int:
         print(f"{method}: {gain:.3f} times its speed without H-RAD, replayed on the held-out prompts")
     print(f"saved to {out}")
     return 0
+
+
+def check_directory(directory: Path) -> None:
+    """Refuse a directory that holds a checkpoint, whose files have the same names as a predictor's. Raises
+    ValueError."""
+    from specbranch.runtime.hrad.predictor import CONFIG, FORMAT, WEIGHTS
+
+    try:
+        config = json.loads((directory / CONFIG).read_bytes())
+        ours = isinstance(config, dict) and config.get("format") == FORMAT
+    except FileNotFoundError:
+        ours = not (directory / WEIGHTS).exists()
+    except ValueError:
+        ours = False
+    if not ours:
+        raise ValueError(f"{directory} holds another model, which would be overwritten; choose another directory")
 
 
 def expected_gains(record: Record, split: Split, model: HRad, options: dict[str, object]) -> dict[str, float]:

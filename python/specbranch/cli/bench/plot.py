@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.bench import report
-from specbranch.cli.files import check_writable, part
+from specbranch.cli.files import check_writable, whole
 from specbranch.core.stats import CAUSES
 
 if TYPE_CHECKING:
@@ -67,8 +66,8 @@ def plot(path: str, rows: Sequence[Row], title: str) -> None:
         columns = 4 if len(tasks) > 1 else 2
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
-    figure.savefig(part(path), format=_format(path), dpi=150)
-    os.replace(part(path), path)
+    with whole(path) as part:
+        figure.savefig(part, format=_format(path), dpi=150)
 
 
 def _format(path: str) -> str:
