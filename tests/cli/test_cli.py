@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_model
+from transformers import MambaConfig
 
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.cli import doctor
@@ -375,8 +376,19 @@ def test_doctor_says_why_a_model_cannot_be_captured(capsys, tmp_path):
     assert found["target"].startswith("eager: a step on the meta device raised RuntimeError: Tensor.item()")
 
 
+def test_doctor_is_not_ready_for_a_model_that_is_refused(capsys, tmp_path):
+    MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8).save_pretrained(tmp_path)
+    assert cli.main(["doctor", "--json", "--target", str(tmp_path), "--draft", str(tmp_path / "nowhere")]) == 1
+    findings = json.loads(capsys.readouterr().out)
+    assert not findings["ready"]
+    target, draft = findings["problems"]
+    assert target.startswith("target model MambaForCausalLM")
+    assert draft.startswith("draft: ")
+    assert "there is no such directory" in draft
+
+
 def test_doctor_says_what_is_missing(capsys, monkeypatch):
     monkeypatch.setattr(bundled, "path", lambda name: Path("missing") / name)
     assert cli.main(["doctor", "--json"]) == 1
     findings = json.loads(capsys.readouterr().out)
-    assert findings["problems"] == ["bundled_pair: the bundled target lacks config.json"]
+    assert findings["problems"][0] == "bundled_pair: the bundled target lacks config.json"

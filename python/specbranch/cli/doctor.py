@@ -15,6 +15,7 @@ from rich.text import Text
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import FAILURE, one_line
 from specbranch.cli.terminal import output_console
+from specbranch.core.errors import SpecBranchError
 
 HELP = "report what is installed and what can run here"
 
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine(target: str = "bundled", draft: str = "bundled") -> dict[str, Any]:
-    """Everything that `doctor` reports; each part says for itself what is wrong with it, and none raises."""
+    """Everything that `doctor` reports; a part that fails holds its error, and nothing is raised."""
+    models = {role: _model(source, role) for role, source in (("target", target), ("draft", draft))}
     findings: dict[str, Any] = {
         "versions": describe_versions(),
         "machine": _attempt(describe_machine),
@@ -51,11 +53,12 @@ def examine(target: str = "bundled", draft: str = "bundled") -> dict[str, Any]:
         "core": _attempt(_core),
         "openmp": _attempt(_openmp),
         "cuda": _attempt(_cuda),
-        "cuda_graphs": {"target": _captured(target, "target"), "draft": _captured(draft, "draft")},
+        "cuda_graphs": {role: captured for role, (captured, _) in models.items()},
         "bundled_pair": _attempt(_bundled_pair),
     }
     needed = ("core", "bundled_pair", "threads")
     problems = [f"{part}: {findings[part]['error']}" for part in needed if "error" in findings[part]]
+    problems += [problem for _, problem in models.values() if problem is not None]
     return {**findings, "problems": problems, "ready": not problems}
 
 
@@ -79,7 +82,7 @@ def _core() -> dict[str, Any]:
 
 
 def _openmp() -> dict[str, Any]:
-    """The OpenMP runtimes in this process: torch and the core should share one; two fight for the cores."""
+    """The OpenMP runtimes in this process: torch and the core should share one, as two compete for the cores."""
     import torch  # noqa: F401
 
     import specbranch_ext  # noqa: F401
@@ -132,19 +135,28 @@ def _cuda_runtime() -> str:
     return str(_C.cuda_runtime_report())
 
 
-def _captured(source: str, role: str) -> str:
-    """Whether a model's steps can be captured in CUDA graphs, by its configuration alone."""
+def _model(source: str, role: str) -> tuple[str, str | None]:
+    """Whether a model's steps can be captured in CUDA graphs, and why the model would be refused (None: it would not);
+    by its configuration alone."""
     from specbranch.cli.loading import quiet_libraries
 
     quiet_libraries()
     try:
         from specbranch.runtime.graphs.probe import why_not_captured
         from specbranch.runtime.loading import without_weights
+        from specbranch.runtime.model import check_supported
 
-        reason = why_not_captured(without_weights(source, role))
+        model = without_weights(source, role)
+        reason = why_not_captured(model)
     except Exception as error:
         reason = one_line(error)
-    return "can be captured" if reason is None else f"eager: {reason}"
+        return f"eager: {reason}", f"{role}: {reason}"
+    captured = "can be captured" if reason is None else f"eager: {reason}"
+    try:
+        check_supported(model, role)
+    except SpecBranchError as error:
+        return captured, one_line(error)
+    return captured, None
 
 
 def _driver() -> str | None:
