@@ -93,7 +93,7 @@ def test_help_names_methods_and_defaults(capsys):
     shown = " ".join(re.sub(r"-\n +", "-", capsys.readouterr().out).split())
     for option, fields in OPTIONS.items():
         assert f"{', '.join(fields)}: {field_of(option).metadata['help']} (default: " in shown
-    assert "(default: any; ssd: fan; specbranch-paper: point)" in shown
+    assert "(default: any; specbranch-paper: point)" in shown
     assert "--verify-tail, --no-verify-tail" in shown
 
 
@@ -146,10 +146,13 @@ def test_an_option_that_the_method_does_not_take_is_refused(capsys, no_models, m
 
 def test_bench_refuses_only_what_no_method_takes(capsys, monkeypatch, no_models):
     error = one_line(capsys, *BENCH, "--methods", "pearl,speculative", "--epsilon", "0.5")
-    assert "--epsilon has no effect with pearl, speculative, autoregressive; it is an option of ssd, " in error
+    assert (
+        "--epsilon has no effect with pearl, speculative, autoregressive; it is an option of specbranch-paper, "
+        in error
+    )
     loaded = []
     monkeypatch.setattr(bench, "load_engine", lambda args: loaded.append(drafting_options(args)) or 1 / 0)
-    assert cli.main([*BENCH, "--methods", "pearl,ssd", "--epsilon", "0.5"]) == 1
+    assert cli.main([*BENCH, "--methods", "pearl,specbranch-paper", "--epsilon", "0.5"]) == 1
     assert loaded == [{"epsilon": 0.5}]
 
 
@@ -158,7 +161,6 @@ def test_bench_refuses_only_what_no_method_takes(capsys, monkeypatch, no_models)
     [
         (["--method", "pearl"], False),
         (["--method", "ssd"], False),
-        (["--method", "ssd", "--calibrate"], True),
         (["--method", "specbranch-paper"], True),
         (["--method", "specbranch"], True),
         (["--no-calibrate"], False),

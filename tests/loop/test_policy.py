@@ -298,7 +298,7 @@ def test_bursts_go_no_deeper_than_a_policy_would_step_by_step() -> None:
         tree = chain(0.9, 0.9)
         return tree, policy.draft_during(tree, verify(tree, policy.choose_trunk(tree, state)), state)
 
-    for policy in (Pearl(limit=8), Hedging(limit=8), Ssd(limit=8)):
+    for policy in (Pearl(max_depth=8), Hedging(max_depth=8), Ssd(max_depth=8)):
         assert during(policy, state_of(overlapped=True, burst=16))[1].steps == 6
         late = state_of(overlapped=True, burst=16, remaining=5)
         assert during(policy, late)[1].steps == 2  # four tokens at most are committed behind the root

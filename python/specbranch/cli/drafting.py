@@ -12,7 +12,6 @@ from specbranch.cli.arguments import flag, number, whole
 from specbranch.policies.methods import METHODS, make_policy, options_of
 
 DEFAULT_METHOD = "specbranch"
-RENAMED = {"limit": "max_depth"}  # --limit is the number of prompts
 
 
 def add_drafting(parser: argparse.ArgumentParser, methods: Sequence[str] = METHODS) -> None:
@@ -53,12 +52,12 @@ def defaults(fields: dict[str, Field[Any]]) -> str:
 
 def switch(option: str) -> str:
     """The switch of an option; a boolean has a second one, --no-…"""
-    return flag(RENAMED.get(option, option))
+    return flag(option)
 
 
 def drafting_options(args: argparse.Namespace) -> dict[str, object]:
     """The options given on the command line, as `SpecBranch` takes them."""
-    values = {name: getattr(args, RENAMED.get(name, name), None) for name in options_by_name()}
+    values = {name: getattr(args, name, None) for name in options_by_name()}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -15,8 +15,40 @@ from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, Trun
 FIRST_STEP = 1.15  # the first draft step counts 15 % more than its token: it also tells whether a second one pays
 
 
+class Branching:
+    """What the policies with branches share: how the draft is used while the target verifies."""
+
+    batch: int
+    max_depth: int
+    min_reach: float
+    overlaps = True
+
+    @property
+    def outcomes(self) -> Outcomes:
+        """What the draft prepares for."""
+        raise NotImplementedError
+
+    def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
+        """The likeliest outcomes that the draft has not run over, while a row for one pays."""
+        depth = min(self.max_depth, state.remaining - 1)  # no deeper token can be committed
+        choices: list[Choice] = []
+        for reach, choice in self.outcomes.likeliest(tree, flight, self.batch, depth):
+            if reach < self.min_reach or (choices and not self._worth_a_row(reach, state)):
+                break
+            choices.append(choice)
+        deepest = max((tree.depth_of(choice) for choice in choices), default=0)
+        return Expansion(choices, min(state.burst, max(1, depth - deepest)))
+
+    def width(self, tree: Tree, node: int, flight: InFlight | None) -> int:
+        return self.outcomes.width(tree, node, flight)
+
+    def _worth_a_row(self, reach: float, state: State) -> bool:
+        """Whether an outcome pays for one more row in a draft step: if it comes true, a step is saved."""
+        return not self.outcomes.anywhere or reach * state.costs.draft.of(1) > state.costs.draft.per_row
+
+
 @dataclass(frozen=True)
-class Hedging(Options):
+class Hedging(Options, Branching):
     """SpecBranch (arXiv 2506.01979) and past it: while the target verifies, the draft prepares for several outcomes.
 
     hedge: where. "any": wherever an outcome is likely enough to pay for its row. "point": at one branch point, the
@@ -24,23 +56,29 @@ class Hedging(Options):
     trunk's end only.
     """
 
-    hedge: str = option("any", "outcomes prepared for meanwhile", choices=("any", "point", "fan", "none"))
-    epsilon: float = option(0.7, "less confidence than this branches", least=0, most=1)
-    k_max: int = option(6, "most branches at a point", least=1)
-    fan: int = option(2, "candidates beside a trunk token, with --hedge fan", least=1)
-    batch: int = option(8, "most nodes in a draft step", least=1)
-    siblings: int = option(8, "most tokens verified beside the path", least=0)
-    max_trunk: int = option(12, "most tokens drafted before the target is asked", least=1)
-    limit: int = option(32, "deepest token drafted while the target verifies", least=1)
-    verify_tail: bool = option(True, "verify the tail behind the branch point too; else the trunk ends there")
-    calibrate: bool = option(True, "correct confidences by what the verdicts say")
-    thrifty: bool = option(True, "draft only while a token is worth its step; else while it is as sure as epsilon")
-    min_reach: float = option(
-        0.0, "least chance to be accepted of a token worth a row; wastes less, slower", least=0, most=1
+    hedge: str = option(
+        "any", "where the draft branches while the target verifies", choices=("any", "point", "fan", "none")
     )
-    decide_by_forecast: bool = option(False, "H-RAD's class chooses the branch point, where there is a predictor")
+    epsilon: float = option(
+        0.7,
+        "confidence below which a token is unsure, for --hedge point, --no-verify-tail, --no-thrifty",
+        least=0,
+        most=1,
+    )
+    k_max: int = option(6, "most branches at a point", least=1)
+    fan: int = option(2, "candidates beside each trunk token", least=1)
+    batch: int = option(8, "most nodes in a draft step", least=1)
+    siblings: int = option(8, "most tokens verified beside the best path", least=0)
+    max_trunk: int = option(12, "most tokens drafted before the target is asked", least=1)
+    max_depth: int = option(32, "deepest token drafted while the target verifies", least=1)
+    verify_tail: bool = option(True, "verify what was drafted behind the branch point too")
+    calibrate: bool = option(True, "correct the draft's confidence by what the verdicts say")
+    thrifty: bool = option(True, "draft while a token is worth its step, by measured costs; else while it is sure")
+    min_reach: float = option(
+        0.0, "least probability of being accepted for a token to be drafted or verified", least=0, most=1
+    )
+    decide_by_forecast: bool = option(False, "let H-RAD's class choose the branch point, with --hrad")
     name = "specbranch"
-    overlaps = True
 
     @property
     def candidates(self) -> int:
@@ -84,20 +122,6 @@ class Hedging(Options):
             return TrunkChoice(path[: point + 1], point)
         return TrunkChoice(path + self._siblings(tree, path, path[point].node, state), point)
 
-    def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
-        """The likeliest outcomes that the draft has not run over, while a row for one pays."""
-        depth = min(self.limit, state.remaining - 1)  # no deeper token can be committed
-        choices: list[Choice] = []
-        for reach, choice in self.outcomes.likeliest(tree, flight, self.batch, depth):
-            if reach < self.min_reach or (choices and not self._worth_a_row(reach, state)):
-                break
-            choices.append(choice)
-        deepest = max((tree.depth_of(choice) for choice in choices), default=0)
-        return Expansion(choices, min(state.burst, max(1, depth - deepest)))
-
-    def width(self, tree: Tree, node: int, flight: InFlight | None) -> int:
-        return self.outcomes.width(tree, node, flight)
-
     def _siblings(self, tree: Tree, path: list[Choice], branch_point: int, state: State) -> list[Choice]:
         """Outcomes beside the path and below those, likeliest first, while their rows pay: the trunk's other part."""
         found: list[tuple[float, Choice]] = []  # (-reach, choice)
@@ -109,7 +133,7 @@ class Hedging(Options):
             if not ranks or tree.reach[node] <= best[0] or tree.depth[node] + 1 >= state.remaining:
                 return
             offers = [(tree.reach[child], Choice(child)) for child in tree.children[node]]
-            if tree.depth[node] < self.limit:
+            if tree.depth[node] < self.max_depth:
                 offers += tree.untried(node, ranks)
             for reach, choice in offers:
                 if reach > best[0] and choice not in chosen:
@@ -155,10 +179,6 @@ class Hedging(Options):
         """The least chance that is worth a row in the target's forward: what the row costs, in committed tokens."""
         return max(self.min_reach, state.costs.row_price)
 
-    def _worth_a_row(self, reach: float, state: State) -> bool:
-        """Whether an outcome pays for one more row in a draft step: if it comes true, a step is saved."""
-        return not self.outcomes.anywhere or reach * state.costs.draft.of(1) > state.costs.draft.per_row
-
 
 @dataclass(frozen=True)
 class Paper(Hedging):
@@ -173,18 +193,28 @@ class Paper(Hedging):
 
 
 @dataclass(frozen=True)
-class Ssd(Hedging):
+class Ssd(Options, Branching):
     """SSD (Saguaro, arXiv 2603.03251): a fixed number of candidates beside every trunk token.
 
     Without overlap nothing grows beside the trunk, and it drafts `length` tokens first.
     """
 
-    hedge: str = inherited(Hedging, "hedge", "fan")
+    fan: int = option(2, "candidates beside each trunk token", least=1)
     length: int = option(5, "tokens drafted a round", least=1)
-    batch: int = inherited(Hedging, "batch", 24)
-    calibrate: bool = inherited(Hedging, "calibrate", False)
-    thrifty: bool = inherited(Hedging, "thrifty", False)
+    batch: int = option(24, "most nodes in a draft step", least=1)
+    max_depth: int = option(32, "deepest token drafted while the target verifies", least=1)
     name = "ssd"
+    calibrated = False
+    uses_forecast = False
+    min_reach = 0.0
+
+    @property
+    def candidates(self) -> int:
+        return max(Hedging().candidates, self.fan + 1)  # confidence is among the candidates: as many as SpecBranch's
+
+    @cached_property
+    def outcomes(self) -> Outcomes:
+        return BesideTrunk(self.fan)
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
         path = best_path(tree)

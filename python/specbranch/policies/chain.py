@@ -72,7 +72,7 @@ class Pearl(Options, ChainPolicy):
     """
 
     length: int = option(5, "tokens drafted a round", least=1)
-    limit: int = option(32, "deepest token drafted while the target verifies", least=1)
+    max_depth: int = option(32, "deepest token drafted while the target verifies", least=1)
     name = "pearl"
     overlaps = True
 
@@ -82,5 +82,5 @@ class Pearl(Options, ChainPolicy):
         return extend(tree, best_path(tree), min(self.length, state.remaining - 1), state.burst)
 
     def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
-        depth = min(self.limit, state.remaining - 1)
+        depth = min(self.max_depth, state.remaining - 1)
         return extend(tree, best_path(tree, flight.nodes[-1]), depth, state.burst)
