@@ -13,7 +13,6 @@ import torch
 
 from specbranch.cli.arguments import sampling_options
 from specbranch.cli.bench import memory, report
-from specbranch.cli.bench.command import contender_names
 from specbranch.cli.bench.peers import Peers
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import complain, one_line
@@ -49,7 +48,8 @@ class Contender:
     comparable: bool  # its text can be compared with autoregressive's
 
 
-def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
+def contenders(engine: SpecBranch, args: argparse.Namespace, names: Sequence[str]) -> list[Contender]:
+    """What runs, by name: methods and transformers' own."""
     options = sampling_options(args)
     del options["max_new_tokens"]
     peers = Peers(engine.target, engine.draft, args.threads) if args.peers and engine.draft else None
@@ -69,7 +69,7 @@ def contenders(engine: SpecBranch, args: argparse.Namespace) -> list[Contender]:
 
         return Contender(name, generate, comparable=args.temperature == 0)  # else they draw other noise
 
-    return [peer(name, peers) if peers and name in args.peers else method(name) for name in contender_names(args)]
+    return [peer(name, peers) if peers and name in args.peers else method(name) for name in names]
 
 
 class Bench:

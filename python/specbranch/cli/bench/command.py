@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
     resident_before_loading = resident_with_libraries()
     engine = load_engine(args)
-    bench = Bench(engine, contenders(engine, args), args, request, resident_before_loading, before)
+    bench = Bench(
+        engine, contenders(engine, args, contender_names(args)), args, request, resident_before_loading, before
+    )
     interrupted = False
     try:
         with progress(len(bench.contenders) + wanted - len(bench.records)) as bar:
