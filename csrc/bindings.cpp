@@ -6,22 +6,22 @@
 #include <initializer_list>
 #include <vector>
 
-#include "ancestor_mask.h"
+#include "attention/ancestor_mask.h"
 #ifdef SPECBRANCH_WITH_CUDA
-#include "cuda/runtime.h"
+#include "core/cuda/runtime.h"
 #endif
-#include "draft_sample.h"
+#include "sampling/draft_sample.h"
 #ifdef SPECBRANCH_EMULATED
 #include "emulator/emulator.h"
 #endif
-#include "gumbel_noise.h"
-#include "isa.h"
-#include "kv_commit.h"
-#include "linear.h"
-#include "python_tensor.h"
-#include "tree_attention.h"
-#include "verify.h"
-#include "verify_rejection.h"
+#include "sampling/gumbel_noise.h"
+#include "core/isa.h"
+#include "cache/kv_commit.h"
+#include "linear/linear.h"
+#include "core/python_tensor.h"
+#include "attention/tree_attention.h"
+#include "sampling/verify.h"
+#include "sampling/verify_rejection.h"
 
 namespace specbranch {
 namespace {

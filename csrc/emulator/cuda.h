@@ -1,7 +1,7 @@
-// The part of CUDA C++ that the kernels of csrc/cuda use, for g++ and clang++. Intrinsics are functions with CUDA's
+// The part of CUDA C++ that the CUDA kernels use, for g++ and clang++. Intrinsics are functions with CUDA's
 // names and overloads; one that is missing here does not compile, so that nothing is emulated by chance.
 // Files that include this need -fno-strict-aliasing (kernels load vectors from arrays of other types, as CUDA allows)
-// and -ffp-contract=off (csrc/numerics.h).
+// and -ffp-contract=off (csrc/core/numerics.h).
 #pragma once
 
 #include <math.h>

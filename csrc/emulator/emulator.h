@@ -64,7 +64,7 @@ struct Site {
   constexpr Site(const char* file, int line = 0) : file(file), line(line) {}
 };
 
-// ---- For kernels (csrc/emulator/cuda.h and the host bodies of csrc/cuda/ptx.h).
+// ---- For kernels (csrc/emulator/cuda.h and the host bodies of csrc/core/cuda/ptx.h).
 
 extern __thread void* block_shared_memory SPECBRANCH_EMULATOR_TLS;
 inline void* shared_memory() { return block_shared_memory; }

@@ -1,4 +1,4 @@
-"""The noise in plain torch: csrc/philox.h and csrc/numerics.h step by step, giving the same bits.
+"""The noise in plain torch: csrc/core/philox.h and csrc/core/numerics.h step by step, giving the same bits.
 
 Every float32 operation is a torch operation of its own, so nothing is fused or reordered; 32-bit words live in
 int64 tensors.

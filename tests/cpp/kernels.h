@@ -1,7 +1,7 @@
 // Kernels for the tests of the emulator: right ones, and ones with one mistake each. They also compile with nvcc.
 #pragma once
 
-#include "cuda/device.h"
+#include "core/cuda/device.h"
 
 namespace test_kernels {
 

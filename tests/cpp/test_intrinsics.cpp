@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "check.h"
-#include "cuda/device.h"
+#include "core/cuda/device.h"
 
 namespace {
 

@@ -1,11 +1,11 @@
-// The host bodies of csrc/cuda/ptx.h: fragment layouts by the formulas of the PTX ISA manual, and copies that arrive no
+// The host bodies of csrc/core/cuda/ptx.h: fragment layouts by the formulas of the PTX ISA manual, and copies that arrive no
 // earlier than a kernel may count on.
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
 #include "check.h"
-#include "cuda/ptx.h"
+#include "core/cuda/ptx.h"
 
 namespace {
 

@@ -1,0 +1,41 @@
+// Attention of the nodes of a speculation tree to a committed prefix and to their own ancestors.
+#pragma once
+
+#include "core/tensor.h"
+
+namespace specbranch {
+
+// One KV cache layer holds the prefix in rows [0, prefix_length) and the tree in the rows behind it. Every query
+// sees the prefix; query i sees tree row j iff bit j of ancestors[i] is set (bit j of word j / 64).
+struct TreeAttentionParams {
+  Launch launch;
+  Tensor query;          // [n, Hq, D] float32, bfloat16 or float16; all strides but the last are free
+  Tensor keys;           // [Hkv, C, D], query's dtype
+  Tensor values;         // [Hkv, C, Dv]
+  Tensor prefix_length;  // [] int64
+  bool chain = true;     // query i sees tree rows 0 .. i, and there are no ancestors
+  Tensor ancestors;      // [n, words] int64
+  Tensor output;         // [n, Hq, Dv], written
+  int64_t tree_rows = 0;  // what the check returned
+  float scale = 1.0f;
+  int64_t sliding_window = 0;  // a key is visible iff it is fewer than this many positions back; 0: all are
+  float softcap = 0.0f;        // scores become softcap * tanh(score / softcap); 0: they stay
+  // On CUDA: whether sums take a query's keys in the order of positions, so that its bits do not depend on where in the
+  // tree's rows its ancestors lie. Else in the order of rows. The CPU's sums always are by position.
+  bool by_position = true;
+};
+
+// Throws std::invalid_argument naming the tensor and what was expected. Returns how many tree rows the queries see:
+// one more than the highest ancestor bit. Reads prefix_length and ancestors, which must be in host memory.
+int64_t check_tree_attention(const TreeAttentionParams& params);
+
+// The parameters must have passed the check.
+void run_tree_attention(const TreeAttentionParams& params);
+
+namespace cuda {
+// Bytes of workspace for a cache of `capacity` rows.
+int64_t tree_attention_workspace(int64_t nodes, int64_t query_heads, int64_t kv_heads, int64_t value_dim,
+                                 int64_t capacity);
+}  // namespace cuda
+
+}  // namespace specbranch

@@ -1,0 +1,55 @@
+// Copies the rows of one head to a staging area and from there to their places, so that overlaps are safe.
+#include "cache/kv_commit.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "core/cpu/threads.h"
+
+namespace specbranch::cpu::SPECBRANCH_ISA {
+namespace {
+
+constexpr int64_t min_parallel_bytes = 1 << 19;  // below it, waking threads costs more than the copy
+
+void move_head(char* head, int64_t row_stride, int64_t row_bytes, const int64_t* rows, int64_t m, int64_t start,
+               char* staging) {
+  for (int64_t i = 0; i < m; ++i) std::memcpy(staging + i * row_bytes, head + rows[i] * row_stride, row_bytes);
+  for (int64_t i = 0; i < m; ++i) std::memcpy(head + (start + i) * row_stride, staging + i * row_bytes, row_bytes);
+}
+
+}  // namespace
+
+void kv_commit(const KvCommitParams& p) {
+  const int64_t* rows = p.rows.as<const int64_t>();
+  int64_t m = p.rows.shape[0], start = *p.start.as<const int64_t>();
+  for (; m > 0 && *rows == start; --m) ++rows, ++start;  // already in place
+  while (m > 0 && rows[m - 1] == start + m - 1) --m;
+  if (m == 0) return;
+
+  int64_t largest_row = 0, bytes = 0;
+  for (int64_t b = 0; b < p.buffer_count; ++b) {
+    const Tensor& buffer = p.buffers[b];
+    largest_row = std::max(largest_row, buffer.shape[2] * buffer.item_bytes);
+    bytes += buffer.shape[0] * m * buffer.shape[2] * buffer.item_bytes;
+  }
+  if (bytes == 0) return;
+  // All threads or one: another team size would make OpenMP end threads and start them again for the next op.
+  const int threads = bytes < min_parallel_bytes ? 1 : std::max(p.launch.threads, 1);
+  char* staging = static_cast<char*>(std::malloc(threads * m * largest_row));
+  if (staging == nullptr) throw std::bad_alloc();
+
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t b = 0; b < p.buffer_count; ++b) {
+    const Tensor& buffer = p.buffers[b];
+    const int64_t item = buffer.item_bytes;
+    for (int64_t head = 0; head < buffer.shape[0]; ++head) {
+      move_head(buffer.as<char>() + head * buffer.stride[0] * item, buffer.stride[1] * item, buffer.shape[2] * item,
+                rows, m, start, staging + thread_index() * m * largest_row);
+    }
+  }
+  std::free(staging);
+}
+
+}  // namespace specbranch::cpu::SPECBRANCH_ISA

@@ -1,0 +1,48 @@
+// Checks of kv_commit's arguments: compiled once, unlike the kernel.
+#include "cache/kv_commit.h"
+
+#include <algorithm>
+
+namespace specbranch {
+
+void check_kv_commit(const KvCommitParams& p) {
+  check_shape(p.rows, {-1}, "[m]");
+  check_dtype(p.rows, Dtype::int64);
+  check_contiguous(p.rows);
+  if (p.start.dims != 0) fail("start: expected shape [], got " + shape_text(p.start));
+  check_dtype(p.start, Dtype::int64);
+
+  const auto buffer_name = [](int64_t b) { return "buffers[" + std::to_string(b) + "]"; };
+  for (int64_t b = 0; b < p.buffer_count; ++b) {
+    const Tensor& buffer = p.buffers[b];
+    const std::string name = buffer_name(b);
+    if (buffer.dims != 3) fail(name + ": expected shape [Hkv, C, D], got " + shape_text(buffer));
+    if (buffer.shape[2] > 1 && buffer.stride[2] != 1) {
+      fail(name + ": expected stride 1 in the last dimension, got " + std::to_string(buffer.stride[2]));
+    }
+  }
+  if (p.launch.on_cuda()) return;  // the kernel moves no row that is out of range
+
+  const int64_t m = p.rows.shape[0], start = *p.start.as<const int64_t>();
+  const int64_t* rows = p.rows.as<const int64_t>();
+  if (start < 0) fail("start: expected at least 0, got " + std::to_string(start));
+  int64_t lowest = 0, highest = -1;
+  for (int64_t i = 0; i < m; ++i) {
+    lowest = std::min(lowest, rows[i]);
+    highest = std::max(highest, rows[i]);
+  }
+  for (int64_t b = 0; b < p.buffer_count; ++b) {
+    const std::string name = buffer_name(b);
+    const int64_t capacity = p.buffers[b].shape[1];
+    if (lowest < 0 || highest >= capacity) {
+      fail("rows: expected rows of " + name + ", 0 to " + std::to_string(capacity - 1) + ", got " +
+           std::to_string(lowest < 0 ? lowest : highest));
+    }
+    if (start > capacity - m) {
+      fail("start: expected start + m to fit the " + std::to_string(capacity) + " rows of " + name + ", got " +
+           std::to_string(start) + " + " + std::to_string(m));
+    }
+  }
+}
+
+}  // namespace specbranch

@@ -1,0 +1,62 @@
+// One function name; one CPU implementation per instruction-set level, and the CUDA one where it was built.
+#pragma once
+
+#include "core/isa.h"
+#include "core/tensor.h"
+
+// SPECBRANCH_DISPATCH defines run_<op>(params): calls cuda::<op>(params), or cpu::<level>::<op>(params) of the level in
+// use. SPECBRANCH_CPU_KERNEL is its second half.
+#ifdef SPECBRANCH_X86
+#define SPECBRANCH_CPU_KERNEL(op, Params)                     \
+  namespace cpu {                                             \
+  namespace baseline { void op(const Params&); }              \
+  namespace avx2 { void op(const Params&); }                  \
+  namespace avx512 { void op(const Params&); }                \
+  inline void op(const Params& params) {                      \
+    switch (isa()) {                                          \
+      case Isa::avx512: return avx512::op(params);            \
+      case Isa::avx2: return avx2::op(params);                \
+      default: return baseline::op(params);                   \
+    }                                                         \
+  }                                                           \
+  }
+#else
+#define SPECBRANCH_CPU_KERNEL(op, Params)                     \
+  namespace cpu {                                             \
+  namespace baseline { void op(const Params&); }              \
+  inline void op(const Params& params) { baseline::op(params); } \
+  }
+#endif
+
+#if defined(SPECBRANCH_EMULATED)  // the CUDA kernels run on the CPU, and there is nothing else
+#define SPECBRANCH_DISPATCH(op, Params)                       \
+  namespace cuda { void op(const Params&); }                  \
+  void run_##op(const Params& params) { cuda::op(params); }
+#elif defined(SPECBRANCH_WITH_CUDA)
+#define SPECBRANCH_DISPATCH(op, Params)                       \
+  SPECBRANCH_CPU_KERNEL(op, Params)                           \
+  namespace cuda { void op(const Params&); }                  \
+  void run_##op(const Params& params) {                       \
+    if (params.launch.on_cuda()) return cuda::op(params);     \
+    cpu::op(params);                                          \
+  }
+#else
+#define SPECBRANCH_DISPATCH(op, Params)                       \
+  SPECBRANCH_CPU_KERNEL(op, Params)                           \
+  void run_##op(const Params& params) {                       \
+    if (params.launch.on_cuda()) fail("this build has no CUDA kernels: " SPECBRANCH_CUDA_REASON); \
+    cpu::op(params);                                          \
+  }
+#endif
+
+// An op without a CUDA kernel.
+#if defined(SPECBRANCH_EMULATED)
+#define SPECBRANCH_DISPATCH_CPU_ONLY(op, Params)
+#else
+#define SPECBRANCH_DISPATCH_CPU_ONLY(op, Params)              \
+  SPECBRANCH_CPU_KERNEL(op, Params)                           \
+  void run_##op(const Params& params) {                       \
+    if (params.launch.on_cuda()) fail(#op " has no CUDA kernel: use torch's own"); \
+    cpu::op(params);                                          \
+  }
+#endif

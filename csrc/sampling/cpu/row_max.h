@@ -1,0 +1,75 @@
+// The first pass over a row: its largest logit, and what makes it unusable.
+#pragma once
+
+#include <cstring>
+
+#include "sampling/cpu/row_state.h"
+#include "core/cpu/simd.h"
+
+namespace specbranch {
+inline namespace SPECBRANCH_ISA {
+
+template <typename T>
+void segment_max(const T* row, int64_t begin, int64_t end, SegmentState& out) {
+  constexpr int unroll = 4;
+  FloatVec best[unroll];
+  IntVec nan[unroll] = {};
+  for (auto& b : best) b = broadcast(-HUGE_VALF);
+  int64_t t = begin;
+  for (; t + unroll * simd_width <= end; t += unroll * simd_width) {
+    for (int u = 0; u < unroll; ++u) {
+      const FloatVec x = load(row + t + u * simd_width);
+      best[u] = max(x, best[u]);
+      nan[u] |= (IntVec)(x != x);
+    }
+  }
+  out.max_logit = reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
+  out.nan = any(nan[0] | nan[1] | nan[2] | nan[3]);
+  for (; t < end; ++t) {
+    const float x = to_float(row[t]);
+    out.max_logit = x > out.max_logit ? x : out.max_logit;
+    out.nan |= x != x;
+  }
+}
+
+// The mass of exp(z - the segment's largest z), within 4%: enough to guess where top-p cuts. A float's exponent counts
+// in powers of two and its fraction goes straight from one to the next, on average 4% above them.
+template <typename T>
+void segment_mass(const T* row, int64_t begin, int64_t end, float inverse_temperature, SegmentState& out) {
+  constexpr float bits_of_one = 1065353216.0f;
+  out.mass = 0.0f;
+  if (!(out.max_logit > -HUGE_VALF)) return;
+  const float scale = inverse_temperature * (8388608.0f * 1.44269504f);
+  constexpr int unroll = 4;
+  FloatVec sum[unroll] = {};
+  const auto weight = [&](FloatVec x) {
+    const FloatVec bits = max((x - out.max_logit) * scale + bits_of_one, FloatVec{});
+    const IntVec whole = __builtin_convertvector(bits, IntVec);
+    FloatVec w;
+    std::memcpy(&w, &whole, sizeof w);
+    return w;
+  };
+  int64_t t = begin;
+  for (; t + unroll * simd_width <= end; t += unroll * simd_width) {
+    for (int u = 0; u < unroll; ++u) sum[u] += weight(load(row + t + u * simd_width));
+  }
+  const FloatVec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  for (int i = 0; i < simd_width; ++i) out.mass += all[i];
+  for (; t < end; ++t) out.mass += weight(broadcast(to_float(row[t])))[0];
+  out.mass *= 0.961f;
+}
+
+// The first token in [begin, end) whose logit is value; end if there is none.
+template <typename T>
+int64_t find_logit(const T* row, int64_t begin, int64_t end, float value) {
+  int64_t t = begin;
+  for (; t + simd_width <= end; t += simd_width) {
+    const uint32_t bits = mask_bits((IntVec)(load(row + t) == value));
+    if (bits) return t + __builtin_ctz(bits);
+  }
+  while (t < end && to_float(row[t]) != value) ++t;
+  return t;
+}
+
+}  // namespace SPECBRANCH_ISA
+}  // namespace specbranch

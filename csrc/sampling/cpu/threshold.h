@@ -1,0 +1,221 @@
+// Finding the threshold of top-k or top-p without sorting the row.
+//
+// Both keep a token iff the total weight of strictly larger tokens is below a target: top-k with weight 1 and target
+// k, top-p with weight q = floor(2^40 * exp(z - z_max)) and target top_p * sum(q). A sample of the row brackets the
+// threshold; one pass sums the weights above the bracket and lists the tokens inside it; the list is then searched
+// exactly. When the sample misled, the row is searched again with a bracket that holds everything.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "sampling/cpu/fixed_point.h"
+#include "sampling/cpu/row_state.h"
+#include "core/cpu/simd.h"
+
+namespace specbranch {
+inline namespace SPECBRANCH_ISA {
+
+enum class Weight { count, mass };
+
+struct Bracket {
+  float low, high;  // every token above high is kept, none below low
+};
+
+constexpr Bracket whole_row{lowest_finite, HUGE_VALF};
+constexpr int64_t short_list = 8192;  // listing everything kept is cheaper than another pass up to about here
+
+// A histogram of z_max - z over one in `step` tokens.
+struct SampledHistogram {
+  static constexpr int bins = 1024, step = 16;
+  const float bins_per_unit;
+  uint32_t count[bins + 1] = {};  // the last one: masked
+
+  template <typename T>
+  SampledHistogram(const T* row, int64_t vocabulary, float inverse_temperature, float z_max, float bins_per_unit)
+      : bins_per_unit(bins_per_unit) {
+    for (int64_t t = 0; t + simd_width <= vocabulary; t += step * simd_width) {
+      const FloatVec z = load(row + t) * inverse_temperature;
+      const FloatVec bin = min((z_max - z) * bins_per_unit, broadcast(bins - 1.0f));
+      const IntVec index = select((IntVec)(z >= lowest_finite), __builtin_convertvector(bin, IntVec), broadcast(bins));
+      for (int i = 0; i < simd_width; ++i) ++count[index[i]];
+    }
+  }
+};
+
+// A guess: z in [low, high] should hold the threshold, with few tokens inside.
+inline Bracket bracket_count(const SampledHistogram& h, float z_max, double k) {
+  const double expected = k / SampledHistogram::step, slack = 4.0 * std::sqrt(expected) + 4.0;
+  Bracket bracket = whole_row;
+  double above = 0.0;
+  bool high_found = false;
+  for (int i = 0; i < SampledHistogram::bins - 1; ++i) {
+    above += h.count[i];
+    const float edge = 1.0f / h.bins_per_unit;
+    if (!high_found && above > expected - slack) {
+      bracket.high = z_max - i * edge;
+      high_found = true;
+    }
+    if (above >= expected + slack) {
+      bracket.low = z_max - (i + 1) * edge;
+      if (above * SampledHistogram::step <= short_list) bracket.high = HUGE_VALF;
+      break;
+    }
+  }
+  return bracket;
+}
+
+// Bins for each unit of z: the last one begins where the tokens further down weigh exp(-6) of what top-p drops, or
+// less. So they are fine for flat rows and coarse for peaked ones.
+inline float mass_bins(int64_t vocabulary, float mass, double top_p) {
+  const double dropped = (1.0 - top_p) * mass;
+  return static_cast<float>((SampledHistogram::bins - 1) / (std::log(static_cast<double>(vocabulary) / dropped) + 6.0));
+}
+
+// mass: of the row, within 4%; the sample says how much of it lies below a place, which is many small weights. (A mass
+// from the sample would be a guess: a few large tokens decide it.) Tokens below the floor are no longer in the row.
+inline Bracket bracket_mass(const SampledHistogram& h, float z_max, float floor, double mass, double top_p) {
+  constexpr int last = SampledHistogram::bins - 1;
+  const float width = 1.0f / h.bins_per_unit;
+  double each[last + 1], below_floor = 0.0, samples = 0.0;
+  double weight = std::exp(-0.5 * width) * SampledHistogram::step;
+  const double ratio = std::exp(-width);
+  for (int i = 0; i <= last; ++i, weight *= ratio) {
+    each[i] = weight;
+    samples += h.count[i];
+    if (z_max - (i + 1) * width < floor) below_floor += weight * h.count[i];
+  }
+  const double dropped = (1.0 - top_p) * mass + top_p * std::min(below_floor, mass), mass_error = 0.04 * dropped;
+  // From the bottom up: the dropped tokens are the smallest ones.
+  Bracket bracket = whole_row;
+  double below = 0.0, variance = 0.0, listed = samples;
+  for (int i = last; i >= 0; --i) {
+    const double tail = each[i] * h.count[i];
+    below += tail;
+    variance += tail * each[i];
+    samples -= h.count[i];
+    // Counts scatter like Poisson variables; and of the tokens in a bin, a few dozen can escape the sample.
+    const double error = 3.5 * std::sqrt(variance) + mass_error;
+    if (below * (1.0 + 0.5 * width) + error + 4.0 * each[i] <= dropped) {
+      bracket.low = z_max - i * width;
+      listed = samples;
+    }
+    if (below * (1.0 - 0.5 * width) - error >= dropped) {
+      bracket.high = z_max - i * width;
+      break;
+    }
+  }
+  if (listed * SampledHistogram::step <= short_list) bracket.high = HUGE_VALF;
+  return bracket;
+}
+
+// Sums the weights of tokens with z >= floor, in all and above the bracket, and lists those inside it.
+template <Weight weight, typename T>
+void segment_gather(const T* row, int64_t begin, int64_t end, float inverse_temperature, float z_max, float floor,
+                    Bracket bracket, SegmentState& out, float* list_z, int32_t* list_token) {
+  MassSum above, total;
+  uint64_t rest_above = 0, rest_total = 0;
+  int64_t listed = 0;
+  const float low = std::max(bracket.low, floor);
+  const bool masked = floor > lowest_finite;
+  int64_t t = begin;
+  // Blocks of 64 tokens, because one hard-to-predict branch for each vector would stall the arithmetic.
+  constexpr int64_t block = 64;
+  for (; t + block <= end; t += block) {
+    uint64_t inside = 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < block; i += simd_width) {
+      const FloatVec z = load(row + t + i) * inverse_temperature;
+      const IntVec over = (IntVec)(z > bracket.high);
+      inside |= static_cast<uint64_t>(mask_bits((IntVec)(z >= low) & (IntVec)(z <= bracket.high))) << i;
+      if (weight == Weight::mass) {
+        const FixedPointVec q(exp_nonpositive(z - z_max));
+        above.add(q, over);
+        if (masked) {
+          total.add(q, (IntVec)(z >= floor));
+        } else {
+          total.add(q);  // masked tokens weigh nothing anyway
+        }
+      } else {
+        rest_above += static_cast<uint64_t>(__builtin_popcount(mask_bits(over)));
+      }
+    }
+    for (; inside != 0; inside &= inside - 1) {
+      const int64_t token = t + __builtin_ctzll(inside);
+      list_z[listed] = to_float(row[token]) * inverse_temperature;
+      list_token[listed++] = static_cast<int32_t>(token);
+    }
+  }
+  for (; t < end; ++t) {
+    const float z = to_float(row[t]) * inverse_temperature;
+    const uint64_t q = weight == Weight::mass ? fixed_point(exp_nonpositive(z - z_max)) : 1;
+    if (z > bracket.high) rest_above += q;
+    if (z >= floor) rest_total += q;
+    if (z >= low && !(z > bracket.high)) {
+      list_z[listed] = z;
+      list_token[listed++] = static_cast<int32_t>(t);
+    }
+  }
+  out.weight_above = above.total() + rest_above;
+  out.weight_total = total.total() + rest_total;
+  out.listed = listed;
+}
+
+// The smallest z on the list whose strictly larger tokens weigh less than `target`, `above` of it outside the list.
+// Sets complete when the list ended before the target was reached. scratch: room for `count` floats.
+template <Weight weight>
+float search_list(const float* z, int64_t count, float z_max, uint64_t above, double target, float* scratch,
+                  bool& complete) {
+  constexpr int bins = 1024;
+  complete = false;
+  if (count == 0) {
+    complete = true;
+    return HUGE_VALF;
+  }
+  const auto token_weight = [z_max](float value) {
+    return weight == Weight::mass ? fixed_point(exp_nonpositive(value - z_max)) : uint64_t{1};
+  };
+  float top = z[0], bottom = z[0];
+  for (int64_t i = 1; i < count; ++i) {
+    top = std::max(top, z[i]);
+    bottom = std::min(bottom, z[i]);
+  }
+  const float range = std::min(top - bottom, 40.0f);  // far outliers share the last bin
+  const float scale = range > 0.0f ? bins / range : 0.0f;
+  const auto bin_of = [=](float value) {
+    return static_cast<int>(std::min((top - value) * scale, static_cast<float>(bins - 1)));
+  };
+
+  uint64_t sums[bins] = {};
+  int64_t i = 0;
+  if (weight == Weight::mass) {
+    for (; i + simd_width <= count; i += simd_width) {
+      const FloatVec v = load(z + i), scaled = exp_nonpositive(v - z_max) * two_to_40;
+      const IntVec bin = __builtin_convertvector(min((top - v) * scale, broadcast(bins - 1.0f)), IntVec);
+      for (int lane = 0; lane < simd_width; ++lane) sums[bin[lane]] += static_cast<uint64_t>(static_cast<int64_t>(scaled[lane]));
+    }
+  }
+  for (; i < count; ++i) sums[bin_of(z[i])] += token_weight(z[i]);
+
+  int boundary = 0;
+  while (boundary < bins && static_cast<double>(above + sums[boundary]) < target) above += sums[boundary++];
+  if (boundary == bins) {
+    complete = true;
+    return bottom;
+  }
+  int64_t inside = 0;
+  for (int64_t j = 0; j < count; ++j) {
+    if (bin_of(z[j]) == boundary) scratch[inside++] = z[j];
+  }
+  std::sort(scratch, scratch + inside, [](float a, float b) { return a > b; });
+  float threshold = scratch[0];
+  for (int64_t j = 0; j < inside && static_cast<double>(above) < target;) {
+    threshold = scratch[j];
+    const uint64_t q = token_weight(threshold);
+    for (; j < inside && scratch[j] == threshold; ++j) above += q;
+  }
+  return threshold;
+}
+
+}  // namespace SPECBRANCH_ISA
+}  // namespace specbranch

@@ -1,0 +1,109 @@
+// The host's side of row_max.h and row_sampler.h: the workspace and the arguments of both launches.
+#pragma once
+
+#include "sampling/cuda/row_max.h"
+#include "sampling/cuda/row_sampler.h"
+
+namespace specbranch::cuda {
+
+// A workspace is cut into parts one after another; with memory = nullptr only its size counts.
+struct Workspace {
+  int64_t bytes = 0;
+
+ protected:
+  template <typename V>
+  V* take(void* memory, int64_t count) {
+    V* part = reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes));
+    bytes += divide_up(count * static_cast<int64_t>(sizeof(V)), 256) * 256;
+    return part;
+  }
+};
+
+struct SampleWorkspace : Workspace {
+  Word64* maxima = nullptr;
+  float* masses = nullptr;
+  RowState* state = nullptr;
+  float* list_z = nullptr;
+  Word64* list_key = nullptr;
+  Word64* candidates = nullptr;  // [rows, pieces, BestMany::published_by(k)]
+  int32_t list_capacity = 0;
+
+  // many_k: of BestMany, or 0. any_filters: has all that any filters need.
+  SampleWorkspace(void* memory, int64_t rows, int64_t vocabulary, int64_t many_k, const Filters& filters,
+                  bool any_filters);
+
+  // Pieces of the second launch: one block for each multiprocessor of an H100.
+  static Pieces pieces(int64_t rows, int64_t vocabulary) {
+    const int64_t wanted_blocks = rows <= 66 ? 132 : 4 * 132;
+    return Pieces(rows, vocabulary, wanted_blocks, /*min_tokens=*/sampler_threads * group_tokens, 132);
+  }
+};
+
+inline SampleWorkspace::SampleWorkspace(void* memory, int64_t rows, int64_t vocabulary, int64_t many_k,
+                                        const Filters& filters, bool any_filters) {
+  if (rows < 1 || vocabulary < 1) return;  // refused later
+  maxima = take<Word64>(memory, rows * Pieces::for_max(rows, vocabulary).count);
+  if (any_filters || filters.searches_mass()) {
+    masses = take<float>(memory, rows * Pieces::for_max(rows, vocabulary).count);
+  }
+  if (!any_filters && filters.greedy() && many_k == 0) return;
+  state = take<RowState>(memory, rows);
+  candidates = take<Word64>(memory, many_k == 0 ? 0 : rows * pieces(rows, vocabulary).count *
+                                                           BestMany::published_by(static_cast<int>(many_k)));
+  if (!any_filters && !filters.searches_count(vocabulary) && !filters.searches_mass()) return;
+  const int64_t capacity = rows <= 128 ? 16384 : rows <= 1024 ? 8192 : min_sampled_vocabulary;
+  list_capacity = static_cast<int32_t>(vocabulary < capacity ? vocabulary : capacity);
+  list_key = take<Word64>(memory, rows * list_capacity);
+  list_z = take<float>(memory, rows * list_capacity);
+}
+
+// in_memory: of a device, or null.
+inline RowMaxArguments row_max_arguments(const Tensor& logits, const Filters& f, const Filters* in_memory,
+                                         const SampleWorkspace& workspace) {
+  const Pieces pieces = Pieces::for_max(logits.shape[0], logits.shape[1]);
+  RowMaxArguments a{};
+  a.logits = logits.data;
+  a.stride = logits.stride[0];
+  a.vocabulary = static_cast<int32_t>(logits.shape[1]);
+  a.pieces = pieces.count;
+  a.piece_groups = pieces.groups;
+  a.mass_scale = mass_scale_of(f);
+  a.filters = in_memory;
+  a.maxima = workspace.maxima;
+  a.masses = workspace.masses;
+  a.state = workspace.state;
+  return a;
+}
+
+template <typename T>
+void launch_row_max(const char* name, const Launch& on, int64_t rows, const RowMaxArguments& arguments) {
+  launch(name, row_max_kernel<T>, on, dim3(static_cast<unsigned>(rows * arguments.pieces)), dim3(row_max_threads),
+         sizeof(RowMaxShared), arguments);
+}
+
+inline SampleArguments sample_arguments(const Tensor& logits, const Tensor& positions, const Tensor& seed,
+                                        const Filters& f, const Filters* in_memory,
+                                        const SampleWorkspace& workspace) {
+  const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
+  const Pieces pieces = SampleWorkspace::pieces(rows, vocabulary);
+  SampleArguments a{};
+  a.logits = logits.data;
+  a.stride = logits.stride[0];
+  a.positions = positions.as<const int64_t>();
+  a.seed = seed.as<const int64_t>();
+  a.vocabulary = static_cast<int32_t>(vocabulary);
+  a.max_pieces = Pieces::for_max(rows, vocabulary).count;
+  a.pieces = pieces.count;
+  a.piece_groups = pieces.groups;
+  a.list_capacity = workspace.list_capacity;
+  a.filters = RowFilters(f, vocabulary, a.max_pieces, a.list_capacity);
+  a.filters_in_memory = in_memory;
+  a.maxima = workspace.maxima;
+  a.masses = workspace.masses;
+  a.state = workspace.state;
+  a.list_z = workspace.list_z;
+  a.list_key = workspace.list_key;
+  return a;
+}
+
+}  // namespace specbranch::cuda

@@ -1,0 +1,22 @@
+// Checks of draft_sample's arguments: compiled once, unlike the kernel.
+#include "sampling/draft_sample.h"
+
+namespace specbranch {
+
+void check_draft_sample(const DraftSampleParams& p) {
+  check_sampling_inputs(p.draft_logits, p.positions, p.seed);
+  check_filters(p.filters);
+  const int64_t b = p.draft_logits.shape[0], k = p.tokens.dims == 2 ? p.tokens.shape[1] : 0;
+  if (k < 1 || k > p.draft_logits.shape[1]) {
+    fail("k: expected 1 to V = " + std::to_string(p.draft_logits.shape[1]) + ", got " + std::to_string(k));
+  }
+  check_dtype(p.tokens, Dtype::int64);
+  for (const Tensor* t : {&p.tokens, &p.scores, &p.confidence}) {
+    check_shape(*t, {b, k}, "[b, k]");
+    check_contiguous(*t);
+  }
+  check_shape(p.entropy, {b}, "[b]");
+  for (const Tensor* t : {&p.scores, &p.confidence, &p.entropy}) check_dtype(*t, Dtype::float32);
+}
+
+}  // namespace specbranch
