@@ -14,12 +14,12 @@
 #ifdef SPECBRANCH_EMULATED
 #include "emulator/emulator.h"
 #endif
-#include "sampling/gumbel_noise.h"
-#include "core/isa.h"
-#include "cache/kv_commit.h"
-#include "linear/linear.h"
-#include "core/python_tensor.h"
 #include "attention/tree_attention.h"
+#include "cache/kv_commit.h"
+#include "core/isa.h"
+#include "core/python_tensor.h"
+#include "linear/linear.h"
+#include "sampling/gumbel_noise.h"
 #include "sampling/verify.h"
 #include "sampling/verify_rejection.h"
 

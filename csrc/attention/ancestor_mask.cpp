@@ -1,5 +1,7 @@
-// Checks of ancestor_mask's arguments: compiled once, unlike the kernel.
+// ancestor_mask's checks and the choice of its kernel.
 #include "attention/ancestor_mask.h"
+
+#include "core/dispatch.h"
 
 namespace specbranch {
 
@@ -23,5 +25,7 @@ void check_ancestor_mask(const AncestorMaskParams& p) {
     }
   }
 }
+
+SPECBRANCH_DISPATCH(ancestor_mask, AncestorMaskParams)
 
 }  // namespace specbranch

@@ -1,7 +1,9 @@
-// Checks of tree_attention's arguments: compiled once, unlike the kernel.
+// tree_attention's checks and the choice of its kernel.
 #include "attention/tree_attention.h"
 
 #include <algorithm>
+
+#include "core/dispatch.h"
 
 namespace specbranch {
 namespace {
@@ -58,5 +60,7 @@ int64_t check_tree_attention(const TreeAttentionParams& p) {
   }
   return rows;
 }
+
+SPECBRANCH_DISPATCH(tree_attention, TreeAttentionParams)
 
 }  // namespace specbranch

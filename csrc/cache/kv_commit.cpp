@@ -1,7 +1,9 @@
-// Checks of kv_commit's arguments: compiled once, unlike the kernel.
+// kv_commit's checks and the choice of its kernel.
 #include "cache/kv_commit.h"
 
 #include <algorithm>
+
+#include "core/dispatch.h"
 
 namespace specbranch {
 
@@ -44,5 +46,7 @@ void check_kv_commit(const KvCommitParams& p) {
     }
   }
 }
+
+SPECBRANCH_DISPATCH(kv_commit, KvCommitParams)
 
 }  // namespace specbranch

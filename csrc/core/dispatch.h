@@ -1,4 +1,5 @@
-// One function name; one CPU implementation per instruction-set level, and the CUDA one where it was built.
+// Which kernel an op runs: the CPU one of the instruction-set level in use, or the CUDA one where it was built. Each
+// op has a line of this in its own .cpp.
 #pragma once
 
 #include "core/isa.h"

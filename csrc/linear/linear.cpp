@@ -1,5 +1,7 @@
-// Checks of linear's arguments: compiled once, unlike the kernel.
+// linear's checks and the choice of its kernel.
 #include "linear/linear.h"
+
+#include "core/dispatch.h"
 
 namespace specbranch {
 
@@ -25,5 +27,7 @@ void check_linear(const LinearParams& p) {
   for (int i = 0; same && i + 1 < x.dims; ++i) same = y.shape[i] == x.shape[i];
   if (!same) fail("output: expected the input's shape with out = " + std::to_string(w.shape[0]) + ", got " + shape_text(y));
 }
+
+SPECBRANCH_DISPATCH_CPU_ONLY(linear, LinearParams)
 
 }  // namespace specbranch

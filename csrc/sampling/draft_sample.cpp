@@ -1,5 +1,7 @@
-// Checks of draft_sample's arguments: compiled once, unlike the kernel.
+// draft_sample's checks and the choice of its kernel.
 #include "sampling/draft_sample.h"
+
+#include "core/dispatch.h"
 
 namespace specbranch {
 
@@ -18,5 +20,7 @@ void check_draft_sample(const DraftSampleParams& p) {
   check_shape(p.entropy, {b}, "[b]");
   for (const Tensor* t : {&p.scores, &p.confidence, &p.entropy}) check_dtype(*t, Dtype::float32);
 }
+
+SPECBRANCH_DISPATCH(draft_sample, DraftSampleParams)
 
 }  // namespace specbranch

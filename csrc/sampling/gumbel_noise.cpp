@@ -1,5 +1,7 @@
-// Checks of gumbel_noise's arguments: compiled once, unlike the kernel.
+// gumbel_noise's checks and the choice of its kernel.
 #include "sampling/gumbel_noise.h"
+
+#include "core/dispatch.h"
 
 namespace specbranch {
 
@@ -13,5 +15,7 @@ void check_gumbel_noise(const GumbelNoiseParams& p) {
   check_dtype(p.noise, Dtype::float32);
   check_contiguous(p.noise);
 }
+
+SPECBRANCH_DISPATCH(gumbel_noise, GumbelNoiseParams)
 
 }  // namespace specbranch

@@ -1,5 +1,7 @@
-// Checks of verify's arguments: compiled once, unlike the kernel.
+// verify's checks and the choice of its kernel.
 #include "sampling/verify.h"
+
+#include "core/dispatch.h"
 
 namespace specbranch {
 
@@ -21,5 +23,7 @@ void check_verify(const VerifyParams& p) {
     }
   }
 }
+
+SPECBRANCH_DISPATCH(verify, VerifyParams)
 
 }  // namespace specbranch

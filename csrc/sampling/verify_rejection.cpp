@@ -1,5 +1,7 @@
-// Checks of verify_rejection's arguments: compiled once, unlike the kernel.
+// verify_rejection's checks and the choice of its kernel.
 #include "sampling/verify_rejection.h"
+
+#include "core/dispatch.h"
 
 namespace specbranch {
 
@@ -17,5 +19,7 @@ void check_verify_rejection(const VerifyRejectionParams& p) {
   check_dtype(p.tokens, Dtype::int64);
   check_contiguous(p.tokens);
 }
+
+SPECBRANCH_DISPATCH(verify_rejection, VerifyRejectionParams)
 
 }  // namespace specbranch
