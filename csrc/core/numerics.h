@@ -97,6 +97,9 @@ SPECBRANCH_HD inline F word_to_float(typename Lanes<F>::Int word) {
   return L::to_float((word >> 16) & 0xFFFF) * L::set(65536.0f) + L::to_float(word & 0xFFFF);
 }
 
+constexpr float two_to_20 = 1048576.0f;
+constexpr float two_to_40 = 1099511627776.0f;
+constexpr double two_to_minus_40 = 9.094947017729282e-13;
 constexpr float two_to_minus_32 = 2.3283064365386963e-10f;
 constexpr float two_to_minus_33 = 1.1641532182693481e-10f;
 constexpr float two_to_minus_64 = 5.421010862427522e-20f;

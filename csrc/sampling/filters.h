@@ -11,6 +11,8 @@
 
 namespace specbranch {
 
+constexpr float lowest_finite = -FLT_MAX;  // a scaled logit below this is a masked token (-inf)
+
 // Applied in this order. Each is a threshold on the scaled logit, so tied tokens stay or go together. A float64 tensor
 // [4] has the same layout.
 struct Filters {

@@ -6,12 +6,13 @@
 #include "attention/tree_attention.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <type_traits>
 
 #include "attention/cpu/tile.h"
+#include "core/bits.h"
+#include "core/cpu/memory.h"
 #include "core/cpu/threads.h"
+#include "core/workspace.h"
 
 namespace specbranch::cpu::SPECBRANCH_ISA {
 namespace {
@@ -24,44 +25,7 @@ constexpr int64_t max_partial_floats = int64_t{1} << 22;  // 16 MiB: above it th
 constexpr int64_t min_parallel_products = 1500000;
 constexpr double log2_e = 1.4426950408889634;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << std::max<int64_t>(count, 0)) - 1; }
-
-// Memory that grows and stays with the calling thread: fresh pages would cost more than a small call. Plain
-// functions, since a std::vector's code could be merged with that of another instruction-set level.
-class Workspace {
- public:
-  ~Workspace() { std::free(data_); }
-
-  char* at_least(size_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<char*>(std::aligned_alloc(64, bytes));
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  char* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// Hands out 64-byte aligned pieces; without memory it only adds up what is needed.
-struct Pieces {
-  char* memory;
-  size_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
-    used += (count * sizeof(T) + 63) / 64 * 64;
-    return piece;
-  }
-};
+using Workspace = specbranch::Workspace<64>;
 
 // Maximum, sum of weights and weighted sum of values for each row of a group.
 struct Partial {
@@ -92,9 +56,9 @@ struct Problem {
   const float* zeros = nullptr;      // [dim]
   float* partials = nullptr;         // [groups, segments, partial_floats], if split
   char* scratch = nullptr;           // [threads, scratch_bytes]
-  size_t scratch_bytes = 0;
+  int64_t scratch_bytes = 0;
 
-  Problem(const TreeAttentionParams& p, Workspace& workspace) : params(p) {
+  Problem(const TreeAttentionParams& p, Buffer<char>& memory) : params(p) {
     nodes = p.query.shape[0];
     kv_heads = p.keys.shape[0];
     heads_per_kv = p.query.shape[1] / kv_heads;
@@ -120,34 +84,34 @@ struct Problem {
     query_scale = static_cast<float>(p.scale * unit * log2_e);
     softcap = static_cast<float>(p.softcap * log2_e);
 
-    Pieces per_thread{nullptr}, sizes{nullptr};
+    Workspace per_thread(nullptr), sizes(nullptr);
     take_scratch(per_thread);
-    scratch_bytes = per_thread.used;
+    scratch_bytes = per_thread.bytes;
     take_shared(sizes);
-    Pieces pieces{workspace.at_least(sizes.used)};
-    take_shared(pieces);
+    Workspace workspace(memory.at_least(sizes.bytes));
+    take_shared(workspace);
     find_visible();
   }
 
-  void take_shared(Pieces& pieces) {
-    tree_depths = pieces.take<int64_t>(params.chain ? 0 : nodes * tree_tiles);
-    window_starts = pieces.take<int64_t>(params.sliding_window ? nodes : 0);
-    float* row = pieces.take<float>(dim);
+  void take_shared(Workspace& workspace) {
+    tree_depths = workspace.take<int64_t>(params.chain ? 0 : nodes * tree_tiles);
+    window_starts = workspace.take<int64_t>(params.sliding_window ? nodes : 0);
+    float* row = workspace.take<float>(dim);
     if (row) std::fill_n(row, dim, 0.0f);
     zeros = row;
-    partials = pieces.take<float>(split ? tasks * partial_floats : 0);
-    scratch = pieces.take<char>(threads * scratch_bytes);
+    partials = workspace.take<float>(split ? tasks * partial_floats : 0);
+    scratch = workspace.take<char>(threads * scratch_bytes);
   }
 
-  Scratch take_scratch(Pieces& pieces) const {
+  Scratch take_scratch(Workspace& workspace) const {
     Scratch s;
-    s.query = pieces.take<float>(rows_per_group * dim);
-    s.packed = pieces.take<float>(tile_keys * dim);
-    s.values = pieces.take<float>(tile_keys * width);
-    s.scores = pieces.take<float>(block_rows * tile_keys);
-    s.partial = pieces.take<float>(partial_floats);
-    s.total = pieces.take<float>(partial_floats);
-    s.visible = pieces.take<uint64_t>(nodes_per_group);
+    s.query = workspace.take<float>(rows_per_group * dim);
+    s.packed = workspace.take<float>(tile_keys * dim);
+    s.values = workspace.take<float>(tile_keys * width);
+    s.scores = workspace.take<float>(block_rows * tile_keys);
+    s.partial = workspace.take<float>(partial_floats);
+    s.total = workspace.take<float>(partial_floats);
+    s.visible = workspace.take<uint64_t>(nodes_per_group);
     return s;
   }
 
@@ -340,12 +304,12 @@ void start(const Problem& p, const Partial& total, int64_t rows) {
 
 template <typename T>
 void run(const TreeAttentionParams& params) {
-  static thread_local Workspace workspace;
-  const Problem p(params, workspace);
+  static thread_local Buffer<char> memory;
+  const Problem p(params, memory);
 #pragma omp parallel num_threads(p.threads)
   {
-    Pieces pieces{p.scratch + thread_index() * p.scratch_bytes};
-    const Scratch s = p.take_scratch(pieces);
+    Workspace workspace(p.scratch + thread_index() * p.scratch_bytes);
+    const Scratch s = p.take_scratch(workspace);
     if (p.split) {
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < p.tasks; ++task) {

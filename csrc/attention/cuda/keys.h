@@ -49,10 +49,6 @@ constexpr float empty_split = -INFINITY;  // as a maximum, which is finite else:
 constexpr int64_t last_block_floats = 24 * 1024;
 constexpr int last_block_sums_bytes = last_block_floats / 4 * static_cast<int>(sizeof(float2));  // width 4: most sums
 
-__device__ inline uint64_t low_bits(int64_t count) {
-  return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1;
-}
-
 __device__ inline int tree_rows(const AttentionArguments& a, int node) {
   const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
 #pragma unroll 1

@@ -2,10 +2,9 @@
 #include "cache/kv_commit.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
+#include "core/cpu/memory.h"
 #include "core/cpu/threads.h"
 
 namespace specbranch::cpu::SPECBRANCH_ISA {
@@ -37,8 +36,7 @@ void kv_commit(const KvCommitParams& p) {
   if (bytes == 0) return;
   // All threads or one: another team size would make OpenMP end threads and start them again for the next op.
   const int threads = bytes < min_parallel_bytes ? 1 : std::max(p.launch.threads, 1);
-  char* staging = static_cast<char*>(std::malloc(threads * m * largest_row));
-  if (staging == nullptr) throw std::bad_alloc();
+  Buffer<char> staging(threads * m * largest_row);
 
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < p.buffer_count; ++b) {
@@ -46,10 +44,9 @@ void kv_commit(const KvCommitParams& p) {
     const int64_t item = buffer.item_bytes;
     for (int64_t head = 0; head < buffer.shape[0]; ++head) {
       move_head(buffer.as<char>() + head * buffer.stride[0] * item, buffer.stride[1] * item, buffer.shape[2] * item,
-                rows, m, start, staging + thread_index() * m * largest_row);
+                rows, m, start, staging.at(thread_index() * m * largest_row));
     }
   }
-  std::free(staging);
 }
 
 }  // namespace specbranch::cpu::SPECBRANCH_ISA

@@ -1,8 +1,8 @@
 // Philox for consecutive tokens of one position, several counters at a time.
 #pragma once
 
-#include "core/philox.h"
 #include "core/cpu/simd.h"
+#include "core/philox.h"
 
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {

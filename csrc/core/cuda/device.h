@@ -14,6 +14,7 @@
 #include <utility>
 #endif
 
+#include "core/bits.h"
 #include "core/storage.h"
 #include "core/tensor.h"
 
@@ -105,7 +106,5 @@ template <>
 __device__ inline Float16 from_float<Float16>(float x) {
   return {__half_as_ushort(__float2half_rn(x))};
 }
-
-__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace specbranch::cuda

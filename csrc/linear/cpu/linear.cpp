@@ -7,9 +7,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <new>
 #include <type_traits>
 
+#include "core/bits.h"
+#include "core/cpu/memory.h"
 #include "core/cpu/simd.h"
 
 #if defined(__aarch64__)
@@ -76,32 +77,6 @@ inline float sum_lanes(FloatVec v) {
   }
   return lane[0];
 }
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Memory of the calling thread that stays for the next call: fresh pages cost more than a small product.
-class Scratch {
- public:
-  float* get(int64_t floats) {
-    if (floats > size_) {
-      free();
-      data_ = static_cast<float*>(::operator new(floats * sizeof(float), alignment));
-      size_ = floats;
-    }
-    return data_;
-  }
-  ~Scratch() { free(); }
-
- private:
-  static constexpr std::align_val_t alignment{cache_line};
-  void free() {
-    ::operator delete(data_, alignment);
-    data_ = nullptr;
-    size_ = 0;
-  }
-  float* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 template <int half, typename T, int rows, int outputs>
 inline void accumulate_half(FloatVec (&a)[rows][outputs], const float* x, const T* w, int64_t w_stride) {
@@ -256,7 +231,7 @@ void panel(const Problem<T>& p, float* acc, int64_t o_begin, int64_t o_end, int6
 
 template <typename T>
 void product(Problem<T> p, int threads) {
-  thread_local Scratch scratch;
+  thread_local Buffer<float> scratch;
   if (std::max(p.rows, rows_of_a_step) * p.in * p.out < min_parallel_products) threads = 1;
   p.x_stride = divide_up(p.in, step) * step;
   // Long panels read memory in long runs; short ones keep the accumulators of many rows in the second-level cache,
@@ -268,7 +243,7 @@ void product(Problem<T> p, int threads) {
   p.block = divide_up(divide_up(p.in, blocks), step) * step;
   threads = static_cast<int>(std::min<int64_t>(threads, divide_up(p.out, p.panel)));
   const int64_t acc_size = p.rows * p.panel * lanes;
-  float* const widened = scratch.get(p.rows * p.x_stride + threads * acc_size);
+  float* const widened = scratch.at_least(p.rows * p.x_stride + threads * acc_size);
   p.widened = widened;
   std::atomic<int64_t> next_panel{0}, next_acc{0};
 

@@ -6,10 +6,6 @@
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
 
-constexpr float two_to_20 = 1048576.0f;
-constexpr float two_to_40 = 1099511627776.0f;
-constexpr double two_to_minus_40 = 9.094947017729282e-13;
-
 inline uint64_t fixed_point(float weight) { return static_cast<uint64_t>(weight * two_to_40); }
 
 // The same for a vector, as two 20-bit digits. Every step is exact.

@@ -3,8 +3,8 @@
 
 #include <cstring>
 
-#include "sampling/cpu/row_state.h"
 #include "core/cpu/simd.h"
+#include "sampling/cpu/row_state.h"
 
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {

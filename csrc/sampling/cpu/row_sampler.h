@@ -2,8 +2,9 @@
 // segments of rows, shared among threads.
 #pragma once
 
-#include "sampling/cpu/scan.h"
+#include "core/cpu/memory.h"
 #include "sampling/cpu/row_max.h"
+#include "sampling/cpu/scan.h"
 #include "sampling/cpu/threshold.h"
 
 namespace specbranch {

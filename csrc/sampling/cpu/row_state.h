@@ -2,33 +2,13 @@
 #pragma once
 
 #include <atomic>
-#include <cfloat>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 
 #include "core/isa.h"
 #include "sampling/filters.h"
 
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
-
-// Uninitialised memory for plain types. (No std::vector here: its code would be shared between levels.)
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(std::malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(T)))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T& operator[](int64_t i) { return data_[i]; }
-  T* at(int64_t i) { return data_ + i; }
-
- private:
-  T* data_;
-};
 
 // The same for any number of threads, so that sums over segments are too.
 struct Segments {
@@ -64,42 +44,6 @@ struct RowState {
   int64_t listed;
   std::atomic<float> score_floor;  // some k tokens are known to score at least this
   std::atomic<int64_t> pending;    // segments that the current pass has not finished
-};
-
-// z below this is a masked token (-inf).
-constexpr float lowest_finite = -FLT_MAX;
-
-// One token as a candidate: larger score first, then the lower token.
-struct Candidate {
-  float score;
-  float z;
-  int64_t token;
-
-  bool before(const Candidate& other) const {
-    return score > other.score || (score == other.score && token < other.token);
-  }
-};
-
-// The best k candidates so far, in order.
-class Best {
- public:
-  Best(Candidate* storage, int64_t k) : items_(storage), k_(k) {}
-
-  int64_t size() const { return size_; }
-  const Candidate& operator[](int64_t i) const { return items_[i]; }
-  // A candidate below this cannot enter; one equal to it may, by its token.
-  float floor() const { return size_ < k_ ? -HUGE_VALF : items_[k_ - 1].score; }
-
-  void offer(const Candidate& candidate) {
-    if (size_ == k_ && !candidate.before(items_[k_ - 1])) return;
-    int64_t i = size_ < k_ ? size_++ : k_ - 1;
-    for (; i > 0 && candidate.before(items_[i - 1]); --i) items_[i] = items_[i - 1];
-    items_[i] = candidate;
-  }
-
- private:
-  Candidate* items_;
-  int64_t k_, size_ = 0;
 };
 
 }  // namespace SPECBRANCH_ISA

@@ -8,8 +8,9 @@
 
 #include <cmath>
 
-#include "sampling/cpu/fixed_point.h"
 #include "core/cpu/philox_simd.h"
+#include "sampling/cpu/candidates.h"
+#include "sampling/cpu/fixed_point.h"
 #include "sampling/cpu/row_state.h"
 
 namespace specbranch {

@@ -8,8 +8,8 @@
 // 0 and its entropy NaN. With filters in memory that are out of range every row is such a row.
 #include "sampling/draft_sample.h"
 
-#include "sampling/cuda/row_sampler.h"
 #include "sampling/cuda/launch.h"
+#include "sampling/cuda/row_sampler.h"
 
 namespace specbranch::cuda {
 namespace {

@@ -2,15 +2,12 @@
 // sampling/cpu/fixed_point.h.
 #pragma once
 
-#include "sampling/cuda/logit_row.h"
 #include "core/numerics.h"
+#include "sampling/cuda/logit_row.h"
 
 namespace specbranch::cuda {
 
-constexpr float two_to_20 = 1048576.0f;
 constexpr float two_to_23 = 8388608.0f;
-constexpr float two_to_40 = 1099511627776.0f;
-constexpr double two_to_minus_40 = 9.094947017729282e-13;
 
 // The words of a block are picked by comparisons: an index would put them into local memory.
 __device__ inline uint32_t pick(const uint32_t (&word)[4], int i) {
@@ -22,8 +19,8 @@ __device__ inline float pick(const float (&x)[4], int i) {
   return (i & 2) != 0 ? high : low;
 }
 
-// token_noise of core/numerics.h.
-__device__ inline float noise_of(const NoiseKey& key, int32_t token) {
+// The one of core/numerics.h would pick a word by its index.
+__device__ inline float token_noise(const NoiseKey& key, int32_t token) {
   const auto word = [&](Purpose purpose) {
     return pick(key.block(static_cast<uint32_t>(token / group_tokens), purpose).word, token % group_tokens);
   };
@@ -64,7 +61,7 @@ struct MassSum {
     high += q.high;
     low += q.low;
   }
-  __device__ Word64 value() const { return (static_cast<Word64>(high) << 20) + low; }
+  __device__ Word64 total() const { return (static_cast<Word64>(high) << 20) + low; }
 };
 
 }  // namespace specbranch::cuda

@@ -1,25 +1,13 @@
 // The host's side of row_max.h and row_sampler.h: the workspace and the arguments of both launches.
 #pragma once
 
+#include "core/workspace.h"
 #include "sampling/cuda/row_max.h"
 #include "sampling/cuda/row_sampler.h"
 
 namespace specbranch::cuda {
 
-// A workspace is cut into parts one after another; with memory = nullptr only its size counts.
-struct Workspace {
-  int64_t bytes = 0;
-
- protected:
-  template <typename V>
-  V* take(void* memory, int64_t count) {
-    V* part = reinterpret_cast<V*>(reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes));
-    bytes += divide_up(count * static_cast<int64_t>(sizeof(V)), 256) * 256;
-    return part;
-  }
-};
-
-struct SampleWorkspace : Workspace {
+struct SampleWorkspace : Workspace<256> {
   Word64* maxima = nullptr;
   float* masses = nullptr;
   RowState* state = nullptr;
@@ -40,21 +28,22 @@ struct SampleWorkspace : Workspace {
 };
 
 inline SampleWorkspace::SampleWorkspace(void* memory, int64_t rows, int64_t vocabulary, int64_t many_k,
-                                        const Filters& filters, bool any_filters) {
+                                        const Filters& filters, bool any_filters)
+    : Workspace(memory) {
   if (rows < 1 || vocabulary < 1) return;  // refused later
-  maxima = take<Word64>(memory, rows * Pieces::for_max(rows, vocabulary).count);
+  maxima = take<Word64>(rows * Pieces::for_max(rows, vocabulary).count);
   if (any_filters || filters.searches_mass()) {
-    masses = take<float>(memory, rows * Pieces::for_max(rows, vocabulary).count);
+    masses = take<float>(rows * Pieces::for_max(rows, vocabulary).count);
   }
   if (!any_filters && filters.greedy() && many_k == 0) return;
-  state = take<RowState>(memory, rows);
-  candidates = take<Word64>(memory, many_k == 0 ? 0 : rows * pieces(rows, vocabulary).count *
-                                                           BestMany::published_by(static_cast<int>(many_k)));
+  state = take<RowState>(rows);
+  candidates = take<Word64>(many_k == 0 ? 0 : rows * pieces(rows, vocabulary).count *
+                                                   BestMany::published_by(static_cast<int>(many_k)));
   if (!any_filters && !filters.searches_count(vocabulary) && !filters.searches_mass()) return;
   const int64_t capacity = rows <= 128 ? 16384 : rows <= 1024 ? 8192 : min_sampled_vocabulary;
   list_capacity = static_cast<int32_t>(vocabulary < capacity ? vocabulary : capacity);
-  list_key = take<Word64>(memory, rows * list_capacity);
-  list_z = take<float>(memory, rows * list_capacity);
+  list_key = take<Word64>(rows * list_capacity);
+  list_z = take<float>(rows * list_capacity);
 }
 
 // in_memory: of a device, or null.

@@ -2,17 +2,16 @@
 // four and 16 bytes hold as many float32 logits.
 #pragma once
 
-#include <cfloat>
 #include <limits>
 
 #include "core/cuda/device.h"
+#include "sampling/filters.h"
 
 namespace specbranch::cuda {
 
 using Word64 = unsigned long long;  // what 64-bit atomics take
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
-constexpr float lowest_finite = -FLT_MAX;  // z below this is a masked token (-inf)
 
 constexpr int group_tokens = 4;
 struct Group {

@@ -13,7 +13,7 @@
 // for each other in between. Here a token costs one exponential (with top-p or statistics) and, if it may win, noise.
 // Noise is dense where most tokens may win (one Philox block for the four tokens of a thread), and sparse where the
 // filters leave few: these are collected until there is one for every lane of a warp. Two logarithms are spent only on
-// tokens whose random word allows a score above the floor (the test of csrc/sampling/cpu/scan.h).
+// tokens whose random word allows a score above the floor (the test of sampling/cpu/scan.h).
 //
 // Floor: the logits' bytes twice, the second time from the L2 cache. Instructions a token (sm_90): 45 with top-p, 33 of
 // them for the weight; 40 without filters, 23 of them for Philox and the test.
@@ -22,10 +22,10 @@
 // the host's in launch.h.
 #pragma once
 
+#include "core/cuda/tickets.h"
 #include "sampling/cuda/bracket.h"
 #include "sampling/cuda/candidates.h"
 #include "sampling/cuda/row_max.h"
-#include "core/cuda/tickets.h"
 #include "sampling/filters.h"
 
 namespace specbranch::cuda {
@@ -146,7 +146,7 @@ class RowSampler {
   __device__ Word64 candidate(int32_t token, float z) const {
     if (!(z >= lowest_finite)) return 0;
     if (f_.min_p > 0.0f && !(exp_nonpositive(z - z_max_) >= f_.min_p)) return 0;
-    return candidate_key(f_.greedy ? z : z + noise_of(noise_key_, token), token);
+    return candidate_key(f_.greedy ? z : z + token_noise(noise_key_, token), token);
   }
 
   __device__ void find_start();

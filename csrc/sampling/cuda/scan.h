@@ -14,7 +14,7 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
   const bool counts = f_.search_count && bracket.top < infinity;
   // The upper 23 bits of a random word over 2^32, plus 1.
   const auto unit = [](uint32_t word) { return __uint_as_float(word >> 9 | 0x3F800000u); };
-  // What a token must reach to be among the best; with noise less, for every rounding (see csrc/sampling/cpu/scan.h).
+  // What a token must reach to be among the best; with noise less, for every rounding (see sampling/cpu/scan.h).
   const auto current_reach = [&] {
     const float floor = best_.floor_score();
     return f_.greedy ? floor : floor - (2e-3f + 1e-6f * fabsf(floor));
@@ -131,7 +131,7 @@ __device__ void RowSampler<T, Best, statistics>::evaluate(bool active, int32_t t
 
 template <typename T, typename Best, bool statistics>
 __device__ void RowSampler<T, Best, statistics>::flush(const MassSum (&masses)[3], float distance, uint32_t above) {
-  Word64 sums[sum_count] = {masses[sum_all].value(), masses[sum_above].value() + above, masses[sum_kept].value(),
+  Word64 sums[sum_count] = {masses[sum_all].total(), masses[sum_above].total() + above, masses[sum_kept].total(),
                             static_cast<Word64>(static_cast<double>(distance) * two_to_40)};
 #pragma unroll
   for (int i = 0; i < sum_count; ++i) {

@@ -11,9 +11,9 @@
 // unused, next_token is -1, with nothing accepted. With filters out of range every row is such a row.
 #include "sampling/verify.h"
 
-#include "sampling/cuda/row_sampler.h"
-#include "sampling/cuda/launch.h"
 #include "core/cuda/tickets.h"
+#include "sampling/cuda/launch.h"
+#include "sampling/cuda/row_sampler.h"
 #include "sampling/cuda/tree_walk.h"
 
 namespace specbranch::cuda {

@@ -19,9 +19,9 @@
 
 #include <climits>
 
-#include "sampling/cuda/row_sampler.h"
-#include "sampling/cuda/launch.h"
 #include "core/cuda/tickets.h"
+#include "sampling/cuda/launch.h"
+#include "sampling/cuda/row_sampler.h"
 
 namespace specbranch::cuda {
 namespace {
@@ -357,17 +357,17 @@ Pieces residual_pieces(int64_t n, int64_t vocabulary, bool block) {
 }
 
 // The workspace of the first two launches, then what the last one needs.
-struct RejectionWorkspace : Workspace {
+struct RejectionWorkspace : Workspace<256> {
   SampleWorkspace rows;
   RowInfo* info = nullptr;
   Word64* parts = nullptr;
 
   RejectionWorkspace(void* memory, int64_t n, int64_t vocabulary, const Filters& filters)
-      : rows(memory, 2 * n - 1, vocabulary, /*many_k=*/0, filters, /*any_filters=*/false) {
+      : Workspace(memory), rows(memory, 2 * n - 1, vocabulary, /*many_k=*/0, filters, /*any_filters=*/false) {
     bytes = rows.bytes;
     if (filters.greedy() || n < 1) return;
-    parts = take<Word64>(memory, n * residual_threads);
-    info = take<RowInfo>(memory, 2 * n - 1);
+    parts = take<Word64>(n * residual_threads);
+    info = take<RowInfo>(2 * n - 1);
   }
 };
 
