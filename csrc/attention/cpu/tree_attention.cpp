@@ -1,8 +1,8 @@
 // Tree attention on the CPU. The rows of one KV head (nodes x query heads) are cut into groups, the keys into
 // segments of 512 positions in the text; each pair gives a partial result (maximum, sum, output), and the partials of
-// a group are merged in the order of the keys. A key belongs to a segment by its position, wherever its cache row is, so
-// a row's bits depend neither on the thread count, nor on the other rows of the call, nor on how much of its text is
-// committed: verifying a node in a tree gives what decoding its path token by token gives.
+// a group are merged in the order of the keys. A key belongs to a segment by its position, wherever its cache row is.
+// So a row's bits depend neither on the thread count, nor on the other rows of the call, nor on how much of its text
+// is committed: verifying a node in a tree gives what decoding its path token by token gives.
 #include "attention/tree_attention.h"
 
 #include <algorithm>

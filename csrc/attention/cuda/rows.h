@@ -11,16 +11,16 @@ namespace specbranch::cuda {
 
 // Scores come as products of query and key. They are in units of log2 / factor, or of log2 after a transformation:
 // a soft cap needs one, and a factor that would turn maxima into minima.
-__device__ inline bool must_transform(const AttentionArguments& a) { return a.cap > 0.0f || !(a.factor > 0.0f); }
+__device__ inline bool must_transform(const AttentionArguments& a) { return a.softcap > 0.0f || !(a.factor > 0.0f); }
 
 template <int rows, int columns>
 __device__ inline void transform(const AttentionArguments& a, float (&products)[rows][columns]) {
-  if (a.cap > 0.0f) {
+  if (a.softcap > 0.0f) {
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
 #pragma unroll
       for (int j = 0; j < columns; ++j) {  // cap * tanh
-        products[r][j] = a.cap - __fdividef(2.0f * a.cap, exp2_approximate(products[r][j] * a.factor) + 1.0f);
+        products[r][j] = a.softcap - __fdividef(2.0f * a.softcap, exp2_approximate(products[r][j] * a.factor) + 1.0f);
       }
     }
   } else {

@@ -7,9 +7,9 @@
 // that would leave all multiprocessors but a few idle: 32 rows, 33 splits and 128 columns are 540 KB for each block,
 // which one multiprocessor reads in about 5 us. A second launch is faster then, and adds up in the same order.
 //
-// Floor: the bytes of K and V once, 2 * kv_heads * length * head_dim items. A byte of 16-bit keys or values takes part in
-// one operation for each row, so with as many rows as a device does operations in the time of a byte (about 200 on an
-// H100) the 4 * nodes * query_heads * length * head_dim operations take as long.
+// Floor: the bytes of K and V once, 2 * kv_heads * length * head_dim items. Each byte of 16-bit keys or values takes
+// part in one operation per row. A device does many operations in the time of a byte (about 200 on an H100): with so
+// many rows the 4 * nodes * query_heads * length * head_dim operations take as long as the bytes.
 //
 // For a captured graph the grid depends on shapes only: splits come from the number of heads, rows and the capacity. A
 // block reads prefix_length and takes every splits-th tile of those in use, so a short prefix in a large cache still
@@ -169,7 +169,7 @@ void run(const TreeAttentionParams& p) {
   a.by_position = p.by_position && !p.chain;
   a.window = p.sliding_window;
   const double log2_e = 1.4426950408889634;
-  a.cap = static_cast<float>(p.softcap * log2_e);
+  a.softcap = static_cast<float>(p.softcap * log2_e);
   a.factor = static_cast<float>(p.scale * log2_e * (p.softcap > 0 ? 2.0 / p.softcap : 1.0));
   a.vector_query = aligned(query, 16);
   a.vector_keys = aligned(keys, 16);

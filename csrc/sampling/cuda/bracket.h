@@ -31,19 +31,19 @@ struct BracketPlan {
   float vocabulary;
 
   BracketPlan() = default;
-  // max_pieces: of row_max.h.
-  SPECBRANCH_HD BracketPlan(int64_t vocabulary, int64_t max_pieces, int64_t short_list, double top_k, double top_p,
+  // max_segments: of row_max.h.
+  SPECBRANCH_HD BracketPlan(int64_t vocabulary, int64_t max_segments, int64_t short_list, double top_k, double top_p,
                             float inverse_temperature)
       : tokens_per_sample(static_cast<float>(vocabulary) / (sample_groups * group_tokens)),
         short_list(static_cast<float>(short_list)),
         expected(static_cast<float>(top_k) / tokens_per_sample),
         slack(5.0f * sqrtf(expected * (1.0f - static_cast<float>(top_k) / static_cast<float>(vocabulary))) + 4.0f),
-        least_range((max_pieces < 8 ? 32.0f : 2.0f) * inverse_temperature),
+        least_range((max_segments < 8 ? 32.0f : 2.0f) * inverse_temperature),
         dropped(static_cast<float>(1.0 - top_p)),
         vocabulary(static_cast<float>(vocabulary)) {}
 
-  // Bins for each unit of z. `spread`: how far apart the largest logits of the row's pieces are, which says how far the
-  // row's tail is.
+  // Bins for each unit of z. `spread`: how far apart the largest logits of the row's segments are, which says how far
+  // the row's tail is.
   __device__ float count_bins(float spread) const { return (bracket_bins - 1) / (8.0f * spread + least_range); }
   // mass: of the row. The last bin then begins where exp(-6) of what top-p drops is left.
   __device__ float mass_bins(float mass) const {

@@ -1,4 +1,4 @@
-// draft_sample in two launches: the largest logits of the rows' pieces (row_max.h), and one pass over the rows that
+// draft_sample in two launches: the largest logits of the rows' segments (row_max.h), and one pass over the rows that
 // finds the k best candidates together with the sums that confidence and entropy need (row_sampler.h).
 //
 // Weights and weights times distance are summed as integers, so results do not depend on the order of blocks; only the
@@ -16,7 +16,7 @@ namespace {
 
 struct DraftArguments {
   int k;
-  Word64* published;  // [rows, pieces, BestMany::published_by(k)]
+  Word64* published;  // [rows, segments, BestMany::published_by(k)]
   int64_t* tokens;
   float* scores;
   float* confidence;
@@ -29,8 +29,8 @@ __global__ void __launch_bounds__(sampler_threads)
   using Sampler = RowSampler<T, BestMany, /*statistics=*/true>;
   static_assert(sizeof(typename Sampler::Shared) <= 48 * 1024, "what every device gives without being asked");
   typename Sampler::Shared& shared = *shared_memory<typename Sampler::Shared>();
-  const int64_t row = blockIdx.x / static_cast<unsigned>(arguments.pieces);
-  Word64* published = out.published + row * arguments.pieces * BestMany::published_by(out.k);
+  const int64_t row = blockIdx.x / static_cast<unsigned>(arguments.segments);
+  Word64* published = out.published + row * arguments.segments * BestMany::published_by(out.k);
   const RowFilters& filters = row_filters<filters_in_memory>(arguments, shared.filters);
   Sampler sampler(arguments, filters, shared, BestMany(shared.best, out.k, published), out.k);
   if (!sampler.run()) return;
@@ -80,7 +80,7 @@ void run(const DraftSampleParams& p) {
   const DraftArguments out{static_cast<int>(k),   workspace.candidates,       p.tokens.as<int64_t>(),
                            p.scores.as<float>(), p.confidence.as<float>(), p.entropy.as<float>()};
   const auto kernel = in_memory != nullptr ? draft_sample_kernel<T, true> : draft_sample_kernel<T, false>;
-  launch("draft_sample", kernel, p.launch, dim3(static_cast<unsigned>(rows * arguments.pieces)),
+  launch("draft_sample", kernel, p.launch, dim3(static_cast<unsigned>(rows * arguments.segments)),
          dim3(sampler_threads), sizeof(SamplerShared<BestMany>), arguments, out);
 }
 

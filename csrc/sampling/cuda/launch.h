@@ -13,17 +13,17 @@ struct SampleWorkspace : Workspace<256> {
   RowState* state = nullptr;
   float* list_z = nullptr;
   Word64* list_key = nullptr;
-  Word64* candidates = nullptr;  // [rows, pieces, BestMany::published_by(k)]
+  Word64* candidates = nullptr;  // [rows, segments, BestMany::published_by(k)]
   int32_t list_capacity = 0;
 
   // many_k: of BestMany, or 0. any_filters: has all that any filters need.
   SampleWorkspace(void* memory, int64_t rows, int64_t vocabulary, int64_t many_k, const Filters& filters,
                   bool any_filters);
 
-  // Pieces of the second launch: one block for each multiprocessor of an H100.
-  static Pieces pieces(int64_t rows, int64_t vocabulary) {
+  // Segments of the second launch: one block for each multiprocessor of an H100.
+  static Segments segments(int64_t rows, int64_t vocabulary) {
     const int64_t wanted_blocks = rows <= 66 ? 132 : 4 * 132;
-    return Pieces(rows, vocabulary, wanted_blocks, /*min_tokens=*/sampler_threads * group_tokens, 132);
+    return Segments(rows, vocabulary, wanted_blocks, /*min_tokens=*/sampler_threads * group_tokens, 132);
   }
 };
 
@@ -31,13 +31,13 @@ inline SampleWorkspace::SampleWorkspace(void* memory, int64_t rows, int64_t voca
                                         const Filters& filters, bool any_filters)
     : Workspace(memory) {
   if (rows < 1 || vocabulary < 1) return;  // refused later
-  maxima = take<Word64>(rows * Pieces::for_max(rows, vocabulary).count);
+  maxima = take<Word64>(rows * Segments::for_max(rows, vocabulary).count);
   if (any_filters || filters.searches_mass()) {
-    masses = take<float>(rows * Pieces::for_max(rows, vocabulary).count);
+    masses = take<float>(rows * Segments::for_max(rows, vocabulary).count);
   }
   if (!any_filters && filters.greedy() && many_k == 0) return;
   state = take<RowState>(rows);
-  candidates = take<Word64>(many_k == 0 ? 0 : rows * pieces(rows, vocabulary).count *
+  candidates = take<Word64>(many_k == 0 ? 0 : rows * segments(rows, vocabulary).count *
                                                    BestMany::published_by(static_cast<int>(many_k)));
   if (!any_filters && !filters.searches_count(vocabulary) && !filters.searches_mass()) return;
   const int64_t capacity = rows <= 128 ? 16384 : rows <= 1024 ? 8192 : min_sampled_vocabulary;
@@ -49,13 +49,13 @@ inline SampleWorkspace::SampleWorkspace(void* memory, int64_t rows, int64_t voca
 // in_memory: of a device, or null.
 inline RowMaxArguments row_max_arguments(const Tensor& logits, const Filters& f, const Filters* in_memory,
                                          const SampleWorkspace& workspace) {
-  const Pieces pieces = Pieces::for_max(logits.shape[0], logits.shape[1]);
+  const Segments segments = Segments::for_max(logits.shape[0], logits.shape[1]);
   RowMaxArguments a{};
   a.logits = logits.data;
   a.stride = logits.stride[0];
   a.vocabulary = static_cast<int32_t>(logits.shape[1]);
-  a.pieces = pieces.count;
-  a.piece_groups = pieces.groups;
+  a.segments = segments.count;
+  a.segment_groups = segments.groups;
   a.mass_scale = mass_scale_of(f);
   a.filters = in_memory;
   a.maxima = workspace.maxima;
@@ -66,7 +66,7 @@ inline RowMaxArguments row_max_arguments(const Tensor& logits, const Filters& f,
 
 template <typename T>
 void launch_row_max(const char* name, const Launch& on, int64_t rows, const RowMaxArguments& arguments) {
-  launch(name, row_max_kernel<T>, on, dim3(static_cast<unsigned>(rows * arguments.pieces)), dim3(row_max_threads),
+  launch(name, row_max_kernel<T>, on, dim3(static_cast<unsigned>(rows * arguments.segments)), dim3(row_max_threads),
          sizeof(RowMaxShared), arguments);
 }
 
@@ -74,18 +74,18 @@ inline SampleArguments sample_arguments(const Tensor& logits, const Tensor& posi
                                         const Filters& f, const Filters* in_memory,
                                         const SampleWorkspace& workspace) {
   const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
-  const Pieces pieces = SampleWorkspace::pieces(rows, vocabulary);
+  const Segments segments = SampleWorkspace::segments(rows, vocabulary);
   SampleArguments a{};
   a.logits = logits.data;
   a.stride = logits.stride[0];
   a.positions = positions.as<const int64_t>();
   a.seed = seed.as<const int64_t>();
   a.vocabulary = static_cast<int32_t>(vocabulary);
-  a.max_pieces = Pieces::for_max(rows, vocabulary).count;
-  a.pieces = pieces.count;
-  a.piece_groups = pieces.groups;
+  a.max_segments = Segments::for_max(rows, vocabulary).count;
+  a.segments = segments.count;
+  a.segment_groups = segments.groups;
   a.list_capacity = workspace.list_capacity;
-  a.filters = RowFilters(f, vocabulary, a.max_pieces, a.list_capacity);
+  a.filters = RowFilters(f, vocabulary, a.max_segments, a.list_capacity);
   a.filters_in_memory = in_memory;
   a.maxima = workspace.maxima;
   a.masses = workspace.masses;

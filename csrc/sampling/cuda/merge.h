@@ -53,7 +53,7 @@ __device__ bool RowSampler<T, Best, statistics>::find_threshold(const Bracket& b
 // Merges the candidates of all blocks with the listed ones that the threshold keeps, and adds the latter to the sums.
 template <typename T, typename Best, bool statistics>
 __device__ void RowSampler<T, Best, statistics>::merge_list(float threshold) {
-  best_.merge(s_.select, a_.pieces, state_);
+  best_.merge(s_.select, a_.segments, state_);
   Word64 kept = 0, kept_distance = 0;
   const uint32_t listed = searches() ? state_.listed : 0;
   for (uint32_t base = 0; base < listed; base += sampler_threads) {

@@ -26,8 +26,8 @@ struct RowFilters {
   BracketPlan bracket_plan;
 
   RowFilters() = default;
-  // max_pieces: of row_max.h. list_capacity: of row_sampler.h.
-  SPECBRANCH_HD RowFilters(const Filters& f, int64_t vocabulary, int64_t max_pieces, int64_t list_capacity)
+  // max_segments: of row_max.h. list_capacity: of row_sampler.h.
+  SPECBRANCH_HD RowFilters(const Filters& f, int64_t vocabulary, int64_t max_segments, int64_t list_capacity)
       : inverse_temperature(f.inverse_temperature()),
         min_p(f.greedy() ? 0.0f : static_cast<float>(f.min_p)),
         min_p_distance(min_p > 0.0f ? logf(min_p) - 1e-2f : 0.0f),
@@ -37,7 +37,8 @@ struct RowFilters {
         top_k(f.top_k),
         top_p(f.top_p),
         mass_scale(mass_scale_of(f)),
-        bracket_plan(vocabulary, max_pieces, /*short_list=*/list_capacity / 4, f.top_k, f.top_p, inverse_temperature) {}
+        bracket_plan(vocabulary, max_segments, /*short_list=*/list_capacity / 4, f.top_k, f.top_p,
+                     inverse_temperature) {}
 };
 
 }  // namespace specbranch::cuda

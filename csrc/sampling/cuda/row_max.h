@@ -1,8 +1,8 @@
-// The first launch of verify and draft_sample: the largest logit of every piece of every row, its lowest token, and
-// whether the piece has a NaN; for top-p also the piece's mass, which guides a guess only (bracket.h). It clears what
-// the second launch adds to, too, because the workspace starts as garbage.
+// The first launch of verify and draft_sample: the largest logit of every segment of every row, its lowest token, and
+// whether the segment has a NaN; for top-p also the segment's mass, which only guides a guess (bracket.h). It also
+// clears what the second launch adds to, because the workspace starts as garbage.
 //
-// Floor: the logits' bytes once. Pieces are short so that all their loads are in flight together.
+// Floor: the logits' bytes once. Segments are short so that all their loads are in flight together.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 namespace specbranch::cuda {
 
 constexpr int row_max_threads = 256;
-constexpr int max_row_pieces = 2 * warp_size;  // one warp merges them
-constexpr Word64 nan_key = ~Word64{0};         // of a piece with a NaN: above all others
+constexpr int max_row_segments = 2 * warp_size;  // one warp merges them
+constexpr Word64 nan_key = ~Word64{0};         // of a segment with a NaN: above all others
 
 // What the blocks of a row add up in the second launch. Integers, so that their order does not matter.
 struct RowState {
@@ -24,30 +24,30 @@ struct RowState {
   unsigned finished;  // blocks
 };
 
-// How rows are cut: from shapes alone, so that a captured graph stays valid. Enough pieces for all multiprocessors of
+// How rows are cut: from shapes alone, so that a captured graph stays valid. Enough segments for all multiprocessors of
 // an H100 and none so small that its block would idle.
-struct Pieces {
-  int32_t count, groups;  // per row, per piece
+struct Segments {
+  int32_t count, groups;  // per row, per segment
 
-  Pieces(int64_t rows, int64_t vocabulary, int64_t wanted_blocks, int64_t min_tokens, int64_t max_count) {
+  Segments(int64_t rows, int64_t vocabulary, int64_t wanted_blocks, int64_t min_tokens, int64_t max_count) {
     const int64_t all = divide_up(vocabulary, group_tokens);
     const int64_t most = std::min({divide_up(vocabulary, min_tokens), max_count, wanted_blocks / rows});
     groups = static_cast<int32_t>(divide_up(all, std::max<int64_t>(most, 1)));
     count = static_cast<int32_t>(divide_up(all, groups));
   }
-  static Pieces for_max(int64_t rows, int64_t vocabulary) {
-    return Pieces(rows, vocabulary, /*wanted_blocks=*/4 * 132, /*min_tokens=*/1024, max_row_pieces);
+  static Segments for_max(int64_t rows, int64_t vocabulary) {
+    return Segments(rows, vocabulary, /*wanted_blocks=*/4 * 132, /*min_tokens=*/1024, max_row_segments);
   }
 };
 
 struct RowMaxArguments {
   const void* logits;
   int64_t stride;
-  int32_t vocabulary, pieces, piece_groups;
+  int32_t vocabulary, segments, segment_groups;
   float mass_scale;        // log2(e) / temperature, or 0: no masses
   const Filters* filters;  // in memory, or null: what mass_scale comes from
-  Word64* maxima;   // [rows, pieces]: keys of the largest logits
-  float* masses;    // [rows, pieces]: sums of exp((logit - largest) / temperature)
+  Word64* maxima;   // [rows, segments]: keys of the largest logits
+  float* masses;    // [rows, segments]: sums of exp((logit - largest) / temperature)
   RowState* state;  // [rows] or null
 };
 
@@ -62,9 +62,9 @@ struct RowMaxShared {
 // What it finds is written by thread 0.
 template <typename T>
 __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
-  const int64_t row_index = blockIdx.x / a.pieces;
-  const int32_t piece = static_cast<int32_t>(blockIdx.x % a.pieces);
-  if (a.state != nullptr && piece == 0 && threadIdx.x == 0) a.state[row_index] = RowState{};
+  const int64_t row_index = blockIdx.x / a.segments;
+  const int32_t segment = static_cast<int32_t>(blockIdx.x % a.segments);
+  if (a.state != nullptr && segment == 0 && threadIdx.x == 0) a.state[row_index] = RowState{};
   float mass_scale = a.mass_scale;
   bool nan = false;
   if (a.filters != nullptr) {
@@ -80,8 +80,8 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
   }
 
   const LogitRow<T> row(a.logits, a.stride, row_index, a.vocabulary);
-  const int32_t begin = piece * a.piece_groups;
-  const int32_t end = row.groups() - begin < a.piece_groups ? row.groups() : begin + a.piece_groups;
+  const int32_t begin = segment * a.segment_groups;
+  const int32_t end = row.groups() - begin < a.segment_groups ? row.groups() : begin + a.segment_groups;
   GroupReader<T, row_max_threads> reader(row, begin + static_cast<int32_t>(threadIdx.x), end);
   float best = -infinity;
   int32_t token = group_tokens * begin;

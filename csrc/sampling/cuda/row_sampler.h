@@ -1,10 +1,10 @@
 // The second launch of verify and draft_sample: the kept tokens with the largest scaled logit + noise.
 //
-// A row is cut into pieces, one block each. A block
+// A row is cut into segments, one block each. A block
 //   1. merges what the first launch found: the row's largest logit, and scores of a few tokens as the first floor that
 //      a candidate must beat;
 //   2. with top-k or top-p on, guesses a bracket around their threshold from a sample of the row;
-//   3. goes over its piece once. It sums the weights of the row and of the tokens above the bracket, lists the tokens
+//   3. goes over its segment once. It sums the weights of the row and of the tokens above the bracket, lists the tokens
 //      inside it with their scores in the workspace, and keeps the best of those above it, which are surely kept.
 // The block of a row that ends last finds the exact threshold among the listed tokens and merges the candidates. Where
 // the bracket misled, it searches the row itself and then goes over all of it as in step 3.
@@ -36,14 +36,14 @@ struct SampleArguments {
   const int64_t* positions;
   const int64_t* seed;
   int32_t vocabulary;
-  int32_t max_pieces;            // of the first launch
-  int32_t pieces, piece_groups;  // of this one
+  int32_t max_segments;            // of the first launch
+  int32_t segments, segment_groups;  // of this one
   int32_t list_capacity;
   RowFilters filters;
   const Filters* filters_in_memory;  // or null: what `filters` comes from
   // Workspace.
-  const Word64* maxima;  // [rows, max_pieces]
-  const float* masses;   // [rows, max_pieces], see row_max.h
+  const Word64* maxima;  // [rows, max_segments]
+  const float* masses;   // [rows, max_segments], see row_max.h
   RowState* state;       // [rows]
   float* list_z;         // [rows, list_capacity]
   Word64* list_key;      // [rows, list_capacity]; 0: not a candidate
@@ -80,7 +80,7 @@ template <bool in_memory>
 __device__ const RowFilters& row_filters(const SampleArguments& a, RowFilters& shared) {
   if (!in_memory) return a.filters;
   if (threadIdx.x == 0) {
-    shared = RowFilters(in_range(*a.filters_in_memory), a.vocabulary, a.max_pieces, a.list_capacity);
+    shared = RowFilters(in_range(*a.filters_in_memory), a.vocabulary, a.max_segments, a.list_capacity);
   }
   __syncthreads();
   return shared;
@@ -98,8 +98,8 @@ class RowSampler {
         s_(shared),
         best_(best),
         k_(k),
-        row_index_(blockIdx.x / static_cast<unsigned>(arguments.pieces)),
-        piece_(static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(arguments.pieces))),
+        row_index_(blockIdx.x / static_cast<unsigned>(arguments.segments)),
+        segment_(static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(arguments.segments))),
         row_(arguments.logits, arguments.stride, row_index_, arguments.vocabulary),
         state_(arguments.state[row_index_]),
         list_z_(arguments.list_z + row_index_ * arguments.list_capacity),
@@ -164,7 +164,7 @@ class RowSampler {
   Best best_;
   const int k_;
   const int64_t row_index_;
-  const int32_t piece_;
+  const int32_t segment_;
   const LogitRow<T> row_;
   RowState& state_;
   float* const list_z_;
@@ -178,7 +178,7 @@ class RowSampler {
 template <typename T, typename Best, bool statistics>
 __device__ bool RowSampler<T, Best, statistics>::run() {
   const int thread = static_cast<int>(threadIdx.x);
-  int32_t begin = piece_ * a_.piece_groups, groups = min(row_.groups() - begin, a_.piece_groups);
+  int32_t begin = segment_ * a_.segment_groups, groups = min(row_.groups() - begin, a_.segment_groups);
   // Loads first: nothing here waits for them yet.
   Reader reader(row_, begin + thread, begin + groups);
   Group next = reader.next();
@@ -192,7 +192,7 @@ __device__ bool RowSampler<T, Best, statistics>::run() {
   if (warp_index() == 0) find_start();
   __syncthreads();
   usable_ = usable(s_.max_key, f_.inverse_temperature);
-  if (!usable_) return piece_ == 0;
+  if (!usable_) return segment_ == 0;
   z_max_ = key_score(s_.max_key) * f_.inverse_temperature;
 
   Bracket bracket{lowest_finite, infinity};
@@ -233,7 +233,7 @@ __device__ bool RowSampler<T, Best, statistics>::run() {
 // Adds what this block found to the row's state; true in the block of the row that does so last.
 template <typename T, typename Best, bool statistics>
 __device__ bool RowSampler<T, Best, statistics>::publish() {
-  best_.publish(s_.select, piece_, state_);
+  best_.publish(s_.select, segment_, state_);
   __syncthreads();
   if (warp_index() == 0) {
     if (lane_index() < sum_count) {
@@ -242,7 +242,7 @@ __device__ bool RowSampler<T, Best, statistics>::publish() {
       if (sum != 0) atomicAdd(&state_.sums[lane_index()], sum);
     }
     __syncwarp();
-    if (lane_index() == 0) s_.is_last = takes_last_ticket(&state_.finished, static_cast<unsigned>(a_.pieces));
+    if (lane_index() == 0) s_.is_last = takes_last_ticket(&state_.finished, static_cast<unsigned>(a_.segments));
   }
   __syncthreads();
   return s_.is_last;

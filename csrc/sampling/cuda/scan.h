@@ -1,4 +1,4 @@
-// Part of row_sampler.h: step 3, once over a piece or a row.
+// Part of row_sampler.h: step 3, once over a segment or a row.
 #pragma once
 
 namespace specbranch::cuda {

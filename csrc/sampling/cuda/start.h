@@ -1,4 +1,4 @@
-// Part of row_sampler.h: steps 1 and 2, before a block goes over its piece.
+// Part of row_sampler.h: steps 1 and 2, before a block goes over its segment.
 #pragma once
 
 namespace specbranch::cuda {
@@ -6,10 +6,10 @@ namespace specbranch::cuda {
 // By the first warp: the row's largest logit, and a floor that some k kept tokens reach.
 template <typename T, typename Best, bool statistics>
 __device__ void RowSampler<T, Best, statistics>::find_start() {
-  const Word64* maxima = a_.maxima + row_index_ * a_.max_pieces;
+  const Word64* maxima = a_.maxima + row_index_ * a_.max_segments;
   const int lane = lane_index();
-  const Word64 first = lane < a_.max_pieces ? maxima[lane] : 0;
-  const Word64 second = lane + warp_size < a_.max_pieces ? maxima[lane + warp_size] : 0;
+  const Word64 first = lane < a_.max_segments ? maxima[lane] : 0;
+  const Word64 second = lane + warp_size < a_.max_segments ? maxima[lane + warp_size] : 0;
   Word64 mine = larger(first, second);
   const Word64 max_key = warp_max(mine);
   z_max_ = key_score(max_key) * f_.inverse_temperature;
@@ -40,7 +40,7 @@ __device__ void RowSampler<T, Best, statistics>::find_start() {
     const Word64 min_key = ~warp_max(larger(~finite(first), ~finite(second)));
     bins_per_unit = f_.bracket_plan.count_bins(z_max_ - key_score(min_key) * f_.inverse_temperature);
   } else if (f_.search_mass) {
-    const float* masses = a_.masses + row_index_ * a_.max_pieces;
+    const float* masses = a_.masses + row_index_ * a_.max_segments;
     const auto part = [&](int i, Word64 key) {
       return key == 0 ? 0.0f : masses[i] * exp2_approximate((key_score(key) - key_score(max_key)) * f_.mass_scale);
     };

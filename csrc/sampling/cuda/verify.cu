@@ -1,11 +1,11 @@
-// verify at temperature 0 is one launch: its blocks find the largest logits of the rows' pieces (row_max.h), and the
+// verify at temperature 0 is one launch: its blocks find the largest logits of the rows' segments (row_max.h), and the
 // one that ends last merges them and walks the tree (tree_walk.h). Otherwise a second launch samples the rows
 // (row_sampler.h), and its last block walks. With the filters in memory there are always both, and only the one whose
 // turn it is walks.
 //
 // Floor at temperature 0: the logits' bytes once. On an H100, 9 rows of 151,936 bfloat16 logits should take 4.5 us: 2
 // for the launch, 1 for the bytes (2.7 MB, all loads in flight at once), and 1.5 for the end, which is four round trips
-// to the L2 cache: the ticket, the pieces' maxima, and the walk's target tokens and results.
+// to the L2 cache: the ticket, the segments' maxima, and the walk's target tokens and results.
 //
 // A row with NaN, +inf, only -inf or an overflow cannot raise here: its target token is -1 and, unless its node is
 // unused, next_token is -1, with nothing accepted. With filters out of range every row is such a row.
@@ -26,9 +26,9 @@ struct GreedyShared {
 };
 
 // Lanes that merge a row's maxima, a power of two: so few that the rows are merged all at once, if possible.
-int merging_lanes(int64_t rows, int32_t pieces) {
+int merging_lanes(int64_t rows, int32_t segments) {
   int lanes = 1;
-  while (lanes < pieces && lanes < warp_size && 2 * lanes * rows <= row_max_threads) lanes *= 2;
+  while (lanes < segments && lanes < warp_size && 2 * lanes * rows <= row_max_threads) lanes *= 2;
   return lanes;
 }
 
@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(row_max_threads)
   const int lane = static_cast<int>(threadIdx.x) % row_lanes;
   for (int64_t base = 0; base < tree.n; base += row_max_threads / row_lanes) {
     const int64_t row = base + static_cast<int>(threadIdx.x) / row_lanes;
-    const int32_t pieces = row < tree.n ? a.pieces : 0;
+    const int32_t segments = row < tree.n ? a.segments : 0;
     Word64 best = 0;
 #pragma unroll 4
-    for (int32_t i = lane; i < pieces; i += row_lanes) best = larger(best, a.maxima[row * a.pieces + i]);
+    for (int32_t i = lane; i < segments; i += row_lanes) best = larger(best, a.maxima[row * a.segments + i]);
     for (int offset = row_lanes / 2; offset > 0; offset /= 2) {
       best = larger(best, __shfl_xor_sync(all_lanes, best, offset));
     }
@@ -98,8 +98,8 @@ void run(const VerifyParams& p) {
                            p.next_token.as<int64_t>()};
   const RowMaxArguments max_arguments = row_max_arguments(p.target_logits, f, in_memory, workspace);
   if (in_memory != nullptr || f.greedy()) {
-    launch("verify", verify_greedy_kernel<T>, p.launch, dim3(static_cast<unsigned>(n * max_arguments.pieces)),
-           dim3(row_max_threads), sizeof(GreedyShared), max_arguments, tree, merging_lanes(n, max_arguments.pieces),
+    launch("verify", verify_greedy_kernel<T>, p.launch, dim3(static_cast<unsigned>(n * max_arguments.segments)),
+           dim3(row_max_threads), sizeof(GreedyShared), max_arguments, tree, merging_lanes(n, max_arguments.segments),
            p.launch.tickets);
     if (in_memory == nullptr) return;
   } else {
@@ -107,7 +107,7 @@ void run(const VerifyParams& p) {
   }
   const SampleArguments arguments = sample_arguments(p.target_logits, p.positions, p.seed, f, in_memory, workspace);
   const auto kernel = in_memory != nullptr ? verify_kernel<T, true> : verify_kernel<T, false>;
-  launch("verify", kernel, p.launch, dim3(static_cast<unsigned>(n * arguments.pieces)),
+  launch("verify", kernel, p.launch, dim3(static_cast<unsigned>(n * arguments.segments)),
          dim3(sampler_threads), sizeof(VerifyShared), arguments, tree, p.launch.tickets);
 }
 

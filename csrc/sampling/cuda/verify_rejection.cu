@@ -2,12 +2,12 @@
 // before found in whole rows: the weights need the largest logit, the residual the sums of the weights. Between
 // launches travel a few numbers for each row; nothing of the logits' size is written.
 //
-//   1. max_kernel: the largest logit of each piece of all 2n - 1 rows (row_max.h).
+//   1. max_kernel: the largest logit of each segment of all 2n - 1 rows (row_max.h).
 //   2. weigh_kernel: the threshold of the filters and the sum of the weights that they keep (row_sampler.h, without
 //      noise, so that its only candidate is the largest logit).
 //   3. residual_kernel: each block works out the chances of the chain, a few numbers, and sums the residual of its
-//      piece: of one row token-wise, and of every row for block verification, whose coins need the sums. The block that
-//      ends last tosses those coins and draws: from the pieces' sums it knows which piece to look at.
+//      segment: of one row token-wise, and of every row for block verification, whose coins need the sums. The block
+//      that ends last tosses those coins and draws: from the segments' sums it knows which segment to look at.
 // At temperature 0 the largest logits decide and greedy_kernel replaces the last two.
 //
 // Floor: the logits' bytes once from memory and twice more from the L2 cache (token-wise the third pass reads two
@@ -50,11 +50,11 @@ struct Arguments {
   int32_t n, vocabulary;
   float inverse_temperature, min_p;
   bool block;
-  int32_t max_pieces, residual_pieces, residual_groups;
+  int32_t max_segments, residual_segments, residual_groups;
   // Workspace.
-  const Word64* maxima;  // [rows, max_pieces]: keys of the largest logits
+  const Word64* maxima;  // [rows, max_segments]: keys of the largest logits
   RowInfo* info;         // [rows]
-  Word64* parts;         // [n, residual_pieces], or one row of them token-wise
+  Word64* parts;         // [n, residual_segments], or one row of them token-wise
   unsigned* ticket;      // of the last launch's blocks
 
   template <typename T>
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(sampler_threads)
 
 struct ResidualShared {
   Word64 warps[residual_warps];
-  Word64 left;  // of the uniform integer, in the piece
-  int drafted, drawn, accepted, piece;
+  Word64 left;  // of the uniform integer, in the segment
+  int drafted, drawn, accepted, segment;
   bool unusable, is_last;
   // Then of every row of the target: one over the sum of its weights; of its drafted token q of the target, and D; and
   // the chance of the path with that token.
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
   double* share = reinterpret_cast<double*>(&s + 1);
   double *target_weight = share + a.n, *draft_chance = target_weight + a.n, *path = draft_chance + a.n;
   const int thread = static_cast<int>(threadIdx.x);
-  const int32_t block_row = static_cast<int32_t>(blockIdx.x) / a.residual_pieces;
-  const int32_t piece = static_cast<int32_t>(blockIdx.x) % a.residual_pieces;
+  const int32_t block_row = static_cast<int32_t>(blockIdx.x) / a.residual_segments;
+  const int32_t segment = static_cast<int32_t>(blockIdx.x) % a.residual_segments;
 
   if (thread == 0) {
     s.drafted = a.n - 1;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
   Word64 sum = 0;
   if (row_index <= drawn) {
     const Residual<T> residual = residual_of(row_index);
-    const int32_t begin = piece * a.residual_groups, end = min(begin + a.residual_groups, groups);
+    const int32_t begin = segment * a.residual_groups, end = min(begin + a.residual_groups, groups);
     ResidualReader<T> reader(a, residual, begin + thread, end);
     for (int32_t base = begin; base < end; base += residual_threads) {
       Word64 weight[group_tokens];
@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
   if (a.block) {
     for (int i = 1 + warp_index(); i <= drawn; i += residual_warps) {
       Word64 row_sum = 0;
-      for (int p = lane_index(); p < a.residual_pieces; p += warp_size) {
-        row_sum += __ldcg(a.parts + static_cast<int64_t>(i) * a.residual_pieces + p);
+      for (int p = lane_index(); p < a.residual_segments; p += warp_size) {
+        row_sum += __ldcg(a.parts + static_cast<int64_t>(i) * a.residual_segments + p);
       }
       row_sum = warp_sum(row_sum);
       if (lane_index() != 0) continue;
@@ -259,8 +259,8 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
   }
   const int accepted = a.block ? s.accepted : row_index;
 
-  // Which piece the uniform integer falls into. There are no more pieces than threads.
-  const Word64* parts = a.parts + (a.block ? static_cast<int64_t>(accepted) * a.residual_pieces : 0);
+  // Which segment the uniform integer falls into. There are no more segments than threads.
+  const Word64* parts = a.parts + (a.block ? static_cast<int64_t>(accepted) * a.residual_segments : 0);
   const auto sum_through = [&](Word64 value, Word64& all) {  // of all threads' values up to this one's
     Word64 through = warp_inclusive_sum(value);
     __syncthreads();
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
     }
     return through;
   };
-  const Word64 part = thread < a.residual_pieces ? __ldcg(parts + thread) : 0;
+  const Word64 part = thread < a.residual_segments ? __ldcg(parts + thread) : 0;
   Word64 all = 0;
   const Word64 through = sum_through(part, all);
   if (thread == 0) *a.accepted = accepted;
@@ -283,14 +283,14 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
   }
   const Word64 uniform = below(all, random_integer(a.key(accepted), 0, Purpose::residual));
   if (uniform < through && uniform >= through - part) {
-    s.piece = thread;
+    s.segment = thread;
     s.left = uniform - (through - part);
   }
   __syncthreads();
 
   const Residual<T> residual = residual_of(accepted);
   Word64 left = s.left;
-  const int32_t begin = s.piece * a.residual_groups, end = min(begin + a.residual_groups, groups);
+  const int32_t begin = s.segment * a.residual_groups, end = min(begin + a.residual_groups, groups);
   ResidualReader<T> reader(a, residual, begin + thread, end);
   for (int32_t base = begin; base < end; base += residual_threads) {
     Word64 weight[group_tokens];
@@ -317,9 +317,9 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
 
 // By one warp: the key of a row's largest logit.
 __device__ inline Word64 row_key(const Arguments& a, int32_t row_index) {
-  const Word64* maxima = a.maxima + static_cast<int64_t>(row_index) * a.max_pieces;
+  const Word64* maxima = a.maxima + static_cast<int64_t>(row_index) * a.max_segments;
   Word64 key = 0;
-  for (int i = lane_index(); i < a.max_pieces; i += warp_size) key = larger(key, maxima[i]);
+  for (int i = lane_index(); i < a.max_segments; i += warp_size) key = larger(key, maxima[i]);
   return warp_max(key);
 }
 
@@ -350,9 +350,9 @@ __global__ void __launch_bounds__(greedy_threads) greedy_kernel(const __grid_con
 
 // ---- Host.
 
-// Pieces of the last launch: no more than it has threads.
-Pieces residual_pieces(int64_t n, int64_t vocabulary, bool block) {
-  return Pieces(block ? n : 1, vocabulary, /*wanted_blocks=*/(block ? 4 : 1) * 132, /*min_tokens=*/1024,
+// Segments of the last launch: no more than it has threads.
+Segments residual_segments(int64_t n, int64_t vocabulary, bool block) {
+  return Segments(block ? n : 1, vocabulary, /*wanted_blocks=*/(block ? 4 : 1) * 132, /*min_tokens=*/1024,
                 residual_threads);
 }
 
@@ -393,10 +393,10 @@ void run(const VerifyRejectionParams& p) {
   RowMaxArguments max_draft = max_target;
   max_draft.logits = draft_rows;
   max_draft.stride = p.draft_logits.stride[0];
-  launch("verify_rejection", max_kernel<T>, p.launch, dim3(blocks(rows * max_target.pieces)), dim3(row_max_threads),
-         sizeof(RowMaxShared), max_target, max_draft, blocks(n * max_target.pieces));
+  launch("verify_rejection", max_kernel<T>, p.launch, dim3(blocks(rows * max_target.segments)), dim3(row_max_threads),
+         sizeof(RowMaxShared), max_target, max_draft, blocks(n * max_target.segments));
 
-  const Pieces pieces = residual_pieces(n, vocabulary, p.block);
+  const Segments segments = residual_segments(n, vocabulary, p.block);
   const Arguments a{p.target_logits.data,
                     p.draft_logits.data,
                     p.target_logits.stride[0],
@@ -411,9 +411,9 @@ void run(const VerifyRejectionParams& p) {
                     f.inverse_temperature(),
                     static_cast<float>(f.min_p),
                     p.block,
-                    max_target.pieces,
-                    pieces.count,
-                    pieces.groups,
+                    max_target.segments,
+                    segments.count,
+                    segments.groups,
                     workspace.rows.maxima,
                     workspace.info,
                     workspace.parts,
@@ -429,10 +429,10 @@ void run(const VerifyRejectionParams& p) {
   SampleArguments weigh_draft = weigh_target;
   weigh_draft.logits = draft_rows;
   weigh_draft.stride = p.draft_logits.stride[0];
-  launch("verify_rejection", weigh_kernel<T>, p.launch, dim3(blocks(rows * weigh_target.pieces)), dim3(sampler_threads),
-         sizeof(SamplerShared<BestOne>), weigh_target, weigh_draft, blocks(n * weigh_target.pieces),
-         workspace.info);
-  launch("verify_rejection", residual_kernel<T>, p.launch, dim3(blocks((p.block ? n : 1) * pieces.count)),
+  launch("verify_rejection", weigh_kernel<T>, p.launch, dim3(blocks(rows * weigh_target.segments)),
+         dim3(sampler_threads), sizeof(SamplerShared<BestOne>), weigh_target, weigh_draft,
+         blocks(n * weigh_target.segments), workspace.info);
+  launch("verify_rejection", residual_kernel<T>, p.launch, dim3(blocks((p.block ? n : 1) * segments.count)),
          dim3(residual_threads), residual_shared_bytes(n), a);
 }
 
