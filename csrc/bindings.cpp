@@ -1,5 +1,6 @@
-// The Python module specbranch_ext._C. Arguments are torch tensors, read by python_tensor.h; outputs are allocated
-// by the caller. Every op checks its arguments (ValueError) and runs without the GIL.
+// The Python module specbranch_ext._C. Arguments are torch tensors, read by python_tensor.h. Every op takes the arguments
+// of its schema (specbranch_ext/ops), then its outputs, allocated by the caller, then where it runs: see launch_on. It
+// checks its arguments (ValueError) and runs without the GIL.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -99,7 +100,7 @@ py::dict build_info() {
   return info;
 }
 
-void gumbel_noise(Object positions, Object seed, Object noise, int64_t handle) {
+void gumbel_noise(Object positions, int64_t /*vocabulary*/, Object seed, Object noise, int64_t handle) {
   GumbelNoiseParams params{{}, tensor(positions, "positions"), tensor(seed, "seed"), tensor(noise, "noise")};
   params.launch = launch_on({&params.positions, &params.seed, &params.noise}, handle);
   check_gumbel_noise(params);
@@ -115,8 +116,8 @@ void ancestor_mask(Object parents, Object ancestors, Object depths, int64_t hand
   run_ancestor_mask(params);
 }
 
-void tree_attention(Object query, Object keys, Object values, Object prefix_length, Object ancestors, Object output,
-                    float scale, int64_t sliding_window, float softcap, bool by_position, int64_t handle,
+void tree_attention(Object query, Object keys, Object values, Object prefix_length, Object ancestors, float scale,
+                    int64_t sliding_window, float softcap, bool by_position, Object output, int64_t handle,
                     Object workspace, Object tickets) {
   TreeAttentionParams params;
   params.query = tensor(query, "query");
@@ -222,9 +223,9 @@ void verify_rejection(Object target_logits, Object draft_logits, Object tokens, 
   draft_report.raise(params.draft_logits);
 }
 
-void draft_sample(Object draft_logits, Object positions, Object seed, double temperature, int64_t top_k, double top_p,
-                  double min_p, Object filters, Object tokens, Object scores, Object confidence, Object entropy,
-                  int64_t handle, Object workspace) {
+void draft_sample(Object draft_logits, Object positions, int64_t /*k*/, Object seed, double temperature, int64_t top_k,
+                  double top_p, double min_p, Object filters, Object tokens, Object scores, Object confidence,
+                  Object entropy, int64_t handle, Object workspace) {
   RowReport report;
   Tensor filters_tensor;
   if (!filters.is_none()) filters_tensor = tensor(filters, "filters");

@@ -1,7 +1,8 @@
 """How an op is registered with torch and run by the core, and the conversions that the typed functions share."""
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,15 +16,63 @@ core: Any = _C
 _LIBRARY = torch.library.Library("specbranch", "FRAGMENT")
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define `torch.ops.specbranch.<op>` with one kernel for the CPU and CUDA, and a fake one; returns the overload."""
-    name = schema.split("(", 1)[0]
+def register(
+    schema: str,
+    outputs: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
+    *,
+    workspace: Callable[..., tuple[Any, ...]] | None = None,
+    tickets: Callable[[Tensor], Tensor | None] | None = None,
+    fake: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
+    device_of: int = 0,
+) -> Callable[..., Any]:
+    """Define `torch.ops.specbranch.<op>` by what makes its outputs; returns the overload.
+
+    Its kernel calls the core's function of the same name with the arguments of the schema, the outputs,
+    `launch_handle`, and then the workspace and the tickets of an op that has them.
+
+    Args:
+        schema: the op's name, arguments and results.
+        outputs: from the arguments to the tensors that the core writes; the fake implementation too. None where the
+            op writes its arguments.
+        workspace: from the arguments to those of the core's `<op>_workspace`.
+        tickets: `_tickets.tickets`.
+        fake: the fake implementation, where it is another one.
+        device_of: the argument whose device the op runs on.
+    """
+    overload = define(schema)
+    op, declared = overload._opname, overload._schema.arguments
+    parameters = ", ".join(f"{a.name}={a.default_value}" if a.has_default_value() else a.name for a in declared)
+    arguments, where = ", ".join(a.name for a in declared), declared[device_of].name
+    results = ", ".join(f"output_{i}" for i in range(len(overload._schema.returns)))
+    call = [arguments, *([results] if results else []), f"library.launch_handle({where})"]
+    if workspace:
+        call.append(f"library.allocate({where}, {op!r}, workspace, {arguments})")
+    if tickets:
+        call.append(f"tickets({where})")
+    # Written out, because a function that passes on any arguments takes 0.3 us more.
+    source = [f"def kernel({parameters}):"]
+    if results:
+        source.append(f"    {results} = outputs({arguments})")
+    source.append(f"    library.core.{op}({', '.join(call)})")
+    source.append(f"    return {results or None}")
+    scope: dict[str, Any] = {"library": sys.modules[__name__]}
+    scope |= {"outputs": outputs, "workspace": workspace, "tickets": tickets}
+    exec("\n".join(source), scope)
+    return implement(overload, scope["kernel"], fake or outputs or (lambda *arguments: None))
+
+
+def define(schema: str) -> Any:
+    """The overload of a new `torch.ops.specbranch.<op>`."""
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, kernel, "CPU")
-    _LIBRARY.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"specbranch::{name}", fake, lib=_LIBRARY)
-    overload: Callable[..., Any] = getattr(torch.ops.specbranch, name).default
-    return overload
+    return getattr(torch.ops.specbranch, schema.split("(", 1)[0]).default
+
+
+def implement(overload: Any, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Give an op one kernel for the CPU and CUDA, and a fake one; returns the overload."""
+    _LIBRARY.impl(overload._opname, kernel, "CPU")
+    _LIBRARY.impl(overload._opname, kernel, "CUDA")
+    torch.library.register_fake(f"specbranch::{overload._opname}", fake, lib=_LIBRARY)
+    return cast("Callable[..., Any]", overload)
 
 
 def launch_handle(tensor: Tensor) -> int:
@@ -33,20 +82,20 @@ def launch_handle(tensor: Tensor) -> int:
     return torch.cuda.current_stream(tensor.device).cuda_stream
 
 
-def workspace(tensor: Tensor, op: str, *sizes: Any) -> Tensor | None:
-    """Uninitialised memory for a CUDA kernel, as many bytes as `<op>_workspace(*sizes)` says; None on the CPU."""
+def allocate(tensor: Tensor, op: str, sizes: Callable[..., tuple[Any, ...]], *arguments: Any) -> Tensor | None:
+    """A workspace: uninitialised memory for a CUDA kernel, of `<op>_workspace(*sizes(*arguments))` bytes; None on the
+    CPU."""
     if tensor.is_cpu and not core.emulated:
         return None
     if not core.emulated and not hasattr(core, f"{op}_workspace"):
         raise ValueError(f"{op}: this build has no CUDA kernels: {core.build_info()['cuda_reason']}")
-    return torch.empty(getattr(core, f"{op}_workspace")(*sizes), dtype=torch.uint8, device=tensor.device)
+    size = getattr(core, f"{op}_workspace")(*sizes(*arguments))
+    return torch.empty(size, dtype=torch.uint8, device=tensor.device)
 
 
-def matrix_shape(tensor: Tensor, name: str) -> tuple[int, int]:
-    """n and V of logits [n, V]."""
+def check_matrix(tensor: Tensor, name: str) -> None:
     if tensor.dim() != 2:
         raise ValueError(f"{name}: expected shape [n, V], got {describe(tensor)}")
-    return tensor.shape[0], tensor.shape[1]
 
 
 def int64_scalar(value: int | Tensor, name: str, device: torch.device) -> Tensor:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library
 from ._library import describe, register
 
 
@@ -18,7 +17,7 @@ class AncestorMask(NamedTuple):
     """int64 [n]: edges between a node and its root."""
 
 
-def _outputs(parents: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(parents: Tensor) -> tuple[Tensor, ...]:
     if parents.dim() != 1:
         raise ValueError(f"parents: expected int64 of shape [n], got {describe(parents)}")
     n = parents.shape[0]
@@ -26,13 +25,7 @@ def _outputs(parents: Tensor) -> tuple[Tensor, Tensor]:
     return ancestors, torch.empty(n, dtype=torch.int64, device=parents.device)
 
 
-def _kernel(parents: Tensor) -> tuple[Tensor, Tensor]:
-    ancestors, depths = _outputs(parents)
-    _library.core.ancestor_mask(parents, ancestors, depths, _library.launch_handle(parents))
-    return ancestors, depths
-
-
-_op = register("ancestor_mask(Tensor parents) -> (Tensor ancestors, Tensor depths)", _kernel, _outputs)
+_op = register("ancestor_mask(Tensor parents) -> (Tensor ancestors, Tensor depths)", _outputs)
 
 
 def ancestor_mask(parents: Tensor) -> AncestorMask:

@@ -1,12 +1,11 @@
 """draft_sample: the draft's best guesses of the token that the target is going to sample."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _library
-from ._library import int64_scalar, register
+from ._library import check_matrix, int64_scalar, register
 
 
 class DraftSample(NamedTuple):
@@ -24,71 +23,26 @@ class DraftSample(NamedTuple):
     entropy: Tensor
 
 
-def _kernel(
-    draft_logits: Tensor,
-    positions: Tensor,
-    k: int,
-    seed: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    filters: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    tokens, scores, confidence, entropy = _fake(draft_logits, positions, k, seed, temperature, top_k, top_p, min_p)
-    _library.core.draft_sample(
-        draft_logits,
-        positions,
-        seed,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        filters,
-        tokens,
-        scores,
-        confidence,
-        entropy,
-        _library.launch_handle(draft_logits),
-        _library.workspace(
-            draft_logits,
-            "draft_sample",
-            *_library.matrix_shape(draft_logits, "draft_logits"),
-            k,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            filters is not None,
-        ),
-    )
-    return tokens, scores, confidence, entropy
-
-
-def _fake(
-    draft_logits: Tensor,
-    positions: Tensor,
-    k: int,
-    seed: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    filters: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(draft_logits: Tensor, positions: Tensor, k: int, *_: Any) -> tuple[Tensor, ...]:
     if k < 1:
         raise ValueError(f"k: expected at least 1, got {k}")
+    check_matrix(draft_logits, "draft_logits")
     rows = draft_logits.shape[0]
     tokens = draft_logits.new_empty((rows, k), dtype=torch.int64)
     scores = draft_logits.new_empty((rows, k), dtype=torch.float32)
     return tokens, scores, torch.empty_like(scores), draft_logits.new_empty((rows,), dtype=torch.float32)
 
 
+def _workspace(draft_logits: Tensor, positions: Tensor, k: int, seed: Tensor, *filters: Any) -> tuple[Any, ...]:
+    *numbers, in_memory = filters
+    return *draft_logits.shape, k, *numbers, in_memory is not None
+
+
 _op = register(
     "draft_sample(Tensor draft_logits, Tensor positions, int k, Tensor seed, float temperature, int top_k, "
     "float top_p, float min_p, Tensor? filters=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    _kernel,
-    _fake,
+    _outputs,
+    workspace=_workspace,
 )
 
 

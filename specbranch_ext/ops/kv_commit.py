@@ -4,19 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from . import _library
 from ._library import int64_scalar, register
 
 
-def _kernel(buffers: list[Tensor], rows: Tensor, start: Tensor) -> None:
-    _library.core.kv_commit(buffers, rows, start, _library.launch_handle(rows))
-
-
-def _fake(buffers: list[Tensor], rows: Tensor, start: Tensor) -> None:
-    return None
-
-
-_op = register("kv_commit(Tensor(a!)[] buffers, Tensor rows, Tensor start) -> ()", _kernel, _fake)
+_op = register("kv_commit(Tensor(a!)[] buffers, Tensor rows, Tensor start) -> ()", device_of=1)
 
 
 def kv_commit(buffers: Sequence[Tensor], rows: Tensor, start: int | Tensor) -> None:

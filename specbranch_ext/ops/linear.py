@@ -1,33 +1,31 @@
 """linear: x W^T + b whose rows do not depend on each other, not even in the last bit."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from . import _library
-from ._library import describe, register
+from ._library import define, describe, implement
 
 
-def _kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _output(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape [out, in], got {describe(weight)}")
     if input.dim() == 0:
         raise ValueError(f"input: expected shape [..., in], got {describe(input)}")
-    shape = (*input.shape[:-1], weight.shape[0])
-    output = torch.empty(shape, dtype=input.dtype)
+    return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+
+def _kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    output = _output(input, weight, bias)
     rows = input.contiguous()
-    if len(shape) > 3:  # the core knows few dimensions, and the leading ones do not matter to it
+    if output.dim() > 3:  # the core knows few dimensions, and the leading ones do not matter to it
         _library.core.linear(rows.flatten(0, -2), weight, bias, output.flatten(0, -2), _library.launch_handle(rows))
     else:
         _library.core.linear(rows, weight, bias, output, _library.launch_handle(rows))
     return output
 
 
-def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return input.new_empty((*input.shape[:-1], weight.shape[0]))
-
-
-_op = register("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", _kernel, _fake)
+_op = implement(define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor"), _kernel, _output)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

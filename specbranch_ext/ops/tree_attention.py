@@ -1,13 +1,14 @@
 """tree_attention: the nodes of a speculation tree attend to the prefix and to their own ancestors."""
 
+from typing import Any
+
 from torch import Tensor
 
-from . import _library
 from ._library import describe, int64_scalar, register
 from ._tickets import tickets
 
 
-def _output(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def _outputs(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
     if query.dim() != 3:
         raise ValueError(f"query: expected shape [n, Hq, D], got {describe(query)}")
     if keys.dim() != 3:
@@ -17,57 +18,23 @@ def _output(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[1], values.shape[2]))
 
 
-def _kernel(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    prefix_length: Tensor,
-    ancestors: Tensor | None,
-    scale: float,
-    sliding_window: int,
-    softcap: float,
-    by_position: bool,
-) -> Tensor:
-    output = _output(query, keys, values)
-    _library.core.tree_attention(
-        query,
-        keys,
-        values,
-        prefix_length,
-        ancestors,
-        output,
-        scale,
-        sliding_window,
-        softcap,
-        by_position,
-        _library.launch_handle(query),
-        _library.workspace(query, "tree_attention", *query.shape[:2], keys.shape[0], values.shape[2], keys.shape[1]),
-        tickets(query),
-    )
-    return output
-
-
-def _fake(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    prefix_length: Tensor,
-    ancestors: Tensor | None,
-    scale: float,
-    sliding_window: int,
-    softcap: float,
-    by_position: bool,
-) -> Tensor:
+def _fake(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
     if not query.device == keys.device == values.device:
         raise ValueError(f"keys and values: expected query's device {query.device}, got {keys.device}, {values.device}")
-    return _output(query, keys, values)
+    return _outputs(query, keys, values)
+
+
+def _workspace(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[Any, ...]:
+    return *query.shape[:2], keys.shape[0], values.shape[2], keys.shape[1]
 
 
 _op = register(
     "tree_attention(Tensor query, Tensor keys, Tensor values, Tensor prefix_length, Tensor? ancestors, "
     "float scale, SymInt sliding_window, float softcap, bool by_position) -> Tensor",
-    _kernel,
-    _fake,
+    _outputs,
+    workspace=_workspace,
+    tickets=tickets,
+    fake=_fake,
 )
 
 

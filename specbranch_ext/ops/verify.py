@@ -1,12 +1,11 @@
 """verify: which drafted tokens the target would have sampled itself, and the token that follows them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _library
-from ._library import int64_scalar, register
+from ._library import check_matrix, int64_scalar, register
 from ._tickets import tickets
 
 
@@ -25,72 +24,24 @@ class Verification(NamedTuple):
     next_token: Tensor
 
 
-def _kernel(
-    target_logits: Tensor,
-    tokens: Tensor,
-    parents: Tensor,
-    positions: Tensor,
-    seed: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    filters: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    target_tokens, path = torch.empty_like(positions), torch.empty_like(positions)
-    accepted, next_token = torch.empty_like(seed), torch.empty_like(seed)
-    _library.core.verify(
-        target_logits,
-        tokens,
-        parents,
-        positions,
-        seed,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        filters,
-        target_tokens,
-        path,
-        accepted,
-        next_token,
-        _library.launch_handle(target_logits),
-        _library.workspace(
-            target_logits,
-            "verify",
-            *_library.matrix_shape(target_logits, "target_logits"),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            filters is not None,
-        ),
-        tickets(target_logits),
-    )
-    return target_tokens, path, accepted, next_token
+def _outputs(
+    target_logits: Tensor, tokens: Tensor, parents: Tensor, positions: Tensor, seed: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    check_matrix(target_logits, "target_logits")
+    return torch.empty_like(positions), torch.empty_like(positions), torch.empty_like(seed), torch.empty_like(seed)
 
 
-def _fake(
-    target_logits: Tensor,
-    tokens: Tensor,
-    parents: Tensor,
-    positions: Tensor,
-    seed: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    filters: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = torch.empty_like(positions)
-    return rows, torch.empty_like(positions), torch.empty_like(seed), torch.empty_like(seed)
+def _workspace(target_logits: Tensor, *arguments: Any) -> tuple[Any, ...]:
+    *_, temperature, top_k, top_p, min_p, filters = arguments
+    return *target_logits.shape, temperature, top_k, top_p, min_p, filters is not None
 
 
 _op = register(
     "verify(Tensor target_logits, Tensor tokens, Tensor parents, Tensor positions, Tensor seed, "
     "float temperature, int top_k, float top_p, float min_p, Tensor? filters=None) -> (Tensor, Tensor, Tensor, Tensor)",
-    _kernel,
-    _fake,
+    _outputs,
+    workspace=_workspace,
+    tickets=tickets,
 )
 
 

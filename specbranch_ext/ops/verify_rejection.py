@@ -1,11 +1,10 @@
 """verify_rejection: speculative sampling in its classical form, from the logits of target and draft."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import _library
 from ._library import int64_scalar, register
 from ._tickets import tickets
 
@@ -21,68 +20,25 @@ class RejectionVerification(NamedTuple):
     next_token: Tensor
 
 
-def _kernel(
-    target_logits: Tensor,
-    draft_logits: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    seed: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    block: bool,
-) -> tuple[Tensor, Tensor]:
-    accepted, next_token = torch.empty_like(seed), torch.empty_like(seed)
-    _library.core.verify_rejection(
-        target_logits,
-        draft_logits,
-        tokens,
-        positions,
-        seed,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        block,
-        accepted,
-        next_token,
-        _library.launch_handle(target_logits),
-        _library.workspace(
-            target_logits,
-            "verify_rejection",
-            positions.numel(),
-            target_logits.shape[-1:].numel(),
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-        ),
-        tickets(target_logits),
-    )
-    return accepted, next_token
-
-
-def _fake(
-    target_logits: Tensor,
-    draft_logits: Tensor,
-    tokens: Tensor,
-    positions: Tensor,
-    seed: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    block: bool,
-) -> tuple[Tensor, Tensor]:
+def _outputs(
+    target_logits: Tensor, draft_logits: Tensor, tokens: Tensor, positions: Tensor, seed: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     return torch.empty_like(seed), torch.empty_like(seed)
+
+
+def _workspace(
+    target_logits: Tensor, draft_logits: Tensor, tokens: Tensor, positions: Tensor, seed: Tensor, *filters: Any
+) -> tuple[Any, ...]:
+    *numbers, _block = filters
+    return positions.numel(), target_logits.shape[-1:].numel(), *numbers
 
 
 _op = register(
     "verify_rejection(Tensor target_logits, Tensor draft_logits, Tensor tokens, Tensor positions, Tensor seed, "
     "float temperature, int top_k, float top_p, float min_p, bool block) -> (Tensor, Tensor)",
-    _kernel,
-    _fake,
+    _outputs,
+    workspace=_workspace,
+    tickets=tickets,
 )
 
 
