@@ -21,24 +21,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+import cases_cache
+import cases_linear
+import cases_sampling
 import torch
-from cases_cache import ancestor_mask_cases, kv_commit_cases, tree_attention_cases
-from cases_linear import linear_cases
-from cases_sampling import draft_sample_cases, verify_cases, verify_rejection_cases
+from cases_cache import tree_attention_cases
 from op_case import Case, Timing, describe_error, measure, read_bandwidth
 from op_case_cuda import CudaTiming, Gpu, copy_bandwidth, measure_cuda
 
 from specbranch.cli.machine import describe_machine, describe_versions
 
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
-    "verify": verify_cases,
-    "verify_rejection": verify_rejection_cases,
-    "draft_sample": draft_sample_cases,
-    "tree_attention": tree_attention_cases,
-    "kv_commit": kv_commit_cases,
-    "ancestor_mask": ancestor_mask_cases,
-    "linear": linear_cases,
+    name.removesuffix("_cases"): cases
+    for module in (cases_sampling, cases_cache, cases_linear)
+    for name, cases in vars(module).items()
+    if name.endswith("_cases")
 }
+"""The cases of each op: a function <op>_cases."""
 
 Row = dict[str, Any]
 

@@ -92,9 +92,8 @@ ops() {
     "$python" benchmarks/bench_ops.py --quick "${options[@]}" --json "$work/ops.jsonl"
 }
 
-op_files=(tests/ops/test_verify.py tests/ops/test_draft_sample.py tests/ops/test_filters.py tests/ops/test_tree_attention.py
-    tests/ops/test_attention_bits.py tests/ops/test_kv_commit.py tests/ops/test_ancestor_mask.py tests/ops/test_philox.py
-    tests/ops/test_verify_rejection.py tests/ops/test_device_data.py)
+# As scripts/sanitize.py chooses them.
+mapfile -t op_files < <(grep -l 'usefixtures("implementation")' tests/ops/test_*.py | grep -v test_exhaustive)
 
 op_tests() {
     if [ -n "$dry" ]; then

@@ -18,17 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 TESTS = [
-    "tests/ops/test_device_data.py",
-    "tests/ops/test_philox.py",
-    "tests/ops/test_kv_commit.py",
-    "tests/ops/test_ancestor_mask.py",
-    "tests/ops/test_verify.py",
-    "tests/ops/test_draft_sample.py",
-    "tests/ops/test_filters.py",
-    "tests/ops/test_tree_attention.py",
-    "tests/ops/test_attention_bits.py",
-    "tests/ops/test_verify_rejection.py",
+    f"tests/ops/{path.name}"
+    for path in sorted((ROOT / "tests/ops").glob("test_*.py"))
+    if 'usefixtures("implementation")' in path.read_text() and path.name != "test_exhaustive.py"
 ]
+"""What runs on every implementation of the ops. The exhaustive tests take too long here, and on a rented GPU."""
 
 # What takes long under a sanitizer and runs next to no line that the rest does not: left to the ordinary run.
 SLOW = [

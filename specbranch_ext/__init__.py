@@ -23,20 +23,8 @@ except ImportError as error:
         )
     raise ImportError(f"{_message} The cause: {error}") from error
 
-from .ops import (
-    AncestorMask,
-    DraftSample,
-    RejectionVerification,
-    Verification,
-    ancestor_mask,
-    draft_sample,
-    gumbel_noise,
-    kv_commit,
-    linear,
-    tree_attention,
-    verify,
-    verify_rejection,
-)
+from . import ops
+from .ops import *  # noqa: F403
 
 build_info = _C.build_info
 
@@ -51,19 +39,5 @@ def cuda_device_problem(index: int) -> str:
     return _C.cuda_device_problem(index) if info["cuda"] else f"this build has no CUDA kernels: {info['cuda_reason']}"
 
 
-__all__ = [
-    "AncestorMask",
-    "DraftSample",
-    "RejectionVerification",
-    "Verification",
-    "ancestor_mask",
-    "build_info",
-    "cuda_device_problem",
-    "draft_sample",
-    "gumbel_noise",
-    "kv_commit",
-    "linear",
-    "tree_attention",
-    "verify",
-    "verify_rejection",
-]
+__all__ = ["build_info", "cuda_device_problem"]
+__all__ += ops.__all__

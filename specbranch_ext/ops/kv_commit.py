@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ._library import int64_scalar, register
 
-
 _op = register("kv_commit(Tensor(a!)[] buffers, Tensor rows, Tensor start) -> ()", device_of=1)
 
 

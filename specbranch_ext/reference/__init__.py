@@ -1,21 +1,15 @@
-"""The ops again, in plain torch: readable, slow, and the definition that every kernel must reproduce."""
+"""The ops again, in plain torch: readable, slow, and the definition that every kernel must reproduce.
 
-from .ancestor_mask import ancestor_mask
-from .draft_sample import draft_sample
-from .kv_commit import kv_commit
-from .linear import linear
-from .noise import gumbel_noise
-from .tree_attention import tree_attention
-from .verify import verify
-from .verify_rejection import verify_rejection
+Each op's is the function of its name in the module of its name, with the same arguments and results.
+"""
 
-__all__ = [
-    "ancestor_mask",
-    "draft_sample",
-    "gumbel_noise",
-    "kv_commit",
-    "linear",
-    "tree_attention",
-    "verify",
-    "verify_rejection",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .. import ops
+
+if TYPE_CHECKING:
+    from ..ops import *  # noqa: F403
+
+for _op in (name for name in ops.__all__ if name.islower()):
+    globals()[_op] = getattr(import_module(f".{_op}", __name__), _op)

@@ -96,9 +96,3 @@ def gumbel(word: Tensor, tail_word: Tensor) -> Tensor:
     small = scaled < 0.25
     exponential = -_log_reduced(torch.where(small, -v, f), torch.where(small, 0.0, e))
     return -_log_reduced(*_split_for_log(exponential))
-
-
-def gumbel_noise(positions: Tensor, vocabulary: int, *, seed: int | Tensor = 0) -> Tensor:
-    """See `specbranch_ext.ops.gumbel_noise`."""
-    words = noise_words(positions, vocabulary, seed, GUMBEL)
-    return gumbel(words, noise_words(positions, vocabulary, seed, GUMBEL_TAIL))

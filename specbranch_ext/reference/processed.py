@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .noise import exp_nonpositive, gumbel_noise
+from .gumbel_noise import gumbel_noise
+from .noise import exp_nonpositive
 
 
 class Processed(NamedTuple):

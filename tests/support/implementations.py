@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from specbranch_ext import _C, build_info
+from specbranch_ext import _C, build_info, ops
 from specbranch_ext.ops import _library, _tickets
 
 on_cpu = pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
@@ -26,8 +26,6 @@ HAS_DEVICE = torch.cuda.is_available() and build_info()["cuda"]
 ON_DEVICE = [pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_DEVICE else []
 NAMES = ["cpu", "emulated", *ON_DEVICE]
 """Parameters of the fixture `implementation`; those that need a GPU carry the marker that says so."""
-
-OPS = ("gumbel_noise", "ancestor_mask", "tree_attention", "kv_commit", "verify", "verify_rejection", "draft_sample")
 
 
 def _to_device(value: Any, copies: list[tuple[Tensor, Tensor]]) -> Any:
@@ -62,7 +60,7 @@ def _through_the_device(op: Callable[..., Any]) -> Callable[..., Any]:
 def _cuda_core() -> SimpleNamespace:
     core = SimpleNamespace(**{name: getattr(_C, name) for name in dir(_C) if not name.startswith("__")})
     core.emulated = True  # workspace for tensors on the CPU too
-    for op in OPS:
+    for op in set(ops.__all__) & set(dir(_emulated())):  # those that have a CUDA kernel
         setattr(core, op, _through_the_device(getattr(_C, op)))
     return core
 
