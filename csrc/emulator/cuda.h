@@ -33,20 +33,8 @@ inline unsigned __float_as_uint(float x) {
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
-inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
 inline float __uint_as_float(unsigned bits) {
   float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
-inline long long __double_as_longlong(double x) {
-  long long bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline double __longlong_as_double(long long bits) {
-  double x;
   memcpy(&x, &bits, sizeof x);
   return x;
 }
@@ -78,7 +66,6 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
 }
-inline int __mulhi(int a, int b) { return static_cast<int>(static_cast<long long>(a) * b >> 32); }
 inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
   const unsigned long long low = 0xFFFFFFFFull;
   const unsigned long long a0 = a & low, a1 = a >> 32, b0 = b & low, b1 = b >> 32;
@@ -111,15 +98,7 @@ inline double min(double a, double b) { return fmin(a, b); }
 inline double max(double a, double b) { return fmax(a, b); }
 
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __expf(float x) { return expf(x); }
-inline float __logf(float x) { return logf(x); }
-inline float __log2f(float x) { return log2f(x); }
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 // a * b + c rounded down: the nearest float, or the one below when that is more than the exact value sum + error.
 inline float __fmaf_rd(float a, float b, float c) {
   const float nearest = fmaf(a, b, c);
@@ -166,32 +145,14 @@ inline __half __float2half_rn(float x) {
   }
   return {static_cast<unsigned short>(half | sign)};
 }
-inline __half __float2half(float x) { return __float2half_rn(x); }
 
 // ---- Memory.
 
 template <typename T>
-T __ldg(const T* p) {
-  return *p;
-}
-template <typename T>
-T __ldcs(const T* p) {
-  return *p;
-}
-template <typename T>
 T __ldcg(const T* p) {
   return *p;
 }
-template <typename T>
-void __stcs(T* p, T value) {
-  *p = value;
-}
-template <typename T>
-void __stcg(T* p, T value) {
-  *p = value;
-}
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 namespace specbranch::emulator {
 
@@ -227,9 +188,6 @@ T atomic_update(T* p, Update update) {
   inline type atomicMax(type* p, type value) {                                                \
     return specbranch::emulator::atomic_update(p, [value](type old) { return value > old ? value : old; }); \
   }                                                                                           \
-  inline type atomicAnd(type* p, type value) {                                                \
-    return specbranch::emulator::atomic_update(p, [value](type old) { return old & value; }); \
-  }                                                                                           \
   inline type atomicOr(type* p, type value) {                                                 \
     return specbranch::emulator::atomic_update(p, [value](type old) { return old | value; }); \
   }                                                                                           \
@@ -255,9 +213,6 @@ inline unsigned long long atomicAdd(unsigned long long* p, unsigned long long va
 }
 inline float atomicAdd(float* p, float value) {
   return specbranch::emulator::atomic_update(p, [value](float old) { return old + value; });
-}
-inline double atomicAdd(double* p, double value) {
-  return specbranch::emulator::atomic_update(p, [value](double old) { return old + value; });
 }
 
 // ---- Barriers and warp collectives.
