@@ -1,5 +1,5 @@
 # make demo   text from the bundled pair, plain and with SpecBranch      make test   the tests
-# make lint   ruff and mypy                                              make bench  the benchmarks
+# make lint   ruff, mypy and clang-tidy                                  make bench  the benchmarks
 # make gate   the CUDA kernels for every architecture (needs nvcc)       make clean  remove what was built
 # make sanitize  the emulated CUDA kernels under sanitizers
 #
@@ -21,6 +21,10 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 96
 BIN := $(VENV)/bin
 # cmake, ctest and ninja come from there too.
 export PATH := $(abspath $(BIN)):$(PATH)
+# The CPU kernels at one instruction-set level.
+TIDY_FLAGS = -std=c++17 -Icsrc $(shell $(BIN)/python -m pybind11 --includes) -Wall -Wno-psabi -Wno-unknown-pragmas \
+	-DSPECBRANCH_MODULE=_C -DSPECBRANCH_CUDA_REASON='""' -DSPECBRANCH_ISA_NAMES='""' \
+	$(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3 -DSPECBRANCH_ISA=avx2 -DSPECBRANCH_X86)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
 .PHONY: demo test lint bench gate sanitize clean install
@@ -36,6 +40,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-tidy --quiet $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/cpu/*.cpp) -- $(TIDY_FLAGS)
 
 gate: install
 	$(BIN)/python scripts/cuda_gate.py

@@ -14,7 +14,9 @@ int64_t ancestor_rows(const Tensor& ancestors) {
     const int64_t* words = ancestors.as<const int64_t>() + i * ancestors.stride[0];
     int64_t w = ancestors.shape[1];
     while (w > 0 && words[w - 1] == 0) --w;
-    if (w == 0) fail("ancestors: expected every row to have its node's own bit, but row " + std::to_string(i) + " is zero");
+    if (w == 0) {
+      fail("ancestors: expected every row to have its node's own bit, but row " + std::to_string(i) + " is zero");
+    }
     rows = std::max(rows, 64 * w - __builtin_clzll(static_cast<uint64_t>(words[w - 1])));
   }
   return rows;

@@ -7,6 +7,7 @@
 
 // SPECBRANCH_DISPATCH defines run_<op>(params): calls cuda::<op>(params), or cpu::<level>::<op>(params) of the level in
 // use. SPECBRANCH_CPU_KERNEL is its second half.
+// clang-format off
 #ifdef SPECBRANCH_X86
 #define SPECBRANCH_CPU_KERNEL(op, Params)                     \
   namespace cpu {                                             \
@@ -61,3 +62,4 @@
     cpu::op(params);                                          \
   }
 #endif
+// clang-format on

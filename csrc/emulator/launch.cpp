@@ -213,7 +213,8 @@ void run_grid(const char* name, dim3 grid_size, dim3 block, size_t shared_bytes,
   int started = 1;
   try {
     for (; started < threads; ++started) helpers.emplace_back(work, started);
-  } catch (const std::system_error&) {  // no more OS threads: this one does the rest
+  } catch (const std::system_error&) {  // NOLINT(bugprone-empty-catch)
+    // There are no more OS threads: this one does the rest.
   }
   work(0);
   for (; started < threads; ++started) work(started);

@@ -56,7 +56,7 @@ inline void* prepare_stack(char*, char* top, void (*f)()) {
   *--words = nullptr;  // where a return address would be: ends a debugger's backtrace, and aligns the stack for f
   *--words = reinterpret_cast<void*>(f);
   for (int i = 0; i < 6; ++i) *--words = nullptr;
-  return words;
+  return static_cast<void*>(words);
 }
 
 #elif defined(SPECBRANCH_EMULATOR_AARCH64)
@@ -104,7 +104,7 @@ inline void* prepare_stack(char*, char* top, void (*f)()) {
   void** words = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{15}) - 20;
   for (int i = 0; i < 20; ++i) words[i] = nullptr;
   words[11] = reinterpret_cast<void*>(f);  // x30, to which ret goes
-  return words;
+  return static_cast<void*>(words);
 }
 
 #else

@@ -25,7 +25,9 @@ void check_linear(const LinearParams& p) {
   check_contiguous(y);
   bool same = y.dims == x.dims && y.shape[y.dims - 1] == w.shape[0];
   for (int i = 0; same && i + 1 < x.dims; ++i) same = y.shape[i] == x.shape[i];
-  if (!same) fail("output: expected the input's shape with out = " + std::to_string(w.shape[0]) + ", got " + shape_text(y));
+  if (!same) {
+    fail("output: expected the input's shape with out = " + std::to_string(w.shape[0]) + ", got " + shape_text(y));
+  }
 }
 
 SPECBRANCH_DISPATCH_CPU_ONLY(linear, LinearParams)

@@ -108,8 +108,8 @@ inline FloatVec exp2_below(FloatVec x, float base) {
   y = multiply_add(y, f, broadcast(2.40226507e-1f));
   y = multiply_add(y, f, broadcast(6.93147181e-1f));
   y = multiply_add(y, f, broadcast(1.0f));
-  const IntVec power = (((IntVec)(shifted) - static_cast<int32_t>(base)) << 23) + 0x3f800000;
-  y *= (FloatVec)(power);
+  const IntVec power = (((IntVec)shifted - static_cast<int32_t>(base)) << 23) + 0x3f800000;
+  y *= (FloatVec)power;
   return select(x < smallest, FloatVec{}, y);
 }
 
@@ -119,8 +119,8 @@ inline float exp2_nonpositive(float x) { return exp2_nonpositive(broadcast(x))[0
 
 // tanh(x) from y = 2 x log2(e).
 inline FloatVec tanh_from_exponent(FloatVec y) {
-  const IntVec sign = (IntVec)(y) & INT32_MIN;
-  const FloatVec e = exp2_nonpositive((FloatVec)((IntVec)(y) | INT32_MIN));
+  const IntVec sign = (IntVec)y & INT32_MIN;
+  const FloatVec e = exp2_nonpositive((FloatVec)((IntVec)y | INT32_MIN));
   return (FloatVec)((IntVec)((1.0f - e) / (1.0f + e)) | sign);
 }
 

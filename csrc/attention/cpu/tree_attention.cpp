@@ -280,7 +280,9 @@ void merge(const Problem& p, int64_t rows, const Partial& total, const Partial& 
     total.maximum[r] = maximum;
     total.sum[r] = total.sum[r] * a + next.sum[r] * b;
     float *out = total.output + r * p.width, *in = next.output + r * p.width;
-    for (int64_t d = 0; d < p.width; d += lanes) store(out + d, multiply_add(load(in + d), broadcast(b), load(out + d) * a));
+    for (int64_t d = 0; d < p.width; d += lanes) {
+      store(out + d, multiply_add(load(in + d), broadcast(b), load(out + d) * a));
+    }
   }
 }
 

@@ -22,7 +22,8 @@ struct AttentionArguments {
   void* output;
   const int64_t* prefix_length;
   const uint64_t* ancestors;  // null: a chain
-  int64_t query_stride[2], key_stride[2], value_stride[2], output_stride[2], ancestor_stride;  // in items
+  // In items.
+  int64_t query_stride[2], key_stride[2], value_stride[2], output_stride[2], ancestor_stride;
   int heads_per_kv, kv_heads, rows;  // rows: of one KV head
   int dim, value_dim, width;         // width: value_dim rounded up to 4
   int capacity, words;

@@ -121,7 +121,9 @@ inline float to_float(float x) { return x; }
 inline float to_float(Bfloat16 x) { return Lanes<float>::from_bits(static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16)); }
 inline float to_float(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7FFFu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  if (magnitude >= 0x7C00u) return Lanes<float>::from_bits(static_cast<int32_t>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13));
+  if (magnitude >= 0x7C00u) {
+    return Lanes<float>::from_bits(static_cast<int32_t>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13));
+  }
   // The product scales the exponent and makes subnormals exact in one step.
   const float scaled = Lanes<float>::from_bits(static_cast<int32_t>(magnitude << 13)) * 5.192296858534828e33f;  // 2^112
   return Lanes<float>::from_bits(Lanes<float>::bits(scaled) | static_cast<int32_t>(sign));

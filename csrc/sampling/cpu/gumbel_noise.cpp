@@ -7,8 +7,9 @@ namespace specbranch::cpu::SPECBRANCH_ISA {
 void gumbel_noise(const GumbelNoiseParams& p) {
   const int64_t rows = p.noise.shape[0], vocabulary = p.noise.shape[1];
   const uint64_t seed = static_cast<uint64_t>(*p.seed.as<const int64_t>());
+  const int threads = rows * vocabulary < 16384 ? 1 : p.launch.threads;
 
-#pragma omp parallel for schedule(static) num_threads(rows * vocabulary < 16384 ? 1 : p.launch.threads)
+#pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < rows; ++i) {
     const NoiseKey key{seed, static_cast<uint64_t>(p.positions.as<const int64_t>()[i])};
     const NoiseWords noise(key);

@@ -47,7 +47,7 @@ class RowSampler {
         search_count_(request.filters.searches_count(vocabulary_)),
         search_mass_(request.filters.searches_mass()),
         guesses_mass_(search_mass_ && vocabulary_ > short_list &&
-                      (!search_count_ || request.filters.top_k > short_list / 2)),
+                      (!search_count_ || request.filters.top_k > 0.5 * short_list)),
         min_p_(greedy_ ? 0.0f : static_cast<float>(request.filters.min_p)),
         segments_(vocabulary_),
         row_(rows_),
@@ -137,11 +137,11 @@ class RowSampler {
     }
     const float max_logit = segment(i, best).max_logit;
     row.z_max = max_logit * inverse_temperature_;
-    row.problem = nan                          ? RowReport::nan
-                  : max_logit == HUGE_VALF     ? RowReport::infinite
-                  : row.z_max == -HUGE_VALF    ? RowReport::all_masked
-                  : row.z_max == HUGE_VALF     ? RowReport::overflow
-                                               : RowReport::none;
+    row.problem = nan                       ? RowReport::nan
+                  : max_logit == HUGE_VALF  ? RowReport::infinite
+                  : row.z_max == -HUGE_VALF ? RowReport::all_masked
+                  : row.z_max == HUGE_VALF  ? RowReport::overflow
+                                            : RowReport::none;
     if (row.problem != RowReport::none) {
       if (counts(i)) failed_ = true;
       return;

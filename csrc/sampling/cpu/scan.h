@@ -114,7 +114,8 @@ void segment_noise_scan(const T* row, int64_t begin, int64_t end, const Keep& ke
     noise.get(t, words);
     const FloatVec z0 = load(row + t) * keep.inverse_temperature;
     const FloatVec z1 = load(row + t + simd_width) * keep.inverse_temperature;
-    const IntVec near0 = reach(z0, words[0]) & (IntVec)(z0 >= lowest), near1 = reach(z1, words[1]) & (IntVec)(z1 >= lowest);
+    const IntVec near0 = reach(z0, words[0]) & (IntVec)(z0 >= lowest);
+    const IntVec near1 = reach(z1, words[1]) & (IntVec)(z1 >= lowest);
     if (__builtin_expect(!any(near0 | near1), 1)) continue;
     uint32_t bits = mask_bits(near0) | mask_bits(near1) << simd_width;
     for (; bits != 0; bits &= bits - 1) offer(t + __builtin_ctz(bits));

@@ -101,7 +101,9 @@ float search_list(const float* z, int64_t count, float z_max, uint64_t above, do
     for (; i + simd_width <= count; i += simd_width) {
       const FloatVec v = load(z + i), scaled = exp_nonpositive(v - z_max) * two_to_40;
       const IntVec bin = __builtin_convertvector(min((top - v) * scale, broadcast(bins - 1.0f)), IntVec);
-      for (int lane = 0; lane < simd_width; ++lane) sums[bin[lane]] += static_cast<uint64_t>(static_cast<int64_t>(scaled[lane]));
+      for (int lane = 0; lane < simd_width; ++lane) {
+        sums[bin[lane]] += static_cast<uint64_t>(static_cast<int64_t>(scaled[lane]));
+      }
     }
   }
   for (; i < count; ++i) sums[bin_of(z[i])] += token_weight(z[i]);

@@ -98,8 +98,8 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
       const float most = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
       if (most > best) {
         best = most;
-        token = group_tokens * (base + u * row_max_threads + static_cast<int32_t>(threadIdx.x)) +
-                (x[0] == most ? 0 : x[1] == most ? 1 : x[2] == most ? 2 : 3);
+        const int place = x[0] == most ? 0 : x[1] == most ? 1 : x[2] == most ? 2 : 3;
+        token = group_tokens * (base + u * row_max_threads + static_cast<int32_t>(threadIdx.x)) + place;
       }
     }
     if (mass_scale != 0.0f) {
