@@ -1,5 +1,5 @@
-// The Python module specbranch_ext._C. Arguments are torch tensors, read by python_tensor.h. Every op takes the arguments
-// of its schema (specbranch_ext/ops), then its outputs, allocated by the caller, then where it runs: see launch_on. It
+// The Python module specbranch_ext._C. Tensors are torch's, read by python_tensor.h. Every op takes the arguments of
+// its schema (specbranch_ext/ops), then its outputs, allocated by the caller, then where it runs: see launch_on. It
 // checks its arguments (ValueError) and runs without the GIL.
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-// The scheduler of the emulator (emulator.h says what it is for). Its fibers run in fibers.cpp, its blocks in launch.cpp.
+// The scheduler of the emulator (see emulator.h). Its fibers run in fibers.cpp, its blocks in launch.cpp.
 //
 // A worker is an OS thread with its fibers and up to `max_resident` blocks in progress. There is no scheduling loop:
 // a fiber that must wait picks the next one and changes to it directly. Only a finished block or an error comes back to

@@ -1,13 +1,16 @@
 // verify_rejection: classical speculative sampling of a drafted chain, token by token (Leviathan, Kalman and Matias,
 // arXiv 2211.17192; Chen et al., arXiv 2302.01318) or as a block (Sun et al., arXiv 2403.10444, algorithm 2).
 //
-// The text is right only if the arithmetic of accepting and of the residual agree, so both start from the same two
-// numbers: T = scale * q of the target and D = share * q of the draft, with q = floor(2^40 * exp(z - z_max)) for a
-// token that the filters keep (0 for the others), share = 1 / sum(q) and scale = share times the chance p that the
-// path so far is kept (1 token-wise). The residual weights max(T - D, 0) are summed as integers, so no sum depends on
-// its order, and the next token is the first one whose running sum passes a uniform integer: no weight of 0 is ever
-// drawn, and no rounding can run past the last token. (Gumbel noise over the residual would need a logarithm and a
-// Philox block for every token; the sums need neither, and their parts tell one block where to look.)
+// This is an op for other decoders. The engine of this package does not call it: it verifies by comparing drafted
+// tokens with the target's own draw (verify.h).
+//
+// The text has the target's law only if accepting and the residual use the same arithmetic. So both start from two
+// numbers of a token: T = scale * q of the target and D = share * q of the draft. q is floor(2^40 * exp(z - z_max)) for
+// a token that the filters keep, else 0; share is 1 / sum(q); scale is share times the chance p that the path so far is
+// kept (1 when verifying token by token). The residual's weights max(T - D, 0) are summed as integers, so sums do not
+// depend on their order. The next token is the first one whose running sum passes a uniform integer: a weight of 0 is
+// never drawn, and rounding cannot run past the last token. (Gumbel noise over the residual would cost a logarithm and
+// a Philox block for every token. The sums cost neither, and the sums of segments tell a block where to look.)
 #pragma once
 
 #include "core/philox.h"

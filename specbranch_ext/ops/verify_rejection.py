@@ -1,4 +1,4 @@
-"""verify_rejection: speculative sampling in its classical form, from the logits of target and draft."""
+"""verify_rejection: classical speculative sampling, from the logits of target and draft. For other decoders."""
 
 from typing import Any, NamedTuple
 
@@ -55,25 +55,29 @@ def verify_rejection(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> RejectionVerification:
-    """Accept drafted tokens with the chance that leaves the target's law, and draw the token that follows them.
+    """Accept drafted tokens so that the text has the target's law, and draw the token that follows them.
 
-    Speculative sampling in its classical form: from a draft that drew its tokens from distributions of its own. With
-    P the target's and D the draft's probabilities after the filters, drafted token x is accepted with chance
-    min(1, P(x) / D(x)), and after the first rejection the next token is drawn from max(P - D, 0), scaled to a sum
-    of 1; after the last accepted token, from P (Leviathan, Kalman and Matias, arXiv 2211.17192; Chen et al., arXiv
-    2302.01318). With `block` the chances are those of the whole path: p = min(1, p P(x) / D(x)) along it; the
-    accepted tokens are those up to the last one whose coin says yes, with chance p at the end and else with
-    r / (r + 1 - p), r the sum of max(p P - D, 0), from which the next token is then drawn (Sun et al., arXiv
-    2403.10444, algorithm 2). That accepts no fewer tokens on average, and often more.
+    An op for decoders that draft by sampling on their own. The engine of `specbranch` does not call it: it verifies by
+    comparing drafted tokens with the target's own draw, see `verify`.
+
+    Let P be the target's and D the draft's probabilities after the filters. Drafted token x is accepted with
+    probability min(1, P(x) / D(x)). After the first rejection the next token is drawn from max(P - D, 0), scaled to a
+    sum of 1; if all are accepted, from P (Leviathan, Kalman and Matias, arXiv 2211.17192; Chen et al., arXiv
+    2302.01318).
+
+    With `block` the whole path counts: p = min(1, p P(x) / D(x)) along it, and one coin is tossed at every token. Its
+    probability is p at the last drafted token and r / (r + 1 - p) before, where r is the sum of max(p P - D, 0). The
+    tokens up to the last successful coin are accepted, and the next one is drawn from that residual (Sun et al., arXiv
+    2403.10444, algorithm 2). This accepts no fewer tokens on average, and often more.
 
     Unlike `verify`, the text for one seed depends on the draft; its law is the target's. Weights exp(z - max z) count
     in units of 2^-40, and a token below that has probability 0.
 
-    What the law rests on: given the text so far, tokens[i + 1] was drawn from the filtered distribution of
-    draft_logits[i], with randomness that nothing before depends on. `draft_sample` draws so, but its noise at a
-    position is the same in every call with one seed: after a rejection, draft the next tokens with another seed.
-    The coins are keyed by (seed, positions[0], place in the chain) and the next token's draw by (seed, its
-    position), so that calls on one text, of which each starts behind the tokens of the last one, share none.
+    This holds only if tokens[i + 1] was drawn from the filtered distribution of draft_logits[i], with randomness that
+    nothing before depends on. `draft_sample` draws like that, but its noise at a position is the same in every call
+    with one seed: after a rejection, draft the next tokens with another seed. The coins are keyed by (seed,
+    positions[0], place in the chain) and the next token's draw by (seed, its position). So calls on one text share no
+    randomness, as long as each starts behind the tokens of the one before.
 
     Args:
         target_logits: float32, bfloat16 or float16 [n, V] with V up to 2^22; row i holds the logits after node i of

@@ -1,7 +1,6 @@
-// Keys in the order of positions. In a tile with positions behind the prefix, different nodes have different rows
-// at one position. So a block goes over it once for each path: the ancestors of a leaf, a node that no other node's
-// ancestors go on from. A node lies on the first path that begins with its own ancestors, and sees nothing in the turns
-// of the others. A trunk is one path.
+// Keys in the order of positions. Behind the prefix, the keys of different nodes at one position lie in different rows
+// of the cache. So a block goes over a tile there once for each path from the root to a leaf. A node belongs to the
+// first path that begins with its own ancestors, and sees nothing in the turns of the other paths. A trunk is one path.
 #pragma once
 
 #include "attention/cuda/keys.h"

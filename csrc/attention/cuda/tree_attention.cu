@@ -7,9 +7,9 @@
 // that would leave all multiprocessors but a few idle: 32 rows, 33 splits and 128 columns are 540 KB for each block,
 // which one multiprocessor reads in about 5 us. A second launch is faster then, and adds up in the same order.
 //
-// Floor: the bytes of K and V once, 2 * kv_heads * length * head_dim items. Each byte of 16-bit keys or values takes
-// part in one operation per row. A device does many operations in the time of a byte (about 200 on an H100): with so
-// many rows the 4 * nodes * query_heads * length * head_dim operations take as long as the bytes.
+// Lower bound: the bytes of K and V once, 2 * kv_heads * length * head_dim items. Each byte of 16-bit keys or values
+// takes part in one operation per row. A device does many operations in the time of a byte (about 200 on an H100): with
+// so many rows the 4 * nodes * query_heads * length * head_dim operations take as long as the bytes.
 //
 // For a captured graph the grid depends on shapes only: splits come from the number of heads, rows and the capacity. A
 // block reads prefix_length and takes every splits-th tile of those in use, so a short prefix in a large cache still
@@ -30,11 +30,10 @@
 // They do depend on the number of queries and heads and on the capacity, which decide how many splits there are and how
 // a block's warps share a tile. A value that is infinite or NaN reaches whoever sees it, as one or the other.
 //
-// The order of positions costs nothing for a trunk but one warp's look at the ancestors, in the blocks that have such
-// tiles: a fraction of a microsecond. Each further leaf among a block's nodes takes one more turn over the tile or two
-// that hold the tree; in 16 bits, with 128 columns, these are 32 KB from the L2 cache and, for 128 rows, 4 million
-// multiply-adds: about a microsecond on an H100. What may depend on rows (by_position false: a draft) takes all leaves
-// in one turn.
+// For a trunk, the order of positions costs one warp's look at the ancestors, in the blocks that have such tiles: a
+// fraction of a microsecond. Each further leaf among a block's nodes costs one more turn over the tile or two that hold
+// the tree: in 16 bits, with 128 columns, 32 KB from the L2 cache and, for 128 rows, 4 million multiply-adds, about a
+// microsecond on an H100. With by_position false (a draft's attention) all leaves take one turn.
 #include "attention/tree_attention.h"
 
 #include <algorithm>

@@ -5,8 +5,9 @@
 
 namespace specbranch::cuda {
 
-// By one thread of each of `count` blocks, after what it, or its block before a barrier, wrote for the others: true in
-// the last one, which after a barrier sees what all have written. The ticket is 0 before, and again after the last.
+// Called by one thread of each of `count` blocks once the block's results are written (and, if other threads wrote
+// them, behind a barrier). True in the block that comes last; behind a barrier it sees what all blocks have written.
+// The ticket is 0 before, and 0 again after the last block.
 __device__ inline bool takes_last_ticket(unsigned* ticket, unsigned count) {
   __threadfence();
   const bool is_last = atomicAdd(ticket, 1u) == count - 1u;

@@ -1,6 +1,6 @@
-// After the filters (row_sampler.h): one pass for the sums of the weights, and one for the residual, which with block
-// verification is needed of every row and else of the row that the walk ends in. Blocks of tokens without weight are
-// skipped, which with filters is nearly all of them.
+// After the filters (row_sampler.h), one pass sums the weights and one the residual: of every row with block
+// verification, else of the row where the walk ends. Blocks of tokens without weight are skipped; with filters on that
+// is nearly all of them.
 #include "sampling/verify_rejection.h"
 
 #include "sampling/cpu/row_sampler.h"

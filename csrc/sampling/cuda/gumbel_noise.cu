@@ -1,4 +1,5 @@
-// One thread for the four tokens of a Philox block at a time. Floor: the noise's bytes once; two logarithms a token.
+// One thread for the four tokens of a Philox block at a time. Lower bound: the noise's bytes once, and two logarithms a
+// token.
 #include "sampling/gumbel_noise.h"
 
 #include "sampling/cuda/fixed_point.h"

@@ -2,7 +2,7 @@
 // whether the segment has a NaN; for top-p also the segment's mass, which only guides a guess (bracket.h). It also
 // clears what the second launch adds to, because the workspace starts as garbage.
 //
-// Floor: the logits' bytes once. Segments are short so that all their loads are in flight together.
+// Lower bound: the logits' bytes once. Segments are short so that all their loads are in flight together.
 #pragma once
 
 #include <algorithm>

@@ -15,8 +15,8 @@
 // filters leave few: these are collected until there is one for every lane of a warp. Two logarithms are spent only on
 // tokens whose random word allows a score above the floor (the test of sampling/cpu/scan.h).
 //
-// Floor: the logits' bytes twice, the second time from the L2 cache. Instructions a token (sm_90): 45 with top-p, 33 of
-// them for the weight; 40 without filters, 23 of them for Philox and the test.
+// Lower bound: the logits' bytes twice, the second time from the L2 cache. Instructions a token (sm_90): 45 with top-p,
+// 33 of them for the weight; 40 without filters, 23 of them for Philox and the test.
 //
 // Steps 1 and 2 are in start.h, step 3 in scan.h, the last block's part in merge.h,
 // the host's in launch.h.

@@ -1,11 +1,11 @@
 // verify at temperature 0 is one launch: its blocks find the largest logits of the rows' segments (row_max.h), and the
 // one that ends last merges them and walks the tree (tree_walk.h). Otherwise a second launch samples the rows
-// (row_sampler.h), and its last block walks. With the filters in memory there are always both, and only the one whose
-// turn it is walks.
+// (row_sampler.h), and its last block walks. With the filters in memory there are always two launches, and only one of
+// them walks: the first at temperature 0, else the second.
 //
-// Floor at temperature 0: the logits' bytes once. On an H100, 9 rows of 151,936 bfloat16 logits should take 4.5 us: 2
-// for the launch, 1 for the bytes (2.7 MB, all loads in flight at once), and 1.5 for the end, which is four round trips
-// to the L2 cache: the ticket, the segments' maxima, and the walk's target tokens and results.
+// Lower bound at temperature 0: the logits' bytes once. On an H100, 9 rows of 151,936 bfloat16 logits should take
+// 4.5 us: 2 for the launch, 1 for the bytes (2.7 MB, all loads in flight at once), and 1.5 for the end, which is four
+// round trips to the L2 cache: the ticket, the segments' maxima, and the walk's target tokens and results.
 //
 // A row with NaN, +inf, only -inf or an overflow cannot raise here: its target token is -1 and, unless its node is
 // unused, next_token is -1, with nothing accepted. With filters out of range every row is such a row.

@@ -10,7 +10,7 @@
 //      that ends last tosses those coins and draws: from the segments' sums it knows which segment to look at.
 // At temperature 0 the largest logits decide and greedy_kernel replaces the last two.
 //
-// Floor: the logits' bytes once from memory and twice more from the L2 cache (token-wise the third pass reads two
+// Lower bound: the logits' bytes once from memory and twice more from the L2 cache (token-wise the third pass reads two
 // rows).
 //
 // A row with NaN, +inf, only -inf or an overflow cannot raise here: where the chain has one, next_token is -1, with
