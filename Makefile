@@ -1,5 +1,5 @@
 # make demo   text from the bundled pair, plain and with SpecBranch      make test   the tests
-# make lint   ruff, mypy and clang-tidy                                  make bench  the benchmarks
+# make lint   ruff, mypy, clang-format and clang-tidy                    make bench  the benchmarks
 # make gate   the CUDA kernels for every architecture (needs nvcc)       make clean  remove what was built
 # make sanitize  the emulated CUDA kernels under sanitizers
 #
@@ -40,6 +40,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/clang-tidy --quiet $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/cpu/*.cpp) -- $(TIDY_FLAGS)
 
 gate: install

@@ -46,8 +46,8 @@ void check_same_device(const Tensor& first, const Tensor& other) {
 
 // Where an op runs: where its tensors are, which must be one device. `handle` is the number of threads on the CPU, and
 // the current stream on a CUDA device.
-Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle,
-                 const py::object& workspace = py::none(), const py::object& tickets = py::none()) {
+Launch launch_on(std::initializer_list<const Tensor*> tensors, int64_t handle, const py::object& workspace = py::none(),
+                 const py::object& tickets = py::none()) {
   const Tensor& first = **tensors.begin();
   for (const Tensor* t : tensors) check_same_device(first, *t);
   Launch launch;
@@ -131,9 +131,9 @@ void tree_attention(Object query, Object keys, Object values, Object prefix_leng
   params.sliding_window = sliding_window;
   params.softcap = softcap;
   params.by_position = by_position;
-  params.launch = launch_on({&params.query, &params.keys, &params.values, &params.prefix_length, &params.ancestors,
-                             &params.output},
-                            handle, workspace, tickets);
+  params.launch =
+      launch_on({&params.query, &params.keys, &params.values, &params.prefix_length, &params.ancestors, &params.output},
+                handle, workspace, tickets);
   params.tree_rows = check_tree_attention(params);
   py::gil_scoped_release unlocked;
   run_tree_attention(params);
@@ -143,8 +143,8 @@ void kv_commit(const py::list& buffers, Object rows, Object start, int64_t handl
   std::vector<Tensor> views;
   views.reserve(buffers.size());
   for (const py::handle buffer : buffers) views.push_back(tensor(buffer, "buffers"));
-  KvCommitParams params{{}, views.data(), static_cast<int64_t>(views.size()), tensor(rows, "rows"),
-                        tensor(start, "start")};
+  KvCommitParams params{
+      {}, views.data(), static_cast<int64_t>(views.size()), tensor(rows, "rows"), tensor(start, "start")};
   params.launch = launch_on({&params.rows, &params.start}, handle);
   for (const Tensor& view : views) check_same_device(params.rows, view);
   check_kv_commit(params);
@@ -182,10 +182,10 @@ void verify(Object target_logits, Object tokens, Object parents, Object position
                       tensor(accepted, "accepted"),
                       tensor(next_token, "next_token"),
                       &report};
-  params.launch = launch_on({&params.target_logits, &params.tokens, &params.parents, &params.positions, &params.seed,
-                             &filters_tensor, &params.target_tokens, &params.path, &params.accepted,
-                             &params.next_token},
-                            handle, workspace, tickets);
+  params.launch =
+      launch_on({&params.target_logits, &params.tokens, &params.parents, &params.positions, &params.seed,
+                 &filters_tensor, &params.target_tokens, &params.path, &params.accepted, &params.next_token},
+                handle, workspace, tickets);
   if (!filters.is_none()) take_filters(params, filters_tensor);
   check_verify(params);
   {
@@ -282,11 +282,11 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
     return specbranch::cuda::verify_workspace(n, vocabulary, {temperature, static_cast<double>(top_k), top_p, min_p},
                                               any_filters);
   });
-  m.def("verify_rejection_workspace", [](int64_t n, int64_t vocabulary, double temperature, int64_t top_k, double top_p,
-                                         double min_p) {
-    return specbranch::cuda::verify_rejection_workspace(n, vocabulary,
-                                                        {temperature, static_cast<double>(top_k), top_p, min_p});
-  });
+  m.def("verify_rejection_workspace",
+        [](int64_t n, int64_t vocabulary, double temperature, int64_t top_k, double top_p, double min_p) {
+          return specbranch::cuda::verify_rejection_workspace(n, vocabulary,
+                                                              {temperature, static_cast<double>(top_k), top_p, min_p});
+        });
   m.def("draft_sample_workspace", [](int64_t b, int64_t vocabulary, int64_t k, double temperature, int64_t top_k,
                                      double top_p, double min_p, bool any_filters) {
     return specbranch::cuda::draft_sample_workspace(

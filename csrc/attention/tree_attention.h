@@ -9,13 +9,13 @@ namespace specbranch {
 // sees the prefix; query i sees tree row j iff bit j of ancestors[i] is set (bit j of word j / 64).
 struct TreeAttentionParams {
   Launch launch;
-  Tensor query;          // [n, Hq, D] float32, bfloat16 or float16; all strides but the last are free
-  Tensor keys;           // [Hkv, C, D], query's dtype
-  Tensor values;         // [Hkv, C, Dv]
-  Tensor prefix_length;  // [] int64
-  bool chain = true;     // query i sees tree rows 0 .. i, and there are no ancestors
-  Tensor ancestors;      // [n, words] int64
-  Tensor output;         // [n, Hq, Dv], written
+  Tensor query;           // [n, Hq, D] float32, bfloat16 or float16; all strides but the last are free
+  Tensor keys;            // [Hkv, C, D], query's dtype
+  Tensor values;          // [Hkv, C, Dv]
+  Tensor prefix_length;   // [] int64
+  bool chain = true;      // query i sees tree rows 0 .. i, and there are no ancestors
+  Tensor ancestors;       // [n, words] int64
+  Tensor output;          // [n, Hq, Dv], written
   int64_t tree_rows = 0;  // what the check returned
   float scale = 1.0f;
   int64_t sliding_window = 0;  // a key is visible iff it is fewer than this many positions back; 0: all are

@@ -36,8 +36,7 @@ struct TorchDtypes {
 };
 
 // Names are interned once: attribute look-ups are most of the cost of a small call.
-#define SPECBRANCH_INTERNED(variable, text) \
-  static PyObject* const variable = PyUnicode_InternFromString(text)
+#define SPECBRANCH_INTERNED(variable, text) static PyObject* const variable = PyUnicode_InternFromString(text)
 
 inline int64_t as_int64(PyObject* object) {
   const int64_t value = PyLong_AsLongLong(object);

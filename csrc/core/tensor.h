@@ -57,9 +57,9 @@ constexpr int max_tickets = 256;
 // How an op is to run: filled by the binding, first member of every Params struct.
 struct Launch {
   int device = cpu_device;
-  int threads = 1;            // on the CPU
-  void* stream = nullptr;     // on a CUDA device: a cudaStream_t of that device
-  void* workspace = nullptr;  // on a CUDA device: at least the bytes that <op>_workspace asks for, 256-byte aligned
+  int threads = 1;              // on the CPU
+  void* stream = nullptr;       // on a CUDA device: a cudaStream_t of that device
+  void* workspace = nullptr;    // on a CUDA device: at least the bytes that <op>_workspace asks for, 256-byte aligned
   unsigned* tickets = nullptr;  // on a CUDA device: max_tickets counters that are 0, and that a kernel leaves 0
 
   bool on_cuda() const { return device != cpu_device; }

@@ -18,22 +18,23 @@ void warp_exchange(unsigned mask, const void* mine, size_t bytes, void* all, Sit
           all(static_cast<unsigned char*>(all)),
           bytes(bytes) {}
   };
-  Part part(mask, site,
-            [](Request* const* requests, unsigned lanes) {
-              for (int to = 0; to < lanes_per_warp; ++to) {
-                if (!(lanes >> to & 1u)) continue;
-                const Part& receiver = *static_cast<Part*>(requests[to]);
-                for (int from = 0; from < lanes_per_warp; ++from) {
-                  unsigned char* place = receiver.all + from * receiver.bytes;
-                  if (lanes >> from & 1u) {
-                    std::memcpy(place, static_cast<Part*>(requests[from])->mine, receiver.bytes);
-                  } else {
-                    std::memset(place, 0, receiver.bytes);
-                  }
-                }
-              }
-            },
-            mine, all, bytes);
+  Part part(
+      mask, site,
+      [](Request* const* requests, unsigned lanes) {
+        for (int to = 0; to < lanes_per_warp; ++to) {
+          if (!(lanes >> to & 1u)) continue;
+          const Part& receiver = *static_cast<Part*>(requests[to]);
+          for (int from = 0; from < lanes_per_warp; ++from) {
+            unsigned char* place = receiver.all + from * receiver.bytes;
+            if (lanes >> from & 1u) {
+              std::memcpy(place, static_cast<Part*>(requests[from])->mine, receiver.bytes);
+            } else {
+              std::memset(place, 0, receiver.bytes);
+            }
+          }
+        }
+      },
+      mine, all, bytes);
   warp_collective(part);
 }
 
@@ -69,14 +70,15 @@ uint64_t shuffle(Shuffle kind, unsigned mask, uint64_t bits, unsigned operand, i
     Part(const char* what, unsigned mask, Site site, Complete complete, uint64_t bits, int source)
         : Request(what, mask, site, complete), bits(bits), result(0), source(source) {}
   };
-  Part part(name, mask, site,
-            [](Request* const* requests, unsigned lanes) {
-              for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
-                Part& receiver = *static_cast<Part*>(requests[__builtin_ctz(rest)]);
-                receiver.result = static_cast<Part*>(requests[receiver.source])->bits;
-              }
-            },
-            bits, source);
+  Part part(
+      name, mask, site,
+      [](Request* const* requests, unsigned lanes) {
+        for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+          Part& receiver = *static_cast<Part*>(requests[__builtin_ctz(rest)]);
+          receiver.result = static_cast<Part*>(requests[receiver.source])->bits;
+        }
+      },
+      bits, source);
   warp_collective(part);
   return part.result;
 }
@@ -92,18 +94,19 @@ unsigned ballot(unsigned mask, bool predicate, Site site) {
     Part(unsigned mask, Site site, Complete complete, bool predicate)
         : Request("a vote", mask, site, complete), result(predicate) {}
   };
-  Part part(mask, site,
-            [](Request* const* requests, unsigned lanes) {
-              unsigned votes = 0;
-              for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
-                const int l = __builtin_ctz(rest);
-                votes |= static_cast<Part*>(requests[l])->result << l;
-              }
-              for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
-                static_cast<Part*>(requests[__builtin_ctz(rest)])->result = votes;
-              }
-            },
-            predicate);
+  Part part(
+      mask, site,
+      [](Request* const* requests, unsigned lanes) {
+        unsigned votes = 0;
+        for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+          const int l = __builtin_ctz(rest);
+          votes |= static_cast<Part*>(requests[l])->result << l;
+        }
+        for (uint32_t rest = lanes; rest != 0; rest &= rest - 1) {
+          static_cast<Part*>(requests[__builtin_ctz(rest)])->result = votes;
+        }
+      },
+      predicate);
   warp_collective(part);
   return part.result;
 }

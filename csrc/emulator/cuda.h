@@ -75,17 +75,17 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
 
 // ---- Arithmetic. The functions of <math.h> (fmaf, fminf, exp2f, …) are the host's.
 
-#define SPECBRANCH_EMULATOR_MIN_MAX(type, a_type, b_type)                                                   \
-  constexpr type min(a_type a, b_type b) {                                                                  \
-    return static_cast<type>(a) < static_cast<type>(b) ? static_cast<type>(a) : static_cast<type>(b);       \
-  }                                                                                                         \
-  constexpr type max(a_type a, b_type b) {                                                                  \
-    return static_cast<type>(a) > static_cast<type>(b) ? static_cast<type>(a) : static_cast<type>(b);       \
+#define SPECBRANCH_EMULATOR_MIN_MAX(type, a_type, b_type)                                             \
+  constexpr type min(a_type a, b_type b) {                                                            \
+    return static_cast<type>(a) < static_cast<type>(b) ? static_cast<type>(a) : static_cast<type>(b); \
+  }                                                                                                   \
+  constexpr type max(a_type a, b_type b) {                                                            \
+    return static_cast<type>(a) > static_cast<type>(b) ? static_cast<type>(a) : static_cast<type>(b); \
   }
-#define SPECBRANCH_EMULATOR_MIN_MAX_INTEGER(type)                              \
-  SPECBRANCH_EMULATOR_MIN_MAX(type, type, type)                                \
-  SPECBRANCH_EMULATOR_MIN_MAX(unsigned type, unsigned type, unsigned type)     \
-  SPECBRANCH_EMULATOR_MIN_MAX(unsigned type, type, unsigned type)              \
+#define SPECBRANCH_EMULATOR_MIN_MAX_INTEGER(type)                          \
+  SPECBRANCH_EMULATOR_MIN_MAX(type, type, type)                            \
+  SPECBRANCH_EMULATOR_MIN_MAX(unsigned type, unsigned type, unsigned type) \
+  SPECBRANCH_EMULATOR_MIN_MAX(unsigned type, type, unsigned type)          \
   SPECBRANCH_EMULATOR_MIN_MAX(unsigned type, unsigned type, type)
 SPECBRANCH_EMULATOR_MIN_MAX_INTEGER(int)
 SPECBRANCH_EMULATOR_MIN_MAX_INTEGER(long)
@@ -176,22 +176,22 @@ T atomic_update(T* p, Update update) {
 
 }  // namespace specbranch::emulator
 
-#define SPECBRANCH_EMULATOR_ATOMIC_EXCHANGE(type)                                             \
-  inline type atomicExch(type* p, type value) {                                               \
-    return specbranch::emulator::atomic_update(p, [value](type) { return value; });           \
+#define SPECBRANCH_EMULATOR_ATOMIC_EXCHANGE(type)                                   \
+  inline type atomicExch(type* p, type value) {                                     \
+    return specbranch::emulator::atomic_update(p, [value](type) { return value; }); \
   }
-#define SPECBRANCH_EMULATOR_ATOMIC_INTEGER(type)                                              \
-  SPECBRANCH_EMULATOR_ATOMIC_EXCHANGE(type)                                                   \
-  inline type atomicMin(type* p, type value) {                                                \
+#define SPECBRANCH_EMULATOR_ATOMIC_INTEGER(type)                                                            \
+  SPECBRANCH_EMULATOR_ATOMIC_EXCHANGE(type)                                                                 \
+  inline type atomicMin(type* p, type value) {                                                              \
     return specbranch::emulator::atomic_update(p, [value](type old) { return value < old ? value : old; }); \
-  }                                                                                           \
-  inline type atomicMax(type* p, type value) {                                                \
+  }                                                                                                         \
+  inline type atomicMax(type* p, type value) {                                                              \
     return specbranch::emulator::atomic_update(p, [value](type old) { return value > old ? value : old; }); \
-  }                                                                                           \
-  inline type atomicOr(type* p, type value) {                                                 \
-    return specbranch::emulator::atomic_update(p, [value](type old) { return old | value; }); \
-  }                                                                                           \
-  inline type atomicCAS(type* p, type expected, type value) {                                 \
+  }                                                                                                         \
+  inline type atomicOr(type* p, type value) {                                                               \
+    return specbranch::emulator::atomic_update(p, [value](type old) { return old | value; });               \
+  }                                                                                                         \
+  inline type atomicCAS(type* p, type expected, type value) {                                               \
     return specbranch::emulator::atomic_update(p, [=](type old) { return old == expected ? value : old; }); \
   }
 SPECBRANCH_EMULATOR_ATOMIC_INTEGER(int)
@@ -241,16 +241,16 @@ T shuffle_value(Shuffle kind, unsigned mask, T value, unsigned operand, int widt
 
 }  // namespace specbranch::emulator
 
-#define SPECBRANCH_EMULATOR_SHUFFLE(name, kind, operand_type, type)                                                \
-  inline type name(unsigned mask, type value, operand_type operand, int width = 32,                                \
-                   specbranch::emulator::Site site = SPECBRANCH_EMULATOR_HERE) {                                   \
-    return specbranch::emulator::shuffle_value(specbranch::emulator::Shuffle::kind, mask, value,                   \
-                                               static_cast<unsigned>(operand), width, site);                       \
+#define SPECBRANCH_EMULATOR_SHUFFLE(name, kind, operand_type, type)                              \
+  inline type name(unsigned mask, type value, operand_type operand, int width = 32,              \
+                   specbranch::emulator::Site site = SPECBRANCH_EMULATOR_HERE) {                 \
+    return specbranch::emulator::shuffle_value(specbranch::emulator::Shuffle::kind, mask, value, \
+                                               static_cast<unsigned>(operand), width, site);     \
   }
-#define SPECBRANCH_EMULATOR_SHUFFLES(type)                                    \
-  SPECBRANCH_EMULATOR_SHUFFLE(__shfl_sync, index, int, type)                  \
-  SPECBRANCH_EMULATOR_SHUFFLE(__shfl_up_sync, up, unsigned, type)             \
-  SPECBRANCH_EMULATOR_SHUFFLE(__shfl_down_sync, down, unsigned, type)         \
+#define SPECBRANCH_EMULATOR_SHUFFLES(type)                            \
+  SPECBRANCH_EMULATOR_SHUFFLE(__shfl_sync, index, int, type)          \
+  SPECBRANCH_EMULATOR_SHUFFLE(__shfl_up_sync, up, unsigned, type)     \
+  SPECBRANCH_EMULATOR_SHUFFLE(__shfl_down_sync, down, unsigned, type) \
   SPECBRANCH_EMULATOR_SHUFFLE(__shfl_xor_sync, exclusive_or, int, type)
 SPECBRANCH_EMULATOR_SHUFFLES(int)
 SPECBRANCH_EMULATOR_SHUFFLES(unsigned)

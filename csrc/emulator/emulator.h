@@ -117,22 +117,23 @@ Output warp_compute(unsigned mask, const Input& mine, Compute compute, Site site
     Part(unsigned mask, Site site, Complete complete, const Input* input, Compute* compute)
         : Request("warp_compute", mask, site, complete), input(input), output(), compute(compute) {}
   };
-  Part part(mask, site,
-            [](Request* const* requests, unsigned lanes) {
-              Input inputs[lanes_per_warp] = {};
-              Output outputs[lanes_per_warp] = {};
-              Part* last = nullptr;
-              for (int i = 0; i < lanes_per_warp; ++i) {
-                if (!(lanes >> i & 1u)) continue;
-                last = static_cast<Part*>(requests[i]);
-                inputs[i] = *last->input;
-              }
-              (*last->compute)(inputs, outputs);
-              for (int i = 0; i < lanes_per_warp; ++i) {
-                if (lanes >> i & 1u) static_cast<Part*>(requests[i])->output = outputs[i];
-              }
-            },
-            &mine, &compute);
+  Part part(
+      mask, site,
+      [](Request* const* requests, unsigned lanes) {
+        Input inputs[lanes_per_warp] = {};
+        Output outputs[lanes_per_warp] = {};
+        Part* last = nullptr;
+        for (int i = 0; i < lanes_per_warp; ++i) {
+          if (!(lanes >> i & 1u)) continue;
+          last = static_cast<Part*>(requests[i]);
+          inputs[i] = *last->input;
+        }
+        (*last->compute)(inputs, outputs);
+        for (int i = 0; i < lanes_per_warp; ++i) {
+          if (lanes >> i & 1u) static_cast<Part*>(requests[i])->output = outputs[i];
+        }
+      },
+      &mine, &compute);
   warp_collective(part);
   return part.output;
 }

@@ -103,7 +103,7 @@ void Worker::jump(void** saved, Stack* own, bool final) {
   __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
 #else
   (void)stack;
-  (void)final;
+  (void) final;
   switch_stack(saved, target);
 #endif
 }

@@ -13,12 +13,8 @@ struct dim3 {
 };
 
 #define SPECBRANCH_EMULATOR_VECTORS(type, name) \
-  struct alignas(8) name##2 {                   \
-    type x, y;                                  \
-  };                                            \
-  struct alignas(16) name##4 {                  \
-    type x, y, z, w;                            \
-  };
+  struct alignas(8) name##2 { type x, y; };     \
+  struct alignas(16) name##4 { type x, y, z, w; };
 SPECBRANCH_EMULATOR_VECTORS(unsigned, uint)
 SPECBRANCH_EMULATOR_VECTORS(float, float)
 #undef SPECBRANCH_EMULATOR_VECTORS

@@ -66,7 +66,9 @@ struct Grid {
   uint64_t first_block, block_step;  // shuffled: block number i to start is first_block + i * block_step
 };
 
-inline bool same_place(Site a, Site b) { return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0); }
+inline bool same_place(Site a, Site b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
 
 inline bool same_collective(const Request& a, const Request& b) {
   return a.mask == b.mask && a.complete == b.complete && same_place(a.site, b.site);

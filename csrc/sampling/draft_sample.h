@@ -12,11 +12,11 @@ struct DraftSampleParams {
   Tensor seed;          // int64 []
   Filters filters;
   const Filters* filters_in_memory;  // of a CUDA device, or null: what the kernel reads in place of `filters`
-  Tensor tokens;      // int64 [b, k], written, best first, padded with -1
-  Tensor scores;      // float32 [b, k], written: scaled logit + noise
-  Tensor confidence;  // float32 [b, k], written: the draft's probability
-  Tensor entropy;     // float32 [b], written: nats
-  RowReport* report;  // written
+  Tensor tokens;                     // int64 [b, k], written, best first, padded with -1
+  Tensor scores;                     // float32 [b, k], written: scaled logit + noise
+  Tensor confidence;                 // float32 [b, k], written: the draft's probability
+  Tensor entropy;                    // float32 [b], written: nats
+  RowReport* report;                 // written
 };
 
 void check_draft_sample(const DraftSampleParams& params);

@@ -22,9 +22,7 @@ struct Filters {
   double min_p;        // 0: off
 
   SPECBRANCH_HD bool greedy() const { return temperature == 0.0; }
-  SPECBRANCH_HD float inverse_temperature() const {
-    return greedy() ? 1.0f : static_cast<float>(1.0 / temperature);
-  }
+  SPECBRANCH_HD float inverse_temperature() const { return greedy() ? 1.0f : static_cast<float>(1.0 / temperature); }
   // Whether top-k, or top-p, needs a threshold.
   SPECBRANCH_HD bool searches_count(int64_t vocabulary) const {
     return !greedy() && top_k > 0.0 && top_k < static_cast<double>(vocabulary);

@@ -16,11 +16,11 @@ struct VerifyParams {
   Tensor seed;           // int64 []
   Filters filters;
   const Filters* filters_in_memory;  // of a CUDA device, or null: what the kernel reads in place of `filters`
-  Tensor target_tokens;  // int64 [n], written
-  Tensor path;           // int64 [n], written: accepted nodes, padded with -1
-  Tensor accepted;       // int64 [], written: how many nodes of path
-  Tensor next_token;     // int64 [], written
-  RowReport* report;  // written
+  Tensor target_tokens;              // int64 [n], written
+  Tensor path;                       // int64 [n], written: accepted nodes, padded with -1
+  Tensor accepted;                   // int64 [], written: how many nodes of path
+  Tensor next_token;                 // int64 [], written
+  RowReport* report;                 // written
 };
 
 void check_verify(const VerifyParams& params);

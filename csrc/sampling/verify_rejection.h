@@ -29,8 +29,8 @@ struct VerifyRejectionParams {
   Tensor seed;           // int64 []
   Filters filters;
   bool block;
-  Tensor accepted;    // int64 [], written
-  Tensor next_token;  // int64 [], written
+  Tensor accepted;           // int64 [], written
+  Tensor next_token;         // int64 [], written
   RowReport* target_report;  // written on the CPU
   RowReport* draft_report;   // written on the CPU
 };

@@ -76,7 +76,7 @@ inline int main(int argc, char** argv) {
 #define CHECK(condition) \
   if (!(condition)) check::fail(__FILE__, __LINE__, #condition)
 #define CHECK_EQUAL(a, b) check::equal(a, b, #a " == " #b, __FILE__, __LINE__)
-#define CHECK_CONTAINS(text, part)                                                        \
-  if (std::string(text).find(part) == std::string::npos) {                                \
+#define CHECK_CONTAINS(text, part)                                                               \
+  if (std::string(text).find(part) == std::string::npos) {                                       \
     check::fail(__FILE__, __LINE__, "\"" + std::string(part) + "\" not in: \"" + (text) + "\""); \
   }

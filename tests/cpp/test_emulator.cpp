@@ -198,7 +198,7 @@ TEST(exchange_and_compute) {
       int sum = 0;
       for (const Big& big : all) sum += big.lane;
       sums[threadIdx.x] = sum;
-      maxima[threadIdx.x] = emulator::warp_compute<int>(mask, mine, [](const Big(&in)[32], int(&out)[32]) {
+      maxima[threadIdx.x] = emulator::warp_compute<int>(mask, mine, [](const Big(&in)[32], int (&out)[32]) {
         int maximum = 0;
         for (const Big& big : in) maximum = std::max(maximum, big.lane);
         for (int i = 0; i < 32; ++i) out[i] = 100 * i + maximum;
@@ -316,9 +316,8 @@ TEST(exit_before_barrier_is_reported) {
 
 TEST(divergent_barrier_is_reported) {
   int out[256];
-  reported_under_all_schedules("divergent_barrier", "divergent __syncthreads", [&] {
-    launch("divergent_barrier", divergent_barrier, on, dim3(1), dim3(256), 0, out);
-  });
+  reported_under_all_schedules("divergent_barrier", "divergent __syncthreads",
+                               [&] { launch("divergent_barrier", divergent_barrier, on, dim3(1), dim3(256), 0, out); });
 }
 
 TEST(barrier_against_shuffle_is_reported) {
@@ -330,50 +329,46 @@ TEST(barrier_against_shuffle_is_reported) {
 
 TEST(shuffle_from_inactive_lane_is_reported) {
   int out[32];
-  reported_under_all_schedules("inactive", "source lane 20 is not in mask 0x0000ffff", [&] {
-    launch("inactive", shuffle_from_inactive_lane, on, dim3(1), dim3(32), 0, out);
-  });
+  reported_under_all_schedules("inactive", "source lane 20 is not in mask 0x0000ffff",
+                               [&] { launch("inactive", shuffle_from_inactive_lane, on, dim3(1), dim3(32), 0, out); });
 }
 
 TEST(caller_outside_of_mask_is_reported) {
   int out[32];
-  reported_under_all_schedules("outside", "the calling lane is not in its mask", [&] {
-    launch("outside", shuffle_outside_of_mask, on, dim3(1), dim3(32), 0, out);
-  });
+  reported_under_all_schedules("outside", "the calling lane is not in its mask",
+                               [&] { launch("outside", shuffle_outside_of_mask, on, dim3(1), dim3(32), 0, out); });
 }
 
 TEST(exited_lane_in_mask_is_reported) {
   int out[32];
-  reported_under_all_schedules("exited", "waits for lane 7, which has exited", [&] {
-    launch("exited", shuffle_with_exited_lane, on, dim3(1), dim3(32), 0, out);
-  });
+  reported_under_all_schedules("exited", "waits for lane 7, which has exited",
+                               [&] { launch("exited", shuffle_with_exited_lane, on, dim3(1), dim3(32), 0, out); });
 }
 
 TEST(lane_that_the_block_lacks_is_reported) {
   int out[96 * warp_results];
-  reported_under_all_schedules("partial", "waits for lane 16, which the block does not have", [&] {
-    launch("partial", warp_functions, on, dim3(1), dim3(48), 0, 32, out);
-  });
+  reported_under_all_schedules("partial", "waits for lane 16, which the block does not have",
+                               [&] { launch("partial", warp_functions, on, dim3(1), dim3(48), 0, 32, out); });
 }
 
 TEST(shuffles_at_two_places_are_reported) {
   int out[32];
-  reported_under_all_schedules("two_places", "which waits in __shfl_", [&] {
-    launch("two_places", shuffle_at_two_places, on, dim3(1), dim3(32), 0, out);
-  });
+  reported_under_all_schedules("two_places", "which waits in __shfl_",
+                               [&] { launch("two_places", shuffle_at_two_places, on, dim3(1), dim3(32), 0, out); });
 }
 
 TEST(odd_width_is_reported) {
   int out[32];
-  reported_under_all_schedules("width", "width 12 is not a power of two", [&] {
-    launch("width", shuffle_odd_width, on, dim3(1), dim3(32), 0, out);
-  });
+  reported_under_all_schedules("width", "width 12 is not a power of two",
+                               [&] { launch("width", shuffle_odd_width, on, dim3(1), dim3(32), 0, out); });
 }
 
 TEST(the_right_line_is_reported) {
   emulator::set_schedule("forward");
   const int line = __LINE__ + 1;
-  const auto kernel = [] { if (threadIdx.x != 0) __syncthreads(); };
+  const auto kernel = [] {
+    if (threadIdx.x != 0) __syncthreads();
+  };
   const std::string error = check::error_of([&] { emulator::launch("lines", dim3(7, 2), dim3(4, 8), 0, kernel); });
   emulator::set_schedule("");
   CHECK_CONTAINS(error, "lines: block (0, 0, 0), thread (1, 0, 0): __syncthreads");
@@ -411,9 +406,8 @@ TEST(impossible_launches_are_refused) {
   CHECK_CONTAINS(error(dim3(1), dim3(32), 227 * 1024 + 1), "bytes of shared memory");
   CHECK_CONTAINS(check::error_of([] { __syncthreads(); }), "outside of a kernel");
   CHECK_CONTAINS(check::error_of([] {
-                   emulator::launch("outer", dim3(1), dim3(1), 0, [] {
-                     emulator::launch("inner", dim3(1), dim3(1), 0, [] {});
-                   });
+                   emulator::launch("outer", dim3(1), dim3(1), 0,
+                                    [] { emulator::launch("inner", dim3(1), dim3(1), 0, [] {}); });
                  }),
                  "inner: launched from a kernel");
 }

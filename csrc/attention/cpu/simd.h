@@ -59,15 +59,14 @@ inline void load_transposed(const T* const* rows, int64_t offset, FloatVec (&out
     const auto high = __builtin_shufflevector(c, d, 0, 1, 2, 3, 4, 5, 6, 7);
     in[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #elif defined(__AVX2__)
-    in[i] = __builtin_shufflevector(load_quad(rows[i] + offset), load_quad(rows[i + 4] + offset), 0, 1, 2, 3, 4, 5,
-                                    6, 7);
+    in[i] =
+        __builtin_shufflevector(load_quad(rows[i] + offset), load_quad(rows[i + 4] + offset), 0, 1, 2, 3, 4, 5, 6, 7);
 #else
     in[i] = load_quad(rows[i] + offset);
 #endif
   }
 #if defined(__AVX512F__)
-#define SPECBRANCH_ZIP_LOW(a, b) \
-  __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define SPECBRANCH_ZIP_LOW(a, b) __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
 #define SPECBRANCH_ZIP_HIGH(a, b) \
   __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
 #define SPECBRANCH_PAIR_LOW(a, b) \

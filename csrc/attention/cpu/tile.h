@@ -13,9 +13,9 @@
 
 namespace specbranch::cpu::SPECBRANCH_ISA {
 
-constexpr int tile_keys = 64;      // one word of ancestor bits
-constexpr int panel = 2 * lanes;   // columns of a register block
-constexpr int block_rows = 6;      // rows of a register block: 6 x 2 sums, 2 columns and a splat fill 16 registers
+constexpr int tile_keys = 64;     // one word of ancestor bits
+constexpr int panel = 2 * lanes;  // columns of a register block
+constexpr int block_rows = 6;     // rows of a register block: 6 x 2 sums, 2 columns and a splat fill 16 registers
 
 // Keys [count, D] become panels [64 / panel][D][panel] with the keys along the vector; missing keys are zeros.
 template <typename T>

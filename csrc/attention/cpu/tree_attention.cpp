@@ -20,8 +20,8 @@ namespace {
 constexpr int64_t segment_keys = 8 * tile_keys;
 constexpr int64_t group_rows = 96;  // rows that share a packed tile; their queries and outputs stay in the L2 cache
 constexpr int64_t max_partial_floats = int64_t{1} << 22;  // 16 MiB: above it there is work enough without splitting
-// Below this many multiply-adds one thread computes all: 25 to 50 microseconds of work, depending on how many rows share
-// the keys. Waking a sleeping thread takes 45, and milliseconds where its core is busy; see linear.cpp.
+// Below this many multiply-adds one thread computes all: 25 to 50 microseconds of work, depending on how many rows
+// share the keys. Waking a sleeping thread takes 45, and milliseconds where its core is busy; see linear.cpp.
 constexpr int64_t min_parallel_products = 1500000;
 constexpr double log2_e = 1.4426950408889634;
 
@@ -239,8 +239,7 @@ void attend_tile(const Problem& p, const Group& group, bool in_tree, int64_t til
       score_block<rows>(s.query + first_row * p.dim, s.packed, p.dim, scores);
       for (int r = 0; r < rows; ++r) {
         const int64_t i = first_row + r;
-        rescale[r] = softmax_row(scores + r * tile_keys, s.visible[i / p.heads_per_kv], p.softcap,
-                                 &result.maximum[i]);
+        rescale[r] = softmax_row(scores + r * tile_keys, s.visible[i / p.heads_per_kv], p.softcap, &result.maximum[i]);
       }
       sum_block<rows>(scores, rescale, count, result.sum + first_row);
       if (!skip_masked) {

@@ -28,12 +28,12 @@ struct AttentionArguments {
   int dim, value_dim, width;         // width: value_dim rounded up to 4
   int capacity, words;
   bool by_position;  // keys are taken in the order of positions: see Paths. Only with ancestors
-  int64_t window;  // 0: none
-  float factor;    // a product of query and key times this is a score, or twice tanh's argument when there is a cap
-  float softcap;       // in units of log2; 0: none
-  int splits;      // blocks that share the keys of a row; one writes the output, more write partial results
-  float* partial;  // [splits, kv_heads, rows, width]: sums of weights times values
-  float2* sums;    // [splits, kv_heads, rows]: maximum score, sum of the weights 2^(score - maximum)
+  int64_t window;    // 0: none
+  float factor;      // a product of query and key times this is a score, or twice tanh's argument when there is a cap
+  float softcap;     // in units of log2; 0: none
+  int splits;        // blocks that share the keys of a row; one writes the output, more write partial results
+  float* partial;    // [splits, kv_heads, rows, width]: sums of weights times values
+  float2* sums;      // [splits, kv_heads, rows]: maximum score, sum of the weights 2^(score - maximum)
   // [kv_heads, blocks of rows]: how many splits are done, and the last one merges them. Null: nothing is to be merged,
   // or a second launch does it.
   unsigned* tickets;
@@ -83,7 +83,7 @@ struct KeyRange {
   // All lanes of the warp take part.
   __device__ KeyRange(const AttentionArguments& a, const RangeLoads& loads) {
     const int first = loads.first, last = loads.last;
-    int highest = last + 1, all_see = first + 1;   // tree rows that some node sees, and that every node sees
+    int highest = last + 1, all_see = first + 1;     // tree rows that some node sees, and that every node sees
     int deepest = last + 1, shallowest = first + 1;  // lengths of their paths
     if (a.ancestors != nullptr) {
       highest = all_see = deepest = 0;

@@ -15,8 +15,8 @@ namespace specbranch::cuda {
 
 template <int Dim>
 struct MmaShape {
-  static constexpr int keys = Dim <= 128 ? 64 : 32;       // of a tile
-  static constexpr int row_tiles = Dim <= 128 ? 2 : 1;    // of 16 rows, for each warp
+  static constexpr int keys = Dim <= 128 ? 64 : 32;     // of a tile
+  static constexpr int row_tiles = Dim <= 128 ? 2 : 1;  // of 16 rows, for each warp
   static constexpr int warp_rows = 16 * row_tiles;
   static constexpr int row_bytes = 2 * Dim;
   static constexpr int chunks = Dim / 8;
@@ -94,7 +94,14 @@ __global__ void __launch_bounds__(attention_threads, 2)
     int first, last;
     found.tiles<keys>(split, a.splits, &first, &last);
     if (threadIdx.x == 0) {
-      state = {found, first, last, first_row, count, 0, 0, static_cast<const T*>(a.keys) + kv_head * a.key_stride[0],
+      state = {found,
+               first,
+               last,
+               first_row,
+               count,
+               0,
+               0,
+               static_cast<const T*>(a.keys) + kv_head * a.key_stride[0],
                static_cast<const T*>(a.values) + kv_head * a.value_stride[0]};
       paths.start(loads, first);
     }
@@ -192,8 +199,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
         for (int m = 0; m < row_tiles; ++m) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const uint64_t seen = visible[row_warp * warp_rows + m * 16 + half * 8 + lane / 4] >>
-                                  (first_key + 2 * (lane % 4));
+            const uint64_t seen =
+                visible[row_warp * warp_rows + m * 16 + half * 8 + lane / 4] >> (first_key + 2 * (lane % 4));
 #pragma unroll
             for (int j = 0; j < 2 * groups; ++j) {
               if (!(seen >> (8 * j) & 1)) products[m][j][2 * half] = -INFINITY;

@@ -17,7 +17,7 @@ struct PlainShape {
   static constexpr int across = wide ? 16 : 32;  // Tx
   static constexpr int thread_rows = rows / (attention_threads / across);
   static constexpr int thread_keys = keys / across;
-  static constexpr int thread_columns = Dim / (4 * across);  // times 4
+  static constexpr int thread_columns = Dim / (4 * across);         // times 4
   static constexpr int stride = Dim + 4, weight_stride = keys + 4;  // floats; rows then lie in different banks
   static constexpr int query_floats = rows * stride, tile_floats = keys * stride;
   static constexpr int shared_bytes =

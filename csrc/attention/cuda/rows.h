@@ -58,11 +58,10 @@ __device__ inline float output_factor(float outcome, float sum) {
 template <typename T>
 __device__ inline void write_output(const AttentionArguments& a, int kv_head, int row, int column, float4 sum,
                                     float factor) {
-  T* to = static_cast<T*>(a.output) + a.node(row) * a.output_stride[0] + a.head(kv_head, row) * a.output_stride[1] +
-          column;
+  T* to =
+      static_cast<T*>(a.output) + a.node(row) * a.output_stride[0] + a.head(kv_head, row) * a.output_stride[1] + column;
   // A sum of -0 becomes 0: it may have met a hidden key, which adds 0, or not.
-  const float4 o = {(sum.x + 0.0f) * factor, (sum.y + 0.0f) * factor, (sum.z + 0.0f) * factor,
-                    (sum.w + 0.0f) * factor};
+  const float4 o = {(sum.x + 0.0f) * factor, (sum.y + 0.0f) * factor, (sum.z + 0.0f) * factor, (sum.w + 0.0f) * factor};
   if (a.vector_output) {
     if constexpr (sizeof(T) == 4) {
       *reinterpret_cast<float4*>(to) = o;

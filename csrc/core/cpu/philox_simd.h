@@ -60,19 +60,15 @@ class NoiseWords {
 
   // In each 128 bits: two lanes of a, then two of b.
 #if defined(__AVX512F__)
-#define SPECBRANCH_SHUFFLE(i, j)                                                                              \
+#define SPECBRANCH_SHUFFLE(i, j) \
   i, j, i + 16, j + 16, i + 4, j + 4, i + 20, j + 20, i + 8, j + 8, i + 24, j + 24, i + 12, j + 12, i + 28, j + 28
 #elif defined(__AVX2__)
 #define SPECBRANCH_SHUFFLE(i, j) i, j, i + 8, j + 8, i + 4, j + 4, i + 12, j + 12
 #else
 #define SPECBRANCH_SHUFFLE(i, j) i, j, i + 4, j + 4
 #endif
-  static UintVec even_lanes(UintVec a, UintVec b) {
-    return __builtin_shufflevector(a, b, SPECBRANCH_SHUFFLE(0, 2));
-  }
-  static UintVec odd_lanes(UintVec a, UintVec b) {
-    return __builtin_shufflevector(a, b, SPECBRANCH_SHUFFLE(1, 3));
-  }
+  static UintVec even_lanes(UintVec a, UintVec b) { return __builtin_shufflevector(a, b, SPECBRANCH_SHUFFLE(0, 2)); }
+  static UintVec odd_lanes(UintVec a, UintVec b) { return __builtin_shufflevector(a, b, SPECBRANCH_SHUFFLE(1, 3)); }
 #undef SPECBRANCH_SHUFFLE
 
   WideVec key_0_[philox_rounds], key_1_[philox_rounds];

@@ -118,7 +118,9 @@ inline WideVec multiply_low_halves(WideVec a, WideVec b) {
 // ---- Loads and stores of the three float types, as float32.
 
 inline float to_float(float x) { return x; }
-inline float to_float(Bfloat16 x) { return Lanes<float>::from_bits(static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16)); }
+inline float to_float(Bfloat16 x) {
+  return Lanes<float>::from_bits(static_cast<int32_t>(static_cast<uint32_t>(x.bits) << 16));
+}
 inline float to_float(Float16 x) {
   const uint32_t magnitude = x.bits & 0x7FFFu, sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   if (magnitude >= 0x7C00u) {

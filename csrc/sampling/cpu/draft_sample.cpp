@@ -8,9 +8,13 @@ void draft_sample(const DraftSampleParams& p) {
   const int64_t rows = p.draft_logits.shape[0], k = p.tokens.shape[1];
   Buffer<Candidate> best(rows * k);
   Buffer<RowSample> samples(rows);
-  const SampleRequest request{&p.draft_logits, p.positions.as<const int64_t>(),
-                              static_cast<uint64_t>(*p.seed.as<const int64_t>()), p.filters,
-                              k, /*statistics=*/true, p.launch.threads};
+  const SampleRequest request{&p.draft_logits,
+                              p.positions.as<const int64_t>(),
+                              static_cast<uint64_t>(*p.seed.as<const int64_t>()),
+                              p.filters,
+                              k,
+                              /*statistics=*/true,
+                              p.launch.threads};
   *p.report = sample_rows(request, best.at(0), samples.at(0));
   if (p.report->problem != RowReport::none) return;
 

@@ -27,7 +27,7 @@ struct SampleRequest {
 };
 
 struct RowSample {
-  int64_t count;         // candidates found, at most k
+  int64_t count;  // candidates found, at most k
   float z_max;
   double mass, entropy;  // of the kept tokens, weighted by exp(z - z_max)
 
@@ -174,8 +174,7 @@ class RowSampler {
     RowState& row = row_[i];
     Bracket bracket = whole_row;
     if (vocabulary_ > short_list && (weight == Weight::count || guesses_mass_)) {
-      const float bins_per_unit =
-          weight == Weight::count ? 32.0f : mass_bins(vocabulary_, row.mass, r_.filters.top_p);
+      const float bins_per_unit = weight == Weight::count ? 32.0f : mass_bins(vocabulary_, row.mass, r_.filters.top_p);
       const SampledHistogram sample(logits(i), vocabulary_, inverse_temperature_, row.z_max, bins_per_unit);
       bracket = weight == Weight::count ? bracket_count(sample, row.z_max, r_.filters.top_k)
                                         : bracket_mass(sample, row.z_max, row.threshold, row.mass, r_.filters.top_p);
@@ -231,8 +230,7 @@ class RowSampler {
     RowState& row = row_[i];
     uint64_t above = 0, total = 0;
     const auto target = [&] {
-      return weight == Weight::count ? r_.filters.top_k
-                                     : r_.filters.top_p * static_cast<double>(total);
+      return weight == Weight::count ? r_.filters.top_k : r_.filters.top_p * static_cast<double>(total);
     };
     if (row.listed_all) {  // an earlier search listed the row; what it dropped leaves the list first
       int64_t kept = 0;

@@ -36,11 +36,11 @@ struct SegmentState {
 struct RowState {
   RowReport::Problem problem;
   float z_max;
-  float mass;         // of exp(z - z_max) within 4%, with top-p
-  int64_t argmax;     // lowest token with the largest logit
-  float threshold;    // kept: z >= threshold ...
-  float low, high;    // the bracket being searched
-  bool listed_all;    // the row's list holds every token with z >= low
+  float mass;       // of exp(z - z_max) within 4%, with top-p
+  int64_t argmax;   // lowest token with the largest logit
+  float threshold;  // kept: z >= threshold ...
+  float low, high;  // the bracket being searched
+  bool listed_all;  // the row's list holds every token with z >= low
   int64_t listed;
   std::atomic<float> score_floor;  // some k tokens are known to score at least this
   std::atomic<int64_t> pending;    // segments that the current pass has not finished

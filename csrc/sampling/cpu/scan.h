@@ -20,9 +20,7 @@ inline namespace SPECBRANCH_ISA {
 struct Keep {
   float inverse_temperature, threshold, z_max, min_p;
 
-  bool operator()(float z) const {
-    return z >= threshold && (min_p == 0.0f || exp_nonpositive(z - z_max) >= min_p);
-  }
+  bool operator()(float z) const { return z >= threshold && (min_p == 0.0f || exp_nonpositive(z - z_max) >= min_p); }
   // No kept token lies below this.
   float lowest() const {
     const float min_p_bound = min_p == 0.0f ? lowest_finite : z_max + std::log(min_p) - 1e-2f;
@@ -41,8 +39,9 @@ class Reach {
   IntVec operator()(FloatVec z, UintVec words) const {
     constexpr float octave = 8388608.0f;  // 2^23: one in the exponent field
     // Reading the bits of a linear function as a float gives a chord of 2^y, which lies above it.
-    const FloatVec bits = min((z - base_) * (octave * 1.44269504f) + octave * (127 + 31), broadcast(octave * (127 + 32)));
-    const FloatVec bound = (FloatVec)__builtin_convertvector(bits, IntVec);
+    const FloatVec bits =
+        min((z - base_) * (octave * 1.44269504f) + octave * (127 + 31), broadcast(octave * (127 + 32)));
+    const FloatVec bound = (FloatVec) __builtin_convertvector(bits, IntVec);
     return (IntVec)(__builtin_convertvector((IntVec)(words >> 1), FloatVec) <= bound);
   }
   bool operator()(float z, uint32_t word) const {

@@ -8,10 +8,15 @@ void verify(const VerifyParams& p) {
   const int64_t n = p.target_logits.shape[0];
   Buffer<Candidate> best(n);
   Buffer<RowSample> samples(n);
-  const SampleRequest request{&p.target_logits, p.positions.as<const int64_t>(),
-                              static_cast<uint64_t>(*p.seed.as<const int64_t>()), p.filters,
-                              /*k=*/1, /*statistics=*/false, p.launch.threads,
-                              /*more_logits=*/nullptr, p.parents.as<const int64_t>()};
+  const SampleRequest request{&p.target_logits,
+                              p.positions.as<const int64_t>(),
+                              static_cast<uint64_t>(*p.seed.as<const int64_t>()),
+                              p.filters,
+                              /*k=*/1,
+                              /*statistics=*/false,
+                              p.launch.threads,
+                              /*more_logits=*/nullptr,
+                              p.parents.as<const int64_t>()};
   for (int64_t i = 0; i < n; ++i) samples[i].count = 0;
   *p.report = sample_rows(request, best.at(0), samples.at(0));
   if (p.report->problem != RowReport::none) return;

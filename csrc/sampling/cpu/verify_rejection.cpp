@@ -99,8 +99,8 @@ class Rejection {
         drafted_(drafted),
         target_logits_(first_rows(p.target_logits, drafted + 1)),
         draft_logits_(first_rows(p.draft_logits, drafted)),
-        request_{&target_logits_, nullptr, 0, p.filters, /*k=*/0, /*statistics=*/false, p.launch.threads,
-                 &draft_logits_},
+        request_{&target_logits_,  nullptr,       0, p.filters, /*k=*/0, /*statistics=*/false,
+                 p.launch.threads, &draft_logits_},
         filtered_(request_, nullptr, nullptr),
         segments_(p.target_logits.shape[1]),
         row_(2 * drafted + 1),
@@ -156,9 +156,8 @@ class Rejection {
     }
   }
   void residual_parts(int64_t first, int64_t last) {
-    parts(first, last, [this](int64_t i, int64_t begin, int64_t end) {
-      return residual_sum(target(i), draft(i), begin, end);
-    });
+    parts(first, last,
+          [this](int64_t i, int64_t begin, int64_t end) { return residual_sum(target(i), draft(i), begin, end); });
   }
   uint64_t sum_of_parts(int64_t i) {
     uint64_t sum = 0;

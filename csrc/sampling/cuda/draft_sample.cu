@@ -77,7 +77,7 @@ void run(const DraftSampleParams& p) {
   launch_row_max<T>("draft_sample", p.launch, rows, row_max_arguments(p.draft_logits, p.filters, in_memory, workspace));
   const SampleArguments arguments =
       sample_arguments(p.draft_logits, p.positions, p.seed, p.filters, in_memory, workspace);
-  const DraftArguments out{static_cast<int>(k),   workspace.candidates,       p.tokens.as<int64_t>(),
+  const DraftArguments out{static_cast<int>(k),  workspace.candidates,     p.tokens.as<int64_t>(),
                            p.scores.as<float>(), p.confidence.as<float>(), p.entropy.as<float>()};
   const auto kernel = in_memory != nullptr ? draft_sample_kernel<T, true> : draft_sample_kernel<T, false>;
   launch("draft_sample", kernel, p.launch, dim3(static_cast<unsigned>(rows * arguments.segments)),

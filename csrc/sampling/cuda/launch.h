@@ -37,8 +37,8 @@ inline SampleWorkspace::SampleWorkspace(void* memory, int64_t rows, int64_t voca
   }
   if (!any_filters && filters.greedy() && many_k == 0) return;
   state = take<RowState>(rows);
-  candidates = take<Word64>(many_k == 0 ? 0 : rows * segments(rows, vocabulary).count *
-                                                   BestMany::published_by(static_cast<int>(many_k)));
+  candidates = take<Word64>(
+      many_k == 0 ? 0 : rows * segments(rows, vocabulary).count * BestMany::published_by(static_cast<int>(many_k)));
   if (!any_filters && !filters.searches_count(vocabulary) && !filters.searches_mass()) return;
   const int64_t capacity = rows <= 128 ? 16384 : rows <= 1024 ? 8192 : min_sampled_vocabulary;
   list_capacity = static_cast<int32_t>(vocabulary < capacity ? vocabulary : capacity);
@@ -71,8 +71,7 @@ void launch_row_max(const char* name, const Launch& on, int64_t rows, const RowM
 }
 
 inline SampleArguments sample_arguments(const Tensor& logits, const Tensor& positions, const Tensor& seed,
-                                        const Filters& f, const Filters* in_memory,
-                                        const SampleWorkspace& workspace) {
+                                        const Filters& f, const Filters* in_memory, const SampleWorkspace& workspace) {
   const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
   const Segments segments = SampleWorkspace::segments(rows, vocabulary);
   SampleArguments a{};

@@ -14,7 +14,7 @@ namespace specbranch::cuda {
 
 constexpr int row_max_threads = 256;
 constexpr int max_row_segments = 2 * warp_size;  // one warp merges them
-constexpr Word64 nan_key = ~Word64{0};         // of a segment with a NaN: above all others
+constexpr Word64 nan_key = ~Word64{0};           // of a segment with a NaN: above all others
 
 // What the blocks of a row add up in the second launch. Integers, so that their order does not matter.
 struct RowState {
@@ -46,9 +46,9 @@ struct RowMaxArguments {
   int32_t vocabulary, segments, segment_groups;
   float mass_scale;        // log2(e) / temperature, or 0: no masses
   const Filters* filters;  // in memory, or null: what mass_scale comes from
-  Word64* maxima;   // [rows, segments]: keys of the largest logits
-  float* masses;    // [rows, segments]: sums of exp((logit - largest) / temperature)
-  RowState* state;  // [rows] or null
+  Word64* maxima;          // [rows, segments]: keys of the largest logits
+  float* masses;           // [rows, segments]: sums of exp((logit - largest) / temperature)
+  RowState* state;         // [rows] or null
 };
 
 struct RowMaxShared {
@@ -86,14 +86,14 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
   float best = -infinity;
   int32_t token = group_tokens * begin;
   float mass = 0.0f, mass_max = lowest_finite;  // the sum is relative to the latter
-  constexpr int unroll = 4;  // loads in flight
+  constexpr int unroll = 4;                     // loads in flight
   for (int32_t base = begin; base < end; base += unroll * row_max_threads) {
     Group groups[unroll];
 #pragma unroll
     for (Group& group : groups) group = reader.next();
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
-      const float(&x)[group_tokens] = groups[u].x;
+      const float (&x)[group_tokens] = groups[u].x;
       nan |= x[0] != x[0] || x[1] != x[1] || x[2] != x[2] || x[3] != x[3];
       const float most = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
       if (most > best) {

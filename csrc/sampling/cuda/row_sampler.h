@@ -36,7 +36,7 @@ struct SampleArguments {
   const int64_t* positions;
   const int64_t* seed;
   int32_t vocabulary;
-  int32_t max_segments;            // of the first launch
+  int32_t max_segments;              // of the first launch
   int32_t segments, segment_groups;  // of this one
   int32_t list_capacity;
   RowFilters filters;
@@ -130,9 +130,7 @@ class RowSampler {
     uint32_t listed;
 
     __device__ uint32_t count() const { return from_row ? static_cast<uint32_t>(sampler.a_.vocabulary) : listed; }
-    __device__ float z(uint32_t i) const {
-      return from_row ? sampler.z(static_cast<int32_t>(i)) : sampler.list_z_[i];
-    }
+    __device__ float z(uint32_t i) const { return from_row ? sampler.z(static_cast<int32_t>(i)) : sampler.list_z_[i]; }
     __device__ Word64 key(uint32_t i) const { return ordered(z(i)); }
     __device__ Word64 weight(uint32_t i) const { return mass ? sampler.weight(z(i)) : 1; }
   };

@@ -73,7 +73,7 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
       PhiloxWords words{};
       if (dense) {
         words = noise_key_.block(token / group_tokens, Purpose::gumbel);
-        const uint32_t(&w)[4] = words.word;
+        const uint32_t (&w)[4] = words.word;
         if (searches()) reach = current_reach();
         limit = 1.0f + exp2f((most - reach) * 1.44269504f);
         near = near && unit(min(min(w[0], w[1]), min(w[2], w[3]))) <= limit;

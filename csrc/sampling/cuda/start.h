@@ -62,10 +62,9 @@ __device__ Bracket RowSampler<T, Best, statistics>::guess_bracket(const ThreadSa
   count_sample(s_.bracket, sample, f_.inverse_temperature, z_max_, bins_per_unit);
   __syncthreads();
   // With both filters on the list has to hold all that top-k keeps.
-  Bracket bracket =
-      f_.search_count
-          ? bracket_count(s_.bracket, z_max_, f_.bracket_plan, bins_per_unit, /*open=*/f_.search_mass)
-          : bracket_mass(s_.bracket, z_max_, f_.bracket_plan, s_.mass, bins_per_unit);
+  Bracket bracket = f_.search_count
+                        ? bracket_count(s_.bracket, z_max_, f_.bracket_plan, bins_per_unit, /*open=*/f_.search_mass)
+                        : bracket_mass(s_.bracket, z_max_, f_.bracket_plan, s_.mass, bins_per_unit);
   bracket.low = fminf(fmaxf(bracket.low, lowest_finite), bracket.top);
   return bracket;
 }

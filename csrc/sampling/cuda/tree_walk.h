@@ -20,8 +20,8 @@ struct TreeArguments {
 constexpr int64_t walk_cached = 1024;
 
 struct WalkShared {
-  int32_t target[walk_cached];            // trees up to here keep their target tokens close
-  int32_t parent[walk_cached];            // of the children that equal their parent's target token, else -1
+  int32_t target[walk_cached];  // trees up to here keep their target tokens close
+  int32_t parent[walk_cached];  // of the children that equal their parent's target token, else -1
   bool unusable;
 };
 

@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(sampler_threads)
   VerifyShared& shared = *shared_memory<VerifyShared>();
   const RowFilters& filters = row_filters<filters_in_memory>(arguments, shared.sampler.filters);
   if (filters_in_memory && filters.greedy) return;
-  RowSampler<T, BestOne, /*statistics=*/false> sampler(arguments, filters, shared.sampler,
-                                                       BestOne(shared.sampler.best), 1);
+  RowSampler<T, BestOne, /*statistics=*/false> sampler(arguments, filters, shared.sampler, BestOne(shared.sampler.best),
+                                                       1);
   if (!sampler.run()) return;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -107,8 +107,8 @@ void run(const VerifyParams& p) {
   }
   const SampleArguments arguments = sample_arguments(p.target_logits, p.positions, p.seed, f, in_memory, workspace);
   const auto kernel = in_memory != nullptr ? verify_kernel<T, true> : verify_kernel<T, false>;
-  launch("verify", kernel, p.launch, dim3(static_cast<unsigned>(n * arguments.segments)),
-         dim3(sampler_threads), sizeof(VerifyShared), arguments, tree, p.launch.tickets);
+  launch("verify", kernel, p.launch, dim3(static_cast<unsigned>(n * arguments.segments)), dim3(sampler_threads),
+         sizeof(VerifyShared), arguments, tree, p.launch.tickets);
 }
 
 }  // namespace

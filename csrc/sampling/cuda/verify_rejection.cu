@@ -214,8 +214,8 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
     const bool against = i < drawn;  // else the target's own row, times 0
     const double scale = a.block && against && i > 0 ? share[i] * path[i - 1] : share[i];
     const int32_t other = against ? a.n + i : i;
-    return Residual<T>{a.row<T>(i), a.row<T>(other), a.info[i], a.info[other], scale,
-                       against ? 1.0 / static_cast<double>(a.info[other].sum) : 0.0};
+    return Residual<T>{a.row<T>(i),   a.row<T>(other), a.info[i],
+                       a.info[other], scale,           against ? 1.0 / static_cast<double>(a.info[other].sum) : 0.0};
   };
   const int32_t row_index = a.block ? block_row : min(s.accepted, drawn);
   const int32_t groups = (a.vocabulary - 1) / group_tokens + 1;
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(greedy_threads) greedy_kernel(const __grid_con
 // Segments of the last launch: no more than it has threads.
 Segments residual_segments(int64_t n, int64_t vocabulary, bool block) {
   return Segments(block ? n : 1, vocabulary, /*wanted_blocks=*/(block ? 4 : 1) * 132, /*min_tokens=*/1024,
-                residual_threads);
+                  residual_threads);
 }
 
 // The workspace of the first two launches, then what the last one needs.
