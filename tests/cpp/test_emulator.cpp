@@ -365,7 +365,7 @@ TEST(odd_width_is_reported) {
 
 TEST(the_right_line_is_reported) {
   emulator::set_schedule("forward");
-  const int line = __LINE__ + 1;
+  const int line = __LINE__ + 2;
   const auto kernel = [] {
     if (threadIdx.x != 0) __syncthreads();
   };
