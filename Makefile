@@ -1,7 +1,7 @@
 # make demo   text from the bundled pair, plain and with SpecBranch      make test   the tests
 # make lint   ruff, mypy, clang-format and clang-tidy                    make bench  the benchmarks
 # make gate   the CUDA kernels for every architecture (needs nvcc)       make clean  remove what was built
-# make sanitize  the emulated CUDA kernels under sanitizers
+# make sanitize  the emulated CUDA kernels under sanitizers             make nightly  the tests with their long versions
 #
 # Needed: Python 3.10 or newer, and g++ (or clang++). Everything else comes from pip, into $(VENV).
 
@@ -18,6 +18,9 @@ DRAFT ?= bundled
 PROMPTS ?= python/specbranch/bundled/prompts.jsonl
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 96
 
+# Processes that share the tests; 0 runs them in one, where a debugger works.
+WORKERS ?= 2
+
 BIN := $(VENV)/bin
 # cmake, ctest and ninja come from there too.
 export PATH := $(abspath $(BIN)):$(PATH)
@@ -27,14 +30,17 @@ TIDY_FLAGS = -std=c++17 -Icsrc $(shell $(BIN)/python -m pybind11 --includes) -Wa
 	$(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3 -DSPECBRANCH_ISA=avx2 -DSPECBRANCH_X86)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test lint bench gate sanitize clean install
+.PHONY: demo test nightly lint bench gate sanitize clean install
 .DELETE_ON_ERROR:
 
 demo: install
 	$(BIN)/specbranch demo
 
 test: install
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
+
+nightly: install
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal --nightly
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,11 +1,17 @@
-"""Shared by the tests: no network, quiet transformers, and the bundled pair loaded once."""
+"""Shared by the tests: no network, quiet transformers, the bundled pair loaded once, and long versions for the night."""
 
 import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two threads on matrices of 128 x 192 wait for each other more than they compute. Tests of threads set their number, and
+# whatever they start inherits this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import implementations
 import pytest
@@ -27,6 +33,42 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """The marker alone says that a test needs a GPU: `-m cuda` selects all of them, and nothing else skips them."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+# ---- Long versions: the marker `nightly`, which `pytest --nightly` and any -m that names it run
+
+LEFT: pytest.StashKey[list[str]] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="run the long versions as well")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--nightly") or "nightly" in config.getoption("markexpr"):
+        return
+    left = [item for item in items if item.get_closest_marker("nightly")]
+    items[:] = [item for item in items if item not in left]
+    config.hook.pytest_deselected(items=left)
+    config.stash[LEFT] = [item.nodeid for item in left]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # under pytest-xdist the workers collect, and another process reports
+        session.config.workeroutput["left"] = session.config.stash.get(LEFT, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if left := getattr(node, "workeroutput", {}).get("left"):  # the same from each
+        node.config.stash[LEFT] = left
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left := config.stash.get(LEFT, []):
+        tests = Counter(name.partition("[")[0].removeprefix("tests/") for name in left)
+        names = ", ".join(f"{name} ({count})" for name, count in tests.items())
+        terminalreporter.write_line(f"left to `make nightly`: {len(left)} cases of {names}")
 
 
 @pytest.fixture(scope="session")
