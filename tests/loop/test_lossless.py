@@ -1,5 +1,7 @@
 """Every method gives the tokens of autoregressive decoding, at any temperature, overlapped or serial."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -24,11 +26,20 @@ def prompts() -> list[str]:
     return (whole + cut)[:50]
 
 
+TEN = range(0, 50, 5)
+FORTY = [i for i in range(50) if i not in TEN]
+
+
+@pytest.mark.parametrize(
+    "chosen", [pytest.param(TEN, id="ten"), pytest.param(FORTY, id="forty", marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seed1", "seed2", "seed3"])
-def test_same_tokens_as_autoregressive(bundled_pair: SpecBranch, sampling: dict[str, float]) -> None:
+def test_same_tokens_as_autoregressive(
+    bundled_pair: SpecBranch, sampling: dict[str, float], chosen: Sequence[int]
+) -> None:
     """200 texts in all; for each, every method, serial and overlapped."""
-    texts = prompts()
-    assert len(texts) == 50
+    assert len(prompts()) == 50
+    texts = [prompts()[i] for i in chosen]
     accepted = 0
     for text in texts:
         plain = bundled_pair.generate(text, max_new_tokens=NEW_TOKENS, method="autoregressive", **sampling)
@@ -37,7 +48,19 @@ def test_same_tokens_as_autoregressive(bundled_pair: SpecBranch, sampling: dict[
             assert drafted.tokens == plain.tokens, (text, method, overlap)
             assert drafted.text == plain.text
             accepted += drafted.stats.accepted
-    assert accepted > 50 * NEW_TOKENS  # the drafts were really used
+    assert accepted > len(texts) * NEW_TOKENS  # the drafts were really used
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_beside_each_other_do_not_change_the_text(bundled_pair: SpecBranch, threads: int) -> None:
+    """The other tests run on one thread; here the target has a thread of its own, or two, and the draft another."""
+    pair = SpecBranch(bundled_pair.target, bundled_pair.draft, tokenizer=bundled_pair.tokenizer, threads=threads)
+    for text in prompts()[3::24]:
+        for sampling in SAMPLINGS[:2]:
+            plain = bundled_pair.generate(text, max_new_tokens=NEW_TOKENS, method="autoregressive", **sampling)
+            for method, overlap in RUNS:
+                drafted = pair.generate(text, max_new_tokens=NEW_TOKENS, method=method, overlap=overlap, **sampling)
+                assert drafted.tokens == plain.tokens, (text, method, overlap)
 
 
 @pytest.mark.parametrize("options", [{"epsilon": 1.0, "k_max": 4}, {"verify_tail": False}, {"max_trunk": 1}])

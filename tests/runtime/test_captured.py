@@ -29,7 +29,13 @@ from specbranch.runtime.runner import EagerRunner
 T = TypeVar("T")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+EVERY_NIGHT = ("qwen2-sliding", "mistral", "gemma3_text", "phi3", "qwen3")  # captured; eager, they run in test_models.py
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(family, marks=[pytest.mark.nightly] * (family in EVERY_NIGHT)) for family in FAMILIES],
+)
 def test_every_family_decodes_the_same_tokens_captured(family: str) -> None:
     pair = tiny_pair(family)
     expected = [pair.generate(PROMPT, max_new_tokens=40, method="autoregressive", **s).tokens for s in SAMPLINGS]
