@@ -29,7 +29,13 @@ from specbranch.runtime.runner import EagerRunner
 T = TypeVar("T")
 
 
-EVERY_NIGHT = ("qwen2-sliding", "mistral", "gemma3_text", "phi3", "qwen3")  # captured; eager, they run in test_models.py
+EVERY_NIGHT = (
+    "qwen2-sliding",
+    "mistral",
+    "gemma3_text",
+    "phi3",
+    "qwen3",
+)  # captured; eager, they run in test_models.py
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""The loop, the tree and every policy over a made-up language: thousands of texts, and bugs that must be found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from checked_loop import Case
+from planted import Bug, planted
+
+from specbranch.core.stats import Stats
+from specbranch.policies.costs import Costs
+from specbranch.policies.methods import METHODS
+
+TEXTS = 100  # of every method in every mode
+ONE_AFTER_ANOTHER = 10  # texts that go on with what those before them measured
+OVERLAP = (False, True, None)
+
+
+def decode(method: str, overlap: bool | None, seeds: range) -> Iterator[Stats]:
+    costs = Costs()
+    for seed in seeds:
+        if seed % ONE_AFTER_ANOTHER == 0:
+            costs = Costs()
+        case = Case.draw(seed, method, overlap)
+        try:
+            yield case.run(costs)
+        except AssertionError as error:
+            raise AssertionError(f"{error} (text {seed % ONE_AFTER_ANOTHER} of a pair: {case})") from error
+
+
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(range(TEXTS), id="hundred"),
+        pytest.param(range(TEXTS, 30 * TEXTS), id="thousands", marks=pytest.mark.nightly),
+    ],
+)
+@pytest.mark.parametrize("overlap", OVERLAP)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_says_what_the_target_says(method: str, overlap: bool | None, seeds: range) -> None:
+    texts = list(decode(method, overlap, seeds))
+    assert len(texts) == len(seeds)
+    verified, accepted = sum(stats.verified for stats in texts), sum(stats.accepted for stats in texts)
+    if method == "autoregressive":
+        assert verified == 0
+    else:
+        assert 0.1 * verified < accepted < 0.9 * verified
+        assert {0.0, 1.0} < {stats.accepted / stats.verified for stats in texts if stats.verified}
+        assert sum(stats.hits for stats in texts) > len(texts)
+
+
+LOOP, TREE, MESSAGES, STATS = (
+    "specbranch.loop",
+    "specbranch.core.tree",
+    "specbranch.core.messages",
+    "specbranch.core.stats",
+)
+POLICY, BRANCHING = "specbranch.policies.policy", "specbranch.policies.branching"
+ROUNDS, COMMIT, CHOOSE = "DecodingLoop.rounds", "DecodingLoop._commit", "DecodingLoop._choose_trunk"
+EXPAND, PREFILL = "DecodingLoop._expand", "DecodingLoop._prefill"
+NO_TOKEN, TWICE = "a token that cannot be committed", "a token twice below one parent"
+
+BUGS = [
+    # The text
+    Bug(LOOP, COMMIT, "tree.tokens(path[1:])", "tree.tokens(path[1:-1])", "a lesson about other tokens"),
+    Bug(LOOP, COMMIT, "in verdict.path)", "in reversed(verdict.path))", "the target's cache is not the text"),
+    Bug(LOOP, COMMIT, "child(path[-1]", "child(path[0]", "the root is not the last token"),
+    Bug(LOOP, COMMIT, "tree.position + len(committed)", "tree.position + len(path) - 1", "the root is not the last"),
+    Bug(LOOP, ROUNDS, "committed, tree = ", "committed, _ = ", "the target: the root stands elsewhere"),
+    Bug(LOOP, ROUNDS, "remaining -= len(committed)", "remaining -= 1", NO_TOKEN),
+    Bug(LOOP, PREFILL, "len(prompt) - 1)", "len(prompt))", "the draft: the root stands elsewhere"),
+    # What the models are told
+    Bug(LOOP, COMMIT, "self.verifier.commit(verdict.path)", "self.verifier.commit(verdict.path[:-1])", "another path"),
+    Bug(LOOP, COMMIT, "self.verifier.commit(verdict.path)", "pass", "the target: no commit"),
+    Bug(LOOP, ROUNDS, "pending.result()", "self.verifier.verify(trunk).result()", "verified twice without a commit"),
+    Bug(
+        LOOP, PREFILL, "self.drafter.prefill(prompt)", "self.drafter.prefill(prompt[:-1])", "the root stands elsewhere"
+    ),
+    Bug(LOOP, COMMIT, "survivors, committed)", "survivors, committed[:-1])", "the draft was not told of the text"),
+    Bug(LOOP, COMMIT, "commit(path, survivors", "commit(path[1:], survivors", "the root is not committed"),
+    Bug(LOOP, COMMIT, "commit(path, survivors", "commit(path, {}", "proposals without a row"),
+    Bug(
+        LOOP,
+        COMMIT,
+        "commit(path, survivors",
+        "commit(path, {k: v + 1 for k, v in survivors.items()}",
+        "another node's",
+    ),
+    Bug(LOOP, COMMIT, "append((tree, path", "append((rerooted, path", "a lesson about another tree"),
+    Bug(LOOP, COMMIT, "self.forecast = verdict.forecast", "pass", "another forecast"),
+    Bug(LOOP, "DecodingLoop._learn", "self._lessons.clear()", "pass", "a lesson twice"),
+    Bug(LOOP, EXPAND, "self._learn()", "pass", "goes on before it has learned"),
+    Bug(LOOP, ROUNDS, "self._learn()", "pass", "a verdict that it never learned"),
+    # The trunk
+    Bug(LOOP, CHOOSE, "[: self.verifier.most_rows]", "", "too many rows"),
+    Bug(LOOP, CHOOSE, "choice.choices[:", "choice.choices[:1] + choice.choices[2 :", "a parent is missing"),
+    Bug(MESSAGES, "Trunk.of", "place.get(tree.parent[node], -1)", "tree.parent[node]", "a parent is missing"),
+    Bug(MESSAGES, "Trunk.of", "tree.position)", "tree.position + 1)", "the target: the root stands elsewhere"),
+    Bug(POLICY, "whole_path", "[: state.remaining]", "", NO_TOKEN),
+    Bug(BRANCHING, "Hedging._siblings", " and choice not in chosen", "", TWICE),
+    Bug(BRANCHING, "Hedging._siblings", "or tree.depth[node] + 1 >= state.remaining", "", NO_TOKEN),
+    # The tree
+    Bug(TREE, "Tree.reroot", "self.position + self.depth[node]", "self.position", "the root is not the last token"),
+    Bug(TREE, "Tree.reroot", "kept[self.parent[old]]", "new - 1", "a row in the draft's cache is another node's"),
+    Bug(TREE, "Tree.reroot", "tree.note(new,", "tree.note(max(0, new - 1),", "proposals of another node"),
+    Bug(TREE, "Tree.descend", "Choice(node, 0)", "Choice(node, 1)", "a row in the draft's cache is another node's"),
+    Bug(TREE, "Tree.branch", "if not self._is_child(node, rank)", "if True", TWICE),
+    Bug(TREE, "Tree.untried", "if token not in known", "if True", TWICE),
+    Bug(TREE, "Tree.undrafted", "proposals is None and", "", "runs twice over a node"),
+    Bug(TREE, "Tree.likeliest", "stale = self.proposals[node] is not None", "stale = False", "runs twice over a node"),
+    Bug(TREE, "Tree.likeliest", "stale = self._is_child(node, rank)", "stale = False", TWICE),
+    Bug(TREE, "Tree.likeliest", "self.depth[node] < depth", "self.depth[node] <= depth", NO_TOKEN),
+    # Drafting
+    Bug(LOOP, EXPAND, "drafted.proposals)", "drafted.proposals[:1])", "runs twice over a node"),
+    Bug(LOOP, "DecodingLoop._steps", "// len(expansion.choices)", "", "the draft: no room"),
+    Bug(POLICY, "extend", "[path[-1]]", "[Choice(path[-1].node)]", "runs twice over a node"),
+    Bug(BRANCHING, "Hedging.draft_during", "min(self.limit, state.remaining - 1)", "self.limit", NO_TOKEN),
+    Bug(BRANCHING, "Hedging.draft_during", "max(1, depth - deepest)", "state.burst", NO_TOKEN),
+    # Counts, and what was asked for
+    Bug(LOOP, CHOOSE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(LOOP, EXPAND, "in drafted.steps:", "in drafted.steps[:1]:", "draft steps are miscounted"),
+    Bug(LOOP, COMMIT, "len(flight.nodes) - 1", "len(flight.nodes)", "verified tokens are miscounted"),
+    Bug(STATS, "Stats.count", "tree.below(next_node)", "(next_node,)", "wasted tokens are miscounted"),
+    Bug(STATS, "Stats.count", "next_node is not None", "len(path) > 1", "a hit is not counted"),
+    Bug(
+        LOOP, "DecodingLoop._state", "if self.overlap is None else self.overlap", "", "overlapped, and was told not to"
+    ),
+]
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=[f"{bug.function}-{bug.right}" for bug in BUGS])
+def test_a_planted_bug_is_found(bug: Bug) -> None:
+    """One of the first texts says what is wrong, and not only that something is."""
+    said = set()
+    with planted(bug):
+        for seed in range(0, 10 * TEXTS, ONE_AFTER_ANOTHER):
+            for method in reversed(METHODS[1:]):
+                for overlap in OVERLAP:
+                    try:
+                        Case.draw(seed, method, overlap).run(Costs())
+                    except AssertionError as error:
+                        now = {str(error), str(error.__context__)}  # what the end of the loop says hides the first
+                        if any(bug.symptom in each for each in now):
+                            return
+                        said |= now
+    pytest.fail(f"not found: {bug}; found: {said}")
+
+
+def test_a_bug_that_cannot_be_planted_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="no longer has one 'magic'"), planted(Bug(LOOP, COMMIT, "magic", "", "")):
+        pass

@@ -1,0 +1,194 @@
+"""Texts of a made-up language through the decoding loop, with everything checked after every round."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from random import Random
+from typing import Any
+
+from language import Language, LanguageDrafter, LanguageTarget
+
+from specbranch.core.messages import Verdict
+from specbranch.core.stats import CAUSES, Stats
+from specbranch.core.tree import Tree
+from specbranch.loop import DecodingLoop
+from specbranch.policies.costs import Costs
+from specbranch.policies.methods import make_policy, options_of
+from specbranch.policies.policy import InFlight, Policy, State
+from specbranch.replay.virtual_time import VirtualTime
+
+LANGUAGES = 20
+language = cache(Language)
+
+
+class CheckedLoop(DecodingLoop):
+    """After every round, both caches hold the committed text and what lives on, and the round's counts are right.
+
+    text: the prompt and the committed tokens. grown: nodes that were added to a tree. left: nodes that lived on at the
+    newest commit, the root among them.
+    """
+
+    verifier: LanguageTarget
+    drafter: LanguageDrafter | None
+
+    def begin(self, prompt: list[int]) -> None:
+        self.text, self.grown, self.left = list(prompt), 0, 1
+
+    def _state(self, remaining: int) -> State:
+        state = super()._state(remaining)
+        assert state.forecast == self.verifier.forecast, "another forecast than the newest verdict's"
+        return state
+
+    def _commit(self, tree: Tree, flight: InFlight, verdict: Verdict) -> tuple[list[int], Tree]:
+        self.grown += len(tree) - self.left
+        committed, left = super()._commit(tree, flight, verdict)
+        self.text += committed
+        self.left = len(left)
+        assert self.verifier.verdict is None, "the target: no commit"
+        assert self.verifier.text == self.text[:-1], "the target's cache is not the text"
+        assert (left.token[0], left.position) == (self.text[-1], len(self.text) - 1), "the root is not the last token"
+        if self.drafter is not None:
+            check_draft(self.drafter, left, self.text)
+        self._check_counts(tree, verdict, committed, left)
+        return committed, left
+
+    def _check_counts(self, tree: Tree, verdict: Verdict, committed: list[int], left: Tree) -> None:
+        round = self.stats.log[-1]
+        path = [0]
+        for token in committed:
+            below = [node for node in tree.children[path[-1]] if tree.token[node] == token]
+            assert len(below) <= 1, "a token twice below one parent"
+            path += below
+            if not below:
+                break
+        hit = len(path) == len(committed) + 1
+        assert round.hit == hit, "a hit is not counted"
+        assert round.verified == verdict.step.rows - 1, "verified tokens are miscounted"
+        assert round.accepted == len(verdict.path) == len(committed) - 1, "accepted tokens are miscounted"
+        lost = len(tree) - len(committed) - (len(left) if hit else 0)
+        assert round.wasted == lost, "wasted tokens are miscounted"
+        best = tree.tokens(tree.best_path()[1:])
+        right = next((i for i, pair in enumerate(zip(best, committed, strict=False)) if pair[0] != pair[1]), None)
+        right = min(len(best), len(committed)) if right is None else right
+        assert round.rolled_back == (0 if right == len(committed) else len(best) - right), "rollback is miscounted"
+        assert round.rejected <= 1, "more than one token rejected by a verdict"
+
+
+def check_draft(draft: LanguageDrafter, tree: Tree, text: list[int]) -> None:
+    assert draft.committed == text, "the draft was not told of the text"
+    assert draft.text == text[: len(draft.text)], "the draft's cache is not the text"
+    assert len(draft.text) < len(text), "the draft's cache is longer than the text"
+    for node, row in draft.rows.items():
+        assert node < len(tree), "a row in the draft's cache of no node"
+        assert list(row.path) == tree.tokens(tree.path(node)), "a row in the draft's cache is another node's"
+        assert row.proposals is tree.proposals[node], "proposals of another node"
+    drafted = [node for node, proposals in enumerate(tree.proposals) if proposals is not None]
+    assert drafted == sorted(draft.rows), "proposals without a row, or a row without proposals"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One text, drawn at random from a seed. left_after: rounds after which nobody wants more of it."""
+
+    seed: int
+    method: str
+    overlap: bool | None
+    options: dict[str, Any] = field(default_factory=dict)
+    language: int = 0
+    prompt: tuple[int, ...] = (1,)
+    new_tokens: int = 12
+    most_rows: int = 240
+    capacities: tuple[int, ...] = (240,)
+    burst: int = 1
+    target_cost: tuple[float, float] = (1.0, 0.0)
+    draft_cost: tuple[float, float] = (0.1, 0.0)
+    forecasts: bool = False
+    left_after: int | None = None
+
+    @staticmethod
+    def draw(seed: int, method: str, overlap: bool | None) -> Case:
+        chance = Random(f"{method} {overlap} {seed}")
+        draft = chance.choice((0.01, 0.03, 0.1, 0.3, 1.1))
+        return Case(
+            seed,
+            method,
+            overlap,
+            draw_options(chance, method),
+            language=chance.randrange(LANGUAGES),
+            prompt=tuple(chance.randrange(8) for _ in range(chance.randint(1, 6))),
+            new_tokens=chance.choice((1, 2, 3, *range(4, 40))),
+            most_rows=chance.choice((1, 4, 240, 240, 240, 240)),
+            capacities=chance.choice([(240,), (240,), (240,), (240,), (8,), (0, 20), (3, 0, 0, 40)]),
+            burst=chance.choice((1, 1, 2, 16)),
+            target_cost=(1.0, chance.choice((0.0, 0.01, 0.1))),
+            draft_cost=(draft, draft * chance.choice((0.0, 0.01, 0.1))),
+            forecasts=chance.random() < 0.2,
+            left_after=chance.randint(0, 4) if chance.random() < 0.1 else None,
+        )
+
+    def policy(self) -> Policy:
+        return make_policy(self.method, dict(self.options))
+
+    def run(self, costs: Costs) -> Stats:
+        """Decode it and check; costs: measured by the texts before."""
+        spoken, time, prompt = language(self.language), VirtualTime(), list(self.prompt)
+        expected = spoken.text(prompt, self.new_tokens)
+        end, policy = len(prompt) + self.new_tokens, self.policy()
+        predictor = Random(self.seed) if self.forecasts else None
+        target = LanguageTarget(spoken, time, self.target_cost, end, self.most_rows, predictor)
+        draft = None
+        if policy.candidates:
+            more = (end, policy.candidates, self.capacities, self.burst)
+            draft = LanguageDrafter(spoken, time, self.draft_cost, *more)
+        loop = CheckedLoop(target, draft, policy, costs, time, self.overlap)
+        loop.begin(prompt)
+        tokens: list[int] = []
+        rounds = loop.rounds(prompt, self.new_tokens)
+        for committed in rounds:
+            assert committed, "a round that commits nothing"
+            tokens += committed
+            assert tokens == expected[: len(tokens)], "another text than the target's"
+            assert len(tokens) <= self.new_tokens, "more tokens than asked for"
+            if self.left_after is not None and len(loop.stats.log) > self.left_after:
+                break
+        rounds.close()  # type: ignore[attr-defined]
+        assert self.left_after is not None or tokens == expected, "the text ends too early"
+        self._check_totals(loop, draft, len(tokens))
+        return loop.stats
+
+    def _check_totals(self, loop: CheckedLoop, draft: LanguageDrafter | None, tokens: int) -> None:
+        stats = loop.stats
+        assert stats.prompt_tokens == len(self.prompt), "prompt tokens are miscounted"
+        assert stats.new_tokens == sum(round.tokens for round in stats.log) == tokens, "new tokens are miscounted"
+        assert stats.rounds == stats.target_forwards == len(stats.log), "rounds are miscounted"
+        assert stats.accepted + stats.rounds == tokens, "accepted tokens do not add up"
+        assert stats.drafted == loop.grown, "drafted tokens are miscounted"
+        assert stats.left_over == loop.left - 1, "tokens left over are miscounted"
+        assert sum(getattr(stats, cause) for cause in CAUSES) == stats.wasted, "causes of waste do not add up"
+        assert stats.hits == sum(round.hit for round in stats.log), "hits do not add up"
+        assert self.overlap is not False or not stats.overlap, "overlapped, and was told not to"
+        if self.overlap and draft is not None and loop.policy.overlaps:
+            assert stats.overlapped_rounds == stats.rounds, "in turn, and was told to overlap"
+        if draft is not None:
+            assert not draft.lessons, "the draft: a verdict that it never learned"
+            assert [step for round in stats.log for step in round.draft] == draft.steps, "draft steps are miscounted"
+            assert stats.draft_forwards == len(draft.steps), "draft forwards are miscounted"
+
+
+def draw_options(chance: Random, method: str) -> dict[str, Any]:
+    """Half of a method's options, with any values within the ranges that they declare; counts are small ones."""
+    drawn: dict[str, Any] = {}
+    for name, declared in options_of(method).items():
+        if chance.random() < 0.5:
+            continue
+        least, most, choices = (declared.metadata[key] for key in ("least", "most", "choices"))
+        if choices:
+            drawn[name] = chance.choice(choices)
+        elif isinstance(declared.default, bool):
+            drawn[name] = chance.random() < 0.5
+        elif isinstance(declared.default, int):
+            drawn[name] = chance.randint(int(least), int(least) + chance.choice((1, 4, 12)))
+        else:
+            drawn[name] = chance.choice((least, most, chance.uniform(least, most)))
+    return drawn

@@ -1,0 +1,245 @@
+"""A made-up language: a target and a draft that are functions of the text, with lists of tokens as their caches.
+
+They stand where models do (specbranch/stages.py), so that the loop, the tree and every policy run thousands of texts in
+seconds, and they are strict: each compares what it is asked with what was committed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from random import Random
+from typing import NamedTuple
+
+from specbranch.core.messages import Drafted, Forecast, Step, Trunk, Verdict
+from specbranch.core.tree import Proposals, Tree
+from specbranch.replay.virtual_time import VirtualTime
+from specbranch.stages import Ready, ShouldContinue
+
+CONTEXTS = 61
+
+
+def advance(state: int, token: int) -> int:
+    """A hash of a text, from the hash of all but its last token."""
+    return (state * 31 + token + 1) % (2**61 - 1)
+
+
+def state_of(text: Sequence[int]) -> int:
+    return reduce(advance, text, 7)
+
+
+class Language:
+    """Scores of the next token by a hash of the whole text, with Gumbel noise that target and draft share by position.
+
+    The draft's scores are the target's and more noise: from none, so that it is always right, to so much that it
+    guesses. Now and then it proposes everything but the target's token.
+    """
+
+    def __init__(self, seed: int) -> None:
+        chance = Random(seed)
+        self.vocabulary = chance.randint(8, 30)
+        self.perverse = chance.random() < 0.05
+        sharpness, doubt = chance.choice((0.5, 2.0, 5.0)), chance.choice((0.0, 0.1, 0.2, 0.3, 0.6, 6.0))
+        self._noise = self._rows(chance, lambda: -math.log(-math.log(chance.random())))
+        self._target = self._rows(chance, lambda: chance.gauss(0, sharpness))
+        self._doubts = self._rows(chance, lambda: chance.gauss(0, doubt))
+        self._said: dict[tuple[int, int, int], Proposals] = {}
+        self._next: dict[tuple[int, int], int] = {}
+
+    def _rows(self, chance: Random, draw: object) -> list[list[float]]:
+        return [[draw() for _ in range(self.vocabulary)] for _ in range(CONTEXTS)]  # type: ignore[operator]
+
+    def next(self, state: int, position: int) -> int:
+        """The target's token behind a text, by its hash and the position of its last token."""
+        key = state % CONTEXTS, position % CONTEXTS
+        if (token := self._next.get(key)) is None:
+            scores = [a + b for a, b in zip(self._target[key[0]], self._noise[key[1]], strict=True)]
+            token = self._next[key] = scores.index(max(scores))
+        return token
+
+    def guess(self, state: int, position: int, candidates: int) -> Proposals:
+        """The draft's candidates there; its confidence is a softmax of perturbed scores."""
+        key = state % CONTEXTS, position % CONTEXTS, candidates
+        if (said := self._said.get(key)) is None:
+            columns = (self._target[key[0]], self._doubts[key[0]], self._noise[key[1]])
+            scores = [sum(column) for column in zip(*columns, strict=True)]
+            if self.perverse:
+                scores[self.next(state, position)] = -math.inf
+            tokens = sorted(range(self.vocabulary), key=lambda token: -scores[token])[: max(2, candidates)]
+            weights = [math.exp(scores[token] - scores[tokens[0]]) for token in tokens]
+            said = Proposals(tuple(tokens), tuple(weight / sum(weights) for weight in weights))
+            self._said[key] = said
+        return said
+
+    def text(self, prompt: Sequence[int], count: int) -> list[int]:
+        """What autoregressive decoding says: the truth."""
+        text, state = list(prompt), state_of(prompt)
+        for _ in range(count):
+            text.append(self.next(state, len(text) - 1))
+            state = advance(state, text[-1])
+        return text[len(prompt) :]
+
+
+@dataclass
+class LanguageTarget:
+    """cost: seconds of a forward, and of each row more. end: tokens of prompt and text, of which none may be verified
+    that comes later. text: the cache. predictor: makes up forecasts, where there is one. forecast: the newest."""
+
+    language: Language
+    time: VirtualTime
+    cost: tuple[float, float]
+    end: int
+    most_rows: int
+    predictor: Random | None = None
+    text: list[int] = field(default_factory=list)
+    forecast: Forecast | None = None
+    verdict: Verdict | None = None
+    _trunk: Trunk | None = None
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        assert not self.text, "the target: a prompt behind a text"
+        self.text = list(prompt[:-1])
+        self._state = state_of(self.text)
+
+    def verify(self, trunk: Trunk) -> Ready:
+        assert self.verdict is None, "the target: verified twice without a commit"
+        assert len(trunk) <= self.most_rows, "the target: too many rows"
+        assert trunk.position == len(self.text), "the target: the root stands elsewhere"
+        assert trunk.parents[0] == -1, "the target: a root with a parent"
+        assert all(0 <= parent < i for i, parent in enumerate(trunk.parents) if i), "the target: a parent is missing"
+        places = list(zip(trunk.parents, trunk.tokens, strict=True))
+        assert len(set(places)) == len(places), "the target: a token twice below one parent"
+        assert max(trunk.positions) < self.end - 1, "the target: a token that cannot be committed"
+        begin, self.time.now = self.time.now, self.time.now + self.cost[0] + self.cost[1] * len(trunk)
+        state, path = advance(self._state, trunk.tokens[0]), []
+        while True:
+            token = self.language.next(state, trunk.position + len(path))
+            last = path[-1] if path else 0
+            if (last, token) not in places:
+                break
+            path.append(places.index((last, token)))
+            state = advance(state, token)
+        if self.predictor is not None:
+            chances = [self.predictor.random() for _ in range(3)]
+            self.forecast = Forecast(*(chance / sum(chances) for chance in chances))
+        self._trunk = trunk
+        self.verdict = Verdict(tuple(path), token, Step(begin, self.time.now, len(trunk)), self.forecast)
+        return Ready(self.verdict)
+
+    def commit(self, path: Sequence[int]) -> None:
+        assert self.verdict is not None, "the target: a commit without a verdict"
+        assert self._trunk is not None
+        assert tuple(path) == self.verdict.path, "the target: another path than the verdict's"
+        rows = [self._trunk.tokens[place] for place in (0, *path)]
+        self.text += rows
+        self._state = reduce(advance, rows, self._state)
+        self.verdict = None
+
+
+class Row(NamedTuple):
+    """A node in the draft's cache. path: the tokens from the tree's root to it. state: of the whole text up to it."""
+
+    path: tuple[int, ...]
+    state: int
+    proposals: Proposals
+
+
+class Lesson(NamedTuple):
+    """What `learn` has to say after a commit."""
+
+    position: int
+    tokens: list[int]
+
+
+@dataclass
+class LanguageDrafter:
+    """committed: the text that it was told of. text: the part of it in its cache. rows: of the tree, by node.
+    capacities: rows at most, round by round; where there are few of them, the draft comes and goes."""
+
+    language: Language
+    time: VirtualTime
+    cost: tuple[float, float]
+    end: int
+    candidates: int
+    capacities: Sequence[int]
+    burst: int
+    committed: list[int] = field(default_factory=list)
+    text: list[int] = field(default_factory=list)
+    rows: dict[int, Row] = field(default_factory=dict)
+    lessons: list[Lesson] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    forecast: Forecast | None = None
+    commits: int = 0
+
+    @property
+    def room(self) -> int:
+        return max(0, self.capacities[self.commits % len(self.capacities)] - len(self.rows))
+
+    def prefill(self, prompt: Sequence[int]) -> None:
+        assert not self.committed, "the draft: a prompt behind a text"
+        self.committed, self.text = list(prompt), list(prompt[:-1])
+        self._state = state_of(self.text)
+
+    def propose(
+        self, tree: Tree, nodes: Sequence[int], steps: int = 1, should_continue: ShouldContinue = lambda _: True
+    ) -> Drafted:
+        assert not self.lessons, "the draft: goes on before it has learned"
+        assert tree.position == len(self.committed) - 1, "the draft: the root stands elsewhere"
+        assert tree.token[0] == self.committed[-1], "the draft: another root"
+        assert 0 < len(nodes) == len(set(nodes)), "the draft: a node twice in a step"
+        assert len(nodes) * steps <= self.room, "the draft: no room"
+        backlog = self.committed[len(self.text) : -1] if 0 in nodes else []
+        self.text += backlog
+        self._state = reduce(advance, backlog, self._state)
+        new: list[tuple[int, int, tuple[int, ...], int]] = []  # node, token, path above, state above
+        for node in nodes:
+            token, parent = tree.token[node], tree.parent[node]
+            if parent < 0:
+                assert len(self.text) == tree.position, "the draft: rows of the text are missing"
+                new.append((node, token, (), self._state))
+            else:
+                assert parent in self.rows, "the draft: a node without its parent's row"
+                new.append((node, token, self.rows[parent].path, self.rows[parent].state))
+        found: list[list[Proposals]] = []
+        while len(found) < steps and (not found or should_continue(0)):
+            if found:
+                first = len(tree) + (len(found) - 1) * len(nodes)
+                above = [self.rows[node] for node, *_ in new]
+                new = [(first + i, row.proposals.tokens[0], row.path, row.state) for i, row in enumerate(above)]
+            found.append([self._run(node, token, path, state) for node, token, path, state in new])
+            begin, self.time.now = self.time.now, self.time.now + self.cost[0] + self.cost[1] * len(nodes)
+            self.steps.append(Step(begin, self.time.now, len(nodes)))
+        return Drafted(found, self.steps[-len(found) :])
+
+    def _run(self, node: int, token: int, above: tuple[int, ...], state: int) -> Proposals:
+        assert node not in self.rows, "the draft: runs twice over a node"
+        position = len(self.committed) - 1 + len(above)
+        assert position < self.end - 1, "the draft: a token that cannot be committed"
+        state = advance(state, token)
+        proposals = self.language.guess(state, position, self.candidates)
+        self.rows[node] = Row((*above, token), state, proposals)
+        return proposals
+
+    def commit(self, path: Sequence[int], survivors: Mapping[int, int], tokens: Sequence[int]) -> None:
+        accepted = [self.rows[node] for node in path if node in self.rows]
+        assert accepted == [self.rows[node] for node in path[: len(accepted)] if node in self.rows], "the draft: a gap"
+        assert accepted or not self.rows, "the draft: the root is not committed"
+        for row in accepted:
+            self.text.append(row.path[-1])
+            self._state = row.state
+        kept = {survivors[node]: row for node, row in self.rows.items() if node in survivors}
+        for row in kept.values():
+            assert list(row.path[1 : len(tokens) + 1]) == list(tokens), "the draft: a survivor beside the text"
+        self.rows = {node: row._replace(path=row.path[len(tokens) :]) for node, row in kept.items()}
+        self.lessons.append(Lesson(len(self.committed) - 1, list(tokens)))
+        self.committed += tokens
+        self.commits += 1
+
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int, forecast: Forecast | None) -> None:
+        assert self.lessons, "the draft: a lesson twice"
+        lesson = self.lessons.pop(0)
+        assert tree.position == lesson.position, "the draft: a lesson about another tree"
+        assert [*tree.tokens(path[1:]), next_token] == lesson.tokens, "the draft: a lesson about other tokens"
+        self.forecast = forecast
