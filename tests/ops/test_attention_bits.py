@@ -157,9 +157,8 @@ def new_text(parents, prefix, heads, dims, capacity, dtype, variant) -> Text:
 def test_a_tree_has_the_bits_of_decoding_one_by_one(n, heads, dims, capacity, dtype, variant):
     """A trunk, a tree in a row for each node, and one that is scattered over several words of rows."""
     generator = torch.Generator().manual_seed(n)
-    for prefix in {capacity // 128 * 64 - 1, capacity // 64 * 64 - n // 2}:  # the next tile begins within the tree
-        if prefix < 0 or prefix + n > capacity:
-            continue
+    # The next tile begins within the tree, where there is room for two.
+    for prefix in {max(capacity // 128 * 64 - 1, 0), min(max(capacity // 64 * 64 - n // 2, 0), capacity - n)}:
         scattered = torch.randperm(min(150, capacity - prefix), generator=generator)[:n].sort().values.tolist()
         for parents, rows in (
             ([*range(-1, n - 1)], [*range(n)]),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from implementations import on_cpu
 
 from specbranch_ext import ancestor_mask, draft_sample, reference, verify, verify_rejection
 
@@ -82,10 +83,9 @@ def test_every_tree_with_unused_nodes_whose_rows_hold_nothing(n):
                 assert result.next_token == target[path[-1] if path else 0]
 
 
+@on_cpu  # the reference is the same for all
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_the_reference_walks_the_same(n, implementation):
-    if implementation != "cpu":
-        return  # the reference is the same for all
+def test_the_reference_walks_the_same(n):
     for parents in all_parents(n):
         for tokens in itertools.product([0], *[range(2)] * (n - 1)):
             target = tuple(hash((parents, tokens, i)) % 2 for i in range(n))
@@ -132,21 +132,24 @@ def all_chains(
             yield target, draft, torch.tensor([0, *drafted])
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.0}, *FILTERS[1:]], ids=str)
+CHAINS = {  # rows, and what they are filtered by
+    "root": (1, grid(-torch.inf, -2.0, 0.0, vocabulary=3), [{"temperature": 0.0}, *FILTERS[1:]]),
+    "a token of 2": (2, grid(-torch.inf, -2.0, 0.0, vocabulary=2), [{"temperature": 0.0}, *FILTERS[1:]]),
+    "a token of 3": (2, grid(-torch.inf, 0.0, vocabulary=3), FILTERS[1:2]),
+    "two tokens of 2": (3, [(-torch.inf, 0.0), (0.0, 0.0), (0.0, -2.0)], FILTERS[1:2]),
+}
+
+
 @pytest.mark.parametrize(
-    ("n", "rows"),
+    ("n", "rows", "options"),
     [
-        (1, grid(-torch.inf, -2.0, 0.0, vocabulary=3)),
-        (2, grid(-torch.inf, -2.0, 0.0, vocabulary=2)),
-        (2, grid(-torch.inf, 0.0, vocabulary=3)),
-        (3, [(-torch.inf, 0.0), (0.0, 0.0), (0.0, -2.0)]),
+        pytest.param(n, rows, options, id=f"{name}-{options}")
+        for name, (n, rows, filters) in CHAINS.items()
+        for options in filters
     ],
-    ids=["root", "a token of 2", "a token of 3", "two tokens of 2"],
 )
 def test_every_chain_of_the_grid(n, rows, options, implementation):
     vocabulary = len(rows[0])
-    if n * vocabulary > 4 and options != FILTERS[1]:
-        return  # the filters are tested on the others
     positions = torch.arange(n)
     for i, chain in enumerate(all_chains(n, vocabulary, rows)):
         if implementation != "cpu" and n > 1 and i % 11 != 0:

@@ -5,7 +5,7 @@ import torch
 from filters import FILTERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import on_cpu
+from implementations import on_cpu, on_emulated
 
 from specbranch_ext import reference, verify
 
@@ -188,11 +188,10 @@ def test_many_rows_and_one_call_after_another(n, vocabulary, options):
         assert result.accepted == 2 * n // 3 if rows == n else result.accepted == 0
 
 
+@on_emulated
 @pytest.mark.parametrize("schedule", ["forward", "reverse", *(f"shuffle:{seed}" for seed in range(1, 9))])
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
-def test_the_order_of_blocks_does_not_matter(options, schedule, implementation, monkeypatch):
-    if implementation != "emulated":
-        return
+def test_the_order_of_blocks_does_not_matter(options, schedule, monkeypatch):
     logits = torch.randn(9, 9000, generator=torch.Generator().manual_seed(5)) * 2
     tokens, parents = chain(logits, **options), torch.arange(9) - 1
     monkeypatch.setenv("SPECBRANCH_EMULATOR_SCHEDULE", schedule)

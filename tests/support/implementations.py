@@ -22,6 +22,9 @@ from specbranch_ext.ops import _library, _tickets
 on_cpu = pytest.mark.parametrize("implementation", ["cpu"], indirect=True)
 """For tests of what only the CPU can do: raise for bad data."""
 
+on_emulated = pytest.mark.parametrize("implementation", ["emulated"], indirect=True)
+"""For tests of what only the emulator can do: choose the order of blocks."""
+
 HAS_DEVICE = torch.cuda.is_available() and build_info()["cuda"]
 ON_DEVICE = [pytest.param("cuda", marks=pytest.mark.cuda)] if HAS_DEVICE else []
 NAMES = ["cpu", "emulated", *ON_DEVICE]
