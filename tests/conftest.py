@@ -4,8 +4,8 @@ import os
 import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Two threads on matrices of 128 x 192 wait for each other more than they compute. Tests of threads set their number; the
-# processes that tests start inherit this.
+# Two threads on matrices of 128 x 192 wait for each other more than they compute. Tests of threads set their number;
+# the processes that tests start inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

@@ -115,7 +115,7 @@ BUGS = [
     Bug(LOOP, EXPAND, "drafted.proposals)", "drafted.proposals[:1])", "runs twice over a node"),
     Bug(LOOP, "DecodingLoop._steps", "// len(expansion.choices)", "", "the draft: no room"),
     Bug(POLICY, "extend", "[path[-1]]", "[Choice(path[-1].node)]", "runs twice over a node"),
-    Bug(BRANCHING, "Hedging.draft_during", "min(self.limit, state.remaining - 1)", "self.limit", NO_TOKEN),
+    Bug(BRANCHING, "Hedging.draft_during", ", state.remaining - 1)", ", state.remaining + 9)", NO_TOKEN),
     Bug(BRANCHING, "Hedging.draft_during", "max(1, depth - deepest)", "state.burst", NO_TOKEN),
     # Counts, and what was asked for
     Bug(LOOP, CHOOSE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),

@@ -29,18 +29,13 @@ from specbranch.runtime.runner import EagerRunner
 T = TypeVar("T")
 
 
-EVERY_NIGHT = (
-    "qwen2-sliding",
-    "mistral",
-    "gemma3_text",
-    "phi3",
-    "qwen3",
-)  # captured; eager, they run in test_models.py
+# Captured; eager, they run in test_models.py.
+BY_NIGHT = ("qwen2-sliding", "mistral", "gemma3_text", "phi3", "qwen3")
 
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(family, marks=[pytest.mark.nightly] * (family in EVERY_NIGHT)) for family in FAMILIES],
+    [pytest.param(family, marks=[pytest.mark.nightly] * (family in BY_NIGHT)) for family in FAMILIES],
 )
 def test_every_family_decodes_the_same_tokens_captured(family: str) -> None:
     pair = tiny_pair(family)
