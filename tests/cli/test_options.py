@@ -47,7 +47,7 @@ def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     try:
         status = cli.main(arguments)
     except SystemExit as exit:
-        status = exit.code
+        status = int(exit.code or 0)
     assert status in (1, 2)
     error = capsys.readouterr().err
     assert error.startswith("specbranch: error: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ def bench(tmp_path):
         options = ["--prompts", str(prompts), "--max-new-tokens", "6", "--peers", "greedy", "--json", str(out)]
         return cli.main(["bench", *PAIR, *options, *more])
 
-    run.out, run.prompts = out, prompts
+    run.out, run.prompts = out, prompts  # type: ignore[attr-defined]
     return run
 
 
@@ -36,7 +37,8 @@ def no_models(monkeypatch):
 
 def fail_after(monkeypatch: pytest.MonkeyPatch, count: int, error: BaseException) -> None:
     """So many measurements pass, then comes `error`."""
-    measure, calls = Bench._measure_one, []
+    calls: list[Any] = []
+    measure = Bench._measure_one
 
     def measured(self, *arguments):
         if len(calls) == count:

@@ -1,6 +1,7 @@
 """The law: what verify and draft_sample draw, against distributions computed here in float64."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_speculated_sequences_have_the_target_law():
     table = torch.tensor([[0.0, 1.0, 0.2, -1.0], [1.0, 0.0, 0.0, 0.5], [-1.0, 0.3, 2.0, 0.0], [0.0, 0.0, 0.7, 0.1]])
     draft_logits = torch.tensor([[1.0, 0.5, -0.5, 0.0]])
     parents = torch.tensor([-1, 0, 0])
-    options = {"temperature": 1.0, "top_p": 0.9}
+    options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9}
     law = torch.stack([p * exact(row, **options) for p, row in zip(exact(first, **options), table, strict=True)])
 
     texts, hits = [], 0
@@ -149,7 +150,7 @@ def test_filters_keep_what_transformers_keeps(options, seed):
     if "top_p" in options:
         warped = TopPLogitsWarper(options["top_p"])(None, warped)
     if "min_p" in options:
-        warped = MinPLogitsWarper(options["min_p"])(None, warped)
+        warped = MinPLogitsWarper(options["min_p"])(None, warped)  # type: ignore[arg-type]
     sample = draft_sample(logits, torch.arange(2), 1000, **options)  # every kept token, then -1
     for row, tokens in zip(warped, sample.tokens, strict=True):
         assert set(tokens[tokens >= 0].tolist()) == set((row > -torch.inf).nonzero().flatten().tolist())

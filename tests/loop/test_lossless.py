@@ -1,6 +1,7 @@
 """Every method gives the tokens of autoregressive decoding, at any temperature, overlapped or serial."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from specbranch import METHODS, SpecBranch, bundled
 from specbranch.policies.methods import make_policy
 from specbranch.text.encoding import encode
 
-SAMPLINGS = [{"temperature": 0.0}] + [{"temperature": 1.0, "top_p": 0.95, "seed": seed} for seed in (1, 2, 3)]
+SAMPLINGS: list[dict[str, Any]] = [{"temperature": 0.0}] + [
+    {"temperature": 1.0, "top_p": 0.95, "seed": seed} for seed in (1, 2, 3)
+]
 RUNS = [
     (method, overlap)
     for method in METHODS[1:]
@@ -35,7 +38,7 @@ FORTY = [i for i in range(50) if i not in TEN]
 )
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seed1", "seed2", "seed3"])
 def test_same_tokens_as_autoregressive(
-    bundled_pair: SpecBranch, sampling: dict[str, float], chosen: Sequence[int]
+    bundled_pair: SpecBranch, sampling: dict[str, Any], chosen: Sequence[int]
 ) -> None:
     """200 texts in all; for each, every method, serial and overlapped."""
     assert len(prompts()) == 50
@@ -65,9 +68,7 @@ def test_threads_beside_each_other_do_not_change_the_text(bundled_pair: SpecBran
 
 @pytest.mark.parametrize("options", [{"epsilon": 1.0, "k_max": 4}, {"verify_tail": False}, {"max_trunk": 1}])
 @pytest.mark.parametrize("overlap", [False, True])
-def test_policy_options_never_change_the_text(
-    bundled_pair: SpecBranch, options: dict[str, object], overlap: bool
-) -> None:
+def test_policy_options_never_change_the_text(bundled_pair: SpecBranch, options: dict[str, Any], overlap: bool) -> None:
     for text in prompts()[:4]:
         plain = bundled_pair.generate(text, max_new_tokens=32, temperature=0.8, seed=9, method="autoregressive")
         branched = bundled_pair.generate(text, max_new_tokens=32, temperature=0.8, seed=9, overlap=overlap, **options)
@@ -78,7 +79,7 @@ def test_policy_options_never_change_the_text(
 @pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_neox"])
 def test_random_models_and_useless_drafts(family: str, dtype: torch.dtype) -> None:
     """A draft that knows nothing costs time, not tokens; rows are exact, so bfloat16 agrees as well."""
-    target, draft = tiny_model(family, seed=3).to(dtype), tiny_model("llama", seed=4).to(dtype)
+    target, draft = tiny_model(family, seed=3, dtype=dtype), tiny_model("llama", seed=4, dtype=dtype)
     pair = SpecBranch(target, draft)
     for sampling in SAMPLINGS:
         plain = pair.generate([5, 9, 2], max_new_tokens=30, method="autoregressive", **sampling)
@@ -100,7 +101,7 @@ def test_greedy_equals_transformers_generate(bundled_pair: SpecBranch) -> None:
     """In float32 our autoregressive decoding is transformers' own."""
     for text in prompts()[:8]:
         ids = torch.tensor([encode(bundled_pair.tokenizer, text)])
-        theirs = bundled_pair.target.generate(
+        theirs = bundled_pair.target.generate(  # type: ignore[operator]
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=32, do_sample=False
         )
         ours = bundled_pair.generate(ids, max_new_tokens=32)

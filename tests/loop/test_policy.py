@@ -269,7 +269,7 @@ def test_methods_and_options() -> None:
         make_policy("specbranch", {"epsilon": 2.0})
     with pytest.raises(SpecBranchError, match="hedge is 'all'; expected one of any"):
         make_policy("specbranch", {"hedge": "all"})
-    for options, message in (
+    refused: list[tuple[dict[str, object], str]] = [
         ({"epsilon": 2.0}, "epsilon is 2.0; expected 0 <= epsilon <= 1"),
         ({"k_max": 0}, "k_max is 0; expected 1 <= k_max"),
         ({"k_max": 2.0}, "k_max is 2.0; expected an integer"),
@@ -277,7 +277,8 @@ def test_methods_and_options() -> None:
         ({"min_reach": float("nan")}, "min_reach is nan; expected 0 <= min_reach <= 1"),
         ({"thrifty": 1}, "thrifty is 1; expected True or False"),
         ({"epsilon": "0.5"}, "epsilon is '0.5'; expected a number"),
-    ):
+    ]
+    for options, message in refused:
         with pytest.raises(SpecBranchError, match=re.escape(message)):
             make_policy("specbranch", options)
     assert make_policy("specbranch", {"epsilon": 1}) == Hedging(epsilon=1)
@@ -298,7 +299,7 @@ def test_bursts_go_no_deeper_than_a_policy_would_step_by_step() -> None:
         tree = chain(0.9, 0.9)
         return tree, policy.draft_during(tree, verify(tree, policy.choose_trunk(tree, state)), state)
 
-    for policy in (Pearl(max_depth=8), Hedging(max_depth=8), Ssd(max_depth=8)):
+    for policy in (make_policy(method, {"max_depth": 8}) for method in ("pearl", "specbranch", "ssd")):
         assert during(policy, state_of(overlapped=True, burst=16))[1].steps == 6
         late = state_of(overlapped=True, burst=16, remaining=5)
         assert during(policy, late)[1].steps == 2  # four tokens at most are committed behind the root

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -103,6 +105,6 @@ def test_tokens_behind_a_stop_are_wasted(bundled_pair: SpecBranch):
 
 
 def test_time_outside_the_models():
-    steps = dict(draft=[Step(1.0, 2.0, 1), Step(2.5, 4.0, 1)], target=[Step(3.0, 6.0, 4)])
+    steps: dict[str, Any] = dict(draft=[Step(1.0, 2.0, 1), Step(2.5, 4.0, 1)], target=[Step(3.0, 6.0, 4)])
     assert Round(0.0, True, 7.0, **steps).outside_seconds == pytest.approx(1.0 + 0.5 + 1.0)
     assert Round(0.0, True, 7.0).outside_seconds == 7.0

@@ -27,7 +27,7 @@ def trees(draw: st.DrawFn) -> Tree:
         else:
             parent = draw(st.integers(0, len(tree) - 1))
             used = tree.tokens(tree.children[parent])
-            token = draw(st.integers(0, 9).filter(lambda token, used=used: token not in used))
+            token = draw(st.integers(0, 9).filter(lambda token, used=used: token not in used))  # type: ignore[arg-type]
             tree.add(parent, token, tree.reach[parent] * draw(st.floats(0.01, 1)))
     return tree
 

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_a_failed_capture_leaves_stream_allocator_and_generator_as_they_were(
 
 def test_torchs_own_context_would_leave_them_behind(runtime: Runtime) -> None:
     """What the stand-in does to whoever does not clean up: the test above can fail."""
-    graph, pool = torch.cuda.CUDAGraph(), object()
+    graph: torch.cuda.CUDAGraph = torch.cuda.CUDAGraph()
+    pool: Any = object()
     graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     with pytest.raises(RuntimeError, match="not permitted"):
         runtime.invalidate()

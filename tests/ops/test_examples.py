@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,6 +19,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_decoder.py"
 @pytest.fixture(scope="module")
 def example():
     spec = importlib.util.spec_from_file_location("custom_decoder", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -51,7 +54,7 @@ def test_every_tree_gives_the_tokens_of_plain_decoding(example, pair, prompt_ids
 
 def test_the_scheduler_gives_the_same_tokens(example, pair, prompt_ids):
     engine = SpecBranch.from_pretrained("bundled", draft="bundled", threads=1)
-    sampling = {"temperature": 0.8, "top_k": 40, "seed": 2}
+    sampling: dict[str, Any] = {"temperature": 0.8, "top_k": 40, "seed": 2}
     for ids in prompt_ids:
         tokens, _ = example.generate(*pair, ids, max_new_tokens=24, **sampling)
         assert tokens == engine.generate(ids, max_new_tokens=24, **sampling).tokens

@@ -35,7 +35,8 @@ def all_parents(n: int) -> Iterator[tuple[int, ...]]:
 
 def walk(parents: tuple[int, ...], tokens: tuple[int, ...], target: tuple[int, ...]) -> list[int]:
     """The accepted path by its definition: from the root, on to the first child that carries the target's token."""
-    path, node = [], 0
+    path: list[int] = []
+    node = 0
     while True:
         matching = [i for i in range(1, len(parents)) if parents[i] == node and tokens[i] == target[node]]
         if not matching:

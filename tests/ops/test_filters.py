@@ -66,10 +66,10 @@ def test_other_shapes_and_one_call_after_another(n, vocabulary):
     filters = torch.empty(9, dtype=torch.float64)[5:]
     for options in (FILTERS[8], {}, FILTERS[1], FILTERS[3], {}, {}, FILTERS[2], FILTERS[5], ODD[7], FILTERS[6]):
         filters.copy_(in_memory(options))
-        ours = verify(logits, tokens, parents, positions, seed=1, filters=filters)
-        assert_equal(ours, verify(logits, tokens, parents, positions, seed=1, **options))
-        ours = draft_sample(logits, positions, 4, seed=1, filters=filters)
-        assert_equal(ours, draft_sample(logits, positions, 4, seed=1, **options))
+        verdict = verify(logits, tokens, parents, positions, seed=1, filters=filters)
+        assert_equal(verdict, verify(logits, tokens, parents, positions, seed=1, **options))
+        sample = draft_sample(logits, positions, 4, seed=1, filters=filters)
+        assert_equal(sample, draft_sample(logits, positions, 4, seed=1, **options))
 
 
 @on_cpu  # the module that is built, on the device itself
@@ -165,10 +165,10 @@ def test_opcheck():
     logits, tokens, parents, positions = rows_of(3, 40)
     numbers = (0.0, 0, 1.0, 0.0)
     filters, seed = in_memory({"temperature": 1.0, "top_k": 10, "top_p": 0.9}), torch.tensor(3)
-    arguments = (logits, tokens, parents, positions, seed, *numbers, filters)
-    torch.library.opcheck(torch.ops.specbranch.verify.default, arguments)
-    arguments = (logits, positions, 3, seed, *numbers, filters)
-    torch.library.opcheck(torch.ops.specbranch.draft_sample.default, arguments)
+    to_verify = (logits, tokens, parents, positions, seed, *numbers, filters)
+    torch.library.opcheck(torch.ops.specbranch.verify.default, to_verify)
+    to_sample = (logits, positions, 3, seed, *numbers, filters)
+    torch.library.opcheck(torch.ops.specbranch.draft_sample.default, to_sample)
 
 
 def test_torch_compile():

@@ -7,6 +7,7 @@ every next token, lets the target go on from there, and compares the texts that 
 
 import math
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ class Model:
     def __init__(self, rows: list[Tensor], **options: float) -> None:
         self.rows = rows
         self.vocabulary = rows[0].shape[1] if rows else 0
-        self.options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **options}
+        self.options: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **options}
         self.law = []
         for row in rows:
             weight, share = weights(row, *self.options.values())
@@ -221,8 +222,8 @@ def test_rounds_of_one_text_do_not_share_coins(block):
     draft = torch.tensor([0.2, 0.3, 0.5]).log()
     draws = 8_000
     generator = torch.Generator().manual_seed(3)
-    drafts = torch.multinomial(draft.exp(), 5 * draws, replacement=True, generator=generator)
-    drafts = drafts.reshape(draws, 5).tolist()
+    guesses = torch.multinomial(draft.exp(), 5 * draws, replacement=True, generator=generator)
+    drafts = guesses.reshape(draws, 5).tolist()
     texts = []
     for seed in range(draws):
         text: list[int] = []

@@ -50,7 +50,7 @@ def along_paths(
     n, heads, dim = query.shape
     output = torch.empty(n, heads, values.shape[2], dtype=torch.float64)
     for node in range(n):
-        path = []
+        path: list[int] = []
         above = node
         while above >= 0:
             path.insert(0, prefix + above)

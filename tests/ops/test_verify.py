@@ -245,7 +245,7 @@ def bad(**changes):
     return {**arguments, **changes}
 
 
-def with_value(value: float, token: int = 5) -> torch.Tensor:
+def with_value(value: float, token: int | slice = 5) -> torch.Tensor:
     logits = torch.zeros(3, 8)
     logits[1, token] = value
     return logits

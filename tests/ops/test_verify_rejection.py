@@ -147,12 +147,13 @@ def test_threads_do_not_matter(options):
 @pytest.mark.parametrize("options", FILTERS, ids=str)
 def test_padded_vocabulary_changes_nothing(options):
     target, draft = chain(3, 4097, 6)
-    padded = [torch.nn.functional.pad(logits, (0, 123), value=-torch.inf) for logits in (target, draft)]
+    wide_target, wide_draft = (torch.nn.functional.pad(x, (0, 123), value=-torch.inf) for x in (target, draft))
     tokens = drawn_from(draft, 1, **options)
     for block in MODES:
         for seed in range(2):
             expected = verify_rejection(target, draft, tokens, positions_of(3), seed=seed, block=block, **options)
-            assert verify_rejection(*padded, tokens, positions_of(3), seed=seed, block=block, **options) == expected
+            more = {"seed": seed, "block": block, **options}
+            assert verify_rejection(wide_target, wide_draft, tokens, positions_of(3), **more) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -338,7 +339,7 @@ def bad(**changes):
     return {**arguments, **changes}
 
 
-def with_value(value: float, rows: int, token: int = 5) -> Tensor:
+def with_value(value: float, rows: int, token: int | slice = 5) -> Tensor:
     logits = torch.zeros(rows, 8)
     logits[1, token] = value
     return logits

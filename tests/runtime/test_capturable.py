@@ -1,5 +1,7 @@
 """Which models' steps can be captured, found out on the meta device, and what a pair then runs on."""
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
@@ -30,7 +32,7 @@ def test_a_model_that_asks_for_values_cannot() -> None:
 
 def test_a_model_on_several_devices_cannot() -> None:
     model = tiny_model()
-    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    vars(model)["hf_device_map"] = {"model.layers.0": 0, "model.layers.1": 1}
     assert why_not_captured(model) == "its layers lie on several devices (0, 1)"
 
 
@@ -52,12 +54,15 @@ def test_on_the_cpu_everything_is_eager_and_overlaps_by_threads() -> None:
 
 @pytest.mark.cuda
 def test_on_a_gpu_steps_are_captured_unless_they_cannot_be_or_must_not() -> None:
-    for cuda_graphs, options, note in (
+    cases: list[tuple[bool, dict[str, Any], str]] = [
         (True, {}, "captured"),
         (False, {}, "eager: CUDA graphs are switched off"),
         (True, {"rope_parameters": DYNAMIC}, "eager: a step on the meta device raised"),
-    ):
-        runner = make_runner(CachedModel(tiny_model(**options).cuda(), "target"), cuda_graphs)
+    ]
+    for cuda_graphs, options, note in cases:
+        model = tiny_model(**options)
+        model.cuda()  # type: ignore[call-arg]
+        runner = make_runner(CachedModel(model, "target"), cuda_graphs)
         assert runner.note.startswith(note)
         assert isinstance(runner, CapturedRunner) == (note == "captured")
 
@@ -86,7 +91,9 @@ def test_commits_move_rows_on_every_device() -> None:
         layer.update(states, states)
     cache.length, cache.nodes, cache.parents = 2, [0, 1, 2, 3], [-1, 0, 0, 1]
     cache.commit([0, 2], {3: 0})
-    assert cache.layers[0].keys[0, 0, :5, 0].tolist() == [0, 1, 2, 4, 5]
+    keys = cache.layers[0].keys
+    assert keys is not None
+    assert keys[0, 0, :5, 0].tolist() == [0, 1, 2, 4, 5]
     assert (cache.length, cache.nodes) == (4, [0])
 
 

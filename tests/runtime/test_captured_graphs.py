@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import implementations
 import numpy as np
@@ -87,7 +87,9 @@ def test_a_step_is_captured_when_it_is_first_needed_and_never_twice() -> None:
 
 def test_other_sampling_parameters_capture_nothing() -> None:
     pair = tiny_pair()
-    ways = [{"temperature": 0.1 * i, "top_k": i, "top_p": 1 - 0.05 * i, "min_p": 0.01 * i, "seed": i} for i in range(6)]
+    ways: list[dict[str, Any]] = [
+        {"temperature": 0.1 * i, "top_k": i, "top_p": 1 - 0.05 * i, "min_p": 0.01 * i, "seed": i} for i in range(6)
+    ]
     expected = [pair.generate(PROMPT, max_new_tokens=40, method="autoregressive", **way).tokens for way in ways]
     target, draft = capture(pair)
     for overlap in (False, True):

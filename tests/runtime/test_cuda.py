@@ -5,6 +5,7 @@ What these tests ask is asked without a GPU too, of a recording device (test_cap
 
 import os
 from itertools import cycle
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,11 @@ NEW_TOKENS = 48 if QUICK else 96
 PROMPTS = bundled.prompts()[: 4 if QUICK else None]
 TRIED = ("autoregressive", "pearl", "specbranch") if QUICK else METHODS
 MEMORY_TOKENS = 1_000 if QUICK else 20_000
-SAMPLINGS = [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 7}]
+SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 0.8, "top_p": 0.95, "seed": 7}]
 
 
-def load(**options: object) -> SpecBranch:
-    return SpecBranch.from_pretrained("bundled", draft="bundled", **{"dtype": "float32", "device": DEVICE, **options})
+def load(**options: Any) -> SpecBranch:
+    return SpecBranch.from_pretrained("bundled", draft="bundled", **({"dtype": "float32", "device": DEVICE} | options))
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_eager_equals_captured_when_overlapped(texts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_in_bfloat16_too_every_method_gives_the_same_text(sampling: dict[str, float]) -> None:
+def test_in_bfloat16_too_every_method_gives_the_same_text(sampling: dict[str, Any]) -> None:
     """Every verification has the same number of rows, and so the same kernels."""
     pair = load(dtype="bfloat16")
     for record in PROMPTS:

@@ -151,10 +151,11 @@ def test_a_draft_with_another_vocabulary_is_refused(tmp_path: Any, bundled_pair:
     tokenizer.save_pretrained(tmp_path)
     path = tmp_path / "tokenizer.json"
     text = path.read_text(encoding="utf-8")
-    first, second = (sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)[i] for i in (100, 101))
+    vocabulary = tokenizer.get_vocab()
+    first, second = (sorted(vocabulary, key=vocabulary.__getitem__)[i] for i in (100, 101))
     swapped = text.replace(f'"{first}": 100', '"@": 100').replace(f'"{second}": 101', f'"{first}": 101')
     path.write_text(swapped.replace('"@": 100', f'"{second}": 100'), encoding="utf-8")
-    bundled_pair.draft.save_pretrained(tmp_path)  # type: ignore[union-attr]
+    bundled_pair.draft.save_pretrained(tmp_path)
     with pytest.raises(SpecBranchError, match=r"another vocabulary.*2 ids differ.*100 \("):
         SpecBranch.from_pretrained("bundled", draft=str(tmp_path))
 

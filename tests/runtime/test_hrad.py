@@ -14,10 +14,11 @@ from untrained import untrained
 
 from specbranch import SpecBranch, SpecBranchError, bundled
 from specbranch.core.identity import ModelIdentity
+from specbranch.core.messages import Forecast
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.replay.recorder import record_text
 from specbranch.replay.train_hrad import ALL, NONE, SOME, Examples, Split, best_epsilon, draft_run, evaluate, fit
-from specbranch.runtime.hrad.predictor import Forecast, HRad, load_hrad
+from specbranch.runtime.hrad.predictor import HRad, load_hrad
 from specbranch.text.encoding import encode
 
 PROMPT = bundled.prompts()[0]["prompt"]

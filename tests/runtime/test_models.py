@@ -109,7 +109,7 @@ def test_backlog_is_committed_with_the_root() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tree_gives_the_bits_of_decoding_one_by_one(family: str, dtype: torch.dtype) -> None:
     """A row depends neither on the other rows, nor on its cache row, nor on how much of its path is committed."""
-    model = tiny_model(family, **FAMILIES[family]).to(dtype)
+    model = tiny_model(family, dtype=dtype, **FAMILIES[family])
     speculation = tree()
     cached = CachedModel(model, "target")
     cached.reset(64)

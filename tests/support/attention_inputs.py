@@ -1,10 +1,12 @@
 """Inputs of tree_attention, its variants, and how close an implementation must come."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-VARIANTS = [
+VARIANTS: list[dict[str, Any]] = [
     {},
     {"scale": 0.3},
     {"softcap": 2.0},
@@ -17,7 +19,11 @@ VARIANTS = [
 
 
 def random_inputs(
-    n: int, prefix: int, heads: tuple[int, int] = (6, 2), dims: tuple[int, int] = (32, 32), dtype=torch.float32
+    n: int,
+    prefix: int,
+    heads: tuple[int, int] = (6, 2),
+    dims: tuple[int, int] = (32, 32),
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query, keys, values; the cache has five rows more than it needs, and they hold NaN."""
     generator = torch.Generator().manual_seed(n * 1000 + prefix)

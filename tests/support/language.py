@@ -113,7 +113,8 @@ class LanguageTarget:
         assert len(set(places)) == len(places), "the target: a token twice below one parent"
         assert max(trunk.positions) < self.end - 1, "the target: a token that cannot be committed"
         begin, self.time.now = self.time.now, self.time.now + self.cost[0] + self.cost[1] * len(trunk)
-        state, path = advance(self._state, trunk.tokens[0]), []
+        state = advance(self._state, trunk.tokens[0])
+        path: list[int] = []
         while True:
             token = self.language.next(state, trunk.position + len(path))
             last = path[-1] if path else 0

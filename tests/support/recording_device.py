@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from specbranch.runtime.device import Mark
+
 aten = torch.ops.aten
 FORBIDDEN = {
     aten._local_scalar_dense.default: "reads a value on the host",
@@ -53,7 +55,7 @@ class Recorder(TorchDispatchMode):
     """Notes every operation with its arguments and results; refuses those that a CUDA graph cannot hold."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -112,7 +114,8 @@ class RecordedMark:
         while self.device.finished < self.place:
             self.device.finish_one()
 
-    def seconds_since(self, earlier: "RecordedMark") -> float:
+    def seconds_since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, RecordedMark)
         assert self.device.finished >= max(self.place, earlier.place), "the time of a mark that is not done"
         return self.device.times[self.place] - self.device.times[earlier.place]
 
@@ -134,14 +137,14 @@ class RecordingDevice:
         self.seconds = QUESTION / pace  # a piece of work, on average
         self.clock = Clock() if clock is None else clock
         self.times = [self.clock()]  # when each piece of work was done
-        self.queue: deque[tuple[str, Callable[[], None]]] = deque()
+        self.queue: deque[tuple[str, Callable[[], object]]] = deque()
         self.enqueued = self.finished = 0
         self.graphs: list[RecordedGraph] = []
 
     def note(self, what: str, blocking: bool = False) -> None:
         self.log.append((self.name, what, blocking))
 
-    def enqueue(self, what: str, run: Callable[[], None]) -> None:
+    def enqueue(self, what: str, run: Callable[[], object]) -> None:
         self.note(what)
         self.queue.append((what, run))
         self.enqueued += 1
@@ -186,7 +189,7 @@ class RecordingDevice:
     def host_memory(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.int64)
 
-    def capture(self, run: Callable[[], None]) -> RecordedGraph:
+    def capture(self, run: Callable[[], object]) -> RecordedGraph:
         assert not self.queue, "capturing while the stream has work"
         with Recorder() as recorder:
             run()
@@ -206,7 +209,7 @@ class TimedDevice(RecordingDevice):
         self.ends: deque[float] = deque()
         self.free = 0.0  # when all that is enqueued will be done
 
-    def enqueue(self, what: str, run: Callable[[], None]) -> None:
+    def enqueue(self, what: str, run: Callable[[], object]) -> None:
         super().enqueue(what, run)
         self.free = max(self.free, self.clock.now) + (self.replay_seconds if what == "replay" else 0.0)
         self.ends.append(self.free)

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 PROMPT = [3, 17, 9, 4, 21, 30, 11, 2, 8, 19, 25, 6]
 
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen2-sliding": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
@@ -20,8 +20,10 @@ FAMILIES = {
 }
 
 
-def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of `family` with two layers, GQA and small sizes, in float32."""
+def tiny_model(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> PreTrainedModel:
+    """A random model of `family` with two layers, GQA and small sizes."""
     sizes: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -40,5 +42,8 @@ def tiny_model(family: str = "llama", seed: int = 0, **overrides: Any) -> PreTra
     if family in ("gpt_neox", "falcon"):  # their configs have no such fields
         del sizes["num_key_value_heads"], sizes["head_dim"]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes), attn_implementation="eager")
-    return model.float().eval()
+    config = AutoConfig.for_model(family, **sizes)
+    model: torch.nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = model.float().to(dtype).eval()
+    assert isinstance(model, PreTrainedModel)
+    return model

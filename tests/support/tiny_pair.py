@@ -1,23 +1,25 @@
 """A tiny target with a draft that is nearly the same, and what tests ask of its captured steps."""
 
+from typing import Any
+
 import torch
 from recording_device import RecordedGraph
 from tiny import FAMILIES, tiny_model
 
 from specbranch import SpecBranch
 
-SAMPLINGS = [{}, {"temperature": 0.9, "top_k": 12, "top_p": 0.95, "seed": 3}]
+SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 0.9, "top_k": 12, "top_p": 0.95, "seed": 3}]
 
 
 def tiny_pair(family: str = "llama", noise: float = 0.003, dtype: torch.dtype = torch.float32) -> SpecBranch:
     """A target, and a draft that is the same model with a little noise on its weights; without, it is always right."""
-    sizes = {**FAMILIES.get(family, {}), "max_position_embeddings": 2048}
+    sizes: dict[str, Any] = {**FAMILIES.get(family, {}), "max_position_embeddings": 2048}
     target, draft = (tiny_model(family.split("-")[0], **sizes) for _ in range(2))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in draft.parameters():
             weight.add_(noise * torch.randn(weight.shape, generator=generator))
-    return SpecBranch(target.to(dtype), draft.to(dtype))
+    return SpecBranch(target.to(dtype), draft.to(dtype))  # type: ignore[arg-type]
 
 
 def ends_in(graph: RecordedGraph, op: str) -> bool:
@@ -27,5 +29,5 @@ def ends_in(graph: RecordedGraph, op: str) -> bool:
 def rows_of(graph: RecordedGraph, op: str) -> int:
     """Rows of a captured step, by its op."""
     return next(
-        args[0].shape[0] for func, args, _, _ in graph.calls if func is getattr(torch.ops.specbranch, op).default
+        int(args[0].shape[0]) for func, args, _, _ in graph.calls if func is getattr(torch.ops.specbranch, op).default
     )
