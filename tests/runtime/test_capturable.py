@@ -89,7 +89,7 @@ def test_commits_move_rows_on_every_device() -> None:
         cache.rows = torch.arange(6)
         states = torch.arange(6.0, device=device).view(1, 1, 6, 1).expand(1, 1, 6, 8).contiguous()
         layer.update(states, states)
-    cache.length, cache.nodes, cache.parents = 2, [0, 1, 2, 3], [-1, 0, 0, 1]
+    cache.length, cache.nodes, cache.ancestors = 2, [0, 1, 2, 3], [1, 3, 5, 11]
     cache.commit([0, 2], {3: 0})
     keys = cache.layers[0].keys
     assert keys is not None

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import implementations
-import numpy as np
 import pytest
 import torch
 from captured_pair import capture
@@ -18,7 +17,7 @@ from tiny_pair import SAMPLINGS, ends_in, rows_of, tiny_pair
 
 from specbranch import METHODS
 from specbranch.core.sampling import Sampling
-from specbranch.runtime.batch import Batch, Inputs
+from specbranch.runtime.batch import Batch, Inputs, pack
 from specbranch.runtime.cache import TREE_ROWS, BranchLayer
 from specbranch.runtime.device import Host
 from specbranch.runtime.graphs.memory import StaticInputs
@@ -126,7 +125,7 @@ def test_commits_of_any_size_move_the_same_rows(rows: int) -> None:
         with torch.inference_mode():
             for place, buffer in enumerate(cache.buffers()):
                 buffer.copy_(torch.arange(cache.capacity)[:, None] + 0.25 * place)
-        cache.length, cache.nodes, cache.parents = 5, list(range(TREE_ROWS)), [-1] * TREE_ROWS
+        cache.length, cache.nodes, cache.ancestors = 5, list(range(TREE_ROWS)), [1 << i for i in range(TREE_ROWS)]
         made.commit(list(range(TREE_ROWS - rows, TREE_ROWS)), {})
         made.device.mark().wait()
         caches.append([buffer[:, : 30 + TREE_ROWS].clone() for buffer in cache.buffers()])
@@ -237,9 +236,7 @@ def test_a_model_that_cannot_be_captured_after_all_decodes_eagerly(monkeypatch: 
 def test_padding_is_the_first_row_again() -> None:
     """So that it gives no logits that no row has: NaN of some other row would be nobody's."""
     static = StaticInputs(8, 4, spare=99, device=Host(), where=torch.device("cpu"))
-    static.fill(
-        Batch((7, 8), (20, 21), (30, 31), np.array([[1], [3]]), 30, 1), [-1, 0], Sampling(0.7, 5, 0.9, 0.1, seed=4)
-    )
+    static.fill(Batch((7, 8), (20, 21), (30, 31), (1, 3), 30, 1), [-1, 0], Sampling(0.7, 5, 0.9, 0.1, seed=4))
     assert static.ids.tolist() == [7, 8, 7, 7, 7, 7, 7, 7]
     assert static.positions.tolist() == [20, 21, *[20] * 6]
     assert static.rows.tolist() == [30, 31, *[99] * 6]
@@ -274,12 +271,6 @@ def test_nan_in_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch, emulate
     assert generation.stats.target_runner == "captured"
 
 
-def pack(rows: list[int], words: int) -> np.ndarray:
-    """Bits as Python integers to int64 [n, words], the lowest bits in the first word."""
-    flat = [bits >> 64 * word & (1 << 64) - 1 for bits in rows for word in range(words)]
-    return np.array(flat, dtype=np.uint64).view(np.int64).reshape(len(rows), words)
-
-
 @settings(deadline=None)
 @given(st.data())
 def test_the_device_makes_the_next_batch_as_the_host_does(data: st.DataObject) -> None:
@@ -292,7 +283,7 @@ def test_the_device_makes_the_next_batch_as_the_host_does(data: st.DataObject) -
         tuple(data.draw(st.lists(st.integers(0, 99), min_size=n, max_size=n))),
         tuple(data.draw(st.lists(st.integers(0, 999), min_size=n, max_size=n))),
         (*rows[others:], *rows[:others]),
-        pack([data.draw(bits) | 1 << (row - prefix) for row in (*rows[others:], *rows[:others])], 4),
+        tuple(data.draw(bits) | 1 << (row - prefix) for row in (*rows[others:], *rows[:others])),
         prefix,
         leaves,
     )
@@ -305,5 +296,5 @@ def test_the_device_makes_the_next_batch_as_the_host_does(data: st.DataObject) -
         assert static.ids[:leaves].tolist() == list(batch.tokens)
         assert static.positions[:leaves].tolist() == list(batch.positions)
         assert static.rows.tolist() == [*batch.rows, *[999] * (8 - leaves)]
-        assert static.ancestors[:leaves].tolist() == batch.ancestors.tolist()
+        assert static.ancestors[:leaves].tolist() == pack(batch.ancestors, 4).tolist()
     assert (static.prefix, static.seed, static.slot) == (prefix, 5, 3)

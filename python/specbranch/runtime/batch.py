@@ -13,22 +13,19 @@ from torch import Tensor
 WORD = 64  # ancestor bits in an int64
 
 
-Bits = NDArray[np.int64]
-
-
 @dataclass(frozen=True, slots=True)
 class Batch:
     """n rows of one forward over new nodes behind a committed prefix.
 
-    tokens, positions: of each row. rows: the cache row that its K/V are written to. ancestors: [n, words], bits as
-    `ancestor_mask` gives them: bit j is set where a row sees cache row prefix + j, its own included. prefix: committed
-    cache rows. leaves: how many of the rows, the first ones, are asked for; the others only catch up with the text.
+    tokens, positions: of each row. rows: the cache row that its K/V are written to. ancestors: bit j is set where it
+    sees cache row prefix + j, its own included. prefix: committed cache rows. leaves: how many of the rows, the first
+    ones, are asked for; the others only catch up with the text.
     """
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     rows: tuple[int, ...]
-    ancestors: Bits
+    ancestors: tuple[int, ...]
     prefix: int
     leaves: int
 
@@ -39,13 +36,14 @@ class Batch:
         """The batch one token further: `tokens` below the leaves, in the cache rows behind theirs."""
         count = self.leaves
         rows = tuple(row + count for row in self.rows[:count])
-        places = np.array(rows) - self.prefix
-        words = max(self.ancestors.shape[1], int(places.max()) // WORD + 1)
-        ancestors = np.zeros((count, words), dtype=np.int64)
-        ancestors[:, : self.ancestors.shape[1]] = self.ancestors[:count]
-        ancestors[np.arange(count), places // WORD] |= np.int64(1) << (places % WORD)
-        positions = tuple(position + 1 for position in self.positions[:count])
-        return Batch(tuple(tokens), positions, rows, ancestors, self.prefix, count)
+        return Batch(
+            tuple(tokens),
+            tuple(position + 1 for position in self.positions[:count]),
+            rows,
+            tuple(bits | 1 << (row - self.prefix) for bits, row in zip(self.ancestors, rows, strict=False)),
+            self.prefix,
+            count,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +59,13 @@ class Inputs:
 
     @staticmethod
     def of(batch: Batch, device: torch.device) -> Inputs:
+        words = (max(batch.ancestors).bit_length() + WORD - 1) // WORD
         return Inputs(
             torch.tensor(batch.tokens, device=device),
             torch.tensor(batch.positions, device=device),
             torch.tensor(batch.rows, device=device),
             torch.tensor(batch.prefix, device=device),
-            torch.from_numpy(batch.ancestors).to(device),
+            torch.from_numpy(pack(batch.ancestors, words)).to(device),
         )
 
     @staticmethod
@@ -74,3 +73,10 @@ class Inputs:
         """Tokens of the text itself, int64 [n], behind the prefix: their positions are their cache rows."""
         places = torch.arange(prefix, prefix + len(ids), device=ids.device)
         return Inputs(ids, places, places, torch.full((), prefix, device=ids.device), ancestors=None)
+
+
+def pack(ancestors: Sequence[int], words: int) -> NDArray[np.int64]:
+    """Bits as Python integers to int64 [n, words], the lowest bits in the first word, as `tree_attention` reads
+    them."""
+    data = b"".join(bits.to_bytes(8 * words, "little") for bits in ancestors)
+    return np.frombuffer(bytearray(data), dtype="<i8").reshape(len(ancestors), words)

@@ -76,7 +76,7 @@ class BranchCache(Cache):
     """All layers' buffers, with the row of every tree node.
 
     capacity: rows of each buffer. length: committed rows. nodes: the tree node in each row behind them, so node
-    nodes[j] sits at row length + j. parents: the place in `nodes` of each one's parent; -1 for a root. rows: int64
+    nodes[j] sits at row length + j. ancestors: of each one, bit j set where it is, or is below, nodes[j]. rows: int64
     [n], where the forward in progress writes.
     """
 
@@ -84,7 +84,7 @@ class BranchCache(Cache):
         self.capacity = capacity
         self.length = 0
         self.nodes: list[int] = []
-        self.parents: list[int] = []
+        self.ancestors: list[int] = []
         self.rows = torch.empty(0, dtype=torch.int64, device=device)
         self._branch_layers = [BranchLayer(self) for _ in range(layers)]
         super().__init__(layers=list(self._branch_layers))
@@ -119,7 +119,9 @@ class BranchCache(Cache):
         in `nodes`; -1, or a committed node, for a root."""
         place = {node: i for i, node in enumerate([*self.nodes, *nodes])}
         self.nodes += nodes
-        self.parents += [place.get(parent, -1) for parent in parents]
+        for parent in parents:
+            above = place.get(parent, -1)
+            self.ancestors.append((self.ancestors[above] if above >= 0 else 0) | 1 << len(self.ancestors))
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int] | None = None) -> None:
         """Move the rows of the accepted `path` behind the prefix, keep those of `survivors`, drop the others.
@@ -148,18 +150,19 @@ class BranchCache(Cache):
         rows = [*accepted, *(self.length + place for place in living)]
         in_place = rows == list(range(self.length, self.length + len(rows)))
         self.length += len(accepted)
-        moved = {place: i for i, place in enumerate(living)}
-        self.nodes, self.parents = (
-            [survivors[self.nodes[place]] for place in living],
-            [moved.get(self.parents[place], -1) for place in living],
-        )
+        # Of the rows above a node, its parent's is the last.
+        above = [(self.ancestors[place] ^ 1 << place).bit_length() - 1 for place in living]
+        nodes = [survivors[self.nodes[place]] for place in living]
+        parents = [survivors.get(self.nodes[place], -1) if place >= 0 else -1 for place in above]
+        self.nodes, self.ancestors = [], []
+        self.add(nodes, parents)
         return [] if in_place else rows
 
     def rollback(self, length: int) -> None:
         """Drop all tree rows and the committed rows from `length` on: no bytes move."""
         if not 0 <= length <= self.length:
             raise SpecBranchError(f"cannot roll back to {length} rows: {self.length} are committed")
-        self.length, self.nodes, self.parents = length, [], []
+        self.length, self.nodes, self.ancestors = length, [], []
 
     def release(self) -> None:
         """Free the buffers now: cache and layers refer to each other, so Python would take its time."""
@@ -167,7 +170,7 @@ class BranchCache(Cache):
             layer.keys = layer.values = None
             layer.is_initialized = False
         self.capacity = 0
-        self.length, self.nodes, self.parents = 0, [], []
+        self.length, self.nodes, self.ancestors = 0, [], []
 
     def buffers(self) -> list[torch.Tensor]:
         buffers = [buffer for layer in self._branch_layers for buffer in (layer.keys, layer.values)]

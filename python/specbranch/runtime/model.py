@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -16,7 +15,7 @@ from specbranch.runtime.attention import TreeContext, no_mask
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.hrad.tap import FeatureTap
-from specbranch_ext import ancestor_mask, cuda_device_problem
+from specbranch_ext import cuda_device_problem
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
 
@@ -102,16 +101,13 @@ class CachedModel:
         first = cache.used + len(backlog)
         cache.length += len(backlog)
         cache.add(nodes, parents)
-        if backlog:  # a chain, of which the root comes first in the batch
-            chain = torch.arange(-1, len(backlog))
-            ancestors = np.roll(ancestor_mask(chain).ancestors.numpy(), 1, axis=0)
-        else:
-            ancestors = ancestor_mask(torch.tensor(cache.parents)).ancestors[-len(nodes) :].numpy()
+        caught_up = (1 << len(backlog)) - 1
+        ancestors = [caught_up | bits << len(backlog) for bits in cache.ancestors[-len(nodes) :]]
         return Batch(
             tuple(self._known([*tokens, *backlog])),
             (*positions, *range(prefix, cache.length)),
             (*range(first, first + len(nodes)), *range(prefix, cache.length)),
-            ancestors,
+            (*ancestors, *((1 << i + 1) - 1 for i in range(len(backlog)))),
             prefix,
             len(nodes),
         )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from specbranch.core.sampling import Sampling
-from specbranch.runtime.batch import WORD, Batch, Inputs
+from specbranch.runtime.batch import WORD, Batch, Inputs, pack
 from specbranch.runtime.device import Device
 
 STEPS = 16  # most draft steps in a burst
@@ -51,8 +50,7 @@ class StaticInputs:
         columns[0, n:], columns[1, n:], columns[2, n:] = batch.tokens[0], batch.positions[0], self.spare
         columns[3, : batch.leaves], columns[3, batch.leaves :] = batch.leaves, 0
         columns[4, : len(parents)], columns[4, len(parents) :] = parents, -1
-        words = batch.ancestors.shape[1]
-        self._bits[:n, :words], self._bits[:n, words:] = batch.ancestors, 0
+        self._bits[:n] = pack(batch.ancestors, self.words)
         self._bits[n:] = self._bits[0]
         self._filters[:] = sampling.filters
         self._scalars[:] = batch.prefix, sampling.seed, 0
@@ -61,7 +59,7 @@ class StaticInputs:
 
     def clear(self) -> None:
         """Enqueue a batch of nothing but padding: what a warm-up runs over."""
-        self.fill(Batch((0,), (0,), (self.spare,), np.ones((1, 1), dtype=np.int64), 0, 0), [], Sampling())
+        self.fill(Batch((0,), (0,), (self.spare,), (1,), 0, 0), [], Sampling())
 
     def of(self, n: int) -> Inputs:
         """The first n rows, as a model is called with them."""
