@@ -63,7 +63,7 @@ def test_the_cuda_kernels_decode_the_same_tokens_captured(family: str) -> None:
     assert any(graph.replays for graph in target.graphs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.nightly)], ids=str)
 def test_the_cuda_kernels_give_every_method_the_same_bits(dtype: torch.dtype) -> None:
     """The text, and the K/V of its tokens, each a node of another tree with every method: where attention took keys in
     another order, float32 shows it at once, while 16 bits and a token hide it nearly always."""
