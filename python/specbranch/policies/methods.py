@@ -10,9 +10,8 @@ from specbranch.policies.branching import Hedging, Paper, Ssd
 from specbranch.policies.chain import Adaptive, Autoregressive, Pearl, Speculative
 from specbranch.policies.policy import Policy
 
-POLICIES: dict[str, type] = {
-    policy.name: policy for policy in (Autoregressive, Speculative, Adaptive, Pearl, Ssd, Paper, Hedging)
-}
+_ALL: tuple[type[Policy], ...] = (Autoregressive, Speculative, Adaptive, Pearl, Ssd, Paper, Hedging)
+POLICIES = {str(policy.name): policy for policy in _ALL}
 METHODS = tuple(POLICIES)
 
 
@@ -33,5 +32,4 @@ def make_policy(method: str, options: dict[str, object]) -> Policy:
     if unknown := sorted(set(options) - known):
         raise SpecBranchError(f"unknown option {unknown[0]!r}; expected one of {', '.join(sorted(known))}")
     taken = options_of(method)
-    policy: Policy = POLICIES[method](**{name: value for name, value in options.items() if name in taken})
-    return policy
+    return POLICIES[method](**{name: value for name, value in options.items() if name in taken})

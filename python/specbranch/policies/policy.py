@@ -60,11 +60,24 @@ class InFlight:
 
 
 class Policy(Protocol):
-    name: str
-    candidates: int  # wanted from the draft at every node; 0: no draft
-    overlaps: bool  # has something to draft while the target verifies
-    calibrated: bool  # wants confidences corrected by the verdicts
-    uses_forecast: bool  # takes a learned predictor's forecast, where there is one
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def candidates(self) -> int:
+        """Wanted from the draft at every node; 0: no draft."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether it has something to draft while the target verifies."""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it wants confidences corrected by the verdicts."""
+
+    @property
+    def uses_forecast(self) -> bool:
+        """Whether it takes a learned predictor's forecast, where there is one."""
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
         """What to draft before there is a trunk; nothing when it is time to verify."""
