@@ -23,6 +23,7 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 # cmake, ctest and ninja come from there too.
+export WORKERS
 export PATH := $(abspath $(BIN)):$(PATH)
 # The CPU kernels at one instruction-set level.
 TIDY_FLAGS = -std=c++17 -Icsrc $(shell $(BIN)/python -m pybind11 --includes) -Wall -Wno-psabi -Wno-unknown-pragmas \
