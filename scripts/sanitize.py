@@ -29,6 +29,7 @@ SLOW = [
     "16403 or 8193 or 20000 or (1001 and float16)",  # sizes
     "(group_ratios and 100) or (prompt_chunk and not 700) or 1040 or 1500 or several or 1024_rows",
     "(hidden_row and not nan) or (random and test_verify)",  # the same again with other values
+    "one_by_one and (scale or float16)",  # another factor, and another type of two bytes
     "first_candidate or layout_and_threads or (peaked and not 3000) or masked or padded_vocabulary",
     "(rejection and ties) or every_outcome or long_chain or cannot_have_drawn or coin_near_0",
     "opcheck or compile or registration or baseline",  # Python
