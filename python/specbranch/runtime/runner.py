@@ -1,7 +1,7 @@
 """Step runners: one model's prefill, steps and commits, with the host told only what it needs.
 
 A step is a forward with the op that reads its logits: `verify` for the target, `draft_sample` for the draft. The eager
-runner calls the model; the captured one (captured.py) replays CUDA graphs. Both give the same results.
+runner calls the model; the captured one (graphs/runner.py) replays CUDA graphs. Both give the same results.
 """
 
 from __future__ import annotations
