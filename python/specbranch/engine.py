@@ -123,6 +123,10 @@ class SpecBranch:
             **options,
         )
 
+    def encode(self, prompt: str, chat: bool = False) -> list[int]:
+        """Token ids of a prompt, as `generate` takes them; see specbranch.text.encoding.encode."""
+        return encode(self.tokenizer, prompt, chat)
+
     def generate(
         self,
         prompt: str | Sequence[int] | Tensor,
@@ -235,7 +239,7 @@ class SpecBranch:
 
     def _prompt_ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
         if isinstance(prompt, str):
-            ids = encode(self.tokenizer, prompt)
+            ids = self.encode(prompt)
         elif isinstance(prompt, Tensor):
             if prompt.dim() == 2 and prompt.shape[0] != 1:
                 raise SpecBranchError(f"the prompt is a batch of {prompt.shape[0]}; expected one text at a time")

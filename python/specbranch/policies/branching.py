@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush, heapreplace
@@ -15,7 +16,7 @@ from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, Trun
 FIRST_STEP = 1.15  # the first draft step counts 15 % more than its token: it also tells whether a second one pays
 
 
-class Branching:
+class Branching(ABC):
     """What the policies with branches share: how the draft is used while the target verifies."""
 
     batch: int
@@ -24,9 +25,9 @@ class Branching:
     overlaps = True
 
     @property
+    @abstractmethod
     def outcomes(self) -> Outcomes:
         """What the draft prepares for."""
-        raise NotImplementedError
 
     def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
         """The likeliest outcomes that the draft has not run over, while a row for one pays."""
