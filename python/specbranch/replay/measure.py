@@ -49,18 +49,18 @@ def chain(rows: int, position: int) -> Tree:
 
 
 def measure_costs(pair: Pair, prefix: int = 256) -> dict[str, dict[str, Points]]:
-    """What steps of a pair cost; see `_measure`."""
+    """Median seconds of steps by mode ("serial", "overlapped") and model ("target", "draft"), as [rows, seconds].
+
+    A step is the forward and what is done with its logits: `verify`, or `draft_sample`. prefix: committed tokens
+    behind which they run. Raises SpecBranchError without a draft.
+    """
     target, draft, workers = pair.target, pair.need_draft("measuring costs"), pair.workers
     with pair.running():
         return _measure(target, draft, workers, prefix)
 
 
 def _measure(target: Runner, draft: Runner, workers: Threads | Streams, prefix: int) -> dict[str, dict[str, Points]]:
-    """Median seconds of steps by mode ("serial", "overlapped") and model ("target", "draft"), as [rows, seconds].
-
-    A step is the forward and what is done with its logits: `verify`, or `draft_sample`. prefix: committed tokens
-    behind which they run.
-    """
+    """The same, where both models are attached."""
     verifier = ModelVerifier(target, Sampling())
     drafter = ModelDrafter(draft, Sampling(), CANDIDATES, target.model.vocabulary)
     lengths = {}
