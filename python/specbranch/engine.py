@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections import defaultdict
 from collections.abc import Generator, Sequence
@@ -20,9 +21,8 @@ from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy
 from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
-from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.loading import ModelSource, load_model, load_tokenizer
-from specbranch.runtime.pair import Pair
+from specbranch.runtime.pair import Pair, Slot
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.detokenizer import TextBuilder
 from specbranch.text.encoding import encode
@@ -30,7 +30,11 @@ from specbranch.text.vocabulary import check_vocabularies, end_of_sequence
 
 
 class SpecBranch:
-    """Speculative decoding of one text at a time, with the tokens that the target alone would give.
+    """Speculative decoding with the tokens that the target alone would give.
+
+    Each generation has its own caches over the models' shared weights, so streams may be read in turn and threads may
+    share an engine: their rounds take turns. Between rounds, and so after a generation too, the models are as they were
+    found.
 
     Implements SpecBranch (arXiv 2506.01979) and, over the same loop, the methods that it is compared with; see
     `specbranch.METHODS`.
@@ -176,6 +180,7 @@ class SpecBranch:
     ) -> TextStream:
         """`generate`, giving the text piece by piece as it is committed, never half a character.
 
+        An iterator, and a context manager that stops generating: `with engine.stream(prompt) as pieces: …`
         The arguments are checked, and errors raised, when the iteration starts.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, seed)
@@ -197,45 +202,60 @@ class SpecBranch:
         if max_new_tokens < 1 or int(max_new_tokens) != max_new_tokens:
             raise SpecBranchError(f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1")
         builder = TextBuilder(self.tokenizer, self._eos, self._stop_strings(stop))
-        loop, tap = self._loop(method, sampling, overlap, options)
-        self.pair.reset(len(ids) + max_new_tokens, draft=loop.drafter is not None)
-        reason = "length"
-        with self.pair.running(tap):
+        calibrator = copy.deepcopy(self._calibrator)
+        slot = self.pair.take(owner=builder)
+        try:
+            loop = self._loop(slot, calibrator, method, sampling, overlap, options)
+            slot.reset(len(ids) + max_new_tokens, draft=loop.drafter is not None)
+            attachment = self.pair.attachment(slot.target.model.tap, draft=loop.drafter is not None)
+            reason, rounds = "length", loop.rounds(ids, max_new_tokens)
             try:
-                for committed in loop.rounds(ids, max_new_tokens):
+                while committed := attachment.turn(lambda: next(rounds, None)):
                     if any(builder.add(token) for token in committed):
                         reason = "stop"
                     yield builder.fresh()
                     if reason == "stop":
                         break
+                    if self.pair.crowded:
+                        time.sleep(0)  # or this thread would have the next turn too
             except KeyboardInterrupt as interrupt:
-                raise GenerationInterrupted(self._result(loop, builder, begin, "interrupted")) from interrupt
+                raise GenerationInterrupted(self._result(slot, loop, builder, begin, "interrupted")) from interrupt
             except (MemoryError, RuntimeError, ValueError) as error:
                 if not builder.tokens:
                     raise
-                generation = self._result(loop, builder, begin, "error")
+                generation = self._result(slot, loop, builder, begin, "error")
                 raise GenerationFailed(f"generation ended early: {error}", generation) from error
+            finally:
+                rounds.close()
+                if loop.policy.calibrated:
+                    self._calibrator = calibrator  # what it learned serves the generations that begin from now on
+        finally:
+            self.pair.give_back(slot)
         yield builder.fresh(final=True)
-        yield self._result(loop, builder, begin, reason)
+        yield self._result(slot, loop, builder, begin, reason)
 
     def _loop(
-        self, method: str | None, sampling: Sampling, overlap: bool | str | None, options: dict[str, object]
-    ) -> tuple[DecodingLoop, FeatureTap | None]:
-        """The decoding loop, and the tap that must be attached while it runs."""
+        self,
+        slot: Slot,
+        calibrator: Calibrator,
+        method: str | None,
+        sampling: Sampling,
+        overlap: bool | str | None,
+        options: dict[str, object],
+    ) -> DecodingLoop:
         policy = make_policy(method or self.method, {**self.options, **options})
         drafter = None
         if policy.candidates > 0:
-            draft = self.pair.need_draft(f"method {policy.name!r}")
-            calibrator = self._calibrator if policy.calibrated else None
-            drafter = ModelDrafter(draft, sampling, policy.candidates, self.pair.vocabulary, calibrator)
+            draft = slot.need_draft(f"method {policy.name!r}")
+            learner = calibrator if policy.calibrated else None
+            drafter = ModelDrafter(draft, sampling, policy.candidates, slot.vocabulary, learner)
         mode = self._overlap if overlap is None else check_overlap(overlap)
-        tap, predictor = None, None
+        predictor = None
         if self.hrad is not None and policy.uses_forecast:
-            tap = self.pair.tap
-            predictor = Predictor(tap, self.hrad)
-        verifier = ModelVerifier(self.pair.target, sampling, predictor)
-        costs, workers = self._costs[policy.name], self.pair.workers
-        return DecodingLoop(verifier, drafter, policy, costs, workers, mode), tap
+            predictor = Predictor(slot.tap, self.hrad)
+        slot.target.model.tap = None if predictor is None else predictor.tap
+        verifier = ModelVerifier(slot.target, sampling, predictor)
+        return DecodingLoop(verifier, drafter, policy, self._costs[policy.name], self.pair.workers, mode)
 
     def _prompt_ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
         if isinstance(prompt, str):
@@ -260,11 +280,11 @@ class SpecBranch:
             raise SpecBranchError("stop strings need a tokenizer: pass tokenizer=")
         return strings
 
-    def _result(self, loop: DecodingLoop, builder: TextBuilder, begin: float, reason: str) -> Generation:
+    def _result(self, slot: Slot, loop: DecodingLoop, builder: TextBuilder, begin: float, reason: str) -> Generation:
         stats = loop.stats
         stats.seconds = time.perf_counter() - begin
-        stats.target_runner = self.pair.target.note
-        stats.draft_runner = "" if self.pair.draft is None or loop.drafter is None else self.pair.draft.note
+        stats.target_runner = slot.target.note
+        stats.draft_runner = "" if slot.draft is None or loop.drafter is None else slot.draft.note
         stats.end(len(builder.tokens))
         return Generation(builder.text, builder.tokens, stats, reason)
 

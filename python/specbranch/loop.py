@@ -6,7 +6,7 @@ models hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from specbranch.core.messages import Forecast, Trunk, Verdict
 from specbranch.core.stats import Stats
@@ -40,7 +40,7 @@ class DecodingLoop:
         self.stats = Stats(method=policy.name)
         self._lessons: list[tuple[Tree, list[int], Verdict]] = []
 
-    def rounds(self, prompt: Sequence[int], max_new_tokens: int) -> Iterator[list[int]]:
+    def rounds(self, prompt: Sequence[int], max_new_tokens: int) -> Generator[list[int], None, None]:
         """Yield the tokens that each round commits, at most `max_new_tokens` in all, for as long as it is asked."""
         tree = self._prefill(prompt)
         remaining = max_new_tokens
@@ -62,6 +62,7 @@ class DecodingLoop:
                 remaining -= len(committed)
                 yield committed
         finally:
+            self.workers.wait()
             self._learn()
 
     def _prefill(self, prompt: Sequence[int]) -> Tree:

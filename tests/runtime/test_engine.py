@@ -199,10 +199,9 @@ def test_ctrl_c_keeps_what_was_committed(
 
 def test_an_interrupt_between_two_rounds_keeps_the_text(bundled_pair: SpecBranch) -> None:
     stream = bundled_pair.stream(PROMPT, max_new_tokens=64)
-    pieces = iter(stream)
-    first = next(pieces)
+    first = next(stream)
     with pytest.raises(GenerationInterrupted) as caught:
-        pieces.throw(KeyboardInterrupt)  # type: ignore[attr-defined]
+        stream._pieces.throw(KeyboardInterrupt)
     assert caught.value.generation.text.startswith(first)
     assert 0 < len(caught.value.generation.tokens) < 64
 

@@ -44,7 +44,7 @@ def capture_timed(
 
 
 def place(engine: SpecBranch, target: RecordingDevice, draft: RecordingDevice, clock: Clock) -> None:
-    engine.pair.target = CapturedRunner(engine.pair.target.model, target)
-    assert engine.pair.draft is not None
-    engine.pair.draft = CapturedRunner(engine.pair.draft.model, draft)
+    first = engine.pair.first
+    assert first.draft is not None
+    first.target, first.draft = CapturedRunner(first.target.model, target), CapturedRunner(first.draft.model, draft)
     engine.pair.workers = VirtualStreams([target, draft], clock)

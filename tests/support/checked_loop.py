@@ -152,7 +152,7 @@ class Case:
             assert len(tokens) <= self.new_tokens, "more tokens than asked for"
             if self.left_after is not None and len(loop.stats.log) > self.left_after:
                 break
-        rounds.close()  # type: ignore[attr-defined]
+        rounds.close()
         assert self.left_after is not None or tokens == expected, "the text ends too early"
         self._check_totals(loop, draft, len(tokens))
         return loop.stats

@@ -38,24 +38,34 @@ class GenerationInterrupted(KeyboardInterrupt):
         self.generation = generation
 
 
-class TextStream:
-    """Iterates over pieces of text as they are committed; `generation` is there when the iteration is over."""
+class TextStream(Iterator[str]):
+    """Iterates over pieces of text as they are committed; `generation` is there when the iteration is over.
+
+    A context manager too, which closes it. Several streams of one engine may be read in turn, or in several threads.
+    """
 
     def __init__(self, pieces: Generator[str | Generation, None, None]) -> None:
         self._pieces = pieces
         self.generation: Generation | None = None
 
-    def __iter__(self) -> Iterator[str]:
-        try:
-            for piece in self._pieces:
-                if isinstance(piece, Generation):
-                    self.generation = piece
-                elif piece:
-                    yield piece
-        except GenerationInterrupted:
-            raise
-        except KeyboardInterrupt as interrupt:  # it came between two rounds: hand it in, so that the text is kept
-            self._pieces.throw(interrupt)
+    def __next__(self) -> str:
+        while True:
+            try:
+                piece = next(self._pieces)
+            except GenerationInterrupted:
+                raise
+            except KeyboardInterrupt as interrupt:  # it came between two rounds: hand it in, so that the text is kept
+                piece = self._pieces.throw(interrupt)
+            if isinstance(piece, Generation):
+                self.generation = piece
+            elif piece:
+                return piece
+
+    def __enter__(self) -> TextStream:
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Stop generating; what was committed is dropped."""

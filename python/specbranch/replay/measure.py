@@ -54,9 +54,8 @@ def measure_costs(pair: Pair, prefix: int = 256) -> dict[str, dict[str, Points]]
     A step is the forward and what is done with its logits: `verify`, or `draft_sample`. prefix: committed tokens
     behind which they run. Raises SpecBranchError without a draft.
     """
-    target, draft, workers = pair.target, pair.need_draft("measuring costs"), pair.workers
-    with pair.running():
-        return _measure(target, draft, workers, prefix)
+    with pair.running() as slot:
+        return _measure(slot.target, slot.need_draft("measuring costs"), pair.workers, prefix)
 
 
 def _measure(target: Runner, draft: Runner, workers: Threads | Streams, prefix: int) -> dict[str, dict[str, Points]]:

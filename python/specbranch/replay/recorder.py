@@ -99,14 +99,14 @@ def record_text(
     tokens: the new ids. k: candidates kept at each position. sampling: as the text was sampled. features: also keep the
     target's, for a learned predictor; this takes a target forward over the text.
     """
-    draft = pair.need_draft("a record")
-    drafter = ModelDrafter(draft, sampling or Sampling(), k, pair.vocabulary)
-    draft.reset(len(prompt) + len(tokens))
     seen = None
     if features:
-        with pair.running(pair.tap):
-            seen = read_features(pair.target, pair.tap, prompt, tokens)
-    with pair.running():
+        with pair.running(features=True) as slot:
+            seen = read_features(slot.target, slot.tap, prompt, tokens)
+    with pair.running() as slot:
+        draft = slot.need_draft("a record")
+        draft.reset(len(prompt) + len(tokens))
+        drafter = ModelDrafter(draft, sampling or Sampling(), k, slot.vocabulary)
         along, tails = follow(drafter, prompt, tokens)
     width = len(along[0].tokens)
     target_tokens = torch.tensor(list(tokens))

@@ -1,38 +1,157 @@
-"""Attaching specbranch to a transformers model: tree attention, and modules whose rows are independent.
+"""Attaching specbranch to transformers models: tree attention, modules whose rows are independent, evaluation mode.
 
-Outside `attached(model)` a model is as its owner loaded it, so it can be shared with transformers' own generate().
+Models are attached for one turn at a time, such as a round of the decoding loop, and in between they are as their owner
+left them. So nothing is left behind by a stream that is put aside, and a model can be shared: with transformers' own
+generate(), with other generations, with other engines. Whoever wants a model that is in use waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from specbranch.runtime.attention import ATTENTION
 from specbranch.runtime.exact import exact_forward
+from specbranch.runtime.hrad.tap import FeatureTap
+
+T = TypeVar("T")
+Place = tuple[dict[str, Any], str, Any]  # an object's attributes, the name of one, and a value
+
+IMPLEMENTATION = "_attn_implementation_internal"  # transformers' name for what its set_attn_implementation() sets
+MISSING = object()
+
+run_out: Callable[[Iterator[object]], None] = deque[object](maxlen=0).extend
+"""Take everything from an iterator, and drop it."""
 
 
-@contextmanager
-def attached(model: PreTrainedModel) -> Iterator[None]:
-    """Run `model` with tree attention and, on the CPU, with layers whose rows do not depend on each other.
+class Attachment:
+    """What changes in some models for the time of a turn: their attention, forwards and training flags.
 
-    A row's result then does not change with the number of rows in its forward: verifying drafted tokens
-    together gives bit for bit what decoding one by one gives.
+    Where a row's result would change with the number of rows in its forward, another forward is put in place: verifying
+    drafted tokens together then gives bit for bit what decoding one by one gives. Prepared once, for modules as they
+    are then; each turn puts back what it found.
     """
-    previous = model.config._attn_implementation
-    patched: list[nn.Module] = []
-    model.set_attn_implementation(ATTENTION)
-    for module in model.modules():
-        forward = exact_forward(module, model.device)
-        if forward is not None:
-            module.forward = forward
-            patched.append(module)
-    try:
-        yield
-    finally:
-        for module in patched:
-            del module.forward
-        model.set_attn_implementation(previous)
+
+    def __init__(
+        self, models: Sequence[PreTrainedModel], tap: FeatureTap | None = None, threads: int | None = None
+    ) -> None:
+        """tap: reads hidden states of one of the models. threads: torch's intra-op threads during a turn."""
+        models = list({id(model): model for model in models}.values())
+        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        configs: dict[int, Any] = {}
+        modules: dict[nn.Module, None] = {}
+        for model in models:
+            modules.update(dict.fromkeys(model.modules()))
+            configs.update((id(config), config) for config in _configs(model))
+            device = model.device
+            for module in model.modules():
+                if (forward := exact_forward(module, device)) is not None:
+                    forwards[module] = forward
+        for module, keep in () if tap is None else tap.keepers():
+            forwards[module] = keep(forwards.get(module, module.forward))
+        self._places = [
+            *[(vars(config), IMPLEMENTATION, ATTENTION) for config in configs.values()],
+            *[(vars(module), "forward", forward) for module, forward in forwards.items()],
+        ]
+        self._modules = [vars(module) for module in modules]
+        self._threads = threads
+        models.sort(key=id)  # in one order everywhere, so that nobody waits in a circle
+        self._first, self._last = models[0], models[-1]
+
+    def turn(self, work: Callable[[], T]) -> T:
+        """What `work` returns or raises, called with the models attached; waits while they are in use.
+
+        An interrupt may arrive between any two bytecodes, but not within a call into C. So attaching is one such
+        call, and detaching another, which is the first thing that happens however the work ends.
+        """
+        with _lock_of(self._first), _lock_of(self._last):
+            attach, detach = self._swaps()
+            try:
+                run_out(attach)
+                return work()
+            finally:
+                run_out(detach)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """A turn as a context; an interrupt at its very end may find the models attached until it has been handled."""
+        with _lock_of(self._first), _lock_of(self._last):
+            attach, detach = self._swaps()
+            try:
+                run_out(attach)
+                yield
+            finally:
+                run_out(detach)
+
+    def _swaps(self) -> tuple[Iterator[object], Iterator[object]]:
+        """Two iterators that do their work while they are run out, all of it in C: attach, and detach."""
+        places = [*self._places, *[(each, "training", False) for each in self._modules if each.get("training")]]
+        found = [(values, name, values.get(name, MISSING)) for values, name, _ in places]
+        changed = [place for place in found if place[2] is not MISSING]
+        added = [(values, name, None) for values, name, before in found if before is MISSING]
+        threads, key = torch.get_num_threads(), object()
+        note = threading.get_ident(), changed, added
+        attach = chain(
+            map(_attached.__setitem__, [key], [note]),
+            _each(dict.__setitem__, places),
+            map(torch.set_num_threads, [self._threads or threads]),
+        )
+        detach = chain(
+            _each(dict.__setitem__, changed),
+            _each(dict.pop, added),
+            map(torch.set_num_threads, [threads]),
+            map(_attached.pop, [key], [None]),
+        )
+        return attach, detach
+
+
+def _each(change: Callable[..., object], places: Sequence[Place]) -> Iterator[object]:
+    return map(change, *zip(*places, strict=True)) if places else iter(())
+
+
+def _configs(model: PreTrainedModel) -> Iterator[Any]:
+    """The configs that its modules may ask for their attention."""
+    waiting = [model.config, *[config for module in model.modules() if (config := vars(module).get("config"))]]
+    for config in waiting:
+        if IMPLEMENTATION in getattr(config, "__dict__", ()):
+            yield config
+        waiting += [inner for name in getattr(config, "sub_configs", ()) if (inner := getattr(config, name, None))]
+
+
+# ---- Turns: which models are in use, in this process
+
+
+_attached: dict[object, tuple[int, list[Place], list[Place]]] = {}  # by turn: its thread, and what to put back
+_locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+_new_lock = threading.Lock()
+
+
+def _lock_of(model: PreTrainedModel) -> threading.RLock:
+    lock = _locks.get(model)
+    if lock is None:
+        with _new_lock:
+            lock = _locks.setdefault(model, threading.RLock())
+    return lock
+
+
+def _forget_other_threads() -> None:
+    """In a forked child no other thread goes on: end their turns."""
+    global _new_lock
+    _new_lock = threading.Lock()
+    _locks.clear()
+    for thread, changed, added in _attached.values():
+        if thread != threading.get_ident():
+            run_out(chain(_each(dict.__setitem__, changed), _each(dict.pop, added)))
+
+
+os.register_at_fork(after_in_child=_forget_other_threads)

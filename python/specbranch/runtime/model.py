@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.attach import attached
+from specbranch.runtime.attach import Attachment
 from specbranch.runtime.attention import TreeContext, no_mask
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
@@ -34,18 +35,24 @@ class CachedModel:
         self.vocabulary = model.config.get_text_config().vocab_size
         self.cache = BranchCache(self.layers, 0, self.device)
         self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
-        self.tap: FeatureTap | None = None  # while it is attached
+        self.tap: FeatureTap | None = None  # what reads its hidden states
         check_supported(model, role)
+
+    def another(self) -> CachedModel:
+        """The same model with a cache of its own, for another text."""
+        fresh = copy.copy(self)
+        fresh.cache, fresh.tap = BranchCache(self.layers, 0, self.device), None
+        return fresh
 
     @contextmanager
     def attached(self, tap: FeatureTap | None = None) -> Iterator[None]:
         """The context in which the forwards below may run. tap: reads hidden states in every one of them."""
-        with attached(self.model), nullcontext() if tap is None else tap.attached():
-            self.tap = tap
-            try:
+        self.tap = tap
+        try:
+            with Attachment([self.model], tap).attached():
                 yield
-            finally:
-                self.tap = None
+        finally:
+            self.tap = None
 
     @property
     def hidden(self) -> list[Tensor]:

@@ -1,47 +1,49 @@
-"""The two models of an engine, each with its runner, and how they run at once."""
+"""The two models of an engine, what each generation has of its own over their weights, and how they run at once."""
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cached_property
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet, ref
 
 import torch
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.attach import Attachment
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.placement import make_runner, make_workers
 from specbranch.runtime.runner import Runner
 
+KEPT = 2  # slots of generations that are over
 
-class Pair:
-    """A target and, but for autoregressive decoding, a draft."""
 
-    def __init__(
-        self,
-        target: PreTrainedModel,
-        draft: PreTrainedModel | None,
-        threads: int | None = None,
-        target_threads: int | None = None,
-        cuda_graphs: bool = True,
-        priority: str = "target",
-    ) -> None:
-        """See SpecBranch.__init__. Raises SpecBranchError for a model or option that cannot be used."""
-        if threads is not None and threads < 1:
-            raise SpecBranchError(f"threads is {threads}; expected at least 1")
-        self.threads = torch.get_num_threads() if threads is None else threads
-        self.target: Runner = make_runner(CachedModel(target, "target"), cuda_graphs, priority)
-        self.draft: Runner | None = None
-        if draft is not None:
-            self.draft = make_runner(CachedModel(draft, "draft"), cuda_graphs, priority)
-        self.workers = make_workers(self.target, self.draft, self.threads, target_threads)
+@dataclass(eq=False)
+class Slot:
+    """What one generation has for itself: a runner for each model, with its cache, and what reads the target's
+    features."""
 
-    @cached_property
+    target: Runner
+    draft: Runner | None
+    _tap: FeatureTap | None = None
+    _owner: ref[object] | None = None
+
+    @property
+    def free(self) -> bool:
+        """Nobody has it, or whoever had it is gone: an interrupt may come before a slot is known to its owner."""
+        return self._owner is None or self._owner() is None
+
+    @property
     def tap(self) -> FeatureTap:
         """What a learned predictor reads of the target."""
-        return FeatureTap(self.target.model.model)
+        if self._tap is None:
+            self._tap = FeatureTap(self.target.model.model)
+        return self._tap
 
     @property
     def vocabulary(self) -> int:
@@ -61,14 +63,116 @@ class Pair:
         if draft and self.draft is not None:
             self.draft.reset(tokens)
 
+    def another(self) -> Slot:
+        """The same models with caches of their own."""
+        return Slot(self.target.another(), None if self.draft is None else self.draft.another())
+
+
+class Pair:
+    """A target and, but for autoregressive decoding, a draft.
+
+    first: the slot that a generation gets when it is the only one; its runners are `target` and `draft`.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft: PreTrainedModel | None,
+        threads: int | None = None,
+        target_threads: int | None = None,
+        cuda_graphs: bool = True,
+        priority: str = "target",
+    ) -> None:
+        """See SpecBranch.__init__. Raises SpecBranchError for a model or option that cannot be used."""
+        if threads is not None and threads < 1:
+            raise SpecBranchError(f"threads is {threads}; expected at least 1")
+        self._made_of = target, draft, threads, target_threads, cuda_graphs, priority
+        self.threads = torch.get_num_threads() if threads is None else threads
+        self.first = Slot(
+            make_runner(CachedModel(target, "target"), cuda_graphs, priority),
+            None if draft is None else make_runner(CachedModel(draft, "draft"), cuda_graphs, priority),
+        )
+        self.workers = make_workers(self.first.target, self.first.draft, self.threads, target_threads)
+        self._slots = [self.first]
+        self._lock = threading.Lock()
+        _pairs.add(self)
+
+    def __reduce__(self) -> tuple[type[Pair], tuple[Any, ...]]:
+        """A copy, or what is pickled, has the models and makes the rest anew."""
+        return Pair, self._made_of
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        target, draft, *_ = self._made_of
+        return [target] if draft is None else [target, draft]
+
+    @property
+    def target(self) -> Runner:
+        return self.first.target
+
+    @property
+    def draft(self) -> Runner | None:
+        return self.first.draft
+
+    @property
+    def vocabulary(self) -> int:
+        """The target's."""
+        return self.first.vocabulary
+
+    @property
+    def crowded(self) -> bool:
+        """Whether several generations are under way."""
+        return sum(not slot.free for slot in self._slots) > 1
+
+    def attachment(self, tap: FeatureTap | None = None, draft: bool = True) -> Attachment:
+        """The models as they are to run, with this pair's threads. draft: both of them."""
+        return Attachment(self.models[: 1 + draft], tap, self.threads)
+
+    def take(self, owner: object) -> Slot:
+        """A slot for `owner` alone, until it is given back."""
+        with self._lock:
+            slot = next((slot for slot in self._slots if slot.free), None)
+            if slot is None:
+                slot = self.first.another()
+                self._slots.append(slot)
+            slot._owner = ref(owner)
+            return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """The slot is free again; its buffers are kept while there are few."""
+        with self._lock:
+            slot._owner = None
+            for spare in [slot for slot in self._slots if slot.free][KEPT:]:
+                self._slots.remove(spare)
+
     @contextmanager
-    def running(self, tap: FeatureTap | None = None) -> Iterator[None]:
-        """The context in which the models may run, with this pair's threads. tap: reads the target's features."""
-        with ExitStack() as stack:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(self.threads)
-            stack.enter_context(self.target.model.attached(tap))
-            if self.draft is not None:
-                stack.enter_context(self.draft.model.attached())
-            stack.callback(self.workers.wait)
-            yield
+    def running(self, features: bool = False) -> Iterator[Slot]:
+        """A slot whose models may run in this context. features: its tap reads the target's."""
+        slot = self.take(owner=self)
+        try:
+            slot.target.model.tap = slot.tap if features else None
+            with self.attachment(slot.target.model.tap).attached():
+                try:
+                    yield slot
+                finally:
+                    self.workers.wait()
+        finally:
+            slot.target.model.tap = None
+            self.give_back(slot)
+
+    def after_fork(self) -> None:
+        """In a forked child: the other threads are not there, and neither is OpenMP's team, for which torch would
+        wait."""
+        self.threads, self._lock = 1, threading.Lock()
+        self.workers.after_fork()
+
+
+_pairs: WeakSet[Pair] = WeakSet()
+
+
+def _after_fork() -> None:
+    for pair in list(_pairs):
+        pair.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)

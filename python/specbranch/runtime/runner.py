@@ -6,6 +6,7 @@ runner calls the model; the captured one (graphs/runner.py) replays CUDA graphs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -70,6 +71,9 @@ class Runner(Protocol):
     @property
     def device(self) -> Device: ...
 
+    def another(self) -> Runner:
+        """The same model on the same device, for another text."""
+
     def reset(self, tokens: int) -> None:
         """Start a new text of at most `tokens` tokens. Raises SpecBranchError when it does not fit."""
 
@@ -106,6 +110,11 @@ class EagerRunner:
         self.model = model
         self.note = f"eager: {reason}" if reason else "eager"
         self.device: Device = Host() if device is None else device
+
+    def another(self) -> EagerRunner:
+        fresh = copy.copy(self)
+        fresh.model = self.model.another()
+        return fresh
 
     def reset(self, tokens: int) -> None:
         self.model.reset(tokens)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
-from specbranch.core.messages import Trunk
+from specbranch.core.messages import Trunk, Verdict
 from specbranch.runtime.device import Device
 from specbranch.stages import Pending, Verifier
 
@@ -25,6 +25,7 @@ class Threads:
         self.target = max(1, threads - max(1, threads // 4)) if target_threads is None else target_threads
         self.draft = max(1, threads - self.target)
         self._executor: ThreadPoolExecutor | None = None
+        self._newest: Future[Verdict] | None = None
 
     def clock(self) -> float:
         """Seconds."""
@@ -36,7 +37,8 @@ class Threads:
             self._executor = ThreadPoolExecutor(
                 1, "specbranch-target", initializer=torch.set_num_threads, initargs=(self.target,)
             )
-        return self._executor.submit(lambda: target.verify(trunk).result())
+        self._newest = self._executor.submit(lambda: target.verify(trunk).result())
+        return self._newest
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
@@ -49,8 +51,14 @@ class Threads:
 
     def wait(self) -> None:
         """Return when the target's thread is idle, so that its caches may be used again."""
-        if self._executor is not None:
-            self._executor.submit(lambda: None).result()
+        if self._newest is not None:
+            self._newest.exception()  # what it raised is its asker's
+            self._newest = None
+
+    def after_fork(self) -> None:
+        """See Pair.after_fork."""
+        self.threads = self.target = self.draft = 1
+        self._executor = self._newest = None
 
 
 class Streams:
@@ -74,3 +82,6 @@ class Streams:
         """Return when nothing is enqueued any more."""
         for mark in [device.mark() for device in self.devices]:
             mark.wait()
+
+    def after_fork(self) -> None:
+        """See Pair.after_fork: a forked child cannot use CUDA at all, and torch says so."""

@@ -80,6 +80,12 @@ class CapturedRunner:
         self._drafting: dict[Hashable, DraftGraphs] = {}
         self._committing: dict[int, Graph] = {}
 
+    def another(self) -> CapturedRunner | EagerRunner:
+        model = self.model.another()
+        if self._failed:
+            return EagerRunner(model, self.device, self.note.removeprefix("eager: "))
+        return CapturedRunner(model, self.device, self.most_rows)
+
     def reset(self, tokens: int) -> None:
         if not self.model.holds(tokens):
             self._forget()  # else the graphs would keep the old cache's memory

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,11 @@ from specbranch.core.errors import SpecBranchError
 
 LAYERS = 4  # the last K layers; K = 4 in the paper
 
+Forward = Callable[..., Any]
+
 
 class FeatureTap:
-    """Hooks on the target's last decoder layers.
+    """Keeps what the target's last decoder layers give.
 
     A position's features are what those layers gave for the last verified token, and the embedding of the newest one:
     [(layers + 1) * hidden], float32.
@@ -29,13 +31,10 @@ class FeatureTap:
         self.embeddings: nn.Module = embeddings
         self._hidden: list[Tensor] = [torch.empty(0)] * len(self.modules)
 
-    @contextmanager
-    def attached(self) -> Iterator[None]:
-        """The context in which forwards are seen."""
-        with ExitStack() as stack:
-            for place, module in enumerate(self.modules):
-                stack.callback(module.register_forward_hook(partial(self._keep, place)).remove)
-            yield
+    def keepers(self) -> Iterator[tuple[nn.Module, Callable[[Forward], Forward]]]:
+        """The layers, each with what makes a forward of theirs one that keeps what it gives."""
+        for place, module in enumerate(self.modules):
+            yield module, partial(partial, self._keep, place)
 
     @property
     def newest(self) -> list[Tensor]:
@@ -51,9 +50,11 @@ class FeatureTap:
         parts = [values[rows] for values in hidden]
         return torch.cat([*parts, self.embeddings(ids).to(parts[0].dtype)], dim=1).float()
 
-    def _keep(self, place: int, module: nn.Module, arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _keep(self, place: int, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        output: Tensor | tuple[Tensor, ...] = forward(*args, **kwargs)
         hidden = output if isinstance(output, Tensor) else output[0]
         self._hidden[place] = hidden[0]
+        return output
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
