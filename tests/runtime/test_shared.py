@@ -24,8 +24,11 @@ from transformers import PreTrainedModel
 
 from specbranch import Generation, GenerationFailed, SpecBranch, bundled
 from specbranch.core.generation import TextStream
+from specbranch.core.messages import Trunk
 from specbranch.loop import DecodingLoop
 from specbranch.runtime.pair import KEPT
+from specbranch.runtime.verifier import ModelVerifier
+from specbranch.runtime.workers import Threads
 
 PROMPTS = [entry["prompt"] for entry in bundled.prompts()[:6]]
 SETTINGS: list[dict[str, Any]] = [
@@ -330,6 +333,40 @@ def test_an_interrupt_at_any_moment_leaves_the_models_as_found(bundled_pair, tex
         signal.signal(signal.SIGALRM, before)
     assert interrupted > 5
     assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, **settings).tokens == texts[0]
+
+
+def test_a_second_interrupt_leaves_a_verification_that_disturbs_nobody(
+    bundled_pair, texts, untouched, monkeypatch
+) -> None:
+    verify, wait = ModelVerifier.verify, Threads.wait
+    waits = itertools.count()
+    asked, answered = threading.Event(), threading.Event()
+
+    def slow(verifier: ModelVerifier, trunk: Trunk) -> Any:
+        asked.set()
+        answered.wait(0.5)
+        answered.set()
+        return verify(verifier, trunk)
+
+    def draft(*_: object) -> None:
+        asked.wait()
+        raise KeyboardInterrupt
+
+    def interrupted(workers: Threads) -> None:
+        if next(waits) == 2:  # the one at the end; the others are before and behind the prefill
+            raise KeyboardInterrupt
+        wait(workers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelVerifier, "verify", slow)
+        patch.setattr(DecodingLoop, "_draft_during", draft)
+        patch.setattr(Threads, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True)
+    assert not answered.is_set()
+    assert untouched()
+    assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True).tokens == texts[0]
+    assert answered.is_set()
 
 
 def test_a_failure_at_any_round_leaves_the_models_as_found(bundled_pair, texts, untouched, monkeypatch) -> None:

@@ -94,7 +94,7 @@ class Pair:
         )
         self.workers = make_workers(self.first.target, self.first.draft, self.threads, target_threads)
         self._slots = [self.first]
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream may be collected, and give its slot back, anywhere
         _pairs.add(self)
 
     def __reduce__(self) -> tuple[type[Pair], tuple[Any, ...]]:
@@ -130,6 +130,7 @@ class Pair:
 
     def take(self, owner: object) -> Slot:
         """A slot for `owner` alone, until it is given back."""
+        self.workers.wait()  # a second Ctrl-C ends the wait for a verification that goes on
         with self._lock:
             slot = next((slot for slot in self._slots if slot.free), None)
             if slot is None:
@@ -163,7 +164,7 @@ class Pair:
     def after_fork(self) -> None:
         """In a forked child: the other threads are not there, and neither is OpenMP's team, for which torch would
         wait."""
-        self.threads, self._lock = 1, threading.Lock()
+        self.threads, self._lock = 1, threading.RLock()
         self.workers.after_fork()
 
 

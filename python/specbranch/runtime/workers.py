@@ -53,7 +53,6 @@ class Threads:
         """Return when the target's thread is idle, so that its caches may be used again."""
         if self._newest is not None:
             self._newest.exception()  # what it raised is its asker's
-            self._newest = None
 
     def after_fork(self) -> None:
         """See Pair.after_fork."""
