@@ -1,6 +1,7 @@
 """pip's door to CMake: builds the torch-free `specbranch_ext._C`; the rest is in pyproject.toml."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,12 +17,14 @@ class CMakeBuild(build_ext):
     """Configure and build with CMake and ninja, into the folder where setuptools expects the module.
 
     Environment: SPECBRANCH_CUDA = auto (default), 1 (fail when it cannot be built) or 0;
-    SPECBRANCH_CUDA_ARCHITECTURES, for example "80;90"; CMAKE_BUILD_PARALLEL_LEVEL; CMAKE_ARGS.
+    SPECBRANCH_CUDA_ARCHITECTURES, for example "80;90"; CMAKE_BUILD_PARALLEL_LEVEL; CMAKE_ARGS, more arguments for
+    CMake, quoted as in a shell.
     """
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
+        more = cmake_args()
         module = Path(self.get_ext_fullpath(ext.name)).resolve()
         # setuptools gives every editable install a new folder; a fixed one rebuilds only what changed.
         build_dir = (
@@ -48,11 +51,20 @@ class CMakeBuild(build_ext):
             # Only the tests use it. Beside the sources, because setuptools knows of one module only.
             f"-DSPECBRANCH_EMULATED={'ON' if self.editable_mode else 'OFF'}",
             f"-DSPECBRANCH_EMULATED_DIR={ROOT / 'specbranch_ext'}",
-            *os.environ.get("CMAKE_ARGS", "").split(),
+            *more,
         ]
         subprocess.run(configure, check=True)
         targets = ["_C", "_emulated"] if self.editable_mode else ["_C"]
         subprocess.run(["cmake", "--build", str(build_dir), "--target", *targets], check=True)
+
+
+def cmake_args() -> list[str]:
+    """Those of the environment variable CMAKE_ARGS. Ends the build where it cannot be read."""
+    value = os.environ.get("CMAKE_ARGS", "")
+    try:
+        return shlex.split(value)
+    except ValueError as error:
+        sys.exit(f"error: CMAKE_ARGS={value}: expected arguments quoted as in a shell: {error}")
 
 
 setup(ext_modules=[Extension("specbranch_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
