@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from specbranch import METHODS, SpecBranch, SpecBranchError, bundled
 from specbranch.cli import main as cli
@@ -246,7 +247,9 @@ def test_train_hrad_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for words in ("H-RAD", "online calibration", "confidence alone", "majority class", "true class", "saved to"):
         assert words in shown
     assert "times its speed without H-RAD" in shown
-    config = json.loads((out / "config.json").read_text())
+    assert sorted(path.name for path in out.iterdir()) == ["hrad.safetensors", "rounds.safetensors"]
+    with safe_open(out / "hrad.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
     assert (config["target"]["name"], config["draft"]["name"]) == ("target", "draft")
     generate = ["generate", *PAIR, "--prompt", PROMPTS[0].text, "--max-new-tokens", "8", "--hrad", str(out)]
     assert cli.main(generate) == 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import tiny_model
 from untrained import untrained
 
@@ -18,7 +20,7 @@ from specbranch.core.messages import Forecast
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.replay.recorder import record_text
 from specbranch.replay.train_hrad import ALL, NONE, SOME, Examples, Split, best_epsilon, draft_run, evaluate, fit
-from specbranch.runtime.hrad.predictor import HRad, load_hrad
+from specbranch.runtime.hrad.predictor import PREDICTOR, HRad, load_hrad
 from specbranch.text.encoding import encode
 
 PROMPT = bundled.prompts()[0]["prompt"]
@@ -110,26 +112,69 @@ def test_a_predictor_of_another_pair_is_refused(bundled_pair: SpecBranch, tmp_pa
         SpecBranch(bundled_pair.target, hrad=tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "pickle", "foreign", "no directory"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "pickle", "foreign", "no directory", "weights", "old"])
 def test_damaged_files_are_refused_by_name(bundled_pair: SpecBranch, tmp_path: Path, damage: str) -> None:
     directory = tmp_path / "predictor"
     untrained(bundled_pair).save(directory)
-    config, weights = directory / "config.json", directory / "model.safetensors"
-    culprit = "model.safetensors"
+    file = directory / PREDICTOR
+    culprit = PREDICTOR
     if damage == "missing":
-        weights.unlink()
+        file.unlink()
     elif damage == "truncated":
-        weights.write_bytes(weights.read_bytes()[:1000])
+        file.write_bytes(file.read_bytes()[:1000])
     elif damage == "pickle":
-        weights.write_bytes(pickle.dumps({"layers.1.weight": [1.0]}))
+        file.write_bytes(pickle.dumps({"layers.1.weight": [1.0]}))
     elif damage == "foreign":
-        config.write_text(json.dumps({"model_type": "llama"}))
-        culprit = "config.json"
+        shutil.copy(bundled.path("draft") / "model.safetensors", file)
+        culprit = f"{PREDICTOR}: expected a predictor of the format"
+    elif damage == "weights":
+        with safe_open(file, "pt") as read:
+            save_file({"mean": torch.zeros(3)}, file, read.metadata())
+    elif damage == "old":
+        file.unlink()
+        (directory / "config.json").write_text('{"format": "specbranch-hrad-1"}')
+        culprit = "a predictor of an earlier version .* train it again"
     else:
         directory = tmp_path / "elsewhere"
-        culprit = "config.json"
     with pytest.raises(SpecBranchError, match=culprit):
         load_hrad(directory, bundled_pair.target, bundled_pair.draft)  # type: ignore[arg-type]
+
+
+def test_a_predictor_is_never_saved_over_something_else(bundled_pair: SpecBranch, tmp_path: Path) -> None:
+    hrad = untrained(bundled_pair)
+    for name in ("config.json", "model.safetensors"):  # a whole checkpoint, then what may be left of one
+        model = tmp_path / name
+        model.mkdir()
+        shutil.copy(bundled.path("target") / name, model)
+        with pytest.raises(SpecBranchError, match=f"{name} holds another model, which would be overwritten"):
+            hrad.save(model)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(SpecBranchError, match=r"notes holds something else \(a.txt, …\)"):
+        hrad.save(tmp_path / "notes")
+    with pytest.raises(SpecBranchError, match=r"a.txt is a file; expected a directory"):
+        hrad.save(tmp_path / "notes" / "a.txt")
+    (tmp_path / "foreign").mkdir()
+    shutil.copy(bundled.path("draft") / "model.safetensors", tmp_path / "foreign" / PREDICTOR)
+    with pytest.raises(SpecBranchError, match="expected a predictor of the format"):
+        hrad.save(tmp_path / "foreign")
+    before = {file: file.read_bytes() for file in tmp_path.glob("*/*")}
+    assert len(before) == 4
+    hrad.save(tmp_path / "new" / "one")  # with parents, as before
+    hrad.save(tmp_path / "new" / "one")  # over itself
+    other = HRad(replace(hrad.config, target=ModelIdentity("else", "f00")))
+    with pytest.raises(SpecBranchError, match=r"holds a predictor for the target target, .* by one for else"):
+        other.save(tmp_path / "new" / "one")
+    assert load_hrad(tmp_path / "new" / "one", bundled_pair.target, bundled_pair.draft)  # type: ignore[arg-type]
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_predictor_s_file_is_a_function_of_what_it_holds(bundled_pair: SpecBranch, tmp_path: Path) -> None:
+    """safetensors puts the metadata in a random order."""
+    files = [tmp_path / str(i) / PREDICTOR for i in range(8)]
+    for file in files:
+        untrained(bundled_pair).save(file.parent)
+    assert len({file.read_bytes() for file in files}) == 1
 
 
 def recorded(right: list[bool]) -> RecordedText:
@@ -179,8 +224,13 @@ def test_training_beats_the_majority_and_keeps_the_classes_frequencies() -> None
     expected = torch.bincount(held_out.labels, minlength=3) / 600
     torch.testing.assert_close(frequencies, expected, rtol=0, atol=0.05)
     assert 0 < best_epsilon(train) < 1
-    again = fit(train, validation, identity, identity)
-    assert torch.equal(again(held_out.features), model(held_out.features))  # deterministic for a seed
+    generator, threads = torch.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    again = fit(train, validation, identity, identity)  # a function of the seed, on any number of threads
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert torch.equal(torch.get_rng_state(), generator)
     assert {SOME} <= set(held_out.labels.tolist())
 
 

@@ -23,6 +23,7 @@ PROMPTS, NEW_TOKENS = 3, 96
 
 
 HELP = "compare autoregressive decoding and SpecBranch on the bundled pair"
+OUTPUTS = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

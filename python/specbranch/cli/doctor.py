@@ -18,6 +18,7 @@ from specbranch.cli.terminal import output_console
 from specbranch.core.errors import SpecBranchError
 
 HELP = "report what is installed and what can run here"
+OUTPUTS = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

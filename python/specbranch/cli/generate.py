@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.arguments import add_models, add_sampling, sampling_options, text, whole
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
-from specbranch.cli.files import check_writable, write_json
+from specbranch.cli.files import Output, write_json
 from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import progress
+from specbranch.cli.trace import is_trace
 from specbranch.policies.methods import METHODS
 from specbranch.text.prompts import Prompt, read_prompts
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 
 HELP = "generate text for a prompt or a file of prompts"
+OUTPUTS = (Output("trace", "a trace of specbranch generate", is_trace),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,8 +64,6 @@ def run(args: argparse.Namespace) -> int:
         prompts = [Prompt(id="prompt", text=args.prompt, chat=args.chat)]
     else:
         prompts = read_prompts(args.prompts, args.limit)
-    if args.trace is not None:
-        check_writable(args.trace)
     engine = load_engine(args)
     runs: list[tuple[str, Stats]] = []
     try:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from specbranch.cli.files import claim
 from specbranch.cli.messages import (
     CLOSED_PIPE,
     FAILURE,
@@ -37,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(arguments)
         args.argv = arguments
-        status: int = module(args.command).run(args)
+        command = module(args.command)
+        with claim(args, command.OUTPUTS):
+            status: int = command.run(args)
         sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -87,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def module(command: str) -> Any:
-    """The module of a command: HELP, add_arguments(parser) and run(args). Importing it loads neither torch nor
+    """The module of a command: HELP, OUTPUTS, add_arguments(parser) and run(args). Importing it loads neither torch nor
     transformers, so that --help is quick."""
     return importlib.import_module(f"specbranch.cli.{command.replace('-', '_')}")
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from specbranch.cli.arguments import number
-from specbranch.cli.files import check_writable, write_json
+from specbranch.cli.files import Output, json_object, write_json
 from specbranch.cli.terminal import output_console, status
 
 if TYPE_CHECKING:
@@ -22,6 +22,14 @@ if TYPE_CHECKING:
 
 
 HELP = "replay every method over records: expected speeds and best settings"
+
+
+def is_plan(file: Path) -> bool:
+    found = json_object(file) or {}
+    return str(found.get("command")).startswith("specbranch plan ") and isinstance(found.get("results"), list)
+
+
+OUTPUTS = (Output("json", "a plan of specbranch plan", is_plan),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +56,6 @@ def run(args: argparse.Namespace) -> int:
 
     if args.row is not None and not args.ratio:
         raise ValueError("--row has no effect without --ratio: the costs are those measured with the record")
-    if args.json is not None:
-        check_writable(args.json)
     record = joined([Record.load(Path(path)) for path in args.records], args.records)
     results = []
     for title, costs, modes in cost_sets(record, args):

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.arguments import add_models, add_prompts, add_sampling, sampling_options
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting
+from specbranch.cli.files import Output
 from specbranch.cli.loading import load_engine
 from specbranch.cli.machine import describe_machine, describe_versions
-from specbranch.cli.messages import INTERRUPTED, complain
+from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import progress, status
-from specbranch.text.prompts import Prompt, read_prompts
+from specbranch.text.prompts import Prompt, read_all
 
 if TYPE_CHECKING:
     from specbranch import SpecBranch
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 
 HELP = "decode prompts once and record the predictions of both models, for plan"
+
+
+def is_record(file: Path) -> bool:
+    from specbranch.replay import record
+
+    return record.is_record(file)
+
+
+OUTPUTS = (Output("out", "a record of specbranch record", is_record, read_back=True, makes_parents=True),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,23 +46,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record every prompt and what forwards cost here. Running it again resumes an incomplete file."""
-    prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
+    prompts = read_all(args.prompts, args.limit)
     path = Path(args.out)
-    path.parent.mkdir(parents=True, exist_ok=True)
     engine = load_engine(args)
     record = record_prompts(engine, prompts, sampling_options(args), path, args.features)
     if record is None:
         return INTERRUPTED
-    record = with_costs(engine, record, path)
+    if record.texts:
+        record = with_costs(engine, record, path)
     positions = sum(len(text) for text in record.texts)
     print(f"{path}: {len(record.texts)} texts, {positions} tokens, agreement {agreement(record):.3f}")
-    return 0
+    return 0 if len(record.texts) == len(prompts) else FAILURE
 
 
 def record_prompts(
     engine: SpecBranch, prompts: list[Prompt], options: dict[str, Any], path: Path, features: bool
 ) -> Record | None:
-    """The record of the prompts; None after Ctrl-C, with the finished ones in the file."""
+    """The record of the prompts, without those that cannot be used, which are told; None after Ctrl-C, with the
+    finished ones in the file."""
     from specbranch.core.sampling import Sampling
     from specbranch.replay.recorder import collect
 
@@ -67,8 +78,13 @@ def record_prompts(
             seen += 1
             bar.next(id)
 
+        def failed(prompt: Prompt, error: Exception) -> None:
+            complain(f"error: prompt {prompt.id}: {one_line(error)}")
+
         try:
-            return collect(engine, prompts, Sampling(**options), new_tokens, path, features, before)
+            return collect(
+                engine, prompts, Sampling(**options), new_tokens, path, features, before, failed, machine(engine)
+            )
         except KeyboardInterrupt:
             complain(f"interrupted at prompt {seen} of {len(prompts)}; run it again to go on")
             return None
@@ -88,7 +104,8 @@ def with_costs(engine: SpecBranch, record: Record, path: Path) -> Record:
 
 def machine(engine: SpecBranch) -> dict[str, object]:
     dtype = str(engine.target.dtype).removeprefix("torch.")
-    return {**describe_machine(), **describe_versions(), "dtype": dtype, "threads": engine.pair.threads}
+    run = {"dtype": dtype, "device": engine.target.device.type, "threads": engine.pair.threads}
+    return {**describe_machine(), **describe_versions(), **run}
 
 
 def agreement(record: Record) -> float:

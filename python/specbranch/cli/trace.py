@@ -7,8 +7,10 @@ name processes and threads. Each prompt is a process; its threads are the lanes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+from specbranch.cli.files import json_object
 from specbranch.core.messages import Step
 from specbranch.core.stats import Round, Stats
 
@@ -26,6 +28,17 @@ def trace(runs: Sequence[tuple[str, Stats]]) -> dict[str, Any]:
         for round in stats.log:
             events += _round_events(process, round, origin)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def is_trace(file: Path) -> bool:
+    """Whether a file is one of ours, and not another program's."""
+    found = json_object(file) or {}
+    events = found.get("traceEvents")
+    if found.keys() != {"traceEvents", "displayTimeUnit"} or not isinstance(events, list):
+        return False
+    return all(
+        isinstance(event, dict) and (event.get("ph") == "M" or str(event.get("cat")) in THREADS) for event in events
+    )
 
 
 def outcome(round: Round) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,21 +11,32 @@ from rich.table import Table
 
 from specbranch.cli.arguments import add_models, add_prompts, add_sampling, sampling_options
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, drafting_options, forecast_methods
+from specbranch.cli.files import Output
 from specbranch.cli.loading import load_engine
-from specbranch.cli.messages import INTERRUPTED, complain
-from specbranch.cli.record import record_prompts, with_costs
+from specbranch.cli.messages import FAILURE, INTERRUPTED, complain
+from specbranch.cli.record import is_record, record_prompts, with_costs
 from specbranch.cli.terminal import output_console, progress, status
-from specbranch.text.prompts import read_prompts
+from specbranch.runtime.choices import ROUNDS
+from specbranch.text.prompts import read_all
 
 if TYPE_CHECKING:
+    from specbranch import SpecBranch
     from specbranch.replay.record import Record
     from specbranch.replay.train_hrad import Score, Split
     from specbranch.runtime.hrad.predictor import HRad
 
-ROUNDS = "rounds.safetensors"
-
-
 HELP = "train H-RAD, which predicts how many drafted tokens will be accepted, for a pair"
+
+
+def check_out(directory: Path) -> None:
+    from specbranch.runtime.hrad.predictor import check_directory
+
+    check_directory(directory)
+
+
+OUTPUTS = (
+    Output("out", "a record of train-hrad", is_record, makes_parents=True, in_directory=ROUNDS, check=check_out),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,12 +52,11 @@ def run(args: argparse.Namespace) -> int:
     from specbranch.core.messages import FORECASTS
     from specbranch.replay.train_hrad import EPOCHS, Split, check_enough, evaluate, examples, fit
 
-    prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
+    prompts = read_all(args.prompts, args.limit)
     check_enough(len(prompts))
     out = Path(args.out)
-    check_directory(out)
-    out.mkdir(parents=True, exist_ok=True)
     engine = load_engine(args)
+    check_pair(out, engine)
     record = record_prompts(engine, prompts, sampling_options(args), out / ROUNDS, features=True)
     if record is None:
         return INTERRUPTED
@@ -79,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
         "prompts": {"train": len(split.train), "validation": len(split.validation), "held out": len(split.held_out)},
         "rounds": {"train": len(train), "validation": len(validation), "held out": len(held_out)},
         "held out": {name: asdict(score) for name, score in scores.items()},
-        "expected gain": gains,
-    }
+    }  # no times, so that the same command gives the same file
     model.with_metrics(metrics).save(out)
     console = output_console()
     console.print(score_table(scores, FORECASTS, len(split.held_out), len(held_out)))
@@ -88,23 +96,16 @@ def run(args: argparse.Namespace) -> int:
     for method, gain in gains.items():
         print(f"{method}: {gain:.3f} times its speed without H-RAD, replayed on the held-out prompts")
     print(f"saved to {out}")
-    return 0
+    return 0 if len(record.texts) == len(prompts) else FAILURE
 
 
-def check_directory(directory: Path) -> None:
-    """Refuse a directory that holds a checkpoint, whose files have the same names as a predictor's. Raises
-    ValueError."""
-    from specbranch.runtime.hrad.predictor import CONFIG, FORMAT, WEIGHTS
+def check_pair(directory: Path, engine: SpecBranch) -> None:
+    """That there is no predictor of another pair in the directory. Raises SpecBranchError."""
+    from specbranch.runtime.hrad.predictor import HRadConfig, check_directory
+    from specbranch.runtime.identity import identify
 
-    try:
-        config = json.loads((directory / CONFIG).read_bytes())
-        ours = isinstance(config, dict) and config.get("format") == FORMAT
-    except FileNotFoundError:
-        ours = not (directory / WEIGHTS).exists()
-    except ValueError:
-        ours = False
-    if not ours:
-        raise ValueError(f"{directory} holds another model, which would be overwritten; choose another directory")
+    assert engine.draft is not None
+    check_directory(directory, HRadConfig(identify(engine.target), identify(engine.draft), 0, 0))
 
 
 def expected_gains(record: Record, split: Split, model: HRad, options: dict[str, object]) -> dict[str, float]:

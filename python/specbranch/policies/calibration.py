@@ -10,7 +10,8 @@ branch; it never changes the text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,15 @@ class Calibrator:
         self._last = 1.0  # whether the newest judged token was accepted
         self._lately = 0.8
         self._covered, self._missed = 8 * COVERED, 8.0
+
+    def state(self) -> dict[str, Any]:
+        """What it has learned, ready for JSON; `restore` takes it."""
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as the calibrator did that gave `state`."""
+        for name, value in state.items():
+            setattr(self, name, np.array(value) if isinstance(value, list) else value)
 
     def features(self, signals: Sequence[Signals]) -> Vector:
         """[n, features]."""

@@ -7,19 +7,21 @@ without the models (replayer.py).
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.files import write_tensors
 from specbranch.core.identity import ModelIdentity
 
 FORMAT = "specbranch-record-1"
+ENTRY = ("id", "task", "prompt_tokens", "prompt", "round_seconds")  # what of a text is no tensor
 TAIL = 7  # tokens drafted behind a wrong one
 
 
@@ -35,6 +37,11 @@ class RecordedProposals:
     entropy: Tensor
     margin: Tensor
 
+    def rounded(self) -> RecordedProposals:
+        """As a file gives it back."""
+        said = (values.half().float() for values in (self.agreement, self.entropy, self.margin))
+        return RecordedProposals(self.tokens, *said)
+
 
 @dataclass(frozen=True)
 class RecordedText:
@@ -42,7 +49,8 @@ class RecordedText:
 
     tokens: int64 [N], the target's. proposals: at each position, after the tokens before it. tails: the same for the
     TAIL tokens that the draft goes on with after its own first candidate, where that is wrong: `[N * TAIL]` rows, NaN
-    where it is right. features: bfloat16 [N, F], the target's before each token, where they were asked for.
+    where it is right. features: bfloat16 [N, F], the target's before each token, where they were asked for. prompt: a
+    fingerprint of what was continued ("": not known). round_seconds: of a round outside the models (0: not measured).
     """
 
     id: str
@@ -52,9 +60,16 @@ class RecordedText:
     proposals: RecordedProposals
     tails: RecordedProposals
     features: Tensor | None = None
+    prompt: str = ""
+    round_seconds: float = 0.0
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def rounded(self) -> RecordedText:
+        """As a file gives it back, so that it makes no difference whether a run was resumed."""
+        features = None if self.features is None else self.features.to(torch.bfloat16)
+        return replace(self, proposals=self.proposals.rounded(), tails=self.tails.rounded(), features=features)
 
 
 @dataclass(frozen=True)
@@ -63,6 +78,7 @@ class Record:
 
     sampling: the parameters, with max_new_tokens. costs: seconds by mode ("serial", "overlapped") and model
     ("target", "draft") as [rows, seconds] pairs. round_seconds: of a round outside the models (0: not measured).
+    machine: what it was made on and with.
     """
 
     target: ModelIdentity
@@ -74,11 +90,11 @@ class Record:
     machine: dict[str, object] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file; the file is complete or not there."""
+        """Write to a safetensors file, whole or not at all. Raises OSError that names it."""
         tensors = {}
         entries = []
         for i, text in enumerate(self.texts):
-            entries.append({"id": text.id, "task": text.task, "prompt_tokens": text.prompt_tokens})
+            entries.append({name: getattr(text, name) for name in ENTRY})
             tensors[f"{i}.tokens"] = text.tokens.to(torch.int32)
             for name, rows in (("said", text.proposals), ("tails", text.tails)):
                 for part, values in vars(rows).items():
@@ -86,11 +102,10 @@ class Record:
                     tensors[f"{i}.{name}.{part}"] = kept.contiguous()
             if text.features is not None:
                 tensors[f"{i}.features"] = text.features.to(torch.bfloat16).contiguous()
-        head = {key: value for key, value in asdict(self, dict_factory=_without_texts).items() if key != "texts"}
+        head = asdict(replace(self, texts=[]))
+        del head["texts"]
         metadata = {"format": FORMAT, "head": json.dumps(head), "texts": json.dumps(entries)}
-        partial = path.with_name(path.name + ".part")
-        save_file(tensors, partial, metadata)
-        partial.replace(path)
+        write_tensors(path, save(tensors, metadata))
 
     @staticmethod
     def load(path: Path) -> Record:
@@ -118,8 +133,13 @@ class Record:
         return Record(target, draft, texts=texts, **head)
 
 
-def _without_texts(items: list[tuple[str, object]]) -> dict[str, object]:
-    return {key: value for key, value in items if key != "texts"}
+def is_record(path: Path) -> bool:
+    """Whether a file is one, by its head."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
 
 
 def _read(file: Any, name: str) -> RecordedProposals:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -22,12 +24,14 @@ from specbranch.runtime.model import PREFILL_CHUNK
 from specbranch.runtime.pair import Pair
 from specbranch.runtime.runner import Runner
 from specbranch.text.encoding import encode
-from specbranch.text.prompts import Prompt
+from specbranch.text.prompts import Prompt, check_distinct
 
 if TYPE_CHECKING:
     from specbranch.engine import SpecBranch
 
 WINDOW = 16  # positions whose tails are drafted together
+# What of a machine a text may depend on in its last bits.
+DECIDES = ("dtype", "device", "isa", "specbranch", "torch", "transformers", "tokenizers")
 
 
 def collect(
@@ -38,36 +42,60 @@ def collect(
     path: Path,
     features: bool,
     before: Callable[[str], None],
+    failed: Callable[[Prompt, SpecBranchError], None] | None = None,
+    machine: Mapping[str, object] | None = None,
 ) -> Record:
-    """Decode and record every prompt that the file at `path` does not hold yet; it is written after each.
+    """Decode and record every prompt that the file at `path` does not hold yet; it is written after each. What comes
+    out is the same whether or not it was interrupted, but for times.
 
-    before: told each prompt's id when its turn comes. Raises SpecBranchError when the file there is of another pair
-    or other settings.
+    before: told each prompt's id when its turn comes. failed: told of a prompt that cannot be used, instead of an error
+    that ends the run. machine: what it is made on and with; a file made with other versions is not continued.
+    Raises SpecBranchError when the file there is of another pair, other settings or other prompts.
     """
     assert engine.draft is not None
+    check_distinct(prompts)
     settings: dict[str, float] = {**asdict(sampling), "max_new_tokens": max_new_tokens}
-    record = Record(identify(engine.target), identify(engine.draft), settings, [])
-    if path.exists():
+    record = Record(identify(engine.target), identify(engine.draft), settings, [], machine=dict(machine or {}))
+    if path.exists() and path.stat().st_size:
         found = Record.load(path)
         check_continues(found, record, features, path)
+        check_prompts(found, prompts, path)
         record = found
-    outside: list[float] = []
-    done = {(text.task, text.id) for text in record.texts}
+    done = {(text.task, text.id): text for text in record.texts}
     for prompt in prompts:
         before(prompt.id)
         if (prompt.task, prompt.id) in done:
             continue
-        ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
-        made = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling))
-        if not made.tokens:
+        try:
+            text = _decoded(engine, prompt, sampling, max_new_tokens, features)
+        except SpecBranchError as error:
+            if failed is None:
+                raise
+            failed(prompt, error)
             continue
-        outside += [round.outside_seconds for round in made.stats.log]
-        text = record_text(
-            engine.pair, ids, made.tokens, id=prompt.id, task=prompt.task, sampling=sampling, features=features
-        )
-        record = replace(record, texts=[*record.texts, text], round_seconds=median(outside))
+        done[prompt.task, prompt.id] = text
+        texts = [done[each.task, each.id] for each in prompts if (each.task, each.id) in done]
+        measured = [text.round_seconds for text in texts if text.round_seconds]
+        record = replace(record, texts=texts, round_seconds=median(measured) if measured else record.round_seconds)
         record.save(path)
     return record
+
+
+def _decoded(
+    engine: SpecBranch, prompt: Prompt, sampling: Sampling, max_new_tokens: int, features: bool
+) -> RecordedText:
+    ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
+    made = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling))
+    text = record_text(
+        engine.pair, ids, made.tokens, id=prompt.id, task=prompt.task, sampling=sampling, features=features
+    )
+    outside = median(round.outside_seconds for round in made.stats.log)
+    return replace(text, prompt=fingerprint(prompt), round_seconds=outside).rounded()
+
+
+def fingerprint(prompt: Prompt) -> str:
+    """Of what a prompt's text is continued from."""
+    return hashlib.sha256(json.dumps([prompt.text, prompt.chat]).encode()).hexdigest()[:16]
 
 
 def check_continues(found: Record, wanted: Record, features: bool, path: Path) -> None:
@@ -77,9 +105,23 @@ def check_continues(found: Record, wanted: Record, features: bool, path: Path) -
         ("draft", wanted.draft, found.draft),
         *((name, value, found.sampling.get(name)) for name, value in wanted.sampling.items()),
         *(("choice of features", features, text.features is not None) for text in found.texts[:1]),
+        *((name, wanted.machine.get(name), found.machine.get(name)) for name in DECIDES if name in found.machine),
     ):
         if here != there:
             raise SpecBranchError(f"{path}: a record with another {name} ({there}, here {here}); choose another file")
+
+
+def check_prompts(found: Record, prompts: Sequence[Prompt], path: Path) -> None:
+    """That what a record at `path` holds is of these prompts. Raises SpecBranchError."""
+    wanted = {(prompt.task, prompt.id): fingerprint(prompt) for prompt in prompts}
+    for text in found.texts:
+        expected = wanted.get((text.task, text.id))
+        if expected is None:
+            raise SpecBranchError(
+                f"{path}: holds {text.id} of {text.task}, which is not among these prompts; choose another file"
+            )
+        if text.prompt not in ("", expected):
+            raise SpecBranchError(f"{path}: {text.id} of {text.task} was another prompt; choose another file")
 
 
 def record_text(

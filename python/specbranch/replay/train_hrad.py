@@ -7,7 +7,8 @@ drafted tokens would be accepted there (SpecBranch, arXiv 2506.01979, section on
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -137,9 +138,21 @@ def fit(
 ) -> HRad:
     """Train with class weights until the validation loss has not fallen for PATIENCE epochs; the best epoch stays.
 
-    The network's probabilities are then put back on the classes' own frequencies.
+    The network's probabilities are then put back on the classes' own frequencies. The same examples and seed give the
+    same bits.
     """
-    torch.manual_seed(seed)
+    with _reproducible():
+        torch.manual_seed(seed)
+        return _fit(train, validation, target, draft, after_epoch)
+
+
+def _fit(
+    train: Examples,
+    validation: Examples,
+    target: ModelIdentity,
+    draft: ModelIdentity,
+    after_epoch: Callable[[int, float], None],
+) -> HRad:
     model = HRad(HRadConfig(target, draft, train.features.shape[1], train.confidences.shape[1]))
     deviation = train.features.std(0)
     model.mean.copy_(train.features.mean(0))
@@ -169,6 +182,18 @@ def fit(
     model.load_state_dict(best_state)
     _recalibrate(model, validation, weights)
     return model
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """One thread, as sums depend on how many share them; the caller's threads and generator are as before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()
@@ -227,7 +252,7 @@ def best_epsilon(train: Examples) -> float:
 
 def evaluate(model: HRad, train: Examples, held_out: Examples) -> dict[str, Score]:
     """H-RAD, online calibration, confidence alone and the majority class on texts that nothing was fitted to."""
-    with torch.no_grad():
+    with torch.no_grad(), _reproducible():
         probabilities = model(held_out.features).softmax(1)
     majority = torch.full_like(held_out.labels, int(torch.bincount(train.labels, minlength=3).argmax()))
     labels = held_out.labels

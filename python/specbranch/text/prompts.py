@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,23 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise PromptFileError(f"{name}: holds no prompts")
     return prompts
+
+
+def read_all(paths: Sequence[str], limit: int | None = None) -> list[Prompt]:
+    """The prompts of several files, each as `read_prompts` reads it. Raises PromptFileError also for two of one name,
+    by which results know them."""
+    prompts = [prompt for path in paths for prompt in read_prompts(path, limit)]
+    check_distinct(prompts)
+    return prompts
+
+
+def check_distinct(prompts: Iterable[Prompt]) -> None:
+    """That no two prompts have one task and id. Raises PromptFileError."""
+    seen = set()
+    for prompt in prompts:
+        if (prompt.task, prompt.id) in seen:
+            raise PromptFileError(f"two prompts have the id {prompt.id!r} and the task {prompt.task!r}; expected one")
+        seen.add((prompt.task, prompt.id))
 
 
 def _lines(path: str | Path, name: str) -> Iterable[bytes]:

@@ -1,5 +1,5 @@
 """`specbranch bench`: methods and transformers' own generation, on the same prompts."""
 
-from specbranch.cli.bench.command import HELP, add_arguments, run
+from specbranch.cli.bench.command import HELP, OUTPUTS, add_arguments, run
 
-__all__ = ["HELP", "add_arguments", "run"]
+__all__ = ["HELP", "OUTPUTS", "add_arguments", "run"]

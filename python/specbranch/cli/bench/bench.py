@@ -6,6 +6,7 @@ import argparse
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from specbranch.cli.bench.peers import Peers
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
+from specbranch.core.errors import SpecBranchError
 from specbranch.text.encoding import encode
 from specbranch.text.prompts import Prompt
 
@@ -88,18 +90,29 @@ class Bench:
         self.records: list[report.Record] = [] if before is None else list(before["records"])
         self._request = request
         self._resumed = 0 if before is None else before.get("resumed", 0) + 1
+        self._learned = None if before is None else before.get("learned")
         self._resident_before_loading = resident_before_loading
         self._weights = memory.weight_bytes(engine.target, engine.draft)
         memory.make_resident(engine.target, engine.draft)
         self._machine, self._versions = describe_machine(), describe_versions()
 
-    def warm_up(self, prompt: Prompt, progress: Progress) -> None:
-        """A short run of everything before anything is timed."""
-        ids = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
-        for contender in self.contenders:
+    def warm_up(self, prompts: Sequence[Prompt], progress: Progress) -> None:
+        """A short run of everything, on the first prompt that can be used, before anything is timed. A resumed run then
+        knows what its engine had learned."""
+        ids = self._first_usable(prompts)
+        for contender in self.contenders if ids else ():
             progress.next(f"warm-up: {contender.name}")
             contender.generate(ids, min(WARM_UP_TOKENS, self.args.max_new_tokens))
             progress.done()
+        if self._learned is not None:
+            self.engine._calibrator.restore(self._learned)
+        self._learned = self.engine._calibrator.state()
+
+    def _first_usable(self, prompts: Sequence[Prompt]) -> list[int]:
+        for prompt in prompts:
+            with suppress(SpecBranchError):
+                return encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
+        return []
 
     def measure(self, prompt: Prompt, number: int, progress: Progress) -> None:
         """Every contender on one prompt, in an order that rotates with the prompt's number, so that none is always
@@ -108,7 +121,15 @@ class Bench:
         done = {record["name"] for record in earlier}
         if len(done) == len(self.contenders):
             return
-        ids = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
+        try:
+            ids = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
+        except SpecBranchError as error:
+            left = [contender for contender in self.contenders if contender.name not in done]
+            complain(f"error: {prompt.id}: {one_line(error)}")
+            self.records += [
+                _record(contender, prompt) | {"error": one_line(error), "prompt": number} for contender in left
+            ]
+            return
         start = number % len(self.contenders)
         records: list[report.Record] = []
         try:
@@ -116,22 +137,14 @@ class Bench:
                 if contender.name not in done:
                     progress.next(f"{prompt.id}: {contender.name}")
                     records.append(self._measure_one(contender, prompt, ids) | {"prompt": number})
+                    self._learned = self.engine._calibrator.state()  # of whole measurements
                     progress.done()
         finally:  # also when interrupted
             self._compare([*earlier, *records], ids)
             self.records += records
 
     def _measure_one(self, contender: Contender, prompt: Prompt, ids: list[int]) -> report.Record:
-        record: report.Record = {
-            "name": contender.name,
-            "task": prompt.task,
-            "id": prompt.id,
-            "prompt_tokens": len(ids),
-            "same_tokens": None,
-            "first_difference": None,
-            "comparable": contender.comparable,
-            "error": None,
-        }
+        record = _record(contender, prompt) | {"prompt_tokens": len(ids)}
         resets = memory.reset_peak()
         started = time.perf_counter()
         try:
@@ -142,7 +155,7 @@ class Bench:
         seconds = time.perf_counter() - started
         peak, tokens = memory.peak_resident_bytes(), output.tokens
         decode_seconds = seconds - output.prefill_seconds
-        caches = cache_bytes(self.engine, len(ids) + len(tokens))
+        caches = memory.cache_bytes(self.engine, len(ids) + len(tokens))
         over = peak - self._resident_before_loading - self._weights - caches
         return record | {
             "seconds": seconds,
@@ -196,8 +209,23 @@ class Bench:
                 "peak_resident_bytes": max(peaks) if peaks else None,
             },
             "rows": report.summarize(self.records),
+            "learned": self._learned,
             "records": self.records,
         }
+
+
+def _record(contender: Contender, prompt: Prompt) -> report.Record:
+    """What is known before the measurement."""
+    return {
+        "name": contender.name,
+        "task": prompt.task,
+        "id": prompt.id,
+        "prompt_tokens": None,
+        "same_tokens": None,
+        "first_difference": None,
+        "comparable": contender.comparable,
+        "error": None,
+    }
 
 
 @torch.inference_mode()
@@ -216,18 +244,6 @@ def top_two_gap(engine: SpecBranch, ids: list[int], args: argparse.Namespace) ->
     scores = draft_sample(logits, position, 2, **options).scores[0]
     gap = float(scores[0] - scores[1])
     return gap if torch.isfinite(scores).all() else None
-
-
-def cache_bytes(engine: SpecBranch, positions: int) -> int:
-    """K and V of target and draft for so many positions; what is reserved beyond them does not count."""
-    total = 0
-    for model in (engine.target, engine.draft):
-        if model is not None:
-            config = model.config.get_text_config()
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            total += 2 * config.num_hidden_layers * kv_heads * head_dim * positions * model.dtype.itemsize
-    return total
 
 
 def resident_with_libraries() -> int:

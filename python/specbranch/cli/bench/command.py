@@ -13,9 +13,13 @@ from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain
 from specbranch.cli.terminal import output_console, progress
 from specbranch.policies.methods import METHODS
-from specbranch.text.prompts import read_prompts
+from specbranch.text.prompts import read_all
 
 HELP = "compare methods, and transformers' own generation, on the same prompts"
+OUTPUTS = (
+    files.Output("json", "a report of specbranch bench", read_back=True),  # resume.read_report looks
+    files.Output("plot", "a picture of specbranch bench", plot.is_plot),
+)
 DEFAULT_METHODS = (DEFAULT_METHOD, report.REFERENCE)
 PEERS = ("greedy", "assisted", "prompt-lookup")  # of Peers.generate
 
@@ -56,13 +60,12 @@ def run(args: argparse.Namespace) -> int:
     if args.fresh and args.json is None:
         raise ValueError("--fresh needs --json: without a file nothing is kept")
     check_used(args, methods(args))
-    prompts = [prompt for path in args.prompts for prompt in read_prompts(path, args.limit)]
+    prompts = read_all(args.prompts, args.limit)
     if args.plot is not None:
         plot.check(args.plot)
     request = resume.request(args, prompts)
     before = None
     if args.json is not None:
-        files.check_writable(args.json)
         before = resume.read_report(args.json, request, fresh=args.fresh)
     wanted = len(prompts) * len(contender_names(args))
     if before is not None:
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     interrupted = False
     try:
         with progress(len(bench.contenders) + wanted - len(bench.records)) as bar:
-            bench.warm_up(prompts[0], bar)
+            bench.warm_up(prompts, bar)
             for number, prompt in enumerate(prompts):
                 bench.measure(prompt, number, bar)
                 if args.json is not None:

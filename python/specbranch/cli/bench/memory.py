@@ -13,6 +13,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from specbranch import SpecBranch
+
 
 def resident_bytes() -> int:
     """Memory resident now; where the system does not say, the largest so far."""
@@ -37,6 +39,18 @@ def reset_peak() -> bool:
 def weight_bytes(*models: PreTrainedModel | None) -> int:
     """Parameters and buffers of the models, shared ones counted once."""
     return sum(storage.nbytes() for storage in _storages(models))
+
+
+def cache_bytes(engine: SpecBranch, positions: int) -> int:
+    """K and V of target and draft for so many positions; what is reserved beyond them does not count."""
+    total = 0
+    for model in (engine.target, engine.draft):
+        if model is not None:
+            config = model.config.get_text_config()
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+            kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+            total += 2 * config.num_hidden_layers * kv_heads * head_dim * positions * model.dtype.itemsize
+    return total
 
 
 def make_resident(*models: PreTrainedModel | None) -> None:

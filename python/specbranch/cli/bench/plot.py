@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.bench import report
-from specbranch.cli.files import check_writable, whole
+from specbranch.cli.files import whole
 from specbranch.core.stats import CAUSES
 
 if TYPE_CHECKING:
@@ -25,16 +26,24 @@ CAUSE_NAMES = {
     "left_over": "left over at the end",
 }
 
+MARK = "specbranch bench"  # in every picture, so that it can be told from others
+IMAGE_COMMENT = 0x9286  # of Exif: UserComment
+
 Row = dict[str, Any]
 
 
+def is_plot(file: Path) -> bool:
+    """Whether a file is a picture of ours."""
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(MARK.encode()) >= 0
+
+
 def check(path: str) -> None:
-    """Say now, not after the run, that no picture can come. Raises ValueError, ImportError or OSError."""
+    """Say now, not after the run, that no picture can come. Raises ValueError or ImportError."""
     if _format(path) not in FORMATS:
         raise ValueError(f"--plot {path}: the name must end in one of {', '.join('.' + name for name in FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("--plot needs matplotlib: pip install 'specbranch[plot]'")
-    check_writable(path)
 
 
 def plot(path: str, rows: Sequence[Row], title: str) -> None:
@@ -67,7 +76,18 @@ def plot(path: str, rows: Sequence[Row], title: str) -> None:
         figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     with whole(path) as part:
-        figure.savefig(part, format=_format(path), dpi=150)
+        figure.savefig(part, format=_format(path), dpi=150, **_marked(_format(path)))
+
+
+def _marked(format: str) -> dict[str, Any]:
+    """What writes MARK into a picture."""
+    if format in ("png", "svg", "pdf"):
+        return {"metadata": {"Software" if format == "png" else "Creator": MARK}}
+    from PIL.Image import Exif
+
+    exif = Exif()
+    exif[IMAGE_COMMENT] = MARK.encode()
+    return {"pil_kwargs": {"exif": exif.tobytes()}}
 
 
 def _format(path: str) -> str:

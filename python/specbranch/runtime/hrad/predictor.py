@@ -12,21 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.files import write_tensors
 from specbranch.core.identity import ModelIdentity
 from specbranch.core.messages import FORECASTS, Forecast
+from specbranch.runtime.choices import ROUNDS
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.identity import identify
 
-FORMAT = "specbranch-hrad-1"
+FORMAT = "specbranch-hrad-2"
+PREDICTOR = "hrad.safetensors"  # one file, so that it is whole or not there; no name of a checkpoint's
 WIDTHS = (256, 64)
 DROPOUT = 0.3
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -76,15 +78,17 @@ class HRad(nn.Module):
         self.config = replace(self.config, metrics=metrics)
         return self
 
-    def save(self, directory: Path) -> None:
-        """Write the configuration and the weights; the weights come last, so that half a save cannot be loaded."""
+    def save(self, directory: str | Path) -> None:
+        """Write it to a directory, which is made if need be; a predictor of the same pair there is replaced.
+
+        Raises SpecBranchError for a directory that holds something else, and OSError where nothing can be written.
+        """
+        directory = Path(directory)
+        check_directory(directory, self.config)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / WEIGHTS).unlink(missing_ok=True)
-        config = {"format": FORMAT, **asdict(self.config)}
-        (directory / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-        partial = directory / f"{WEIGHTS}.part"
-        save_file({name: values.contiguous() for name, values in self.state_dict().items()}, partial)
-        partial.replace(directory / WEIGHTS)
+        config = json.dumps(asdict(self.config))
+        tensors = {name: values.contiguous() for name, values in self.state_dict().items()}
+        write_tensors(directory / PREDICTOR, save(tensors, {"format": FORMAT, "config": config}))
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,8 @@ def load_hrad(directory: str | Path, target: PreTrainedModel, draft: PreTrainedM
 
     Raises SpecBranchError for a missing, truncated or foreign file, and for a predictor of another pair.
     """
-    directory = Path(directory)
-    config = _read_config(directory)
+    path = Path(directory) / PREDICTOR
+    config, tensors = _read(path)
     for role, trained, model in (("target", config.target, target), ("draft", config.draft, draft)):
         found = identify(model)
         if found.fingerprint != trained.fingerprint:
@@ -116,19 +120,54 @@ def load_hrad(directory: str | Path, target: PreTrainedModel, draft: PreTrainedM
             )
     hrad = HRad(config)
     try:
-        hrad.load_state_dict(load_file(directory / WEIGHTS))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise SpecBranchError(f"{directory / WEIGHTS}: not the weights of a predictor: {error}") from error
+        hrad.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise SpecBranchError(f"{path}: not the weights of a predictor: {error}") from error
     return hrad
 
 
-def _read_config(directory: Path) -> HRadConfig:
-    path = directory / CONFIG
+def check_directory(directory: Path, config: HRadConfig | None = None) -> None:
+    """That a predictor may be written there: it holds nothing, or the rounds of one, or one of the same pair (config).
+
+    Raises SpecBranchError that says what else it holds.
+    """
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise SpecBranchError(f"{directory} is a file; expected a directory")
+    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    if PREDICTOR in names:
+        found, _ = _read(directory / PREDICTOR)
+        for role in ("target", "draft") if config is not None else ():
+            here, there = getattr(config, role), getattr(found, role)
+            if here.fingerprint != there.fingerprint:
+                raise SpecBranchError(
+                    f"{directory} holds a predictor for the {role} {there.name}, which would be overwritten by one for "
+                    f"{here.name}; choose another directory"
+                )
+    elif {"config.json", "model.safetensors"} & {*names} and ROUNDS not in names:
+        raise SpecBranchError(f"{directory} holds another model, which would be overwritten; choose another directory")
+    elif names and ROUNDS not in names:
+        raise SpecBranchError(f"{directory} holds something else ({names[0]}, …); choose another directory")
+
+
+def _read(path: Path) -> tuple[HRadConfig, dict[str, Tensor]]:
+    if not path.exists() and (path.parent / "config.json").exists():
+        raise SpecBranchError(
+            f"{path}: there is none. If {path.parent} is a predictor of an earlier version (config.json and "
+            "model.safetensors), train it again: the rounds are kept"
+        )
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(read, dict) or read.pop("format", None) != FORMAT:
-            raise SpecBranchError(f"{path}: expected a predictor of the format {FORMAT}")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise SpecBranchError(f"{path}: expected a predictor of the format {FORMAT}")
+            read = json.loads(metadata["config"])
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
         target, draft = ModelIdentity(**read.pop("target")), ModelIdentity(**read.pop("draft"))
-        return HRadConfig(target=target, draft=draft, **read)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SpecBranchError(f"{path}: not a readable configuration of a predictor: {error}") from error
+        return HRadConfig(target=target, draft=draft, **read), tensors
+    except SpecBranchError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecBranchError(f"{path}: not a readable predictor: {error}") from error
