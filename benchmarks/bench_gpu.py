@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
 import shlex
 import statistics
 import sys
@@ -37,6 +35,7 @@ from transformers import PreTrainedModel
 from specbranch import METHODS, SpecBranch
 from specbranch.cli.bench.peers import Peers
 from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.core.files import write_json
 from specbranch.core.stats import Round, Stats
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.runtime.choices import PRIORITIES
@@ -166,11 +165,8 @@ def shortened(text: RecordedText, tokens: int | None) -> RecordedText:
 
 def write(out: Path | None, report: dict[str, Any]) -> None:
     """Whole or not at all, whenever the run is cut off."""
-    if out is None:
-        return
-    part = out.with_name(out.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, out)
+    if out is not None:
+        write_json(out, report)
 
 
 def check_vocabularies(target: PreTrainedModel, draft: PreTrainedModel) -> None:

@@ -9,7 +9,6 @@ overlapped, must give the tokens of plain decoding. Exits with 1 and names the f
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from specbranch import METHODS, SpecBranch
 from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.core.files import write_json
 from specbranch.text.encoding import encode
 from specbranch.text.prompts import read_prompts
 
@@ -75,7 +75,7 @@ def main() -> int:
             "versions": describe_versions(),
             "records": records,
         }
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, report)
     different = [record for record in records if not record["same_tokens"]]
     if different:
         print(f"different: {different[0]}")

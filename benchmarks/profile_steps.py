@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import shlex
 import sys
 from collections import defaultdict
@@ -24,6 +23,7 @@ from traced_model import SHAPES, plain_model
 from transformers import PreTrainedModel
 
 from specbranch.cli.machine import describe_versions
+from specbranch.core.files import write_json
 from specbranch.runtime.graphs.runner import CapturedRunner
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.placement import make_runner
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report["steps"].append(found)
         print_step(found)
         if args.out is not None:
-            args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            write_json(args.out, report)
 
 
 def profile_step(model: PreTrainedModel, role: str, rows: int, replays: int, on_gpu: bool) -> dict[str, Any]:

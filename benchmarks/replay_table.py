@@ -9,12 +9,12 @@ own). One line per record, task and ratio; speeds are tokens per target forward'
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from specbranch.core.files import write_json
 from specbranch.replay.costs import ReplayCosts
 from specbranch.replay.planner import Expectation, expect, tasks_of
 from specbranch.replay.record import Record
@@ -61,7 +61,7 @@ def main() -> None:
                 results.append({"record": path.stem, "task": task, "ratio": ratio, "columns": kept(row)})
     if args.out is not None:
         report = {"command": shlex.join(["python", *sys.argv]), "row": args.row, "rows": results}
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_json(args.out, report)
 
 
 def kept(row: dict[str, Expectation]) -> dict[str, dict[str, object]]:

@@ -48,7 +48,19 @@ def test_picture_of_a_run(capsys, tmp_path, suffix):
     options = ["--max-new-tokens", "8", "--peers", "none", "--plot", str(out)]
     assert cli.main(["bench", *PAIR, "--prompts", str(prompts), *options]) == 0
     assert out.read_bytes().startswith(SIGNATURES[suffix])
-    assert not list(tmp_path.glob("*.part"))
+    assert plot.is_plot(out)  # so that the next run may replace it
+    assert sorted(tmp_path.iterdir()) == [out, prompts]
+
+
+def test_other_pictures_are_told_from_ours(tmp_path):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    for suffix in SIGNATURES:
+        figure = Figure()
+        figure.subplots().plot([1, 2])
+        figure.savefig(tmp_path / f"out.{suffix}")
+        assert not plot.is_plot(tmp_path / f"out.{suffix}")
 
 
 def test_bars_and_whiskers_are_the_rows_figures(tmp_path, monkeypatch):

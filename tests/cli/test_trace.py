@@ -87,6 +87,8 @@ def test_generate_writes_the_trace_of_every_prompt(capsys, tmp_path):
     prompts.write_text("".join(json.dumps(record) + "\n" for record in bundled.prompts()[:2]))
     arguments = ["generate", *PAIR, "--prompts", str(prompts), "--max-new-tokens", "16", "--overlap", "on", "--json"]
     assert cli.main([*arguments, "--trace", str(out)]) == 0
+    capsys.readouterr()
+    assert cli.main([*arguments, "--trace", str(out)]) == 0  # over its own
     written = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = lanes(json.loads(out.read_text()))
     for answer in written:

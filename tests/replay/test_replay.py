@@ -116,6 +116,59 @@ def test_an_interrupted_record_goes_on(
         collect(bundled_pair, PROMPTS, Sampling(), 9, path, False, nothing)
     with pytest.raises(SpecBranchError, match="another choice of features"):
         collect(bundled_pair, PROMPTS, Sampling(), 8, path, True, nothing)
+    with pytest.raises(SpecBranchError, match=f"holds {PROMPTS[3].id} of bundled, which is not among these prompts"):
+        collect(bundled_pair, PROMPTS[:3], Sampling(), 8, path, False, nothing)
+    changed = [replace(PROMPTS[1], text="def other("), PROMPTS[0], *PROMPTS[2:]]
+    with pytest.raises(SpecBranchError, match=f"{PROMPTS[1].id} of bundled was another prompt"):
+        collect(bundled_pair, changed, Sampling(), 8, path, False, nothing)
+    with pytest.raises(ValueError, match="two prompts have the id"):
+        collect(bundled_pair, [*PROMPTS, PROMPTS[0]], Sampling(), 8, path, False, nothing)
+    replace(whole, machine={"dtype": "bfloat16", "torch": "1.0", "cores": 1000}).save(path)
+    for machine, expected in (({"dtype": "float32", "torch": "1.0"}, "dtype"), ({"dtype": "bfloat16"}, "torch")):
+        with pytest.raises(SpecBranchError, match=f"a record with another {expected}"):
+            collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing, machine=machine)
+
+
+def test_what_is_recorded_does_not_depend_on_being_read_back(bundled_pair: SpecBranch, tmp_path: Path) -> None:
+    """A resumed run holds what its file gave it, an uninterrupted one what it computed: the same bits."""
+    path = tmp_path / "r.safetensors"
+    made = collect(bundled_pair, PROMPTS[:2], Sampling(temperature=1.0), 12, path, True, nothing)
+    read = Record.load(path)
+    content = path.read_bytes()
+    read.save(path)
+    assert path.read_bytes() == content
+    assert replace(made, texts=[]) == replace(read, texts=[])
+    for a, b in zip(made.texts, read.texts, strict=True):
+        assert (a.prompt, a.round_seconds) == (b.prompt, b.round_seconds) != ("", 0.0)
+        assert a.features is not None
+        assert b.features is not None
+        assert torch.equal(a.features, b.features)
+        for x, y in ((a.proposals, b.proposals), (a.tails, b.tails)):
+            for name, values in vars(x).items():
+                assert torch.equal(values.nan_to_num(-7), vars(y)[name].nan_to_num(-7))
+    (tmp_path / "model.safetensors").write_bytes((bundled.path("draft") / "model.safetensors").read_bytes())
+    with pytest.raises(SpecBranchError, match=r"model\.safetensors is not a record"):
+        read.save(tmp_path / "model.safetensors")
+    longer = collect(bundled_pair, [PROMPTS[2], *PROMPTS[:2]], Sampling(temperature=1.0), 12, path, True, nothing)
+    assert [text.id for text in longer.texts] == [PROMPTS[2].id, PROMPTS[0].id, PROMPTS[1].id]  # as uninterrupted
+
+
+@pytest.mark.parametrize("command", ["record", "bench"])
+def test_a_prompt_that_cannot_be_used_does_not_end_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    prompts, out = tmp_path / "p.jsonl", tmp_path / "out"
+    chat = {"id": "bad", "prompt": "x", "chat": True}  # the bundled tokenizer has no template
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in (chat, {"id": "good", "prompt": "def f("})))
+    options = ["--prompts", str(prompts), "--max-new-tokens", "6"]
+    writing = ["--out", str(out)] if command == "record" else ["--json", str(out), "--peers", "none"]
+    assert cli.main([command, *PAIR, *options, *writing]) == 1
+    assert "bad: " in capsys.readouterr().err
+    if command == "record":
+        assert [text.id for text in Record.load(out).texts] == ["good"]
+    else:
+        records = json.loads(out.read_text())["records"]
+        assert [(r["id"], r["error"] is None) for r in records] == [("bad", False)] * 2 + [("good", True)] * 2
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "weights", "missing"])
@@ -230,6 +283,8 @@ def test_record_command_measures_costs_for_plan(tmp_path: Path, capsys: pytest.C
     assert cli.main(command) == 0
     assert "2 texts, 24 tokens, agreement 0." in capsys.readouterr().out
     record = Record.load(out)
+    for _ in range(2):  # the second replaces the first's
+        assert cli.main(["plan", str(out), "--json", str(tmp_path / "plan.json")]) == 0
     costs = ReplayCosts.of(record)
     assert 0 < costs.serial_draft(1) < costs.serial_target(1)
     assert {e.method for e in plan(record, costs, ("serial",))} == set(METHODS)

@@ -90,7 +90,12 @@ class Record:
     machine: dict[str, object] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file, whole or not at all. Raises OSError that names it."""
+        """Write to a safetensors file, whole or not at all; a record there is replaced.
+
+        Raises SpecBranchError for a file of something else, and OSError where nothing can be written.
+        """
+        if path.exists() and path.stat().st_size and not is_record(path):
+            raise SpecBranchError(f"{path} is not a record: it stays as it is; choose another file")
         tensors = {}
         entries = []
         for i, text in enumerate(self.texts):

@@ -1,0 +1,137 @@
+"""The source distribution: all that its build reads, nothing that was built; and how CMAKE_ARGS is read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+READ_BY_THE_BUILD = (
+    "CMakeLists.txt",
+    "LICENSE",
+    "MANIFEST.in",
+    "README.md",
+    "cmake",
+    "csrc",
+    "pyproject.toml",
+    "python",
+    "setup.py",
+    "specbranch_ext",
+)
+
+
+def tracked(*paths: str) -> list[str]:
+    listed = subprocess.run(["git", "ls-files", *paths], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or not listed.stdout:
+        pytest.skip("needs a git checkout")
+    return listed.stdout.split("\n")[:-1]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The tracked files, as a fresh clone of what is here would have them."""
+    folder = tmp_path / "checkout"
+    for name in tracked(*READ_BY_THE_BUILD, "CHANGELOG.md"):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def sdist(checkout: Path, out: Path) -> Path:
+    code = f"import setuptools.build_meta; print(setuptools.build_meta.build_sdist({str(out)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=True)
+    return out / done.stdout.split()[-1]
+
+
+def test_the_sdist_has_all_that_its_build_reads(checkout: Path, tmp_path: Path) -> None:
+    built = [
+        checkout / name for name in ("specbranch_ext/_C.so", "csrc/core/__pycache__/a.pyc", "python/specbranch/a.pyc")
+    ]
+    for file in built:  # of an earlier build in the same folder
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    with tarfile.open(sdist(checkout, tmp_path)) as archive:
+        names = {member.name.split("/", 1)[-1] for member in archive.getmembers() if member.isfile()}
+    expected = set(tracked(*READ_BY_THE_BUILD))
+    assert {"csrc/core/numerics.h", "csrc/sampling/cuda/verify.cu", "specbranch_ext/py.typed"} <= expected
+    assert sorted(expected - names) == []
+    made = {"PKG-INFO", "setup.cfg", "CHANGELOG.md"}
+    assert sorted(name for name in names - expected - made if not name.startswith("specbranch.egg-info/")) == []
+
+
+@pytest.mark.nightly
+def test_a_wheel_of_the_sdist_generates_text(checkout: Path, tmp_path: Path) -> None:
+    """Built from the unpacked archive, installed into a fresh environment, run from another folder."""
+    shutil.unpack_archive(sdist(checkout, tmp_path), tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SPECBRANCH_CUDA": "0"}
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(source),
+    ]
+    subprocess.run(command, env=environment, check=True, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        assert not [name for name in content.namelist() if "_emulated" in name or name.startswith("csrc")]
+    venv.create(tmp_path / "venv", with_pip=True)
+    bin = tmp_path / "venv" / "bin"
+    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # torch and transformers of here
+    subprocess.run([bin / "pip", "install", "-q", "--no-deps", wheel], env=environment, check=True)
+    line = ["generate", "--target", "bundled", "--draft", "bundled", "--prompt", "x", "--max-new-tokens", "4"]
+    done = subprocess.run(
+        [bin / "specbranch", *line], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip()
+    where = [bin / "python", "-c", "import specbranch, specbranch_ext._C as c; print(specbranch.__file__, c.__file__)"]
+    homes = subprocess.run(where, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert all(home.startswith(str(packages)) for home in homes.split())
+
+
+# ---- CMAKE_ARGS
+
+
+def configure(checkout: Path, tmp_path: Path, arguments: str) -> tuple[list[str], str]:
+    """What CMake is given for CMAKE_ARGS, one argument an entry, and what the build says."""
+    pytest.importorskip("pybind11")
+    noted, bin = tmp_path / "arguments", tmp_path / "bin"
+    bin.mkdir()
+    (bin / "cmake").write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {noted}\nexit 1\n")
+    (bin / "cmake").chmod(0o755)
+    environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "CMAKE_ARGS": arguments}
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    return noted.read_text().split("\n")[:-1] if noted.exists() else [], done.stderr
+
+
+def test_cmake_args_are_quoted_as_in_a_shell(checkout: Path, tmp_path: Path) -> None:
+    arguments = "-DCMAKE_CXX_FLAGS=\"-O2 -g0\" '-DA=b c'  -DB=d\\ e -DC="
+    given, _ = configure(checkout, tmp_path, arguments)
+    assert given[-4:] == ["-DCMAKE_CXX_FLAGS=-O2 -g0", "-DA=b c", "-DB=d e", "-DC="]
+
+
+@pytest.mark.parametrize("arguments", ['-DCMAKE_CXX_FLAGS="-O2', "-DA='b", "-DA=b\\"])
+def test_cmake_args_that_cannot_be_read_are_refused_by_name(checkout: Path, tmp_path: Path, arguments: str) -> None:
+    given, said = configure(checkout, tmp_path, arguments)
+    assert given == []
+    assert f"error: CMAKE_ARGS={arguments}: expected arguments quoted as in a shell: No " in said
+    assert "Traceback" not in said
