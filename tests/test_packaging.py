@@ -101,7 +101,8 @@ def test_a_wheel_of_the_sdist_generates_text(checkout: Path, tmp_path: Path) -> 
         [bin / "specbranch", *line], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip()
-    where = [bin / "python", "-c", "import specbranch, specbranch_ext._C as c; print(specbranch.__file__, c.__file__)"]
+    code = "import specbranch, specbranch_ext._C as c; print(specbranch.__file__, c.__file__)"
+    where = [str(bin / "python"), "-c", code]
     homes = subprocess.run(where, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert all(home.startswith(str(packages)) for home in homes.split())
 

@@ -49,7 +49,7 @@ def is_time(key: str) -> bool:
 
 
 def tensors(record: Record) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor | None] = {}
     for number, text in enumerate(record.texts):
         found |= {f"{number}.tokens": text.tokens, f"{number}.features": text.features}
         found |= {f"{number}.said.{name}": values for name, values in vars(text.proposals).items()}

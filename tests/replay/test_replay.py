@@ -124,7 +124,10 @@ def test_an_interrupted_record_goes_on(
     with pytest.raises(ValueError, match="two prompts have the id"):
         collect(bundled_pair, [*PROMPTS, PROMPTS[0]], Sampling(), 8, path, False, nothing)
     replace(whole, machine={"dtype": "bfloat16", "torch": "1.0", "cores": 1000}).save(path)
-    for machine, expected in (({"dtype": "float32", "torch": "1.0"}, "dtype"), ({"dtype": "bfloat16"}, "torch")):
+    for machine, expected in (
+        ({"dtype": "float32", "torch": "1.0"}, "dtype"),
+        ({"dtype": "bfloat16", "torch": "2.0"}, "torch"),
+    ):
         with pytest.raises(SpecBranchError, match=f"a record with another {expected}"):
             collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing, machine=machine)
 

@@ -99,13 +99,14 @@ def fingerprint(prompt: Prompt) -> str:
 
 
 def check_continues(found: Record, wanted: Record, features: bool, path: Path) -> None:
-    """That a record at `path` may be continued with these settings."""
+    """That a record at `path` may be continued with these settings. Raises SpecBranchError."""
+    shared = wanted.machine.keys() & found.machine.keys()
     for name, here, there in (
         ("target", wanted.target, found.target),
         ("draft", wanted.draft, found.draft),
         *((name, value, found.sampling.get(name)) for name, value in wanted.sampling.items()),
         *(("choice of features", features, text.features is not None) for text in found.texts[:1]),
-        *((name, wanted.machine.get(name), found.machine.get(name)) for name in DECIDES if name in found.machine),
+        *((name, wanted.machine[name], found.machine[name]) for name in DECIDES if name in shared),
     ):
         if here != there:
             raise SpecBranchError(f"{path}: a record with another {name} ({there}, here {here}); choose another file")
