@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from specbranch.core.errors import SpecBranchError
+    from specbranch.core.errors import SpecBranchError, SpecBranchWarning
     from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream
     from specbranch.core.sampling import Sampling
     from specbranch.core.stats import Stats
@@ -29,6 +29,7 @@ __all__ = [
     "Sampling",
     "SpecBranch",
     "SpecBranchError",
+    "SpecBranchWarning",
     "Stats",
     "TextStream",
     "__version__",
@@ -42,6 +43,7 @@ _HOME = {
     "Sampling": "core.sampling",
     "SpecBranch": "engine",
     "SpecBranchError": "core.errors",
+    "SpecBranchWarning": "core.errors",
     "Stats": "core.stats",
     "TextStream": "core.generation",
 }

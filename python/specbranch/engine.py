@@ -9,9 +9,9 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specbranch.core.checks import count, flag, shown
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream
 from specbranch.core.sampling import Sampling
@@ -21,11 +21,13 @@ from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy
 from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
-from specbranch.runtime.loading import ModelSource, load_model, load_tokenizer
+from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
 from specbranch.runtime.pair import Pair, Slot
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.detokenizer import TextBuilder
-from specbranch.text.encoding import encode
+from specbranch.text.encoding import Message, encode
+from specbranch.text.generation_config import CheckpointSettings
+from specbranch.text.prompt_ids import PromptInput, prompt_ids
 from specbranch.text.vocabulary import check_vocabularies, end_of_sequence
 
 
@@ -66,14 +68,17 @@ class SpecBranch:
 
         Raises SpecBranchError for a model or option that cannot be used.
         """
+        check_loaded(target=target, draft=draft)
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.method = method
         self.options = options
         self._overlap = check_overlap(overlap)
-        self.pair = Pair(target, draft, threads, target_threads, cuda_graphs, priority)
+        threads, target_threads = count("threads", threads), count("target_threads", target_threads)
+        self.pair = Pair(target, draft, threads, target_threads, flag("cuda_graphs", cuda_graphs), priority)
         self._costs: defaultdict[str, Costs] = defaultdict(Costs)  # by method
         self._calibrator = Calibrator()
         self._eos = end_of_sequence(target)
+        self._settings = CheckpointSettings(target)
         self.hrad: HRad | None = None
         if hrad is not None:
             if draft is None:
@@ -89,9 +94,10 @@ class SpecBranch:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: str | torch.dtype = "auto",
-        device: str = "cpu",
-        draft_device: str | None = None,
+        device: str | torch.device = "cpu",
+        draft_device: str | torch.device | None = None,
         device_map: str | dict[str, int | str] | None = None,
+        trust_remote_code: bool = False,
         method: str = "specbranch",
         overlap: bool | str | None = "auto",
         threads: int | None = None,
@@ -105,17 +111,20 @@ class SpecBranch:
 
         dtype: "auto" (the checkpoint's own), "bfloat16", "float16", "float32" or a torch dtype. device: of both models;
         draft_device: of the draft, if it has one of its own. device_map: spreads the target over devices instead, as
-        transformers does. The rest is as for the constructor.
+        transformers does. trust_remote_code: run the code that a checkpoint comes with; without it, one that needs its
+        own code is refused. The rest is as for the constructor.
 
-        Raises SpecBranchError when a checkpoint cannot be loaded or the vocabularies differ.
+        Raises SpecBranchError when a checkpoint cannot be loaded, when its weights are not those of its configuration,
+        and when the vocabularies differ.
         """
-        own_tokenizer = tokenizer if tokenizer is not None else load_tokenizer(target, "target")
+        trust = flag("trust_remote_code", trust_remote_code)
+        own_tokenizer = tokenizer if tokenizer is not None else load_tokenizer(target, "target", trust)
         if draft is not None:
-            check_vocabularies(own_tokenizer, load_tokenizer(draft, "draft"))
-        target_model = load_model(target, "target", dtype, device, device_map)
+            check_vocabularies(own_tokenizer, load_tokenizer(draft, "draft", trust))
+        target_model = load_model(target, "target", dtype, device, device_map, trust)
         return cls(
             target_model,
-            None if draft is None else load_model(draft, "draft", dtype, draft_device or device),
+            None if draft is None else load_model(draft, "draft", dtype, draft_device or device, None, trust),
             tokenizer=own_tokenizer,
             method=method,
             overlap=overlap,
@@ -127,36 +136,44 @@ class SpecBranch:
             **options,
         )
 
-    def encode(self, prompt: str, chat: bool = False) -> list[int]:
+    def encode(self, prompt: str | Sequence[Message], chat: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes them; see specbranch.text.encoding.encode."""
         return encode(self.tokenizer, prompt, chat)
 
     def generate(
         self,
-        prompt: str | Sequence[int] | Tensor,
+        prompt: PromptInput,
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] | None = None,
         method: str | None = None,
         overlap: bool | str | None = None,
         **options: object,
     ) -> Generation:
-        """Continue a prompt (text, token ids, or an int64 tensor [n] or [1, n]) by at most max_new_tokens.
+        """Continue a prompt by at most max_new_tokens.
 
+        prompt: text, token ids (a list, range or array [n], or a tensor or array of integers [n] or [1, n]), a
+        tokenizer's output (input_ids, attention_mask), or chat messages, for the tokenizer's chat template.
         The text is a pure function of target, prompt, sampling parameters and seed: method, draft and overlap
         change the speed only. stop: strings that end the text. method, overlap and options: for this call only.
+
+        What is None is as the checkpoint's generation_config says, or else as transformers' `generate` has it: greedy
+        decoding unless do_sample is set. A temperature above 0 samples, with the checkpoint's filters or transformers'
+        (top_k 50); 0 is greedy. max_new_tokens: the checkpoint's max_new_tokens or max_length, or else 128. A
+        SpecBranchWarning names, once, what a generation_config asks for and specbranch does not have, a repetition
+        penalty for example: the text then differs from that of transformers' `generate`.
 
         Raises:
             SpecBranchError: bad input; the message names it.
             GenerationInterrupted: Ctrl-C; holds what was committed.
             GenerationFailed: the generation ended early, out of memory or on NaN logits; holds what was committed.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        sampling = self._settings.sampling(temperature, top_k, top_p, min_p, seed)
         stream = TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options))
         for _ in stream:
             pass
@@ -165,13 +182,13 @@ class SpecBranch:
 
     def stream(
         self,
-        prompt: str | Sequence[int] | Tensor,
+        prompt: PromptInput,
         *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] | None = None,
         method: str | None = None,
@@ -183,13 +200,13 @@ class SpecBranch:
         An iterator, and a context manager that stops generating: `with engine.stream(prompt) as pieces: …`
         The arguments are checked, and errors raised, when the iteration starts.
         """
-        sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+        sampling = self._settings.sampling(temperature, top_k, top_p, min_p, seed)
         return TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options))
 
     def _run(
         self,
-        prompt: str | Sequence[int] | Tensor,
-        max_new_tokens: int,
+        prompt: PromptInput,
+        max_new_tokens: int | None,
         sampling: Sampling,
         stop: str | Sequence[str] | None,
         method: str | None,
@@ -199,8 +216,7 @@ class SpecBranch:
         """Pieces of text and, last, the Generation."""
         begin = time.perf_counter()
         ids = self._prompt_ids(prompt)
-        if max_new_tokens < 1 or int(max_new_tokens) != max_new_tokens:
-            raise SpecBranchError(f"max_new_tokens is {max_new_tokens}; expected an integer of at least 1")
+        max_new_tokens = self._settings.new_tokens(max_new_tokens, len(ids))
         builder = TextBuilder(self.tokenizer, self._eos, self._stop_strings(stop))
         calibrator = copy.deepcopy(self._calibrator)
         slot = self.pair.take(owner=builder)
@@ -257,28 +273,11 @@ class SpecBranch:
         verifier = ModelVerifier(slot.target, sampling, predictor)
         return DecodingLoop(verifier, drafter, policy, self._costs[policy.name], self.pair.workers, mode)
 
-    def _prompt_ids(self, prompt: str | Sequence[int] | Tensor) -> list[int]:
-        if isinstance(prompt, str):
-            ids = self.encode(prompt)
-        elif isinstance(prompt, Tensor):
-            if prompt.dim() == 2 and prompt.shape[0] != 1:
-                raise SpecBranchError(f"the prompt is a batch of {prompt.shape[0]}; expected one text at a time")
-            ids = [int(token) for token in prompt.reshape(-1).tolist()]
-        else:
-            ids = [int(token) for token in prompt]
-        if not ids:
-            raise SpecBranchError("the prompt is empty: expected at least one token")
-        if bad := [token for token in ids if not 0 <= token < self.pair.vocabulary]:
-            raise SpecBranchError(f"token id {bad[0]} is outside the target's vocabulary of {self.pair.vocabulary}")
-        return ids
+    def _prompt_ids(self, prompt: PromptInput) -> list[int]:
+        return prompt_ids(self.tokenizer, prompt, self.pair.vocabulary)
 
     def _stop_strings(self, stop: str | Sequence[str] | None) -> tuple[str, ...]:
-        strings = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-        if any(not string for string in strings):
-            raise SpecBranchError("a stop string is empty")
-        if strings and self.tokenizer is None:
-            raise SpecBranchError("stop strings need a tokenizer: pass tokenizer=")
-        return strings
+        return self._settings.stop_strings(stop, self.tokenizer)
 
     def _result(self, slot: Slot, loop: DecodingLoop, builder: TextBuilder, begin: float, reason: str) -> Generation:
         stats = loop.stats
@@ -291,8 +290,8 @@ class SpecBranch:
 
 def check_overlap(overlap: bool | str | None) -> bool | None:
     """True, False, or None for "auto". Raises SpecBranchError for anything else."""
-    if overlap is None or overlap == "auto":
+    if overlap is None or (isinstance(overlap, str) and overlap == "auto"):
         return None
     if isinstance(overlap, bool):
         return overlap
-    raise SpecBranchError(f"overlap is {overlap!r}; expected True, False or 'auto'")
+    raise SpecBranchError(f"overlap is {shown(overlap)}; expected True, False or 'auto'")

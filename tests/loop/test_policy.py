@@ -272,7 +272,7 @@ def test_methods_and_options() -> None:
     refused: list[tuple[dict[str, object], str]] = [
         ({"epsilon": 2.0}, "epsilon is 2.0; expected 0 <= epsilon <= 1"),
         ({"k_max": 0}, "k_max is 0; expected 1 <= k_max"),
-        ({"k_max": 2.0}, "k_max is 2.0; expected an integer"),
+        ({"k_max": 2.5}, "k_max is 2.5; expected an integer"),
         ({"k_max": True}, "k_max is True; expected an integer"),
         ({"min_reach": float("nan")}, "min_reach is nan; expected 0 <= min_reach <= 1"),
         ({"thrifty": 1}, "thrifty is 1; expected True or False"),
@@ -282,6 +282,13 @@ def test_methods_and_options() -> None:
         with pytest.raises(SpecBranchError, match=re.escape(message)):
             make_policy("specbranch", options)
     assert make_policy("specbranch", {"epsilon": 1}) == Hedging(epsilon=1)
+    from_yaml = make_policy("specbranch", {"k_max": 2.0})
+    assert from_yaml == Hedging(k_max=2)
+    assert isinstance(from_yaml, Hedging)
+    assert type(from_yaml.k_max) is int
+    for method in ([], {}, None, 3):
+        with pytest.raises(SpecBranchError, match="unknown method"):
+            make_policy(method, {})  # type: ignore[arg-type]
 
 
 def test_every_option_says_what_it_is_for() -> None:

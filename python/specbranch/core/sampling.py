@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+from specbranch.core.checks import number, whole
 from specbranch.core.errors import SpecBranchError
 
 
@@ -24,16 +24,17 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SpecBranchError(f"temperature is {self.temperature}; expected a finite number >= 0")
-        if self.top_k < 0 or int(self.top_k) != self.top_k:
-            raise SpecBranchError(f"top_k is {self.top_k}; expected an integer >= 0 (0: off)")
-        if not 0 < self.top_p <= 1:
-            raise SpecBranchError(f"top_p is {self.top_p}; expected 0 < top_p <= 1 (1: off)")
-        if not 0 <= self.min_p <= 1:
-            raise SpecBranchError(f"min_p is {self.min_p}; expected 0 <= min_p <= 1 (0: off)")
-        if not 0 <= self.seed < 2**63:
-            raise SpecBranchError(f"seed is {self.seed}; expected 0 <= seed < 2**63")
+        """Raises SpecBranchError for a value of another kind or out of range; a whole float is taken as an integer."""
+        for name, value in (
+            ("temperature", number("temperature", self.temperature, least=0)),
+            ("top_k", whole("top_k", self.top_k, least=0)),
+            ("top_p", number("top_p", self.top_p, most=1)),
+            ("min_p", number("min_p", self.min_p, least=0, most=1)),
+            ("seed", whole("seed", self.seed, least=0, most=2**63 - 1)),
+        ):
+            object.__setattr__(self, name, value)
+        if self.top_p <= 0:
+            raise SpecBranchError(f"top_p is {self.top_p}; expected 0 < top_p <= 1")
 
     @property
     def filters(self) -> tuple[float, int, float, float]:
@@ -50,3 +51,10 @@ class Sampling:
             "top_p": self.top_p,
             "min_p": self.min_p,
         }
+
+    @property
+    def without_effect(self) -> tuple[str, ...]:
+        """The filters that greedy decoding ignores."""
+        neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        unused = tuple(name for name, value in neutral.items() if getattr(self, name) != value)
+        return unused if self.temperature == 0 else ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
+from specbranch.core.checks import shown
 from specbranch.core.errors import SpecBranchError
 from specbranch.policies.branching import Hedging, Paper, Ssd
 from specbranch.policies.chain import Adaptive, Autoregressive, Pearl, Speculative
@@ -26,8 +27,8 @@ def make_policy(method: str, options: dict[str, object]) -> Policy:
 
     Raises SpecBranchError for an unknown method, an option that no method takes, and a value out of range.
     """
-    if method not in POLICIES:
-        raise SpecBranchError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
+    if not isinstance(method, str) or method not in POLICIES:
+        raise SpecBranchError(f"unknown method {shown(method)}; expected one of {', '.join(METHODS)}")
     known = {name for each in METHODS for name in options_of(each)}
     if unknown := sorted(set(options) - known):
         raise SpecBranchError(f"unknown option {unknown[0]!r}; expected one of {', '.join(sorted(known))}")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import field, fields
 from typing import Any
 
-from specbranch.core.errors import SpecBranchError
+from specbranch.core.checks import choice, flag, number, whole
 
 
 def option(
@@ -24,29 +24,27 @@ def inherited(policy: type, name: str, default: Any) -> Any:
 
 
 class Options:
-    """Base of the policies that have options: checks them."""
+    """Base of the policies that have options: checks them, and takes whole floats as integers."""
 
     def __post_init__(self) -> None:
         for declared in fields(self):  # type: ignore[arg-type]
-            check(declared.name, getattr(self, declared.name), declared.default, **declared.metadata)
+            value = checked(declared.name, getattr(self, declared.name), declared.default, **declared.metadata)
+            object.__setattr__(self, declared.name, value)
 
 
-def check(
-    name: str, value: Any, default: Any, help: str, least: float | None, most: float | None, choices: Sequence[str]
-) -> None:
-    """Raise SpecBranchError unless the value is one that the option takes."""
+def checked(
+    name: str,
+    value: object,
+    default: object,
+    help: str,
+    least: float | None,
+    most: float | None,
+    choices: Sequence[str],
+) -> bool | int | float | str:
+    """The value as the option takes it. Raises SpecBranchError for one that it does not take."""
     if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise SpecBranchError(f"{name} is {value!r}; expected True or False")
-        return
+        return flag(name, value)
     if isinstance(default, str):
-        if value not in choices:
-            raise SpecBranchError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-        return
-    kind = "an integer" if isinstance(default, int) else "a number"
-    known = isinstance(value, int) or (isinstance(value, float) and isinstance(default, float))
-    if not known or isinstance(value, bool):
-        raise SpecBranchError(f"{name} is {value!r}; expected {kind}")
-    if not ((least is None or value >= least) and (most is None or value <= most)):  # NaN is outside too
-        low, high = "" if least is None else f"{least:g} <= ", "" if most is None else f" <= {most:g}"
-        raise SpecBranchError(f"{name} is {value}; expected {low}{name}{high}")
+        return choice(name, value, choices)
+    numeric = whole if isinstance(default, int) else number
+    return numeric(name, value, least=least, most=most)

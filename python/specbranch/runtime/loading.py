@@ -1,19 +1,35 @@
-"""Loading a target and a draft, and refusing pairs that cannot work together."""
+"""Loading a target and a draft, and refusing, by name, what cannot be loaded."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import AutoHfQuantizer
 
 from specbranch import bundled
+from specbranch.core.checks import shown
 from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.checkpoint import (
+    ADAPTER_CONFIG,
+    GENERATION_CONFIG,
+    check_weights,
+    folder_of,
+    json_fault,
+    tokenizer_fault,
+    weights_fault,
+)
 from specbranch.runtime.choices import DTYPES
 
 GIB = 2**30
+MOST_LAYERS = 10_000  # more are a mistake, and would be made one by one before anything else says so
+LONGEST_REASON = 300
 
 ModelSource = str | os.PathLike[str] | PreTrainedModel
 
@@ -23,62 +39,143 @@ def resolve(source: str | os.PathLike[str], role: str) -> str:
 
     Raises SpecBranchError for a path that is not there.
     """
-    name = os.fspath(source)
+    if not isinstance(source, (str, os.PathLike)) or not (name := os.fspath(source)) or not isinstance(name, str):
+        raise SpecBranchError(f"{role} is {shown(source)}; expected a directory, a hub name or a model of transformers")
     if name == "bundled":
         return str(bundled.path(role))
     path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise SpecBranchError(f"{role} {name}: the directory has no config.json, so it is no checkpoint")
-        return str(path)
+    try:
+        if path.is_dir():
+            if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
+                raise SpecBranchError(f"{role} {name}: the directory has no config.json, so it is no checkpoint")
+            return str(path)
+        if path.exists():
+            raise SpecBranchError(f"{role} {name}: expected the directory of a checkpoint, not a file")
+    except OSError as error:
+        raise SpecBranchError(f"{role} {name}: {error.strerror or error}") from error
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise SpecBranchError(f"{role} {name}: there is no such directory")
     return name
+
+
+def check_loaded(**models: object) -> None:
+    """Raises SpecBranchError for the name of a model where a model is expected."""
+    for role, model in models.items():
+        if isinstance(model, (str, os.PathLike)):
+            raise SpecBranchError(f"{role} is {shown(model)}; expected a model: SpecBranch.from_pretrained loads one")
+
+
+@contextmanager
+def loading(
+    name: str, role: str, fault: Callable[[Path], str | None] = weights_fault, what: str = ""
+) -> Iterator[None]:
+    """Whatever fails in this block is a SpecBranchError of one line that names the model and the file at fault.
+
+    fault: finds that file in a checkpoint's folder, if it is a file's. what: is loaded, if it is not the model.
+    """
+    try:
+        yield
+    except SpecBranchError:
+        raise
+    except Exception as error:  # transformers raises whatever the libraries below it do
+        folder = None if isinstance(error, MemoryError) else folder_of(name)
+        at_fault = None if folder is None else fault(folder)
+        raise SpecBranchError(f"{role} {name}: {_reason(error, at_fault, what)}") from error
+
+
+def _reason(error: Exception, at_fault: str | None, what: str) -> str:
+    message = " ".join(str(error).split())
+    if "trust_remote_code" in message:
+        return (
+            "it comes with code of its own, which is not run unless you trust it: --trust-remote-code on the command "
+            "line, trust_remote_code=True in Python"
+        )
+    if other := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", message):
+        return f"expected a decoder-only causal language model, found {other[1]}"
+    if at_fault is not None:
+        return f"{what}cannot be loaded: {at_fault}"
+    kind = "" if message and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+    return f"{what}cannot be loaded: {kind}{message}"[:LONGEST_REASON].rstrip(": ")
+
+
+def load_config(source: str | os.PathLike[str], role: str, trust_remote_code: bool = False) -> Any:
+    """The configuration of a checkpoint. Raises SpecBranchError when it cannot be used."""
+    name = resolve(source, role)
+    with loading(name, role):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
+        if isinstance(layers, int) and not 0 < layers <= MOST_LAYERS:
+            raise ValueError(f"config.json: num_hidden_layers is {layers}; expected 1 to {MOST_LAYERS}")
+        quantization = getattr(config, "quantization_config", None)
+        if isinstance(quantization, dict) and not AutoHfQuantizer.supports_quant_method(quantization):
+            method = quantization.get("quant_method")
+            raise ValueError(f"config.json: this version of transformers does not know the quant_method {method!r}")
+    return config
 
 
 def load_model(
     source: ModelSource,
     role: str,
     dtype: str | torch.dtype,
-    device: str,
+    device: str | torch.device,
     device_map: str | dict[str, int | str] | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode on `device`, or spread as `device_map` says; a loaded one is taken as
-    it is.
+    """A causal language model on `device`, or spread as `device_map` says; a loaded one is taken as it is.
 
-    Raises SpecBranchError when there is no such checkpoint or it is not a causal language model.
+    Raises SpecBranchError when there is no such checkpoint, when it is not a causal language model, and when its
+    weights are not those of its configuration.
     """
     if isinstance(source, PreTrainedModel):
-        source.eval()
         return source
-    wanted: Any = dtype
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise SpecBranchError(f"dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
-        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            resolve(source, role), dtype=wanted, device_map=device_map
+    wanted, place = _dtype(dtype), _device(device)
+    name = resolve(source, role)
+    if (folder := folder_of(name)) is None or not (folder / ADAPTER_CONFIG).is_file():
+        load_config(source, role, trust_remote_code)
+    with loading(name, role):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=wanted,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the shapes
         )
-    except (OSError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SpecBranchError(f"{role} {source}: cannot be loaded: {reason}") from error
-    except ValueError as error:
+    model: PreTrainedModel
+    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})  # code of a checkpoint's own may do otherwise
+    folder = folder_of(name)
+    try:
+        check_weights(model, info, folder)
+        if folder is not None and (at_fault := json_fault(folder / GENERATION_CONFIG)):  # transformers overlooks it
+            raise SpecBranchError(at_fault)
+    except SpecBranchError as error:
+        raise SpecBranchError(f"{role} {name}: {error}") from None
+    if device_map is not None:
+        return model
+    try:
+        check_memory(model, role, place)
+        if model.device != place:  # quantised models may not be moved
+            model.to(place)  # type: ignore[arg-type]
+        return model
+    except (RuntimeError, AssertionError, ValueError) as error:
         if isinstance(error, SpecBranchError):
             raise
-        raise SpecBranchError(
-            f"{role} {source}: expected a decoder-only causal language model: {str(error).splitlines()[0]}"
-        ) from error
-    if device_map is not None:
-        model.eval()
-        return model
-    try:
-        check_memory(model, role, torch.device(device))
-        model.to(torch.device(device))  # type: ignore[arg-type]
-        model.eval()
-        return model
-    except (RuntimeError, AssertionError) as error:
-        raise SpecBranchError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise SpecBranchError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _dtype(dtype: object) -> Any:
+    """What transformers takes for it."""
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise SpecBranchError(f"dtype {shown(dtype)}; expected one of {', '.join(DTYPES)}")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def _device(device: object) -> torch.device:
+    if not re.fullmatch(r"(cpu|cuda(:\d{1,3})?)", str(device)) or not isinstance(device, (str, torch.device)):
+        raise SpecBranchError(f"device is {shown(device)}; expected cpu, cuda or, for example, cuda:1")
+    return torch.device(device)
 
 
 def check_memory(model: PreTrainedModel, role: str, device: torch.device) -> None:
@@ -94,23 +191,37 @@ def check_memory(model: PreTrainedModel, role: str, device: torch.device) -> Non
         )
 
 
-def without_weights(source: str | os.PathLike[str], role: str) -> PreTrainedModel:
-    """The model of a checkpoint on the meta device: its shapes and code, and no memory."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve(source, role)))
+def without_weights(source: str | os.PathLike[str], role: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint on the meta device: its shapes and code, and no memory.
+
+    Raises SpecBranchError as `load_model` does, for the configuration alone.
+    """
+    config = load_config(source, role, trust_remote_code)
+    with loading(resolve(source, role), role), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.eval()
     return model
 
 
-def load_tokenizer(source: ModelSource, role: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a checkpoint; None for a loaded model that names none."""
+def load_tokenizer(source: ModelSource, role: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a checkpoint; None for a loaded model that has none.
+
+    Raises SpecBranchError when there is none, or one without a vocabulary.
+    """
+    loaded = isinstance(source, PreTrainedModel)
     name = source.name_or_path if isinstance(source, PreTrainedModel) else resolve(source, role)
     if not name:
         return None
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(source, PreTrainedModel):
+        with loading(name, role, tokenizer_fault, "its tokenizer "):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust_remote_code
+            )
+            # Some classes of transformers are content without their files.
+            if not tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}:
+                raise ValueError("the tokenizer has no vocabulary")
+    except SpecBranchError:
+        if loaded:
             return None
-        raise SpecBranchError(f"{role} {source}: no tokenizer: {str(error).strip().splitlines()[0]}") from error
+        raise
     return tokenizer

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from specbranch.core.checks import whole
 from specbranch.core.errors import SpecBranchError
+from specbranch.text.generation_config import OWNER
 
 
 def check_vocabularies(target: PreTrainedTokenizerBase | None, draft: PreTrainedTokenizerBase | None) -> None:
@@ -37,9 +39,11 @@ def _added(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> i
 
 
 def end_of_sequence(model: PreTrainedModel) -> frozenset[int]:
-    """The ids that end a text, from the generation config or else the model's config."""
-    for config in (model.generation_config, model.config.get_text_config()):
-        eos = getattr(config, "eos_token_id", None)
-        if eos is not None:
-            return frozenset(eos if isinstance(eos, (list, tuple)) else [eos])
-    return frozenset()
+    """The ids that end a text: those of the generation config alone, as for transformers' `generate`.
+
+    Raises SpecBranchError for what is no id.
+    """
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    eos = eos.tolist() if hasattr(eos, "tolist") else eos
+    ids = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
+    return frozenset(whole(f"{OWNER}: eos_token_id", token) for token in ids)
