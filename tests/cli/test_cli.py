@@ -22,6 +22,7 @@ from specbranch.cli import main as cli
 from specbranch.text.prompts import Prompt, PromptFileError, read_prompts
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
+ALONE = ["--target", "bundled", "--method", "autoregressive", "--threads", "1"]
 PROMPT = bundled.prompts()[0]["prompt"]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "SPECBRANCH_DEBUG"}
 
@@ -317,8 +318,8 @@ def test_a_table_into_a_closed_pipe_ends_quietly(monkeypatch):
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_ctrl_c_keeps_the_partial_text(tmp_path, form):
     file = write_prompts(tmp_path / "p.jsonl", *bundled.prompts())
-    options = ["--prompts", str(file), "--max-new-tokens", "300", "--method", "autoregressive"]
-    process = start("generate", *PAIR, *options, *(["--json"] if form == "json" else []))
+    options = ["--prompts", str(file), "--max-new-tokens", "300"]
+    process = start("generate", *ALONE, *options, *(["--json"] if form == "json" else []))
     first = process.stdout.readline()  # the first heading, or the first whole answer
     begun = process.stdout.read(1) if form == "text" else b""
     time.sleep(0.1)  # well into a generation

@@ -10,8 +10,10 @@ from typing import Any
 
 from specbranch.cli.messages import complain
 from specbranch.runtime.choices import DTYPES, PRIORITIES
+from specbranch.text.generation_config import sampling
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+SAMPLING = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 OVERLAP: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
 
@@ -25,9 +27,7 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
         + ("" if draft_required else " (not needed by --method autoregressive)"),
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
-    parser.add_argument(
-        "--device", type=device, default="cpu", metavar="cpu|cuda", help="where the models run (default: %(default)s)"
-    )
+    parser.add_argument("--device", type=device, metavar="cpu|cuda", help="where the models run (default: cpu)")
     parser.add_argument(
         "--draft-device",
         type=device,
@@ -49,6 +49,7 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
         default="target",
         help="on one GPU: the model whose work goes first (default: %(default)s)",
     )
+    add_trust(parser)
     parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
         "--overlap",
@@ -58,43 +59,54 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
     )
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that a checkpoint comes with; without it, one that needs its own code is refused",
+    )
+
+
+def check_devices(args: argparse.Namespace) -> None:
+    """Refuse devices that nothing runs on, warn of switches for GPUs that a run on the CPU has no use for, and fill in
+    where the models run. Raises ValueError."""
+    if args.draft_device is not None and args.draft is None:
+        raise ValueError("--draft-device has no effect without --draft")
+    if (
+        args.device is not None
+        and args.device_map is not None
+        and (args.draft is None or args.draft_device is not None)
+    ):
+        others = "--device-map" if args.draft is None else "--device-map and --draft-device"
+        raise ValueError(f"--device has no effect with {others}")
+    args.device = args.device or "cpu"
+    unused = ["--no-cuda-graphs"] * (not args.cuda_graphs) + [f"--priority {args.priority}"] * (
+        args.priority != "target"
+    )
+    if unused and args.device_map is None and {args.device, args.draft_device or "cpu"} == {"cpu"}:
+        complain(f"warning: no effect on a CPU: {', '.join(unused)}")
+
+
 def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="JSON lines with id, prompt, chat")
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N prompts of each file")
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-new-tokens",
-        type=whole(1),
-        default=128,
-        metavar="N",
-        help="most tokens of an answer (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--temperature", type=number(0, math.inf), default=0.0, metavar="T", help="0 is greedy decoding (default: 0)"
-    )
-    parser.add_argument(
-        "--top-k",
-        type=whole(0),
-        default=0,
-        metavar="K",
-        help="sample from the K likeliest tokens; 0 is off (default: 0)",
-    )
-    parser.add_argument(
-        "--top-p",
-        type=number(0, 1, open_low=True),
-        default=1.0,
-        metavar="P",
-        help="sample from the likeliest tokens that make up P; 1 is off (default: 1)",
-    )
-    parser.add_argument(
-        "--min-p",
-        type=number(0, 1),
-        default=0.0,
-        metavar="M",
-        help="drop tokens less likely than M times the likeliest; 0 is off (default: 0)",
-    )
+def add_sampling(parser: argparse.ArgumentParser, *, from_checkpoint: bool = False) -> None:
+    """from_checkpoint: what is not given is None, and so as the checkpoint's generation_config says; else it has a
+    default of its own, so that runs can be compared."""
+
+    def add(name: str, help: str, own: str = "", **kind: Any) -> None:
+        shown = f"the checkpoint's{own}" if from_checkpoint else f"{SAMPLING[name]:g}"
+        default = None if from_checkpoint else SAMPLING[name]
+        parser.add_argument(flag(name), default=default, help=f"{help} (default: {shown})", **kind)
+
+    add("max_new_tokens", "most tokens of an answer", ", or else 128", type=whole(1), metavar="N")
+    add("temperature", "0 is greedy decoding", type=number(0, math.inf), metavar="T")
+    add("top_k", "sample from the K likeliest tokens; 0 is off", type=whole(0), metavar="K")
+    share = number(0, 1, open_low=True)
+    add("top_p", "sample from the likeliest tokens that make up P; 1 is off", type=share, metavar="P")
+    add("min_p", "drop tokens less likely than M times the likeliest; 0 is off", type=number(0, 1), metavar="M")
     parser.add_argument(
         "--seed",
         type=whole(0, 2**63 - 1),
@@ -104,14 +116,19 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling arguments as `SpecBranch.generate` takes them; warns of filters that greedy decoding ignores."""
-    off = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    unused = [flag(name) for name, value in off.items() if getattr(args, name) != value]
-    if args.temperature == 0 and unused:
-        complain(f"warning: no effect at temperature 0: {', '.join(unused)}")
-    names = ("max_new_tokens", "temperature", *off, "seed")
-    return {name: getattr(args, name) for name in names}
+def sampling_options(args: argparse.Namespace, generation_config: object = None) -> dict[str, Any]:
+    """The sampling arguments as `SpecBranch.generate` takes them; what has no effect is warned of and left out.
+
+    generation_config: the checkpoint's, where `add_sampling` says that it counts.
+    """
+    given = {name: getattr(args, name) for name in (*SAMPLING, "seed")}
+    if sampling(generation_config, args.temperature).temperature > 0:
+        return given
+    neutral = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    unused = [name for name, value in neutral.items() if given[name] not in (None, value)]
+    if unused:
+        complain(f"warning: no effect at temperature 0: {', '.join(map(flag, unused))}")
+    return {**given, **{name: neutral[name] for name in unused}}
 
 
 def flag(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from specbranch.cli.arguments import add_trust
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import FAILURE, one_line
 from specbranch.cli.terminal import output_console
@@ -26,12 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{role}", default="bundled", metavar="DIR|NAME", help=f"the {role} to examine (default: %(default)s)"
         )
+    add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; status 1 when SpecBranch cannot generate here."""
-    findings = examine(args.target, args.draft)
+    findings = examine(args.target, args.draft, args.trust_remote_code)
     if args.json:
         print(json.dumps(findings, indent=1))
     else:
@@ -44,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     return 0 if findings["ready"] else FAILURE
 
 
-def examine(target: str = "bundled", draft: str = "bundled") -> dict[str, Any]:
+def examine(target: str = "bundled", draft: str = "bundled", trust_remote_code: bool = False) -> dict[str, Any]:
     """Everything that `doctor` reports; a part that fails holds its error, and nothing is raised."""
-    models = {role: _model(source, role) for role, source in (("target", target), ("draft", draft))}
+    models = {role: _model(source, role, trust_remote_code) for role, source in (("target", target), ("draft", draft))}
     findings: dict[str, Any] = {
         "versions": describe_versions(),
         "machine": _attempt(describe_machine),
@@ -136,7 +138,7 @@ def _cuda_runtime() -> str:
     return str(_C.cuda_runtime_report())
 
 
-def _model(source: str, role: str) -> tuple[str, str | None]:
+def _model(source: str, role: str, trust_remote_code: bool) -> tuple[str, str | None]:
     """Whether a model's steps can be captured in CUDA graphs, and why the model would be refused (None: it would not);
     by its configuration alone."""
     from specbranch.cli.loading import quiet_libraries
@@ -147,7 +149,7 @@ def _model(source: str, role: str) -> tuple[str, str | None]:
         from specbranch.runtime.loading import without_weights
         from specbranch.runtime.model import check_supported
 
-        model = without_weights(source, role)
+        model = without_weights(source, role, trust_remote_code)
         reason = why_not_captured(model)
     except Exception as error:
         reason = one_line(error)

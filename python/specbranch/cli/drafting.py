@@ -62,9 +62,12 @@ def drafting_options(args: argparse.Namespace) -> dict[str, object]:
 
 
 def check_used(args: argparse.Namespace, methods: Sequence[str]) -> None:
-    """Refuse an option that no method of those that run takes. Raises ValueError."""
+    """Refuse an option without effect on the methods that run. Raises ValueError."""
     given = drafting_options(args)
     running = ", ".join(methods)
+    if args.overlap != "auto" and not any(make_policy(method, given).overlaps for method in methods):
+        takers = ", ".join(method for method in METHODS if make_policy(method, {}).overlaps)
+        raise ValueError(f"--overlap has no effect with {running}; it is for {takers}")
     for name in given:
         fields = options_by_name()[name]
         if not fields.keys() & set(methods):

@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import add_models, add_sampling, sampling_options, text, whole
+from specbranch.cli.arguments import add_models, add_sampling, check_devices, sampling_options, text, whole
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
 from specbranch.cli.files import Output, write_json
 from specbranch.cli.loading import load_engine
@@ -31,10 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_models(parser, draft_required=False)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", type=text, metavar="TEXT", help="the text to continue")
-    source.add_argument("--prompts", metavar="FILE", help="JSON lines with id, prompt, chat; - is standard input")
+    source.add_argument(
+        "--prompts", metavar="FILE", help="JSON lines with id and prompt or messages; - is standard input"
+    )
     parser.add_argument("--chat", action="store_true", help="apply the chat template to --prompt")
     parser.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD, help="default: %(default)s")
-    add_sampling(parser)
+    add_sampling(parser, from_checkpoint=True)
     parser.add_argument(
         "--stop", type=text, action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
@@ -50,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate for every prompt in turn.
 
-    A prompt that cannot be used (too long, for example) is reported on stderr and skipped; the exit status is then 1.
-    Ctrl-C prints what the current prompt has so far and ends with 130.
+    A prompt of a file that fails (too long, for example) is reported on stderr, the others have their turn, and the
+    exit status is 1. Ctrl-C prints what the current prompt has so far and ends with 130.
     """
     if args.draft is None and args.method != "autoregressive":
         raise ValueError(f"--method {args.method} needs --draft")
@@ -59,7 +61,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError('--chat has no effect with --prompts; in a prompt file a line says "chat": true')
     if args.limit is not None and args.prompts is None:
         raise ValueError("--limit has no effect with --prompt; it is for --prompts")
+    check_devices(args)
     check_used(args, [args.method])
+    if args.draft is not None and args.method == "autoregressive":
+        complain("warning: no effect with --method autoregressive: --draft")
+        args.draft = None
     if args.prompts is None:
         prompts = [Prompt(id="prompt", text=args.prompt, chat=args.chat)]
     else:
@@ -79,10 +85,11 @@ def _generate_all(
     engine: SpecBranch, prompts: list[Prompt], args: argparse.Namespace, runs: list[tuple[str, Stats]]
 ) -> int:
     """Generate for every prompt in turn and add what each cost to `runs`."""
-    from specbranch import GenerationFailed, GenerationInterrupted, SpecBranchError
+    from specbranch import GenerationFailed, GenerationInterrupted
     from specbranch.text.encoding import encode
 
-    options = {**sampling_options(args), "stop": args.stop, "method": args.method}
+    config = engine.target.generation_config
+    options = {**sampling_options(args, config), "stop": args.stop, "method": args.method}
     failed = False
     with progress(len(prompts), shown=not sys.stdout.isatty()) as bar:
         for number, prompt in enumerate(prompts):
@@ -98,15 +105,16 @@ def _generate_all(
                     generation = _print_stream(engine, ids, options)
                     _print_summary(generation)
                 runs.append((prompt.id, generation.stats))
-            except (GenerationFailed, GenerationInterrupted) as ending:
-                runs.append((prompt.id, ending.generation.stats))
-                if args.json:
-                    _print_json(prompt, ending.generation)
-                if isinstance(ending, GenerationFailed):
-                    raise
-                complain(f"interrupted after {len(ending.generation.tokens)} new tokens")
-                return INTERRUPTED
-            except SpecBranchError as error:
+            except OSError:  # of the output
+                raise
+            except (Exception, GenerationInterrupted) as error:
+                if isinstance(error, (GenerationFailed, GenerationInterrupted)):
+                    runs.append((prompt.id, error.generation.stats))
+                    if args.json:
+                        _print_json(prompt, error.generation)
+                if isinstance(error, GenerationInterrupted):
+                    complain(f"interrupted after {len(error.generation.tokens)} new tokens")
+                    return INTERRUPTED
                 if args.prompts is None:
                     raise
                 complain(f"error: prompt {prompt.id}: {one_line(error)}")

@@ -32,6 +32,7 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
         device=args.device,
         draft_device=args.draft_device,
         device_map=args.device_map,
+        trust_remote_code=args.trust_remote_code,
         cuda_graphs=args.cuda_graphs,
         priority=args.priority,
         overlap=OVERLAP[args.overlap],

@@ -1,4 +1,4 @@
-"""Prompt files: JSON lines with `id`, `prompt` and `chat`, read and checked before a model is loaded."""
+"""Prompt files: JSON lines with `id`, `prompt` or `messages`, and `chat`, read and checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Prompt:
     """One prompt.
 
     id: names the prompt in every output, unique in its file.
-    text: what the model is asked to continue, or with `chat` the user's message.
+    text: what the model is asked to continue, or with `chat` the user's message, or the messages of a chat.
     chat: apply the tokenizer's chat template.
     task: the benchmark it belongs to; the file's stem unless the line says otherwise.
     """
 
     id: str
-    text: str
+    text: str | list[dict[str, Any]]
     chat: bool = False
     task: str = "prompts"
 
@@ -33,9 +33,9 @@ class Prompt:
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     """Read a prompt file (`-` is standard input).
 
-    Each line is a JSON object with `prompt` (text) and, optionally, `id` (text or integer; default: stem/line
-    number), `chat` (true or false; default false) and `task` (text; default: the file's stem). Other keys are
-    ignored, and so are blank lines.
+    Each line is a JSON object with `prompt` (text) or `messages` (of a chat, each with `role` and `content`) and,
+    optionally, `id` (text or integer; default: stem/line number), `chat` (true or false; default false, with `messages`
+    true) and `task` (text; default: the file's stem). Other keys are ignored, and so are blank lines.
 
     limit: keep only the first `limit` prompts; the lines after them are not looked at.
     Raises PromptFileError naming the file, and the line where one is at fault.
@@ -99,16 +99,23 @@ def _parse(text: str, where: str, stem: str, number: int) -> Prompt:
         raise PromptFileError(f"{where}: not a prompt (nested too deeply)") from None
     if not isinstance(record, dict):
         raise PromptFileError(f'{where}: expected an object like {{"id": …, "prompt": …}}, found {_kind(record)}')
-    if "prompt" not in record:
+    source = "messages" if "messages" in record else "prompt"
+    if source not in record:
         raise PromptFileError(f'{where}: "prompt" is missing')
-    prompt, chat = record["prompt"], record.get("chat", False)
+    prompt, chat = record[source], record.get("chat", source == "messages")
     name, task = record.get("id", f"{stem}/{number}"), record.get("task", stem)
-    if not isinstance(prompt, str):
+    if source == "messages" and "prompt" in record:
+        raise PromptFileError(f'{where}: has both "prompt" and "messages"')
+    if source == "prompt" and not isinstance(prompt, str):
         raise PromptFileError(f'{where}: "prompt" must be text, found {_kind(prompt)}')
+    if source == "messages" and not (isinstance(prompt, list) and all(isinstance(one, dict) for one in prompt)):
+        raise PromptFileError(f'{where}: "messages" must be an array of objects with "role" and "content"')
     if not prompt:
-        raise PromptFileError(f'{where}: "prompt" is empty')
+        raise PromptFileError(f'{where}: "{source}" is empty')
     if not isinstance(chat, bool):
         raise PromptFileError(f'{where}: "chat" must be true or false, found {_kind(chat)}')
+    if source == "messages" and not chat:
+        raise PromptFileError(f'{where}: "messages" are a chat, but "chat" is false')
     if isinstance(name, bool) or not isinstance(name, (str, int)):
         raise PromptFileError(f'{where}: "id" must be text or an integer, found {_kind(name)}')
     if not isinstance(task, str):

@@ -14,7 +14,7 @@ from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.text.prompts import Prompt
 
 # Arguments that do not affect the measurements.
-_ELSEWHERE = ("argv", "command", "json", "plot", "fresh")
+_ELSEWHERE = ("argv", "command", "json", "plot", "fresh", "trust_remote_code")
 
 
 def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, Any]:
