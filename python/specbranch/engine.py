@@ -68,7 +68,7 @@ class SpecBranch:
 
         Raises SpecBranchError for a model or option that cannot be used.
         """
-        check_loaded(target=target, draft=draft)
+        check_loaded(target, draft, hrad)
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         self.method = method
         self.options = options

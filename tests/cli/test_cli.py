@@ -19,6 +19,7 @@ from transformers import MambaConfig
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.cli import doctor
 from specbranch.cli import main as cli
+from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.prompts import Prompt, PromptFileError, read_prompts
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
@@ -139,9 +140,57 @@ def test_a_prompt_that_cannot_be_encoded_is_named_and_the_others_go_on(capsys, t
     assert captured.err.count("\n") == 1
 
 
+def test_a_prompt_that_fails_half_way_is_named_and_the_others_go_on(capsys, monkeypatch, tmp_path):
+    """Whatever it fails of: memory, for example."""
+    file = write_prompts(tmp_path / "p.jsonl", *({"id": id, "prompt": PROMPT} for id in "abc"))
+    verify, calls = ModelVerifier.verify, iter(range(100))
+
+    def failing(self, trunk):
+        if next(calls) in (0, 2):  # the first prompt's first round, and the second round of the second
+            raise RuntimeError("not enough memory")
+        return verify(self, trunk)
+
+    monkeypatch.setattr(ModelVerifier, "verify", failing)
+    assert cli.main(["generate", *ALONE, "--prompts", str(file), "--max-new-tokens", "4", "--json"]) == 1
+    captured = capsys.readouterr()
+    records = [json.loads(line) for line in captured.out.splitlines()]
+    assert [(record["id"], record["finish_reason"]) for record in records] == [("b", "error"), ("c", "length")]
+    assert [line.split(": ")[2] for line in captured.err.splitlines()] == ["prompt a", "prompt b"]
+    assert captured.err.count("not enough memory") == 2
+
+
+def test_chat_messages_in_a_file(capsys, tmp_path):
+    shutil.copytree(bundled.path("target"), tmp_path / "target")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (tmp_path / "target" / "chat_template.jinja").write_text(template)
+    parts = [{"role": "user", "content": PROMPT[:9]}, {"role": "assistant", "content": PROMPT[9:]}]
+    lines = [{"id": "chat", "messages": parts}, {"id": "bad", "messages": [{"role": 5}]}, {"id": "t", "prompt": PROMPT}]
+    file = write_prompts(tmp_path / "p.jsonl", *lines)
+    options = ["--target", str(tmp_path / "target"), *ALONE[2:], "--max-new-tokens", "6", "--json"]
+    assert cli.main(["generate", *options, "--prompts", str(file)]) == 1
+    captured = capsys.readouterr()
+    chat, plain = [json.loads(line) for line in captured.out.splitlines()]
+    assert (chat["id"], chat["tokens"]) == ("chat", plain["tokens"])
+    assert captured.err.startswith("specbranch: error: prompt bad: prompt[0] is {'role': 5}; expected a message like")
+
+
+def test_a_setting_that_specbranch_lacks_is_one_line_on_stderr(tmp_path):
+    shutil.copytree(bundled.path("target"), tmp_path / "target")
+    (tmp_path / "target" / "generation_config.json").write_text(json.dumps({"repetition_penalty": 1.1, "num_beams": 4}))
+    file = write_prompts(tmp_path / "p.jsonl", *bundled.prompts()[:2])
+    options = ["--target", str(tmp_path / "target"), *ALONE[2:], "--max-new-tokens", "2", "--prompts", str(file)]
+    process = start("generate", *options)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert errors.decode() == (
+        "specbranch: warning: the checkpoint's generation_config has repetition_penalty 1.1, num_beams 4, which "
+        "specbranch does not have: the text will differ from that of transformers' generate\n"
+    )
+
+
 def test_filters_without_a_temperature_are_warned_of(capsys):
-    options = ["--prompt", PROMPT, "--max-new-tokens", "2", "--method", "autoregressive"]
-    assert cli.main(["generate", *PAIR[:2], *options, "--top-p", "0.5", "--top-k", "3"]) == 0
+    options = ["--prompt", PROMPT, "--max-new-tokens", "2"]
+    assert cli.main(["generate", *ALONE, *options, "--top-p", "0.5", "--top-k", "3"]) == 0
     assert capsys.readouterr().err == "specbranch: warning: no effect at temperature 0: --top-k, --top-p\n"
 
 
@@ -260,6 +309,11 @@ for command in ([], *([name] for name in cli.COMMANDS)):
         (b'{"prompt": 3}', '"prompt" must be text, found a number'),
         (b'{"prompt": ""}', '"prompt" is empty'),
         (b'{"prompt": "x", "chat": "yes"}', '"chat" must be true or false, found text'),
+        (b'{"prompt": "x", "messages": []}', 'has both "prompt" and "messages"'),
+        (b'{"messages": []}', '"messages" is empty'),
+        (b'{"messages": "x"}', '"messages" must be an array of objects'),
+        (b'{"messages": ["x"]}', '"messages" must be an array of objects'),
+        (b'{"messages": [{"role": "user"}], "chat": false}', '"messages" are a chat, but "chat" is false'),
         (b'{"prompt": "x", "id": null}', '"id" must be text or an integer, found null'),
         (b'{"prompt": "x", "task": []}', '"task" must be text, found an array'),
         (b'{"prompt": "x", "id": "first"}', "id 'first' is already used on line 1"),
@@ -281,11 +335,13 @@ def test_prompt_files_are_read_as_documented(tmp_path):
         '\ufeff{"prompt": "a\\u2028b", "extra": 1}',
         "",
         '{"id": 7, "prompt": "c", "chat": true, "task": "t"}',
+        '{"id": 8, "messages": [{"role": "user", "content": "d"}]}',
     ]
     file.write_text("\r\n".join(lines), encoding="utf-8")
     assert read_prompts(file) == [
         Prompt("some/1", "a\u2028b", chat=False, task="some"),
         Prompt("7", "c", chat=True, task="t"),
+        Prompt("8", [{"role": "user", "content": "d"}], chat=True, task="some"),
     ]
     assert len(read_prompts(file, limit=1)) == 1
     file.write_text("\n\n")

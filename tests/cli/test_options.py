@@ -10,6 +10,7 @@ import pytest
 
 from specbranch import METHODS, bundled
 from specbranch.cli import main as cli
+from specbranch.cli.arguments import sampling_options
 from specbranch.cli.bench import command as bench
 from specbranch.cli.drafting import defaults, drafting_options, options_by_name, switch
 from specbranch.policies.methods import make_policy, options_of
@@ -177,3 +178,92 @@ def test_hrad_needs_a_method_that_uses_it(capsys, monkeypatch, options, used):
 
 def test_plan_takes_row_with_ratio_only(capsys):
     assert "--row has no effect without --ratio" in one_line(capsys, "plan", "no-such-record", "--row", "0.02")
+
+
+# ---- devices, drafts and sampling without effect
+
+
+ALONE = ["generate", "--target", "bundled", "--method", "autoregressive", "--prompt", "x"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([*ALONE, "--draft-device", "cpu"], "--draft-device has no effect without --draft"),
+        ([*ALONE, "--device", "cpu", "--device-map", "auto"], "--device has no effect with --device-map\n"),
+        (
+            [*GENERATE, "--device", "cpu", "--device-map", "auto", "--draft-device", "cpu"],
+            "--device has no effect with --device-map and --draft-device\n",
+        ),
+        ([*RECORD, "--device", "cpu", "--device-map", "auto", "--draft-device", "cpu"], "--device has no effect with"),
+        ([*ALONE, "--overlap", "on"], "--overlap has no effect with autoregressive; it is for pearl, ssd, "),
+        ([*GENERATE, "--method", "speculative", "--overlap", "off"], "--overlap has no effect with speculative"),
+        ([*BENCH, "--methods", "speculative", "--overlap", "on"], "--overlap has no effect with speculative, auto"),
+    ],
+)
+def test_choices_of_devices_and_overlap_without_effect_are_refused(capsys, monkeypatch, tmp_path, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
+    monkeypatch.setattr("specbranch.cli.loading.load_pair", lambda *args, **options: pytest.fail("loaded"))
+    assert expected in one_line(capsys, *arguments)
+
+
+def loaded_options(monkeypatch, *arguments: str) -> dict[str, object]:
+    """What would be loaded."""
+    loaded: list[dict[str, object]] = []
+
+    def load(target, draft, **options):
+        loaded.append({"target": target, "draft": draft, **options})
+        raise ValueError("enough")
+
+    monkeypatch.setattr("specbranch.cli.loading.load_pair", load)
+    assert cli.main(arguments) == 1
+    return loaded[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], {"device": "cpu", "draft_device": None}),
+        (["--device", "cuda"], {"device": "cuda"}),
+        (["--device-map", "auto", "--device", "cuda"], {"device": "cuda", "device_map": "auto"}),  # the draft's
+        (["--overlap", "on"], {"overlap": True}),
+        (["--trust-remote-code"], {"trust_remote_code": True}),
+        (["--priority", "draft", "--no-cuda-graphs", "--device", "cuda"], {"priority": "draft", "cuda_graphs": False}),
+    ],
+)
+def test_choices_with_effect_pass_without_a_word(capsys, monkeypatch, options, expected):
+    found = loaded_options(monkeypatch, *GENERATE, *options)
+    assert found["draft"] == "bundled"
+    assert found.items() >= expected.items()
+    assert capsys.readouterr().err == "specbranch: error: enough\n"
+
+
+def test_switches_for_gpus_are_warned_of_on_a_cpu(capsys, monkeypatch):
+    loaded_options(monkeypatch, *GENERATE, "--priority", "draft", "--no-cuda-graphs")
+    warning = "specbranch: warning: no effect on a CPU: --no-cuda-graphs, --priority draft\n"
+    assert capsys.readouterr().err == warning + "specbranch: error: enough\n"
+
+
+def test_a_draft_is_not_loaded_where_nothing_is_drafted(capsys, monkeypatch):
+    assert loaded_options(monkeypatch, *GENERATE, "--method", "autoregressive")["draft"] is None
+    warning = "specbranch: warning: no effect with --method autoregressive: --draft\n"
+    assert capsys.readouterr().err == warning + "specbranch: error: enough\n"
+
+
+def test_what_greedy_decoding_ignores_is_warned_of_and_left_out(capsys):
+    arguments = parse(*RECORD, "--top-k", "5", "--top-p", "0.5", "--min-p", "0.1", "--seed", "3")
+    neutral = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    assert sampling_options(arguments) == neutral
+    warning = "specbranch: warning: no effect at temperature 0: --top-k, --top-p, --min-p, --seed\n"
+    assert capsys.readouterr().err == warning
+    sampled = parse(*RECORD, "--temperature", "1", "--top-k", "5", "--seed", "3")
+    assert sampling_options(sampled) == {**neutral, "temperature": 1.0, "top_k": 5, "seed": 3}
+    assert capsys.readouterr().err == ""
+
+
+def test_only_generate_takes_its_defaults_from_the_checkpoint():
+    for command in (BENCH, RECORD, TRAIN):
+        assert parse(*command).temperature == 0.0
+    found = parse(*GENERATE)
+    assert {found.temperature, found.top_k, found.top_p, found.min_p, found.max_new_tokens} == {None}

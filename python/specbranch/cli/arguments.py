@@ -68,8 +68,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def check_devices(args: argparse.Namespace) -> None:
-    """Refuse devices that nothing runs on, warn of switches for GPUs that a run on the CPU has no use for, and fill in
-    where the models run. Raises ValueError."""
+    """Refuse devices that nothing runs on, and warn of switches for GPUs in a run without one. Raises ValueError."""
     if args.draft_device is not None and args.draft is None:
         raise ValueError("--draft-device has no effect without --draft")
     if (
@@ -79,11 +78,10 @@ def check_devices(args: argparse.Namespace) -> None:
     ):
         others = "--device-map" if args.draft is None else "--device-map and --draft-device"
         raise ValueError(f"--device has no effect with {others}")
-    args.device = args.device or "cpu"
     unused = ["--no-cuda-graphs"] * (not args.cuda_graphs) + [f"--priority {args.priority}"] * (
         args.priority != "target"
     )
-    if unused and args.device_map is None and {args.device, args.draft_device or "cpu"} == {"cpu"}:
+    if unused and args.device_map is None and {args.device, args.draft_device} <= {None, "cpu"}:
         complain(f"warning: no effect on a CPU: {', '.join(unused)}")
 
 

@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import add_models, add_sampling, check_devices, sampling_options, text, whole
+from specbranch.cli.arguments import add_models, add_sampling, sampling_options, text, whole
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
 from specbranch.cli.files import Output, write_json
 from specbranch.cli.loading import load_engine
@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError('--chat has no effect with --prompts; in a prompt file a line says "chat": true')
     if args.limit is not None and args.prompts is None:
         raise ValueError("--limit has no effect with --prompt; it is for --prompts")
-    check_devices(args)
     check_used(args, [args.method])
     if args.draft is not None and args.method == "autoregressive":
         complain("warning: no effect with --method autoregressive: --draft")

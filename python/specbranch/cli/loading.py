@@ -6,7 +6,7 @@ import argparse
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import OVERLAP
+from specbranch.cli.arguments import OVERLAP, check_devices
 from specbranch.cli.drafting import drafting_options
 from specbranch.cli.terminal import status
 
@@ -24,12 +24,16 @@ def quiet_libraries() -> None:
 
 
 def load_engine(args: argparse.Namespace) -> SpecBranch:
-    """Load the pair of `add_models`, with the options of `add_drafting` and `add_hrad` where a command has them."""
+    """Load the pair of `add_models`, with the options of `add_drafting` and `add_hrad` where a command has them.
+
+    Raises ValueError for devices that nothing runs on.
+    """
+    check_devices(args)
     return load_pair(
         args.target,
         args.draft,
         dtype=args.dtype,
-        device=args.device,
+        device=args.device or "cpu",
         draft_device=args.draft_device,
         device_map=args.device_map,
         trust_remote_code=args.trust_remote_code,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import add_models, add_prompts, add_sampling, check_devices, sampling_options
+from specbranch.cli.arguments import add_models, add_prompts, add_sampling, sampling_options
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting
 from specbranch.cli.files import Output
 from specbranch.cli.loading import load_engine
@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Record every prompt and what forwards cost here. Running it again resumes an incomplete file."""
-    check_devices(args)
     prompts = read_all(args.prompts, args.limit)
     path = Path(args.out)
     engine = load_engine(args)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from specbranch.cli.arguments import add_models, add_prompts, add_sampling, check_devices, sampling_options
+from specbranch.cli.arguments import add_models, add_prompts, add_sampling, sampling_options
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, drafting_options, forecast_methods
 from specbranch.cli.files import Output
 from specbranch.cli.loading import load_engine
@@ -52,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     from specbranch.core.messages import FORECASTS
     from specbranch.replay.train_hrad import EPOCHS, Split, check_enough, evaluate, examples, fit
 
-    check_devices(args)
     prompts = read_all(args.prompts, args.limit)
     check_enough(len(prompts))
     out = Path(args.out)

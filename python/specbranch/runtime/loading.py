@@ -58,11 +58,13 @@ def resolve(source: str | os.PathLike[str], role: str) -> str:
     return name
 
 
-def check_loaded(**models: object) -> None:
-    """Raises SpecBranchError for the name of a model where a model is expected."""
-    for role, model in models.items():
+def check_loaded(target: object, draft: object, hrad: object) -> None:
+    """Raises SpecBranchError for the name of a model where a model is expected, and for what is no predictor."""
+    for role, model in (("target", target), ("draft", draft)):
         if isinstance(model, (str, os.PathLike)):
             raise SpecBranchError(f"{role} is {shown(model)}; expected a model: SpecBranch.from_pretrained loads one")
+    if hrad is not None and not isinstance(hrad, (str, os.PathLike, torch.nn.Module)):
+        raise SpecBranchError(f"hrad is {shown(hrad)}; expected a predictor, or the directory of one")
 
 
 @contextmanager
@@ -194,11 +196,13 @@ def check_memory(model: PreTrainedModel, role: str, device: torch.device) -> Non
 def without_weights(source: str | os.PathLike[str], role: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint on the meta device: its shapes and code, and no memory.
 
-    Raises SpecBranchError as `load_model` does, for the configuration alone.
+    Raises SpecBranchError for a configuration that cannot be used and for a file of weights that cannot be read.
     """
-    config = load_config(source, role, trust_remote_code)
-    with loading(resolve(source, role), role), torch.device("meta"):
+    config, name = load_config(source, role, trust_remote_code), resolve(source, role)
+    with loading(name, role), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if (folder := folder_of(name)) is not None and (at_fault := weights_fault(folder)):
+        raise SpecBranchError(f"{role} {name}: {at_fault}")
     model.eval()
     return model
 

@@ -110,11 +110,11 @@ def sampling(
     if not sampled:
         return Sampling(**{**GREEDY, **given, "seed": seed})
     own = {
-        "temperature": _own(config, "temperature", number, SAMPLED["temperature"]),
-        "top_k": _own(config, "top_k", whole, SAMPLED["top_k"]),
+        "temperature": _own(config, "temperature", number, SAMPLED["temperature"], least=0),
+        "top_k": _own(config, "top_k", whole, SAMPLED["top_k"], least=0),
         # transformers takes 1 and more as none, and 0 as the likeliest token alone
-        "top_p": min(max(_own(config, "top_p", number, SAMPLED["top_p"]), LEAST_TOP_P), 1.0),
-        "min_p": _own(config, "min_p", number, SAMPLED["min_p"]),
+        "top_p": min(max(_own(config, "top_p", number, SAMPLED["top_p"], least=0), LEAST_TOP_P), 1.0),
+        "min_p": _own(config, "min_p", number, SAMPLED["min_p"], least=0, most=1),
     }
     return Sampling(**{**own, **given, "seed": seed})
 
@@ -139,10 +139,10 @@ def new_tokens(config: object, asked: int | None, prompt: int, context: int | No
     return NEW_TOKENS if context is None else max(1, min(NEW_TOKENS, context - prompt))
 
 
-def _own(config: object, name: str, check: Callable[..., Any], default: Any) -> Any:
+def _own(config: object, name: str, check: Callable[..., Any], default: Any, **limits: float) -> Any:
     """A value of the checkpoint's, checked."""
     value = getattr(config, name, None)
-    return default if value is None else check(f"{OWNER}: {name}", value)
+    return default if value is None else check(f"{OWNER}: {name}", value, **limits)
 
 
 class CheckpointSettings:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from specbranch.cli import files
-from specbranch.cli.arguments import add_models, add_prompts, add_sampling, check_devices, names
+from specbranch.cli.arguments import add_models, add_prompts, add_sampling, names
 from specbranch.cli.bench import plot, report, resume
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
 from specbranch.cli.loading import load_engine
@@ -59,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.fresh and args.json is None:
         raise ValueError("--fresh needs --json: without a file nothing is kept")
-    check_devices(args)
     check_used(args, methods(args))
     prompts = read_all(args.prompts, args.limit)
     if args.plot is not None:

@@ -21,8 +21,9 @@ def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, An
     """What must be the same for all measurements of a file: options as given, texts, machine and versions."""
     machine, versions = describe_machine(), describe_versions()
     texts = json.dumps([asdict(prompt) for prompt in prompts])
+    options = {key: value for key, value in vars(args).items() if key not in _ELSEWHERE}
     asked: dict[str, Any] = {
-        "options": {key: value for key, value in vars(args).items() if key not in _ELSEWHERE},
+        "options": {**options, "device": args.device or "cpu"},
         "prompts": {"sha256": hashlib.sha256(texts.encode()).hexdigest()},
         "machine": {name: machine[name] for name in ("cpu", "cores", "isa", "system")},
         "versions": versions,

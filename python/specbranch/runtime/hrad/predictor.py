@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from specbranch.core.checks import shown
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.files import write_tensors
 from specbranch.core.identity import ModelIdentity
@@ -111,8 +109,6 @@ def load_hrad(directory: str | Path, target: PreTrainedModel, draft: PreTrainedM
 
     Raises SpecBranchError for a missing, truncated or foreign file, and for a predictor of another pair.
     """
-    if not isinstance(directory, (str, os.PathLike)):
-        raise SpecBranchError(f"hrad is {shown(directory)}; expected a predictor, or the directory of one")
     path = Path(directory) / PREDICTOR
     config, tensors = _read(path)
     for role, trained, model in (("target", config.target, target), ("draft", config.draft, draft)):
