@@ -309,7 +309,7 @@ def test_train_hrad_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with safe_open(out / "hrad.safetensors", "pt") as file:
         config = json.loads(file.metadata()["config"])
     assert (config["target"]["name"], config["draft"]["name"]) == ("target", "draft")
-    generate = ["generate", *PAIR, "--prompt", PROMPTS[0].text, "--max-new-tokens", "8", "--hrad", str(out)]
+    generate = ["generate", *PAIR, "--prompt", str(PROMPTS[0].text), "--max-new-tokens", "8", "--hrad", str(out)]
     assert cli.main(generate) == 0
     assert (
         cli.main(["train-hrad", *PAIR, "--prompts", str(prompts), "--out", str(tmp_path / "few"), "--limit", "2"]) == 1

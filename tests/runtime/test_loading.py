@@ -203,6 +203,10 @@ BROKEN_TOKENIZERS: dict[str, tuple[Change, str]] = {
     "half": (truncated("tokenizer.json", 1000), r"tokenizer\.json: not JSON"),
     "empty": (written("tokenizer.json", ""), r"tokenizer\.json: not JSON"),
     "an empty object": (written("tokenizer.json", "{}"), r"tokenizer\.json: no tokenizer \("),
+    "the model's config": (
+        several(without("tokenizer_config.json"), written("config.json", "{")),
+        r"/config\.json: not JSON",
+    ),
     "config: not JSON": (written("tokenizer_config.json", "{"), r"tokenizer_config\.json: not JSON"),
     "config: a list": (written("tokenizer_config.json", "[]"), r"tokenizer_config\.json: expected a JSON object"),
 }
@@ -324,8 +328,7 @@ def test_a_name_is_no_model() -> None:
 
 
 def test_whole_floats_are_counts() -> None:
-    engine = SpecBranch.from_pretrained(
-        "bundled", "bundled", method="speculative", threads=2.0, target_threads=1.0, length=3.0
-    )  # type: ignore[arg-type]
+    options: dict[str, Any] = {"threads": 2.0, "target_threads": 1.0, "length": 3.0}
+    engine = SpecBranch.from_pretrained("bundled", "bundled", method="speculative", **options)
     assert engine.pair.threads == 2
     assert len(engine.generate([1, 2], max_new_tokens=4).tokens) == 4

@@ -39,7 +39,11 @@ def truncated(file: str, size: int) -> Change:
 
 
 def without(*files: str) -> Change:
-    return lambda folder: [(folder / file).unlink() for file in files]
+    def change(folder: Path) -> None:
+        for file in files:
+            (folder / file).unlink()
+
+    return change
 
 
 def tensors(edit: Callable[[dict[str, Tensor]], object]) -> Change:

@@ -39,7 +39,7 @@ def number(name: str, value: object, *, least: float | None = None, most: float 
 
 def flag(name: str, value: object) -> bool:
     """True or False, nothing else. Raises SpecBranchError."""
-    found = _attempt(bool, value) if _is_bool(value) else None
+    found: bool | None = _attempt(bool, value) if _is_bool(value) else None
     if found is None:
         raise SpecBranchError(f"{name} is {shown(value)}; expected True or False")
     return found

@@ -19,8 +19,8 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
     WEIGHTS_INDEX_NAME,
     WEIGHTS_NAME,
-    cached_file,
 )
+from transformers.utils.hub import cached_file
 
 from specbranch.core.errors import SpecBranchError
 
@@ -78,7 +78,7 @@ def shards_of(index: Path) -> dict[str, str]:
 
 def tokenizer_fault(folder: Path) -> str | None:
     """The same for a tokenizer's files."""
-    for name in ("tokenizer_config.json", TOKENIZER):
+    for name in (CONFIG_NAME, "tokenizer_config.json", TOKENIZER):
         if reason := json_fault(folder / name):
             return reason
     if (folder / TOKENIZER).exists():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specbranch.core.checks import whole
@@ -43,7 +46,8 @@ def end_of_sequence(model: PreTrainedModel) -> frozenset[int]:
 
     Raises SpecBranchError for what is no id.
     """
-    eos = getattr(model.generation_config, "eos_token_id", None)
-    eos = eos.tolist() if hasattr(eos, "tolist") else eos
+    eos: Any = getattr(model.generation_config, "eos_token_id", None)
+    if isinstance(eos, Tensor):
+        eos = eos.tolist()
     ids = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
     return frozenset(whole(f"{OWNER}: eos_token_id", token) for token in ids)
