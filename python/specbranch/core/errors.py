@@ -8,4 +8,4 @@ class SpecBranchError(ValueError):
 
 
 class SpecBranchWarning(UserWarning):
-    """Something was asked for that will not be as asked; the message names it."""
+    """Something works, but not as one may expect; the message names it."""

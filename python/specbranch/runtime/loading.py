@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoHfQuantizer
 
@@ -63,7 +64,7 @@ def check_loaded(target: object, draft: object, hrad: object) -> None:
     for role, model in (("target", target), ("draft", draft)):
         if isinstance(model, (str, os.PathLike)):
             raise SpecBranchError(f"{role} is {shown(model)}; expected a model: SpecBranch.from_pretrained loads one")
-    if hrad is not None and not isinstance(hrad, (str, os.PathLike, torch.nn.Module)):
+    if hrad is not None and not isinstance(hrad, (str, os.PathLike, nn.Module)):
         raise SpecBranchError(f"hrad is {shown(hrad)}; expected a predictor, or the directory of one")
 
 
@@ -128,7 +129,7 @@ def load_model(
     Raises SpecBranchError when there is no such checkpoint, when it is not a causal language model, and when its
     weights are not those of its configuration.
     """
-    if isinstance(source, PreTrainedModel):
+    if isinstance(source, nn.Module):  # peft's models are no PreTrainedModel
         return source
     wanted, place = _dtype(dtype), _device(device)
     name = resolve(source, role)
@@ -212,8 +213,8 @@ def load_tokenizer(source: ModelSource, role: str, trust_remote_code: bool = Fal
 
     Raises SpecBranchError when there is none, or one without a vocabulary.
     """
-    loaded = isinstance(source, PreTrainedModel)
-    name = source.name_or_path if isinstance(source, PreTrainedModel) else resolve(source, role)
+    loaded = isinstance(source, nn.Module)
+    name = getattr(source, "name_or_path", "") if isinstance(source, nn.Module) else resolve(source, role)
     if not name:
         return None
     try:
