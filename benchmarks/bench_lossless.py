@@ -22,7 +22,7 @@ from specbranch.text.prompts import read_prompts
 
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
-    *({"temperature": 1.0, "top_p": 0.95, "seed": seed} for seed in (1, 2, 3)),
+    *({"temperature": 1.0, "top_k": 0, "top_p": 0.95, "seed": seed} for seed in (1, 2, 3)),
 ]
 
 
