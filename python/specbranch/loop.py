@@ -46,7 +46,7 @@ class DecodingLoop:
         remaining = max_new_tokens
         try:
             while remaining > 0:
-                state = self._state(remaining)
+                state = self._state(min(remaining, self.verifier.most_tokens(tree.position)))
                 self.stats.begin_round(self.clock(), state.overlapped)
                 self._draft_before(tree, state)
                 flight = self._choose_trunk(tree, state)

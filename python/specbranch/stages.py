@@ -42,6 +42,9 @@ class Verifier(Protocol):
     def most_rows(self) -> int:
         """Of a trunk."""
 
+    def most_tokens(self, position: int) -> int:
+        """That a round may commit whose root stands at `position`: there a target may have to begin anew."""
+
     def prefill(self, prompt: Sequence[int]) -> None:
         """Start a text: commit the prompt but its last token, which is the first root."""
 

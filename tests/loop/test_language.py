@@ -94,6 +94,9 @@ BUGS = [
     Bug(LOOP, ROUNDS, "self._learn()", "pass", "a verdict that it never learned"),
     # The trunk
     Bug(LOOP, CHOOSE, "[: self.verifier.most_rows]", "", "too many rows"),
+    Bug(
+        LOOP, ROUNDS, "min(remaining, self.verifier.most_tokens(tree.position))", "remaining", "a trunk beyond its turn"
+    ),
     Bug(LOOP, CHOOSE, "choice.choices[:", "choice.choices[:1] + choice.choices[2 :", "a parent is missing"),
     Bug(MESSAGES, "Trunk.of", "place.get(tree.parent[node], -1)", "tree.parent[node]", "a parent is missing"),
     Bug(MESSAGES, "Trunk.of", "tree.position)", "tree.position + 1)", "the target: the root stands elsewhere"),

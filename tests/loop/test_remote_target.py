@@ -50,6 +50,10 @@ class RemoteVerifier:
         self.pipe.send((name, argument))
         return self.pipe.recv()
 
+    def most_tokens(self, position: int) -> int:
+        answer: int = self._ask("most_tokens", position)
+        return answer
+
     def prefill(self, prompt: Sequence[int]) -> None:
         self._ask("prefill", list(prompt))
 

@@ -9,8 +9,8 @@ import specbranch_ext
 from specbranch import SpecBranch, SpecBranchError
 from specbranch.cli import doctor
 from specbranch.runtime.loading import check_memory, load_model
-from specbranch.runtime.model import check_supported
 from specbranch.runtime.placement import make_runner
+from specbranch.runtime.support import check_supported
 
 TOO_OLD = "the driver is for CUDA 12.4 and this build needs CUDA 13.0"
 NOT_BUILT = "it has compute capability 7.5 and this build is for 80,90; SPECBRANCH_CUDA_ARCHITECTURES=75 builds for it"
@@ -28,7 +28,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_driver_or_an_architecture_that_cannot_run_the_kernels(
     on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, problem: str
 ) -> None:
-    monkeypatch.setattr("specbranch.runtime.model.cuda_device_problem", lambda index: problem)
+    monkeypatch.setattr("specbranch.runtime.support.cuda_device_problem", lambda index: problem)
     with pytest.raises(SpecBranchError) as caught:
         check_supported(tiny_model(), "draft")
     assert str(caught.value) == f"draft model on cuda:0: specbranch cannot run there: {problem}"

@@ -24,10 +24,19 @@ def test_every_supported_family_can_be_captured(family: str) -> None:
     assert why_not_captured(tiny_model(family.split("-")[0], **FAMILIES[family])) is None
 
 
-def test_a_model_that_asks_for_values_cannot() -> None:
-    reason = why_not_captured(tiny_model(rope_parameters=DYNAMIC))
+def test_a_model_that_asks_for_values_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    kind = type(model.model.norm)
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, states: forward(self, states + float(states.mean() > 1e9)))
+    reason = why_not_captured(model)
     assert reason is not None
     assert reason.startswith("a step on the meta device raised RuntimeError: Tensor.item()")
+
+
+def test_a_model_whose_angles_depend_on_the_length_of_the_text_cannot() -> None:
+    reason = "its rotary embedding (dynamic) chooses its frequencies by the length of the text"
+    assert why_not_captured(tiny_model(rope_parameters=DYNAMIC)) == reason
 
 
 def test_a_model_on_several_devices_cannot() -> None:
@@ -57,7 +66,7 @@ def test_on_a_gpu_steps_are_captured_unless_they_cannot_be_or_must_not() -> None
     cases: list[tuple[bool, dict[str, Any], str]] = [
         (True, {}, "captured"),
         (False, {}, "eager: CUDA graphs are switched off"),
-        (True, {"rope_parameters": DYNAMIC}, "eager: a step on the meta device raised"),
+        (True, {"rope_parameters": DYNAMIC}, "eager: its rotary embedding (dynamic)"),
     ]
     for cuda_graphs, options, note in cases:
         model = tiny_model(**options)

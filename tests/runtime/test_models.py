@@ -81,8 +81,8 @@ def test_rotary_angles_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(torch.get_num_threads())
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(kind, "forward", counted)
     cached, before = CachedModel(model, "target"), torch.get_num_threads()
+    monkeypatch.setattr(kind, "forward", counted)
     cached.reset(64)
     torch.set_num_threads(2)
     try:

@@ -89,7 +89,8 @@ def check_draft(draft: LanguageDrafter, tree: Tree, text: list[int]) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """One text, drawn at random from a seed. left_after: rounds after which nobody wants more of it."""
+    """One text, drawn at random from a seed. left_after: rounds after which nobody wants more of it. turn: where the
+    target begins anew."""
 
     seed: int
     method: str
@@ -105,6 +106,7 @@ class Case:
     draft_cost: tuple[float, float] = (0.1, 0.0)
     forecasts: bool = False
     left_after: int | None = None
+    turn: int = 0
 
     @staticmethod
     def draw(seed: int, method: str, overlap: bool | None) -> Case:
@@ -125,6 +127,7 @@ class Case:
             draft_cost=(draft, draft * chance.choice((0.0, 0.01, 0.1))),
             forecasts=chance.random() < 0.2,
             left_after=chance.randint(0, 4) if chance.random() < 0.1 else None,
+            turn=chance.choice((0, 0, 0, chance.randint(1, 30))),
         )
 
     def policy(self) -> Policy:
@@ -136,7 +139,7 @@ class Case:
         expected = spoken.text(prompt, self.new_tokens)
         end, policy = len(prompt) + self.new_tokens, self.policy()
         predictor = Random(self.seed) if self.forecasts else None
-        target = LanguageTarget(spoken, time, self.target_cost, end, self.most_rows, predictor)
+        target = LanguageTarget(spoken, time, self.target_cost, end, self.most_rows, self.turn, predictor)
         draft = None
         if policy.candidates:
             more = (end, policy.candidates, self.capacities, self.burst)

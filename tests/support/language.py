@@ -19,6 +19,7 @@ from specbranch.replay.virtual_time import VirtualTime
 from specbranch.stages import Ready, ShouldContinue
 
 CONTEXTS = 61
+MANY = 1000  # tokens: no limit
 
 
 def advance(state: int, token: int) -> int:
@@ -85,18 +86,22 @@ class Language:
 @dataclass
 class LanguageTarget:
     """cost: seconds of a forward, and of each row more. end: tokens of prompt and text, of which none may be verified
-    that comes later. text: the cache. predictor: makes up forecasts, where there is one. forecast: the newest."""
+    that comes later. turn: the position at which it begins anew, which no round may pass. text: the cache. predictor: makes up forecasts, where there is one. forecast: the newest."""
 
     language: Language
     time: VirtualTime
     cost: tuple[float, float]
     end: int
     most_rows: int
+    turn: int = 0
     predictor: Random | None = None
     text: list[int] = field(default_factory=list)
     forecast: Forecast | None = None
     verdict: Verdict | None = None
     _trunk: Trunk | None = None
+
+    def most_tokens(self, position: int) -> int:
+        return self.turn - position if self.turn > position else MANY
 
     def prefill(self, prompt: Sequence[int]) -> None:
         assert not self.text, "the target: a prompt behind a text"
@@ -112,6 +117,7 @@ class LanguageTarget:
         places = list(zip(trunk.parents, trunk.tokens, strict=True))
         assert len(set(places)) == len(places), "the target: a token twice below one parent"
         assert max(trunk.positions) < self.end - 1, "the target: a token that cannot be committed"
+        assert trunk.position >= self.turn or max(trunk.positions) < self.turn, "the target: a trunk beyond its turn"
         begin, self.time.now = self.time.now, self.time.now + self.cost[0] + self.cost[1] * len(trunk)
         state = advance(self._state, trunk.tokens[0])
         path: list[int] = []

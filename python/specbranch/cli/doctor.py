@@ -147,7 +147,7 @@ def _model(source: str, role: str, trust_remote_code: bool) -> tuple[str, str | 
     try:
         from specbranch.runtime.graphs.probe import why_not_captured
         from specbranch.runtime.loading import without_weights
-        from specbranch.runtime.model import check_supported
+        from specbranch.runtime.support import check_supported
 
         model = without_weights(source, role, trust_remote_code)
         reason = why_not_captured(model)

@@ -48,6 +48,7 @@ class ModelDrafter:
     def prefill(self, prompt: Sequence[int]) -> None:
         """Start a text; see stages.Drafter."""
         self._text = list(prompt)
+        self.runner.model.begin(prompt)
         self.runner.prefill(prompt[:-1])
 
     def propose(
@@ -59,6 +60,9 @@ class ModelDrafter:
     ) -> Drafted:
         """Run over `nodes`, then over the first candidates of each step; see stages.Drafter."""
         model, cache = self.runner.model, self.runner.model.cache
+        if model.must_reread(tree.position):
+            with self.runner.device.running():
+                model.reread(self._text, tree.position)
         backlog = self._text[cache.length : tree.position] if 0 in nodes else []
         if len(backlog) > MAX_BACKLOG:  # after rounds without the draft
             self.runner.prefill(backlog[:-MAX_BACKLOG])

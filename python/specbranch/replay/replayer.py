@@ -42,6 +42,9 @@ class ReplayVerifier:
     def __post_init__(self) -> None:
         self._tokens = self.text.tokens.tolist()
 
+    def most_tokens(self, position: int) -> int:
+        return len(self.text)
+
     def prefill(self, prompt: Sequence[int]) -> None:
         pass
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,7 +15,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from specbranch.core.errors import SpecBranchError
 from specbranch_ext import tree_attention
 
 ATTENTION = "specbranch"
@@ -26,16 +28,20 @@ def no_mask(device: torch.device) -> Tensor:
 
 @dataclass
 class TreeContext:
-    """What the attention of one forward needs to know; it travels as the keyword argument `specbranch`.
+    """What the attention and the rotary embeddings of one forward need to know; see `running`.
 
     prefix_length: int64 [], committed cache rows. ancestors: int64 [n, words], or None for a chain of new rows.
     by_position: whether a row's bits must not depend on where the tree lies in the cache: see `tree_attention`.
-    calls: how many layers have asked, so that a model that ignores the registered attention is found out.
+    windows: the sliding window of each layer, in the order of the calls, where the model does not hand it over.
+    prompt_end: the position by which rotary embeddings that choose by the length of the text choose for the rows
+    before it. calls: how many layers have asked, so that a model that ignores the registered attention is found out.
     """
 
     prefix_length: Tensor
     ancestors: Tensor | None = None
     by_position: bool = True
+    windows: tuple[int | None, ...] | None = None
+    prompt_end: int = -1
     calls: int = 0
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -46,6 +52,24 @@ class TreeContext:
         return self.prefix_length.to(device, non_blocking=True), ancestors
 
 
+_context: ContextVar[TreeContext | None] = ContextVar("specbranch", default=None)
+
+
+@contextmanager
+def running(context: TreeContext) -> Iterator[None]:
+    """The context in which a model is called. Not an argument of the call: some models hand none to their layers."""
+    token = _context.set(context)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def current() -> TreeContext | None:
+    """What `running` was given; None outside."""
+    return _context.get()
+
+
 def specbranch_attention(
     module: nn.Module,
     query: Tensor,
@@ -54,7 +78,6 @@ def specbranch_attention(
     attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
-    specbranch: TreeContext | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -62,14 +85,15 @@ def specbranch_attention(
     """Tree attention for transformers' AttentionInterface.
 
     query [1, Hq, n, D] with RoPE applied; key, value [1, Hkv, capacity, D], the branch cache's whole buffers.
-    Returns [1, n, Hq, D] and no weights. Without a TreeContext it is transformers' own sdpa attention.
+    Returns [1, n, Hq, D] and no weights. Outside `running` it is transformers' own sdpa attention.
     """
-    if specbranch is None:
+    context = current()
+    if context is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if kwargs.get("s_aux") is not None:
-        raise SpecBranchError(f"{type(module).__name__} uses attention sinks, which specbranch does not support")
-    specbranch.calls += 1
-    prefix_length, ancestors = specbranch.on(query.device)
+    if context.windows is not None:
+        sliding_window = context.windows[context.calls]
+    context.calls += 1
+    prefix_length, ancestors = context.on(query.device)
     out = tree_attention(
         query[0].transpose(0, 1),
         key[0],
@@ -79,7 +103,7 @@ def specbranch_attention(
         scale=scaling,
         sliding_window=sliding_window,
         softcap=softcap,
-        by_position=specbranch.by_position,
+        by_position=context.by_position,
     )
     return out[None], None
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
+from specbranch.runtime.rotary import rotary_forward
 from specbranch_ext import linear
 
 ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
@@ -23,19 +24,7 @@ def exact_forward(module: nn.Module, device: torch.device) -> Callable[..., Any]
         return partial(_exact_linear, module)
     if device.type == "cpu" and type(module) in ACTIVATIONS and "forward" not in vars(module):
         return partial(_exact_activation, module)
-    if device.type == "cpu" and type(module).__name__.endswith("RotaryEmbedding") and "forward" not in vars(module):
-        return partial(_on_one_thread, module)
-    return None
-
-
-def _on_one_thread(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Rotary angles: torch's sine and cosine, MKL's, wake all threads for as few as 128 numbers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return type(module).forward(module, *args, **kwargs)
-    finally:
-        torch.set_num_threads(threads)
+    return rotary_forward(module, device)
 
 
 def _exact_linear_fits(module: nn.Linear) -> bool:

@@ -11,17 +11,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.agreement import check_agreement
 from specbranch.runtime.attach import Attachment
-from specbranch.runtime.attention import TreeContext, no_mask
+from specbranch.runtime.attention import TreeContext, no_mask, running
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.hrad.tap import FeatureTap
-from specbranch_ext import cuda_device_problem
+from specbranch.runtime.support import check_supported
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
-
-# Layers whose state is a K/V row per token; anything else (state space, linear attention) cannot roll back.
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+MOST_TOKENS = 2**62  # no limit
 
 
 class CachedModel:
@@ -36,7 +35,10 @@ class CachedModel:
         self.cache = BranchCache(self.layers, 0, self.device)
         self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
         self.tap: FeatureTap | None = None  # what reads its hidden states
-        check_supported(model, role)
+        self.prompt_end = -1  # the last position of what was read at once: see `begin`
+        self.support, own_logits = check_supported(model, role)
+        if own_logits is not None:
+            check_agreement(self, own_logits)
 
     def another(self) -> CachedModel:
         """The same model with a cache of its own, for another text."""
@@ -74,6 +76,7 @@ class CachedModel:
             rows = -(-rows_for(tokens) // self.granularity) * self.granularity
             self.cache = BranchCache(self.layers, rows, self.device)
         self.cache.rollback(0)
+        self.prompt_end = -1
 
     def holds(self, tokens: int) -> bool:
         """Whether the buffers that are there are large enough for a text of so many tokens."""
@@ -81,11 +84,39 @@ class CachedModel:
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Commit a chain of tokens behind the prefix, in chunks. Only the first copy to a device waits for it."""
+        self.cache.reserve(len(tokens))
+        self._read(tokens, self.cache.length)
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """A text begins with `prompt`: where rotary embeddings choose by its length, they choose so for all of it."""
+        self.prompt_end = len(prompt) - 1
+
+    def most_tokens(self, position: int) -> int:
+        """How many more tokens a text that ends at `position` may get before `reread` is due."""
+        return min(
+            (length - 1 - position for length in self.support.rereads if length - 1 > position), default=MOST_TOKENS
+        )
+
+    def must_reread(self, position: int) -> bool:
+        """Whether transformers reads a text anew by the time that it ends at `position`, and this one was not."""
+        return any(self.prompt_end < length - 1 <= position for length in self.support.rereads)
+
+    def reread(self, text: Sequence[int], position: int) -> None:
+        """Compute the committed rows anew as transformers does then.
+
+        The rows of tree nodes stay as they are: a draft's guesses, of which the target has none by then.
+        """
+        due = [length for length in self.support.rereads if length - 1 <= position]
+        self.begin(text[: due[-1]])
+        self._read(text[: self.cache.length], 0)
+
+    def _read(self, tokens: Sequence[int], start: int) -> None:
+        """Write the rows of a chain of tokens from row `start` on, which then belong to the prefix."""
         ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
         for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
-            self.cache.reserve(len(chunk))
-            self.forward(Inputs.chain(chunk, self.cache.length), keep=slice(-1, None))
-            self.cache.length += len(chunk)
+            self.forward(Inputs.chain(chunk, start), keep=slice(-1, None))
+            start += len(chunk)
+            self.cache.length = max(self.cache.length, start)
 
     def place(
         self,
@@ -124,16 +155,17 @@ class CachedModel:
         """One forward; logits of the rows that `keep` selects, [n, V], in the model's dtype."""
         self.cache.rows = inputs.rows
         # A text is the target's: a draft may be off in the last bits, and is faster so with several leaves.
-        context = TreeContext(inputs.prefix, inputs.ancestors, by_position=self.role == "target")
-        out = self.model(
-            input_ids=inputs.ids[None],
-            position_ids=inputs.positions[None],
-            attention_mask=no_mask(self.device),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=keep,
-            specbranch=context,
-        )
+        by_position = self.role == "target"
+        context = TreeContext(inputs.prefix, inputs.ancestors, by_position, self.support.windows, self.prompt_end)
+        with running(context):
+            out = self.model(
+                input_ids=inputs.ids[None],
+                position_ids=inputs.positions[None],
+                attention_mask=no_mask(self.device),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=keep,
+            )
         if context.calls != self.layers:
             raise SpecBranchError(
                 f"{type(self.model).__name__} called the registered attention in {context.calls} of "
@@ -150,22 +182,3 @@ class CachedModel:
 def rows_for(tokens: int) -> int:
     """Cache rows for a text of so many tokens, its tree, and what pads a captured batch."""
     return tokens + TREE_ROWS + 1
-
-
-def check_supported(model: PreTrainedModel, role: str) -> None:
-    """Refuse, by name, what cannot be decoded with a branch cache and a registered attention."""
-    name = type(model).__name__
-    config = model.config.get_text_config()
-    if model.config.is_encoder_decoder or not model.can_generate():
-        raise SpecBranchError(f"{role} model {name}: expected a decoder-only causal language model")
-    if not model._can_set_attn_implementation():
-        raise SpecBranchError(
-            f"{role} model {name} does not honour transformers' AttentionInterface: specbranch cannot run it"
-        )
-    if model.device.type not in ("cpu", "meta", "cuda"):
-        raise SpecBranchError(f"{role} model on {model.device}: specbranch runs on the CPU and on CUDA devices")
-    if model.device.type == "cuda" and (problem := cuda_device_problem(model.device.index or 0)):
-        raise SpecBranchError(f"{role} model on {model.device}: specbranch cannot run there: {problem}")
-    others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-    if others:
-        raise SpecBranchError(f"{role} model {name} has {', '.join(sorted(others))} layers, which cannot roll back")

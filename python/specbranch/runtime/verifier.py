@@ -20,23 +20,37 @@ class ModelVerifier:
         self.runner = runner
         self.sampling = sampling
         self.predictor = predictor
+        self._text: list[int] = []  # of the rows in the cache, where the model may have to read them anew
+        self._trunk = Trunk((), (), 0)
 
     @property
     def most_rows(self) -> int:
         return self.runner.most_rows
 
+    def most_tokens(self, position: int) -> int:
+        """See stages.Verifier."""
+        return self.runner.model.most_tokens(position)
+
     def prefill(self, prompt: Sequence[int]) -> None:
+        self._text = list(prompt[:-1])
+        self.runner.model.begin(prompt)
         self.runner.prefill(prompt[:-1])
 
     def verify(self, trunk: Trunk) -> Pending:
         """One target forward over the trunk; it is waited for when the result is asked for."""
-        batch = self.runner.model.place(range(len(trunk)), trunk.parents, trunk.tokens, trunk.positions)
+        self._trunk = trunk
+        model = self.runner.model
+        if model.must_reread(trunk.position):
+            with self.runner.device.running():
+                model.reread([*self._text, trunk.tokens[0]], trunk.position)
+        batch = model.place(range(len(trunk)), trunk.parents, trunk.tokens, trunk.positions)
         pending = self.runner.verify(batch, trunk.parents, self.sampling)
         return pending if self.predictor is None else PendingForecast(pending, self.predictor)
 
     def commit(self, path: Sequence[int]) -> None:
         """Keep the trunk's root and the accepted path; drop the rest."""
         self.runner.commit([0, *path], {})
+        self._text += [self._trunk.tokens[place] for place in (0, *path)]
 
 
 @dataclass(frozen=True, slots=True)

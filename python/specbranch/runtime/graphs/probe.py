@@ -6,14 +6,14 @@ are no values, so that such a step raises there. That takes no memory and leaves
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from transformers import PreTrainedModel
 
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.cache import BranchCache
 from specbranch.runtime.model import CachedModel
+from specbranch.runtime.rotary import kinds_by_length
+from specbranch.runtime.support import meta_twin, places
 from specbranch_ext import draft_sample, verify
 
 PROBED_ROWS = 3
@@ -21,13 +21,12 @@ PROBED_ROWS = 3
 
 def why_not_captured(model: PreTrainedModel) -> str | None:
     """None if both kinds of step pass on the meta device, else the reason in one line."""
-    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
-    if len(places) > 1:
-        return f"its layers lie on several devices ({', '.join(sorted(places))})"
+    if len(spread := places(model)) > 1:
+        return f"its layers lie on several devices ({', '.join(sorted(spread))})"
+    if kinds := kinds_by_length(model):
+        return f"its rotary embedding ({', '.join(kinds)}) chooses its frequencies by the length of the text"
     try:
-        with torch.device("meta"):
-            twin = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype).eval()
-        _probe(CachedModel(twin, "target"))
+        _probe(CachedModel(meta_twin(model), "target"))
     except Exception as error:  # whatever a model's code raises
         first = (str(error).strip().splitlines() or [""])[0]
         return f"a step on the meta device raised {type(error).__name__}: {first}"

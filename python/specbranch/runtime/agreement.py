@@ -1,0 +1,68 @@
+"""Whether a model computes over a tree of tokens what it computes by itself over a text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.batch import Inputs
+from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.masks import as_it_is, probe_ids
+
+if TYPE_CHECKING:
+    from specbranch.runtime.model import CachedModel
+
+# How far a row's logits may be apart, over how far they are spread: well above rounding, well below another computation.
+TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
+TOLERANCE_16_BIT = 0.1
+NOISE = 3  # so many times what the model is off from itself is still rounding
+
+
+def check_agreement(cached: CachedModel, expected: Tensor) -> None:
+    """Compare the logits over `probe_ids` with the model's own, [rows, V]: the last check, of everything that a model
+    may do besides what it hands to its attention.
+
+    The tokens are rows of a tree in which a sibling of the second stands between them: a model that does not go by the
+    positions and the ancestors that it is given sees another text. Raises SpecBranchError where they differ.
+    """
+    apart = _apart(_over_a_tree(cached), expected)
+    if apart <= TOLERANCE.get(expected.dtype, TOLERANCE_16_BIT):
+        return
+    # An untrained model may blow rounding up: then its own forward differs as much with other kernels.
+    if apart > NOISE * _apart(_by_other_kernels(cached.model), expected):  # not so for NaN, which tells nothing
+        raise SpecBranchError(
+            f"{cached.role} model {type(cached.model).__name__}: over a tree of tokens its logits are {apart:.0%} off "
+            "those of its own forward: specbranch cannot run it"
+        )
+
+
+def _apart(logits: Tensor, expected: Tensor) -> float:
+    """The median row's distance: a few rows may differ by more, where a router falls the other way."""
+    logits, expected = (each.float() - each.float().mean(-1, keepdim=True) for each in (logits, expected))
+    return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+
+
+def _over_a_tree(cached: CachedModel) -> Tensor:
+    tokens = probe_ids(cached.model).tolist()
+    count = len(tokens)
+    kept, cached.cache = cached.cache, BranchCache(cached.layers, count + 2, cached.device)
+    parents = [-1, 0, 0, *range(2, count)]
+    try:
+        batch = cached.place(range(count + 1), parents, [tokens[0], 0, *tokens[1:]], [0, 1, *range(1, count)])
+        with cached.attached():
+            return cached.forward(Inputs.of(batch, cached.device))[[0, *range(2, count + 1)]]  # without the sibling
+    finally:
+        cached.cache = kept
+
+
+@torch.inference_mode()
+def _by_other_kernels(model: PreTrainedModel) -> Tensor:
+    """The model's own logits again, by the attention that it came with and over one row more."""
+    ids = probe_ids(model)
+    with as_it_is(model):
+        logits: Tensor = model(input_ids=torch.cat([ids, ids[:1]])[None], use_cache=False).logits
+    return logits[0, :-1]

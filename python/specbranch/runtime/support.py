@@ -1,0 +1,115 @@
+"""What a model needs of us, and what cannot be decoded with a branch cache and tree attention: found out at load."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.masks import LayerCall, probe
+from specbranch.runtime.rotary import kinds_by_length, rereads
+from specbranch_ext import cuda_device_problem
+
+# Layers whose state is a K/V row per token; anything else (state space, linear attention) cannot roll back.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+
+# Arguments of an attention function that we honour, or that change nothing in it.
+HARMLESS = {
+    *("scaling", "sliding_window", "softcap", "dropout", "is_causal", "position_ids", "use_cache"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "return_dict"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What running a model asks of us besides causality.
+
+    windows: the sliding window of each call of the attention in a forward, where it is not the one that the model
+    hands to the attention. by_length: its rotary embeddings choose their frequencies by the length of the text.
+    rereads: the lengths of the text at which transformers reads all of it anew.
+    """
+
+    windows: tuple[int | None, ...] | None = None
+    by_length: bool = False
+    rereads: tuple[int, ...] = ()
+
+
+def check_supported(model: PreTrainedModel, role: str) -> tuple[Support, Tensor | None]:
+    """Refuse, by name, what cannot be decoded with a branch cache and a registered attention.
+
+    The model may be on the meta device. Returns what it asks of us, and its own logits over `probe_ids`, [rows, V],
+    where a model with weights was asked.
+    """
+    name = f"{role} model {type(model).__name__}"
+    config = model.config.get_text_config()
+    if model.config.is_encoder_decoder or not model.can_generate():
+        raise SpecBranchError(f"{name}: expected a decoder-only causal language model")
+    if not model._can_set_attn_implementation():
+        raise SpecBranchError(f"{name} does not honour transformers' AttentionInterface: specbranch cannot run it")
+    if model.device.type not in ("cpu", "meta", "cuda"):
+        raise SpecBranchError(f"{role} model on {model.device}: specbranch runs on the CPU and on CUDA devices")
+    if model.device.type == "cuda" and (problem := cuda_device_problem(model.device.index or 0)):
+        raise SpecBranchError(f"{role} model on {model.device}: specbranch cannot run there: {problem}")
+    others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if others:
+        raise SpecBranchError(f"{name} has {', '.join(sorted(others))} layers, which cannot roll back")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise SpecBranchError(f"{name} takes no position_ids: it cannot run over a tree of tokens")
+    by_length = bool(kinds_by_length(model))
+    lengths = rereads(model) if by_length else ()
+    asked = meta_twin(model) if len(places(model)) > 1 else model
+    try:
+        calls, logits = probe(asked)
+    except Exception as error:  # whatever a model's code raises
+        reason = (str(error).strip().splitlines() or [""])[0]
+        if model.device.type == "meta" and "meta" in reason.lower():  # it asks for values: with weights it can
+            return Support(None, by_length, lengths), None
+        raise SpecBranchError(f"{name}: a forward over a few tokens raised {type(error).__name__}: {reason}") from error
+    support = Support(_windows(model, name, calls), by_length, lengths)
+    return support, None if logits.device.type == "meta" else logits
+
+
+def places(model: PreTrainedModel) -> set[str]:
+    """The devices over which a model is spread; none named for one that lies on a single device."""
+    return {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+
+
+def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same configuration on the meta device: the same code, and no weights."""
+    with torch.device("meta"):
+        twin: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    return twin.eval()
+
+
+def _windows(model: PreTrainedModel, name: str, calls: list[LayerCall]) -> tuple[int | None, ...] | None:
+    """See Support. Raises SpecBranchError for a layer that wants anything but causality and a window."""
+    layers = model.config.get_text_config().num_hidden_layers
+    if len(calls) != layers:
+        raise SpecBranchError(
+            f"{name} called the registered attention in {len(calls)} of {layers} layers: specbranch cannot run it"
+        )
+    kept = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+    for place, call in enumerate(calls):
+        where = f"{name}, layer {place} ({type(call.module).__name__})"
+        if call.differs:
+            raise SpecBranchError(
+                f"{where}: expected an attention mask of causality and at most a sliding window; {call.differs}"
+            )
+        if "s_aux" in call.arguments:
+            raise SpecBranchError(f"{where} uses attention sinks, which specbranch does not support")
+        if odd := sorted(call.arguments.keys() - HARMLESS):
+            raise SpecBranchError(f"{where} hands {', '.join(odd)} to the attention, which specbranch does not know")
+        drops = kept[place] if place < len(kept) else None
+        if drops is not None and (call.window is None or call.window > drops):
+            raise SpecBranchError(
+                f"{where}: transformers keeps {drops} tokens for it, and its attention mask shows it more: "
+                "the text would depend on how it is decoded"
+            )
+    windows = tuple(call.window for call in calls)
+    handed = tuple(call.arguments.get("sliding_window") for call in calls)
+    return None if windows == handed else windows
