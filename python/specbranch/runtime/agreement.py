@@ -11,23 +11,32 @@ from transformers import PreTrainedModel
 from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.cache import BranchCache
-from specbranch.runtime.masks import as_it_is, probe_ids
+from specbranch.runtime.masks import as_it_is, evaluating, positions_of, probe_ids
 
 if TYPE_CHECKING:
     from specbranch.runtime.model import CachedModel
 
 # How far a row's logits may be apart, over how far they are spread: well above rounding, well below another computation.
-TOLERANCE = {torch.float32: 0.01, torch.float64: 0.01}
+TOLERANCE = {torch.float32: 0.001, torch.float64: 0.001}
 TOLERANCE_16_BIT = 0.1
 NOISE = 3  # so many times what the model is off from itself is still rounding
+
+
+class ElsewhereCache(BranchCache):
+    """It pretends to be longer than it is, so that what a model makes of the length, instead of the positions, shows."""
+
+    pretended = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.pretended
 
 
 def check_agreement(cached: CachedModel, expected: Tensor) -> None:
     """Compare the logits over `probe_ids` with the model's own, [rows, V]: the last check, of everything that a model
     may do besides what it hands to its attention.
 
-    The tokens are rows of a tree in which a sibling of the second stands between them: a model that does not go by the
-    positions and the ancestors that it is given sees another text. Raises SpecBranchError where they differ.
+    The tokens are rows of a tree, and siblings of theirs stand between them: a model that does not go by the positions
+    and the ancestors that it is given sees another text. Raises SpecBranchError where they differ.
     """
     apart = _apart(_over_a_tree(cached), expected)
     if apart <= TOLERANCE.get(expected.dtype, TOLERANCE_16_BIT):
@@ -48,13 +57,16 @@ def _apart(logits: Tensor, expected: Tensor) -> float:
 
 def _over_a_tree(cached: CachedModel) -> Tensor:
     tokens = probe_ids(cached.model).tolist()
-    count = len(tokens)
-    kept, cached.cache = cached.cache, BranchCache(cached.layers, count + 2, cached.device)
-    parents = [-1, 0, 0, *range(2, count)]
+    rows = 2 * len(tokens) - 1  # token, sibling of the next, next, …
+    elsewhere = ElsewhereCache(cached.layers, rows + 1, cached.device)
+    elsewhere.pretended = positions_of(cached.model.config.get_text_config()) - 1
+    kept, cached.cache = cached.cache, elsewhere
+    parents = [-1, *((row - 1) // 2 * 2 for row in range(1, rows))]
+    mixed = [tokens[row // 2] if row % 2 == 0 else 0 for row in range(rows)]
     try:
-        batch = cached.place(range(count + 1), parents, [tokens[0], 0, *tokens[1:]], [0, 1, *range(1, count)])
-        with cached.attached():
-            return cached.forward(Inputs.of(batch, cached.device))[[0, *range(2, count + 1)]]  # without the sibling
+        batch = cached.place(range(rows), parents, mixed, [(row + 1) // 2 for row in range(rows)])
+        with evaluating(cached.model), cached.attached():
+            return cached.forward(Inputs.of(batch, cached.device))[::2]
     finally:
         cached.cache = kept
 

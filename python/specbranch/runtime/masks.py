@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from specbranch.runtime.rotary import steady
+from specbranch.runtime.rotary import context_length, steady
 
 PROBE = "specbranch_probe"
 ROWS = 8
@@ -82,6 +82,7 @@ def probe(model: PreTrainedModel) -> tuple[list[LayerCall], Tensor]:
                 position_ids=torch.arange(len(ids), device=ids.device)[None],
                 past_key_values=DynamicCache(config=model.config),
                 use_cache=True,
+                logits_to_keep=slice(None),  # as we ask: Gemma 4 does otherwise for a number
             )
         finally:
             _probe.reset(token)
@@ -91,7 +92,7 @@ def probe(model: PreTrainedModel) -> tuple[list[LayerCall], Tensor]:
 def probe_ids(model: PreTrainedModel) -> Tensor:
     """The tokens of the probe, int64 [rows]."""
     config = model.config.get_text_config()
-    rows = min(ROWS, _limit(config))
+    rows = min(ROWS, positions_of(config))
     return torch.arange(1, rows + 1, device=model.device) % config.vocab_size
 
 
@@ -109,12 +110,18 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 @contextmanager
 def as_it_is(model: PreTrainedModel) -> Iterator[None]:
     """The context in which a model's own forward runs in evaluation mode and leaves the model as it was."""
+    with evaluating(model), steady(model):
+        yield
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """The context in which a model is in evaluation mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with steady(model):
-            yield
+        yield
     finally:
         for module in training:
             module.training = True
@@ -176,7 +183,7 @@ def window_of(function: MaskFunction, config: PreTrainedConfig, use_vmap: bool, 
 
     Raises OtherMask for any other mask.
     """
-    farthest = _limit(config) - 1
+    farthest = positions_of(config) - 1
     try:
         window = _window(function, farthest, use_vmap, device)
         positions = _positions(config, window, farthest)
@@ -194,10 +201,9 @@ def window_of(function: MaskFunction, config: PreTrainedConfig, use_vmap: bool, 
     return window
 
 
-def _limit(config: PreTrainedConfig) -> int:
+def positions_of(config: PreTrainedConfig) -> int:
     """How many positions there are."""
-    limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 1 else FARTHEST
+    return max(context_length(config) or FARTHEST, 2)
 
 
 def _window(function: MaskFunction, farthest: int, use_vmap: bool, device: torch.device) -> int | None:

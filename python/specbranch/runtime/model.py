@@ -17,6 +17,7 @@ from specbranch.runtime.attention import TreeContext, no_mask, running
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.rotary import context_length
 from specbranch.runtime.support import check_supported
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
@@ -66,7 +67,7 @@ class CachedModel:
 
         Raises SpecBranchError when the model's context or the memory is too small.
         """
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = context_length(self.model.config.get_text_config())
         if limit is not None and tokens > limit:
             raise SpecBranchError(
                 f"prompt and new tokens together are {tokens} tokens; the {self.role} model's context holds {limit}"

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from specbranch.runtime.attention import current
 
@@ -42,6 +42,19 @@ def kinds_by_length(model: nn.Module) -> list[str]:
     return sorted(kinds)
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """The longest text that a model is made for; None where its configuration does not say.
+
+    max_position_embeddings, but dynamic NTK scaling only begins there.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    parameters = getattr(config, "rope_parameters", None) or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return int(limit * max(one.get("factor", 1.0) if "dynamic" in one.get("rope_type", "") else 1.0 for one in each))
+
+
 @contextmanager
 def steady(model: nn.Module) -> Iterator[None]:
     """The context in which a model's own forward changes nothing in such embeddings."""
@@ -66,7 +79,7 @@ def rereads(model: PreTrainedModel) -> tuple[int, ...]:
     if type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
         return ()
     config = model.config.get_text_config()
-    numbers = {value for value in _numbers(config.to_dict()) if 1 < value <= config.max_position_embeddings}
+    numbers = {value for value in _numbers(config.to_dict()) if 1 < value <= (context_length(config) or value)}
     return tuple(length for length in sorted({n + more for n in numbers for more in (0, 1)}) if _drops(model, length))
 
 

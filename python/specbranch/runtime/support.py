@@ -62,7 +62,9 @@ def check_supported(model: PreTrainedModel, role: str) -> tuple[Support, Tensor 
         raise SpecBranchError(f"{name} takes no position_ids: it cannot run over a tree of tokens")
     by_length = bool(kinds_by_length(model))
     lengths = rereads(model) if by_length else ()
-    asked = meta_twin(model) if len(places(model)) > 1 else model
+    # On the meta device in bfloat16: the kernels of mixtures of experts take nothing else there.
+    on_meta = model.device.type == "meta" or len(places(model)) > 1
+    asked = meta_twin(model, torch.bfloat16) if on_meta else model
     try:
         calls, logits = probe(asked)
     except Exception as error:  # whatever a model's code raises
@@ -79,10 +81,10 @@ def places(model: PreTrainedModel) -> set[str]:
     return {str(place) for place in getattr(model, "hf_device_map", {}).values()}
 
 
-def meta_twin(model: PreTrainedModel) -> PreTrainedModel:
+def meta_twin(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the same configuration on the meta device: the same code, and no weights."""
     with torch.device("meta"):
-        twin: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=model.dtype)
+        twin: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
     return twin.eval()
 
 

@@ -26,7 +26,7 @@ def why_not_captured(model: PreTrainedModel) -> str | None:
     if kinds := kinds_by_length(model):
         return f"its rotary embedding ({', '.join(kinds)}) chooses its frequencies by the length of the text"
     try:
-        _probe(CachedModel(meta_twin(model), "target"))
+        _probe(CachedModel(meta_twin(model, model.dtype), "target"))
     except Exception as error:  # whatever a model's code raises
         first = (str(error).strip().splitlines() or [""])[0]
         return f"a step on the meta device raised {type(error).__name__}: {first}"

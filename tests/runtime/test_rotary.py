@@ -1,0 +1,189 @@
+"""Rotary embeddings of every kind: every row of a forward has the angles of transformers' one-by-one decoding, and a
+text that crosses the switch of dynamic NTK or longrope is transformers' own."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import family_config, family_model, greedy, nearby
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from specbranch import METHODS, SpecBranch
+from specbranch.runtime.attention import TreeContext, running
+from specbranch.runtime.graphs.probe import why_not_captured
+from specbranch.runtime.model import CachedModel
+from specbranch.runtime.rotary import chooses_by_length, context_length, kinds_by_length, rereads, rotary_forward
+
+SWITCH = 24  # the longest text before it
+PRETRAINED = {"original_max_position_embeddings": SWITCH}
+SHORT, LONG = [1.0 + 0.05 * i for i in range(4)], [1.0 + 2.0 * i for i in range(4)]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, **PRETRAINED},
+    "longrope": {"factor": 4.0, "short_factor": SHORT, "long_factor": LONG, **PRETRAINED},
+    "llama3": {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **PRETRAINED},
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+BY_LENGTH = ("dynamic", "longrope")
+PROMPTS = (SWITCH - 5, SWITCH, SWITCH + 4)  # tokens: the text crosses, begins just before, begins behind
+NEW = 14
+
+
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **KINDS[kind], **more}
+
+
+def model_with(family: str, parameters: dict[str, Any], **more: Any) -> PreTrainedModel:
+    kinds = {parameters.get("rope_type"), *(each["rope_type"] for each in parameters.values() if isinstance(each, dict))}
+    context = SWITCH if "dynamic" in kinds else 4 * SWITCH  # where dynamic NTK scaling begins
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "sliding_window": None, "max_position_embeddings": context}
+    return family_model(family_config(family, **{**sizes, "rope_parameters": parameters, **more}))
+
+
+def phi(family: str = "phi3", **more: Any) -> PreTrainedModel:
+    """One that reads the text anew at the switch."""
+    scales = {"short_mscale": 1.1, "long_mscale": 1.3} if family == "phimoe" else {}
+    return model_with(family, rope("longrope", **scales, **more), original_max_position_embeddings=SWITCH)
+
+
+def prompt_of(tokens: int) -> list[int]:
+    return [3 + 7 * place * place % 53 for place in range(tokens)]
+
+
+def check_texts(model: PreTrainedModel, prompts: tuple[int, ...] = PROMPTS, overlaps: tuple[bool, ...] = (False, True)) -> None:
+    """Every method gives the tokens of transformers' generate on a model that has not decoded before, and leaves the
+    rotary embeddings as they are."""
+    before = [states(module) for module in model.modules()]
+    engine = SpecBranch(model, nearby(model, 0.01), threads=1)
+    for prompt in map(prompt_of, prompts):
+        expected = greedy(copy.deepcopy(model), prompt, NEW)
+        for method in METHODS:
+            for overlap in overlaps:
+                found = engine.generate(prompt, max_new_tokens=NEW, method=method, overlap=overlap)
+                assert found.tokens == expected, (len(prompt), method, overlap)
+                assert found.stats.accepted <= found.stats.verified
+    for module, state in zip(model.modules(), before, strict=True):
+        assert states(module).keys() == state.keys()
+        assert all(torch.equal(*map(torch.as_tensor, (states(module)[name], value))) for name, value in state.items())
+
+
+def states(module: nn.Module) -> dict[str, Any]:
+    """Everything that a rotary embedding keeps, but what cannot change."""
+    if not hasattr(module, "rope_type"):
+        return {}
+    values = {**vars(module), **module._buffers}
+    return {name: copy.deepcopy(value) for name, value in values.items() if isinstance(value, Tensor | int | float)}
+
+
+def test_there_is_a_decision_for_every_kind() -> None:
+    """A kind that is new in transformers: static, or does it choose by the length of the text?"""
+    assert {"default", *ROPE_INIT_FUNCTIONS} <= set(KINDS)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in {"default", *ROPE_INIT_FUNCTIONS}])
+def test_a_text_across_the_switch_is_that_of_transformers(kind: str) -> None:
+    model = model_with("llama", rope(kind))
+    static = kind not in BY_LENGTH
+    assert kinds_by_length(model) == ([] if static else [kind])
+    assert rereads(model) == ()
+    check_texts(model, *((PROMPTS[:1], (False,)) if static else ()))
+
+
+@pytest.mark.parametrize("family", ["phi3", "phimoe"])
+def test_a_text_is_read_anew_where_transformers_does(family: str) -> None:
+    model = phi(family)
+    assert rereads(model) == (SWITCH + 1,)
+    check_texts(model)
+
+
+@pytest.mark.parametrize(("near", "far"), [("default", "longrope"), ("longrope", "dynamic"), ("linear", "yarn")])
+def test_layers_with_embeddings_of_their_own(near: str, far: str) -> None:
+    parameters = {"sliding_attention": rope(near), "full_attention": rope(far)}
+    layers = ["sliding_attention", "full_attention"]
+    model = model_with("gemma3_text", parameters, layer_types=layers, sliding_window=17)
+    assert kinds_by_length(model) == sorted({near, far} & set(BY_LENGTH))
+    check_texts(model, PROMPTS[:1], (False,))
+
+
+@pytest.mark.parametrize("model", [model_with("llama", rope("dynamic", factor=1.0)), phi(long_factor=SHORT)])
+def test_the_switch_changes_these_texts(model: PreTrainedModel) -> None:
+    """Else the tests above would show nothing: the same weights without a switch give other tokens."""
+    switching = phi() if "original_max_position_embeddings" in vars(model.config) else model_with("llama", rope("dynamic"))
+    for length in PROMPTS:
+        texts = [greedy(copy.deepcopy(each), prompt_of(length), NEW) for each in (model, switching)]
+        assert texts[0] != texts[1], length
+
+
+def test_no_round_passes_a_switch_and_both_models_read_anew() -> None:
+    model = phi()
+    engine = SpecBranch(model, copy.deepcopy(model), threads=1)
+    stats = engine.generate(prompt_of(SWITCH - 5), max_new_tokens=NEW, method="speculative", overlap=False).stats
+    ends = [SWITCH - 5 + sum(round.tokens for round in stats.log[: place + 1]) for place in range(len(stats.log))]
+    assert SWITCH + 1 in ends, ends
+    assert stats.accepted == stats.verified  # the draft is the target, and goes on being it
+    draft = engine.pair.draft
+    assert draft is not None
+    assert engine.pair.target.model.prompt_end == draft.model.prompt_end == SWITCH
+
+
+def test_a_second_text_starts_before_the_switch_again() -> None:
+    """Also on a model that transformers left behind it."""
+    for model in (model_with("llama", rope("dynamic")), phi()):
+        prompt = prompt_of(6)
+        expected = greedy(copy.deepcopy(model), prompt, 4)
+        greedy(model, prompt_of(SWITCH + 9), 2)
+        engine = SpecBranch(model, threads=1)
+        for length in (6, SWITCH + 9, 6):
+            tokens = engine.generate(prompt_of(length), max_new_tokens=4, method="autoregressive").tokens
+            assert length != 6 or tokens == expected
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_rows_of_several_lengths_have_the_angles_of_one_by_one(kind: str) -> None:
+    model = model_with("llama", rope(kind))
+    module = model.model.rotary_emb
+    forward = rotary_forward(module, torch.device("cpu"))
+    assert forward is not None
+    x = torch.zeros(1, 1, 1)
+
+    def alone(position: int, end: int) -> Tensor:
+        """Of a row whose text ends at `end`, as a new module gives it."""
+        cos, sin = copy.deepcopy(module)(x, torch.tensor([[position, end]]))
+        return torch.cat([cos[0, 0], sin[0, 0]])
+
+    positions = [SWITCH - 3, SWITCH - 1, SWITCH, SWITCH - 2, SWITCH + 7, SWITCH + 1, SWITCH]
+    for prompt_end in (SWITCH - 4, SWITCH - 1, SWITCH, SWITCH + 3):
+        with running(TreeContext(torch.tensor(0), prompt_end=prompt_end)):
+            angles = torch.cat([part[0] for part in forward(x, torch.tensor([positions]))], -1)
+        for row, position in zip(angles, positions, strict=True):
+            assert torch.equal(row, alone(position, max(position, prompt_end))), (prompt_end, position)
+    together = torch.cat([part[0] for part in forward(x, torch.tensor([positions]))], -1)  # outside of our forwards
+    assert torch.equal(together[0], alone(positions[0], max(positions)))
+
+
+def test_static_embeddings_run_their_own_forward() -> None:
+    model = model_with("llama", rope("yarn"))
+    assert not any(chooses_by_length(module) for module in model.modules())
+    assert rotary_forward(model.model.rotary_emb, torch.device("cuda")) is None
+    assert rotary_forward(model.lm_head, torch.device("cpu")) is None
+
+
+def test_a_model_that_chooses_by_length_is_not_captured() -> None:
+    reason = "its rotary embedding (longrope) chooses its frequencies by the length of the text"
+    assert why_not_captured(phi()) == reason
+
+
+def test_dynamic_scaling_begins_where_the_context_of_others_ends() -> None:
+    assert context_length(model_with("llama", rope("dynamic")).config) == 4 * SWITCH
+    assert context_length(model_with("llama", rope("linear")).config) == 4 * SWITCH
+    cached = CachedModel(model_with("llama", rope("dynamic", factor=2.0)), "target")
+    assert context_length(cached.model.config) == 2 * SWITCH
+    cached.reset(2 * SWITCH)
