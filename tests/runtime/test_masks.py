@@ -53,7 +53,9 @@ RUN: dict[str, dict[str, Any]] = {
 }
 
 NO_INTERFACE = "does not honour transformers' AttentionInterface"
-NOT_CAUSAL = "layer 0 .*expected an attention mask of causality and at most a sliding window; position 0 sees position 1"
+NOT_CAUSAL = (
+    "layer 0 .*expected an attention mask of causality and at most a sliding window; position 0 sees position 1"
+)
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     **dict.fromkeys(("bloom", "mpt", "falcon", "gptj", "codegen", "gpt_neo", "xglm"), (NO_INTERFACE, {})),
     **dict.fromkeys(("bert", "roberta", "electra"), (NOT_CAUSAL, {})),
@@ -287,7 +289,9 @@ def test_a_model_that_does_not_go_by_its_positions_is_refused(
 
     monkeypatch.setattr(type(rotary), "forward", counted)
     check_supported(model, "target")
-    with pytest.raises(SpecBranchError, match=r"draft model LlamaForCausalLM: over a tree of tokens its logits are \d+%"):
+    with pytest.raises(
+        SpecBranchError, match=r"draft model LlamaForCausalLM: over a tree of tokens its logits are \d+%"
+    ):
         CachedModel(model, "draft")
 
 

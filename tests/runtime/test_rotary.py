@@ -43,7 +43,10 @@ def rope(kind: str, **more: Any) -> dict[str, Any]:
 
 
 def model_with(family: str, parameters: dict[str, Any], **more: Any) -> PreTrainedModel:
-    kinds = {parameters.get("rope_type"), *(each["rope_type"] for each in parameters.values() if isinstance(each, dict))}
+    kinds = {
+        parameters.get("rope_type"),
+        *(each["rope_type"] for each in parameters.values() if isinstance(each, dict)),
+    }
     context = SWITCH if "dynamic" in kinds else 4 * SWITCH  # where dynamic NTK scaling begins
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "sliding_window": None, "max_position_embeddings": context}
     return family_model(family_config(family, **{**sizes, "rope_parameters": parameters, **more}))
@@ -77,7 +80,9 @@ def text_of(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     return text
 
 
-def check_texts(model: PreTrainedModel, prompts: tuple[int, ...] = PROMPTS, overlaps: tuple[bool, ...] = (False, True)) -> None:
+def check_texts(
+    model: PreTrainedModel, prompts: tuple[int, ...] = PROMPTS, overlaps: tuple[bool, ...] = (False, True)
+) -> None:
     """Every method gives the tokens of transformers' generate, and leaves the rotary embeddings as they are."""
     before = [states(module) for module in model.modules()]
     engine = SpecBranch(model, nearby(model, 0.01), threads=1)
@@ -134,7 +139,9 @@ def test_layers_with_embeddings_of_their_own(near: str, far: str) -> None:
 @pytest.mark.parametrize("model", [model_with("llama", rope("dynamic", factor=1.0)), phi(long_factor=SHORT)])
 def test_the_switch_changes_these_texts(model: PreTrainedModel) -> None:
     """Else the tests above would show nothing: the same weights without a switch give other tokens."""
-    switching = phi() if "original_max_position_embeddings" in vars(model.config) else model_with("llama", rope("dynamic"))
+    switching = (
+        phi() if "original_max_position_embeddings" in vars(model.config) else model_with("llama", rope("dynamic"))
+    )
     for length in PROMPTS:
         texts = [text_of(each, prompt_of(length)) for each in (model, switching)]
         assert texts[0] != texts[1], length

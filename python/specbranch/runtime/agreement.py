@@ -9,21 +9,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.cache import BranchCache
-from specbranch.runtime.masks import as_it_is, evaluating, positions_of, probe_ids
+from specbranch.runtime.masks import positions_of, probe_ids
+from specbranch.runtime.rotary import steady_forward
 
 if TYPE_CHECKING:
     from specbranch.runtime.model import CachedModel
 
-# How far a row's logits may be apart, over how far they are spread: well above rounding, well below another computation.
+# How far a row's logits may be apart, over how far they are spread: well above rounding, well below another
+# computation.
 TOLERANCE = {torch.float32: 0.001, torch.float64: 0.001}
 TOLERANCE_16_BIT = 0.1
 NOISE = 3  # so many times what the model is off from itself is still rounding
 
 
 class ElsewhereCache(BranchCache):
-    """It pretends to be longer than it is, so that what a model makes of the length, instead of the positions, shows."""
+    """It pretends to be longer than it is: what a model makes of the length, instead of the positions, then shows."""
 
     pretended = 0
 
@@ -65,8 +68,8 @@ def _over_a_tree(cached: CachedModel) -> Tensor:
     mixed = [tokens[row // 2] if row % 2 == 0 else 0 for row in range(rows)]
     try:
         batch = cached.place(range(rows), parents, mixed, [(row + 1) // 2 for row in range(rows)])
-        with evaluating(cached.model), cached.attached():
-            return cached.forward(Inputs.of(batch, cached.device))[::2]
+        attachment, inputs = Attachment([cached.model]), Inputs.of(batch, cached.device)
+        return attachment.turn(lambda: cached.forward(inputs))[::2]
     finally:
         cached.cache = kept
 
@@ -75,6 +78,7 @@ def _over_a_tree(cached: CachedModel) -> Tensor:
 def _by_other_kernels(model: PreTrainedModel) -> Tensor:
     """The model's own logits again, by the attention that it came with and over one row more."""
     ids = probe_ids(model)
-    with as_it_is(model):
-        logits: Tensor = model(input_ids=torch.cat([ids, ids[:1]])[None], use_cache=False).logits
+    more = torch.cat([ids, ids[:1]])[None]
+    attachment = Attachment([model], attention=None, forward_of=steady_forward)
+    logits: Tensor = attachment.turn(lambda: model(input_ids=more, use_cache=False)).logits
     return logits[0, :-1]

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from specbranch.runtime.attention import ATTENTION
 from specbranch.runtime.exact import exact_forward
-from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.hrad.tap import FeatureTap, Forward
 
 T = TypeVar("T")
 Place = tuple[dict[str, Any], str, Any]  # an object's attributes, the name of one, and a value
@@ -43,11 +43,17 @@ class Attachment:
     """
 
     def __init__(
-        self, models: Sequence[PreTrainedModel], tap: FeatureTap | None = None, threads: int | None = None
+        self,
+        models: Sequence[PreTrainedModel],
+        tap: FeatureTap | None = None,
+        threads: int | None = None,
+        attention: str | None = ATTENTION,
+        forward_of: Callable[[nn.Module, torch.device], Forward | None] = exact_forward,
     ) -> None:
-        """tap: reads hidden states of one of the models. threads: torch's intra-op threads during a turn."""
+        """tap: reads hidden states of one of the models. threads: torch's intra-op threads during a turn. attention: a
+        registered one, None for each model's own. forward_of: what to run instead of a module's forward."""
         models = list({id(model): model for model in models}.values())
-        forwards: dict[nn.Module, Callable[..., Any]] = {}
+        forwards: dict[nn.Module, Forward] = {}
         configs: dict[int, Any] = {}
         modules: dict[nn.Module, None] = {}
         for model in models:
@@ -55,12 +61,12 @@ class Attachment:
             configs.update((id(config), config) for config in _configs(model))
             device = model.device
             for module in model.modules():
-                if (forward := exact_forward(module, device)) is not None:
+                if (forward := forward_of(module, device)) is not None:
                     forwards[module] = forward
         for module, keep in () if tap is None else tap.keepers():
             forwards[module] = keep(forwards.get(module, module.forward))
         self._places = [
-            *[(vars(config), IMPLEMENTATION, ATTENTION) for config in configs.values()],
+            *[(vars(config), IMPLEMENTATION, attention) for config in configs.values() if attention is not None],
             *[(vars(module), "forward", forward) for module, forward in forwards.items()],
         ]
         self._modules = [vars(module) for module in modules]

@@ -8,8 +8,7 @@ positions that a mask is made of, and that is asked about any positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from specbranch.runtime.rotary import context_length, steady
+from specbranch.runtime.attach import Attachment
+from specbranch.runtime.rotary import context_length, steady_forward
 
 PROBE = "specbranch_probe"
 ROWS = 8
@@ -73,20 +73,24 @@ def probe(model: PreTrainedModel) -> tuple[list[LayerCall], Tensor]:
     [rows, V], which on the meta device have no values."""
     ids = probe_ids(model)
     seen = _Probe(model.config.get_text_config())
-    with _implementation(model, PROBE), as_it_is(model):
+
+    def forward() -> Tensor:
         token = _probe.set(seen)
         try:
-            out = model(
+            logits: Tensor = model(
                 input_ids=ids[None],
                 attention_mask=torch.ones_like(ids)[None],
                 position_ids=torch.arange(len(ids), device=ids.device)[None],
                 past_key_values=DynamicCache(config=model.config),
                 use_cache=True,
                 logits_to_keep=slice(None),  # as we ask: Gemma 4 does otherwise for a number
-            )
+            ).logits
+            return logits[0]
         finally:
             _probe.reset(token)
-    return seen.calls, out.logits[0]
+
+    logits = Attachment([model], attention=PROBE, forward_of=steady_forward).turn(forward)
+    return seen.calls, logits
 
 
 def probe_ids(model: PreTrainedModel) -> Tensor:
@@ -94,37 +98,6 @@ def probe_ids(model: PreTrainedModel) -> Tensor:
     config = model.config.get_text_config()
     rows = min(ROWS, positions_of(config))
     return torch.arange(1, rows + 1, device=model.device) % config.vocab_size
-
-
-@contextmanager
-def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """The context in which `model` uses a registered attention."""
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(previous)
-
-
-@contextmanager
-def as_it_is(model: PreTrainedModel) -> Iterator[None]:
-    """The context in which a model's own forward runs in evaluation mode and leaves the model as it was."""
-    with evaluating(model), steady(model):
-        yield
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """The context in which a model is in evaluation mode."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _mask(*args: Any, mask_function: MaskFunction, device: Any = "cpu", **kwargs: Any) -> Tensor:

@@ -1,15 +1,14 @@
 """Rotary embeddings, and those that choose their frequencies by how long the text is (dynamic NTK, longrope).
 
 transformers chooses by the farthest position of a forward, and a forward of its one-by-one decoding ends at the newest
-token. Ours hold a part of a prompt or drafted tokens of several lengths of text. So every row gets the angles that it has
-where the text ends at that row, or with the prompt for the rows of a prompt.
+token. Ours hold a part of a prompt or drafted tokens of several lengths of text. So every row gets the angles that it
+has where the text ends at that row, or with the prompt for the rows of a prompt.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -55,22 +54,9 @@ def context_length(config: PreTrainedConfig) -> int | None:
     return int(limit * max(one.get("factor", 1.0) if "dynamic" in one.get("rope_type", "") else 1.0 for one in each))
 
 
-@contextmanager
-def steady(model: nn.Module) -> Iterator[None]:
-    """The context in which a model's own forward changes nothing in such embeddings."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            if chooses_by_length(module):
-                before = dict(vars(module))
-                module.forward = partial(_row_by_row, module)
-                stack.callback(_restore_forward, module, before)
-        yield
-
-
-def _restore_forward(module: nn.Module, before: dict[str, Any]) -> None:
-    del module.forward
-    if "forward" in before:
-        module.forward = before["forward"]
+def steady_forward(module: nn.Module, device: torch.device) -> Callable[..., Any] | None:
+    """What to run instead of such an embedding's forward, so that it changes nothing there."""
+    return partial(_row_by_row, module) if chooses_by_length(module) else None
 
 
 def rereads(model: PreTrainedModel) -> tuple[int, ...]:
