@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specbranch.core.checks import count, flag, shown
-from specbranch.core.errors import SpecBranchError
+from specbranch.core.errors import SpecBranchError, SpecBranchWarning
 from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream
 from specbranch.core.sampling import Sampling
 from specbranch.drafters.model import ModelDrafter
@@ -85,6 +86,8 @@ class SpecBranch:
                 raise SpecBranchError("hrad predicts for a pair: pass draft=")
             self.hrad = hrad if isinstance(hrad, HRad) else load_hrad(hrad, target, draft)
         make_policy(method, options)
+        self._row_dependence = ""
+        self._check_rows()
 
     @classmethod
     def from_pretrained(
@@ -218,6 +221,7 @@ class SpecBranch:
         ids = self._prompt_ids(prompt)
         max_new_tokens = self._settings.new_tokens(max_new_tokens, len(ids))
         builder = TextBuilder(self.tokenizer, self._eos, self._stop_strings(stop))
+        self._check_rows()
         calibrator = copy.deepcopy(self._calibrator)
         slot = self.pair.take(owner=builder)
         try:
@@ -273,6 +277,13 @@ class SpecBranch:
         verifier = ModelVerifier(slot.target, sampling, predictor)
         return DecodingLoop(verifier, drafter, policy, self._costs[policy.name], self.pair.workers, mode)
 
+    def _check_rows(self) -> None:
+        """Say once, and again when the target's layers were replaced, what keeps texts from being equal to the bit."""
+        found = self.pair.row_dependence()
+        if found and found != self._row_dependence:
+            warnings.warn(f"target {type(self.target).__name__}: {found}", SpecBranchWarning, stacklevel=1)
+        self._row_dependence = found
+
     def _prompt_ids(self, prompt: PromptInput) -> list[int]:
         return prompt_ids(self.tokenizer, prompt, self.pair.vocabulary)
 
@@ -284,6 +295,7 @@ class SpecBranch:
         stats.seconds = time.perf_counter() - begin
         stats.target_runner = slot.target.note
         stats.draft_runner = "" if slot.draft is None or loop.drafter is None else slot.draft.note
+        stats.row_dependent = self._row_dependence
         stats.end(len(builder.tokens))
         return Generation(builder.text, builder.tokens, stats, reason)
 

@@ -64,15 +64,17 @@ class Round:
 class Stats:
     """Counts over the rounds of one generation; times in seconds.
 
-    target_runner, draft_runner: how their steps ran, "captured" or "eager", and why. drafted: tokens that ever became
-    tree nodes. verified: drafted tokens that the target scored. accepted: those of them that became part of the text.
-    rolled_back: tokens of a tree's best path (the trunk and its likeliest continuation) thrown away. target_busy and
-    draft_busy: time inside the models, prefill apart.
+    target_runner, draft_runner: how their steps ran, "captured" or "eager", and why. row_dependent: which layers of the
+    target keep texts from being equal to autoregressive decoding to the bit, "" for none. drafted: tokens that ever
+    became tree nodes. verified: drafted tokens that the target scored. accepted: those of them that became part of the
+    text. rolled_back: tokens of a tree's best path (the trunk and its likeliest continuation) thrown away. target_busy
+    and draft_busy: time inside the models, prefill apart.
     """
 
     method: str = ""
     target_runner: str = ""
     draft_runner: str = ""
+    row_dependent: str = ""
     overlap: bool = False
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -171,6 +173,7 @@ class Stats:
             "method": self.method,
             "target_runner": self.target_runner,
             "draft_runner": self.draft_runner,
+            "row_dependent": self.row_dependent,
             "overlap": self.overlap,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from specbranch.runtime.attention import ATTENTION
 from specbranch.runtime.exact import exact_forward
 from specbranch.runtime.hrad.tap import FeatureTap, Forward
+from specbranch.runtime.weights import execution_device
 
 T = TypeVar("T")
 Place = tuple[dict[str, Any], str, Any]  # an object's attributes, the name of one, and a value
@@ -59,7 +60,7 @@ class Attachment:
         for model in models:
             modules.update(dict.fromkeys(model.modules()))
             configs.update((id(config), config) for config in _configs(model))
-            device = model.device
+            device = execution_device(model)
             for module in model.modules():
                 if (forward := forward_of(module, device)) is not None:
                     forwards[module] = forward
@@ -80,7 +81,7 @@ class Attachment:
         An interrupt may arrive between any two bytecodes, but not within a call into C. So attaching is one such
         call, and detaching another, which is the first thing that happens however the work ends.
         """
-        with _lock_of(self._first), _lock_of(self._last):
+        with lock_of(self._first), lock_of(self._last):
             attach, detach = self._swaps()
             try:
                 run_out(attach)
@@ -91,7 +92,7 @@ class Attachment:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A turn as a context; an interrupt at its very end may find the models attached until it has been handled."""
-        with _lock_of(self._first), _lock_of(self._last):
+        with lock_of(self._first), lock_of(self._last):
             attach, detach = self._swaps()
             try:
                 run_out(attach)
@@ -142,7 +143,8 @@ _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary(
 _new_lock = threading.Lock()
 
 
-def _lock_of(model: PreTrainedModel) -> threading.RLock:
+def lock_of(model: PreTrainedModel) -> threading.RLock:
+    """Held while a model is in use."""
     lock = _locks.get(model)
     if lock is None:
         with _new_lock:

@@ -19,6 +19,7 @@ from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.rotary import context_length
 from specbranch.runtime.support import check_supported
+from specbranch.runtime.weights import execution_device, unwrapped
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
 MOST_TOKENS = 2**62  # no limit
@@ -28,9 +29,9 @@ class CachedModel:
     """One of the two models, `role` "target" or "draft", with the K/V of the committed text and of tree nodes."""
 
     def __init__(self, model: PreTrainedModel, role: str) -> None:
-        self.model = model
+        self.model = model = unwrapped(model, role)
         self.role = role
-        self.device = model.device
+        self.device = execution_device(model)
         self.layers = model.config.get_text_config().num_hidden_layers
         self.vocabulary = model.config.get_text_config().vocab_size
         self.cache = BranchCache(self.layers, 0, self.device)

@@ -15,10 +15,13 @@ from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.attach import Attachment
+from specbranch.runtime.graphs.runner import CapturedRunner
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.placement import make_runner, make_workers
+from specbranch.runtime.rows.probe import row_dependence
 from specbranch.runtime.runner import Runner
+from specbranch.runtime.weights import check_weights
 
 KEPT = 2  # slots of generations that are over
 
@@ -50,6 +53,12 @@ class Slot:
         """The target's."""
         size: int = self.target.model.vocabulary
         return size
+
+    def row_dependence(self) -> str:
+        """What of the target depends on the rows beside it; see rows.probe.row_dependence."""
+        runner = self.target
+        with runner.device.running():
+            return row_dependence(runner.model, runner.most_rows if isinstance(runner, CapturedRunner) else None)
 
     def need_draft(self, what: str) -> Runner:
         """The draft. Raises SpecBranchError where there is none."""
@@ -88,6 +97,9 @@ class Pair:
             raise SpecBranchError(f"threads is {threads}; expected at least 1")
         self._made_of = target, draft, threads, target_threads, cuda_graphs, priority
         self.threads = torch.get_num_threads() if threads is None else threads
+        for model, role in ((target, "target"), (draft, "draft")):
+            if model is not None:
+                check_weights(model, role)
         self.first = Slot(
             make_runner(CachedModel(target, "target"), cuda_graphs, priority),
             None if draft is None else make_runner(CachedModel(draft, "draft"), cuda_graphs, priority),
@@ -103,8 +115,8 @@ class Pair:
 
     @property
     def models(self) -> list[PreTrainedModel]:
-        target, draft, *_ = self._made_of
-        return [target] if draft is None else [target, draft]
+        target, draft = self.first.target.model.model, self.first.draft
+        return [target] if draft is None else [target, draft.model.model]
 
     @property
     def target(self) -> Runner:

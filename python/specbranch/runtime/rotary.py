@@ -19,15 +19,6 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 from specbranch.runtime.attention import current
 
 
-def rotary_forward(module: nn.Module, device: torch.device) -> Callable[..., Any] | None:
-    """What to run instead of a rotary module's own forward; None where that is right, and for other modules."""
-    if chooses_by_length(module):
-        return partial(_row_by_row, module)
-    if device.type == "cpu" and type(module).__name__.endswith("RotaryEmbedding") and "forward" not in vars(module):
-        return partial(_on_one_thread, module)
-    return None
-
-
 def chooses_by_length(module: nn.Module) -> bool:
     """Whether a module is a rotary embedding whose angles depend on the farthest position of a forward."""
     return any(_by_length(module, layer_type) for layer_type in _kinds(module))
@@ -56,7 +47,7 @@ def context_length(config: PreTrainedConfig) -> int | None:
 
 def steady_forward(module: nn.Module, device: torch.device) -> Callable[..., Any] | None:
     """What to run instead of such an embedding's forward, so that it changes nothing there."""
-    return partial(_row_by_row, module) if chooses_by_length(module) else None
+    return partial(row_by_row, module) if chooses_by_length(module) else None
 
 
 def rereads(model: PreTrainedModel) -> tuple[int, ...]:
@@ -104,7 +95,7 @@ def _numbers(values: Any) -> Iterable[int]:
 # ---- Forwards
 
 
-def _on_one_thread(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def on_one_thread(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """torch's sine and cosine, MKL's, wake all threads for as few as 128 numbers."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -114,14 +105,14 @@ def _on_one_thread(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         torch.set_num_threads(threads)
 
 
-def _row_by_row(module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
+def row_by_row(module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
     """The module's forward, each row with the angles of the text that ends there or with the prompt.
 
     The module itself stays as it is: what it would keep from call to call is kept by a copy, and dropped.
     """
     kwargs = {} if layer_type is None else {"layer_type": layer_type}
     if not _by_length(module, layer_type):
-        return _on_one_thread(module, x, position_ids, **kwargs)
+        return on_one_thread(module, x, position_ids, **kwargs)
     context = current()
     end = int(position_ids.max()) if context is None else context.prompt_end
     ends = position_ids.clamp(min=end).clamp(*_turns(module, layer_type)).flatten(0, -2)[0]
@@ -132,7 +123,7 @@ def _row_by_row(module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: 
         places = torch.cat(
             [places, torch.full_like(places[..., :1], end)], -1
         )  # the farthest, of which we drop the angle
-        angles = _on_one_thread(_fresh(module), x, places, **kwargs)
+        angles = on_one_thread(_fresh(module), x, places, **kwargs)
         result = _put(angles, columns, len(ends), result)
     return result
 

@@ -1,0 +1,59 @@
+"""Where a model's weights are, and the model inside what others wrap around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from specbranch.core.errors import SpecBranchError
+
+
+def unwrapped(model: nn.Module, role: str) -> PreTrainedModel:
+    """The transformers model with the adapters' layers in it, of a peft model; others as they are.
+
+    Raises SpecBranchError for adapters that are no layers: learned prompts.
+    """
+    adapters = getattr(model, "peft_config", None)
+    if isinstance(model, PreTrainedModel) or adapters is None:
+        return model  # type: ignore[return-value]
+    if learned := [name for name, config in adapters.items() if config.is_prompt_learning]:
+        kind = adapters[learned[0]].peft_type.value
+        raise SpecBranchError(f"{role} adapter {learned[0]!r} is {kind}: expected layers (LoRA), not learned prompts")
+    inner: PreTrainedModel = model.get_base_model()  # type: ignore[operator]
+    return inner
+
+
+def execution_device(model: PreTrainedModel) -> torch.device:
+    """The device that a model computes on: of offloaded weights, which lie on the meta device between two forwards, the
+    one that accelerate brings them to."""
+    if model.device.type == "meta":
+        for module in model.modules():
+            for hook in hooks_of(module):
+                device = getattr(hook, "execution_device", None)
+                if device is not None:
+                    return torch.device(device)
+    return model.device
+
+
+def check_weights(model: nn.Module, role: str) -> None:
+    """Raises SpecBranchError for weights that have no values and nobody who brings them."""
+    brought: set[str] = set()
+    for path, module in model.named_modules():
+        parent = path.rpartition(".")[0]
+        if (path and parent in brought) or any(True for _ in hooks_of(module)):
+            brought.add(path)
+            continue
+        for name, weight in module.named_parameters(recurse=False):
+            if weight.is_meta:
+                place = f"{role} model {type(model).__name__}: {path}.{name}"
+                raise SpecBranchError(f"{place} is on the meta device: expected a weight with values")
+
+
+def hooks_of(module: nn.Module) -> Iterator[object]:
+    """accelerate's hooks on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        yield from getattr(hook, "hooks", (hook,))
