@@ -23,11 +23,13 @@ Beside = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def permuted(row: Tensor) -> tuple[Tensor, Tensor]:
-    return row.flip(-1), row.roll(1, -1)
+    values = row.reshape(-1)
+    return values.flip(0).view(row.shape), values.roll(1).view(row.shape)
 
 
 def loud(row: Tensor) -> tuple[Tensor, Tensor]:
-    return LOUD * row.flip(-1), -LOUD * row.roll(1, -1)
+    before, behind = permuted(row)
+    return LOUD * before, -LOUD * behind
 
 
 def mixes(module: nn.Module, judged: Judged) -> bool:

@@ -100,8 +100,10 @@ class Probe:
         callers: set[nn.Module] = set()
 
         def calls_itself() -> bool:
-            callers.update(recording.running[-1:])
-            return bool(recording.running) and not self.is_known(recording.running[-1])
+            if not recording.running or self.is_known(module := recording.running[-1]):
+                return False
+            callers.add(module)
+            return ROUTES.get(module, exact_functions) is exact_functions
 
         with self.cached.attached(), recording, ExactFunctions(calls_itself) if self.on_cpu else nullcontext():
             self.forward(self.rows, (0,), 1)
