@@ -18,7 +18,8 @@ from specbranch import METHODS, SpecBranch
 from specbranch.runtime.attention import TreeContext, running
 from specbranch.runtime.graphs.probe import why_not_captured
 from specbranch.runtime.model import CachedModel
-from specbranch.runtime.rotary import chooses_by_length, context_length, kinds_by_length, rereads, rotary_forward
+from specbranch.runtime.exact import exact_forward
+from specbranch.runtime.rotary import chooses_by_length, context_length, kinds_by_length, rereads
 
 SWITCH = 24  # the longest text before it
 PRETRAINED = {"original_max_position_embeddings": SWITCH}
@@ -183,7 +184,7 @@ def test_a_second_text_starts_before_the_switch_again() -> None:
 def test_rows_of_several_lengths_have_the_angles_of_one_by_one(kind: str) -> None:
     model = model_with("llama", rope(kind))
     module = model.model.rotary_emb
-    forward = rotary_forward(module, torch.device("cpu"))
+    forward = exact_forward(module, torch.device("cpu"))
     assert forward is not None
     x = torch.zeros(1, 1, 1)
 
@@ -205,8 +206,7 @@ def test_rows_of_several_lengths_have_the_angles_of_one_by_one(kind: str) -> Non
 def test_static_embeddings_run_their_own_forward() -> None:
     model = model_with("llama", rope("yarn"))
     assert not any(chooses_by_length(module) for module in model.modules())
-    assert rotary_forward(model.model.rotary_emb, torch.device("cuda")) is None
-    assert rotary_forward(model.lm_head, torch.device("cpu")) is None
+    assert exact_forward(model.model.rotary_emb, torch.device("cuda")) is None
 
 
 def test_a_model_that_chooses_by_length_is_not_captured() -> None:

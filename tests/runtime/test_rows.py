@@ -105,6 +105,13 @@ def test_what_mixes_tokens_is_refused_by_name(layer: Callable[[], nn.Module], dt
         SpecBranch(model_with(layer, dtype), tiny_model(seed=1))
 
 
+def test_what_cannot_run_over_one_row_is_refused() -> None:
+    message = r"target model LlamaForCausalLM: a forward of 1 rows raised ValueError: Expected more than 1 value"
+    with pytest.raises(SpecBranchError, match=message):
+        SpecBranch(model_with(odd_layers.BatchNorm), tiny_model(seed=1))
+    assert row_dependence(CachedModel(model_with(lambda: odd_layers.BatchNorm(learned=True)), "target")) == ""
+
+
 def test_a_draft_may_mix_tokens() -> None:
     target, draft = tiny_model(), model_with(odd_layers.TokenConvolution)
     with warnings.catch_warnings():
@@ -202,7 +209,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize("change", ["hooks", "transposed", "parametrized", "weight norm"])
 def test_hooks_and_other_kinds_of_weights_of_linear_layers(change: str) -> None:
-    model = tiny_model()
+    model: Any = tiny_model()
     linear = model.model.layers[0].mlp.up_proj
     seen: list[str] = []
     if change == "hooks":
@@ -216,13 +223,13 @@ def test_hooks_and_other_kinds_of_weights_of_linear_layers(change: str) -> None:
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            torch.nn.utils.weight_norm(linear)  # type: ignore[no-untyped-call]
+            torch.nn.utils.weight_norm(linear)
     assert row_dependence(CachedModel(model, "target")) == ""
     seen.clear()
     assert rows_that_differ(model) == 0
     assert (len(seen) > 0) == (change == "hooks")
     ids = torch.tensor([[3, 17, 9]])
-    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    theirs: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     ours = SpecBranch(model, tiny_model(seed=1)).generate(ids, max_new_tokens=8)
     assert theirs[0, 3:].tolist() == ours.tokens
 
@@ -251,33 +258,30 @@ def test_with_a_fixed_number_of_rows_only_their_content_counts() -> None:
 class Packed(Tensor):
     """int8 values with a scale per row, which knows linear() only, as such classes do."""
 
-    values: Tensor
-    scale: Tensor
-
     @staticmethod
     def __new__(cls, values: Tensor, scale: Tensor) -> Packed:
         made: Packed = torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, device=values.device)
         return made
 
     def __init__(self, values: Tensor, scale: Tensor) -> None:
-        self.values, self.scale = values, scale
+        self.packed_values, self.scale = values, scale
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.linear:
             packed = args[1]
-            return func(args[0], packed.values.float() * packed.scale, *args[2:], **(kwargs or {}))
+            return func(args[0], packed.packed_values.float() * packed.scale, *args[2:], **(kwargs or {}))
         return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
-            return cls(args[0].values, args[0].scale)
+            return cls(args[0].packed_values, args[0].scale)
         raise NotImplementedError(f"{func} is not implemented for Packed")
 
 
 def test_weights_that_are_tensor_subclasses_are_run_by_their_own_forward() -> None:
-    model = tiny_model()
+    model: Any = tiny_model()
     for layer in model.model.layers:
         weight = layer.mlp.up_proj.weight.detach()
         scale = weight.abs().amax(1, keepdim=True) / 127
@@ -286,7 +290,7 @@ def test_weights_that_are_tensor_subclasses_are_run_by_their_own_forward() -> No
     assert row_dependence(CachedModel(model, "target")) == ""
     assert rows_that_differ(model) == 0
     ids = torch.tensor([[3, 17, 9]])
-    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    theirs: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     engine = SpecBranch(model, tiny_model(seed=1))
     assert engine.generate(ids, max_new_tokens=12).tokens == theirs[0, 3:].tolist()
 

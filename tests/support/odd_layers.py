@@ -99,6 +99,18 @@ class TokenConvolution(nn.Module):
         return output
 
 
+class BatchNorm(nn.Module):
+    """By statistics that were learned, or by those of the call."""
+
+    def __init__(self, learned: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(HIDDEN, track_running_stats=learned)
+
+    def forward(self, input: Tensor) -> Tensor:
+        output: Tensor = self.norm(input[0])
+        return output[None]
+
+
 class Shift(Weights):
     def forward(self, input: Tensor) -> Tensor:
         return input + 0.5 * functional.pad(input, (0, 0, 1, -1))

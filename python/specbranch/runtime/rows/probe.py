@@ -45,12 +45,13 @@ def row_dependence(cached: CachedModel, fixed_rows: int | None = None) -> str:
     when modules or weights were replaced by others. fixed_rows: of every forward that samples, if they always have as
     many.
 
-    Raises SpecBranchError for a model that mixes rows: a convolution over the tokens, statistics of the batch.
+    Raises SpecBranchError for a model that mixes rows (a convolution over the tokens, statistics of the batch) or that
+    cannot run over one.
     """
     model = cached.model
     if cached.device.type == "meta":
         return ""
-    with lock_of(model):
+    with lock_of(model):  # else another thread's turn may be seen
         state: State = (fixed_rows, *((id(module), kind(module)) for module in model.modules()))
         tried = _tried.get(model)
         if tried is None or tried[0] != state:
@@ -147,7 +148,14 @@ class Probe:
         alone = tuple(1 << row for row in range(rows))
         batch = Batch(tuple(tokens), positions, tuple(range(rows)), alone, prefix=0, leaves=rows)
         cached.cache = BranchCache(cached.layers, rows + 1, cached.device)
-        cached.forward(Inputs.of(batch, cached.device))
+        try:
+            cached.forward(Inputs.of(batch, cached.device))
+        except SpecBranchError:
+            raise
+        except Exception as error:  # whatever a model's code raises
+            first = (str(error).strip().splitlines() or [""])[0]
+            name = f"{cached.role} model {type(self.model).__name__}"
+            raise SpecBranchError(f"{name}: a forward of {rows} rows raised {type(error).__name__}: {first}") from error
 
     # ---- Routes
 
