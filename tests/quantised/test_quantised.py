@@ -134,9 +134,9 @@ def test_texts_are_those_of_plain_decoding(kind: Kind, dtype: str, draft: Any, t
     engine = SpecBranch.from_pretrained(model, draft, threads=1)
     samplings: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 3}]
     for sampling in samplings:
-        plain = engine.generate("def area(width", max_new_tokens=24, method="autoregressive", **sampling)
+        plain = engine.generate("def area(width", max_new_tokens=16, method="autoregressive", **sampling)
         for method in ("specbranch", "ssd"):
-            drafted = engine.generate("def area(width", max_new_tokens=24, method=method, overlap=False, **sampling)
+            drafted = engine.generate("def area(width", max_new_tokens=16, method=method, overlap=False, **sampling)
             assert drafted.tokens == plain.tokens, method
     assert plain.stats.row_dependent == ""
     assert rows_that_differ(unwrapped(model, "target"), vocabulary=2048) == 0
@@ -149,8 +149,8 @@ def test_texts_are_those_of_transformers(kind: Kind, draft: Any, tmp_path: Path)
     engine = SpecBranch.from_pretrained(model, draft, threads=1)
     for prompt in ("def area(width", "for line in open("):
         ids = torch.tensor([engine.encode(prompt)])
-        theirs = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
-        assert engine.generate(ids, max_new_tokens=24).tokens == theirs[0, ids.shape[1] :].tolist()
+        theirs = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False)
+        assert engine.generate(ids, max_new_tokens=16).tokens == theirs[0, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("kind", BY_RANGE, ids=lambda kind: kind.__name__)
