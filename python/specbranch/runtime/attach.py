@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from specbranch.runtime.attention import ATTENTION
 from specbranch.runtime.exact import exact_forward
-from specbranch.runtime.hrad.tap import FeatureTap, Forward
+from specbranch.runtime.rows.routes import Forward, replacement
 from specbranch.runtime.weights import execution_device
 
 T = TypeVar("T")
@@ -33,6 +33,13 @@ MISSING = object()
 
 run_out: Callable[[Iterator[object]], None] = deque[object](maxlen=0).extend
 """Take everything from an iterator, and drop it."""
+
+
+class Tap(Protocol):
+    """Something that looks at what modules do."""
+
+    def keepers(self) -> Iterator[tuple[nn.Module, Callable[[Forward], Forward]]]:
+        """Modules, each with what makes of a forward one that does as much and is looked at."""
 
 
 class Attachment:
@@ -46,12 +53,12 @@ class Attachment:
     def __init__(
         self,
         models: Sequence[PreTrainedModel],
-        tap: FeatureTap | None = None,
+        tap: Tap | None = None,
         threads: int | None = None,
         attention: str | None = ATTENTION,
         forward_of: Callable[[nn.Module, torch.device], Forward | None] = exact_forward,
     ) -> None:
-        """tap: reads hidden states of one of the models. threads: torch's intra-op threads during a turn. attention: a
+        """tap: looks at modules of one of the models. threads: torch's intra-op threads during a turn. attention: a
         registered one, None for each model's own. forward_of: what to run instead of a module's forward."""
         models = list({id(model): model for model in models}.values())
         forwards: dict[nn.Module, Forward] = {}
@@ -65,7 +72,7 @@ class Attachment:
                 if (forward := forward_of(module, device)) is not None:
                     forwards[module] = forward
         for module, keep in () if tap is None else tap.keepers():
-            forwards[module] = keep(forwards.get(module, module.forward))
+            forwards[module] = replacement(module, keep(forwards.get(module, module.forward)))
         self._places = [
             *[(vars(config), IMPLEMENTATION, attention) for config in configs.values() if attention is not None],
             *[(vars(module), "forward", forward) for module, forward in forwards.items()],

@@ -131,6 +131,12 @@ class Pair:
         """The target's."""
         return self.first.vocabulary
 
+    def row_dependence(self) -> str:
+        """What of the target depends on the rows beside it; see rows.probe.row_dependence."""
+        runner = self.target
+        with runner.device.running():
+            return row_dependence(runner.model, runner.most_rows if isinstance(runner, CapturedRunner) else None)
+
     @property
     def crowded(self) -> bool:
         """Whether several generations are under way."""

@@ -9,15 +9,16 @@ refused; what is left is said.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.attach import lock_of
+from specbranch.runtime.attach import Attachment, Tap, lock_of
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import BranchCache
 from specbranch.runtime.exact import known
@@ -32,6 +33,7 @@ BATCHES = ((3, (0, 2)), (17, (0, 5, 16)))  # rows, and which of them are the one
 FIXED_COPIES = (0, 5)
 POSITION = 37  # of all rows: at 0 every rotary angle is 0
 
+T = TypeVar("T")
 Culprits = dict[nn.Module, Judged]
 State = tuple[Any, ...]
 
@@ -82,9 +84,7 @@ class Probe:
         if culprits and self.on_cpu:
             culprits = self.try_functions(culprits)
         for module, judged in culprits.items():
-            with self.cached.attached():
-                mixed = mixes(module, judged)
-            if mixed:
+            if self.attached(partial(mixes, module, judged)):
                 raise SpecBranchError(
                     f"{self.cached.role} model {type(self.model).__name__}: {self.name(module)} mixes the tokens of "
                     "one forward: expected a model in which only attention reads other tokens"
@@ -106,8 +106,11 @@ class Probe:
             callers.add(module)
             return ROUTES.get(module, exact_functions) is exact_functions
 
-        with self.cached.attached(), recording, ExactFunctions(calls_itself) if self.on_cpu else nullcontext():
-            self.forward(self.rows, (0,), 1)
+        def forward() -> None:
+            with ExactFunctions(calls_itself) if self.on_cpu else nullcontext():
+                self.forward(self.rows, (0,), 1)
+
+        self.attached(forward, recording)
         self.route(callers, exact_functions)
         return recording
 
@@ -116,25 +119,27 @@ class Probe:
         culprits: Culprits = {}
         for rows, copies in self.batches:
             comparison = Comparison(recording, rows, copies)
-            with self.cached.attached(), comparison:
-                self.forward(rows, copies, 2)
+            self.attached(partial(self.forward, rows, copies, 2), comparison)
             for module, judged in comparison.culprits.items():
                 first = culprits.setdefault(module, judged)
                 first.error = max(first.error, judged.error)
-        return {**self.shaken(comparison.judged), **culprits}
+        return {**self.attached(partial(self.shaken, comparison.judged)), **culprits}
+
+    def attached(self, work: Callable[[], T], tap: Tap | None = None) -> T:
+        """Do it with the model as it runs; tap: looks at it."""
+        return Attachment([self.cached.model], tap).turn(work)
 
     def shaken(self, judged: dict[nn.Module, Judged]) -> Culprits:
         """What depends on outliers beside a row, which made-up rows may lack: of each kind and shape, one is tried."""
         culprits: Culprits = {}
         tried = set()
-        with self.cached.attached():
-            for module, each in judged.items():
-                shape = (kind(module), *(weight.shape for weight in module.parameters()))
-                if shape in tried or any(module.children()) or self.is_known(module):
-                    continue
-                tried.add(shape)
-                if error_among(module, each, loud, max(3, self.rows)):
-                    culprits[module] = each
+        for module, each in judged.items():
+            shape = (kind(module), *(weight.shape for weight in module.parameters()))
+            if shape in tried or any(module.children()) or self.is_known(module):
+                continue
+            tried.add(shape)
+            if error_among(module, each, loud, max(3, self.rows)):
+                culprits[module] = each
         return culprits
 
     def forward(self, rows: int, copies: Iterable[int], others: int) -> None:

@@ -7,14 +7,17 @@ place, so that what follows starts from equal values again, and one forward find
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+Forward = Callable[..., Any]
+Keepers = Iterator[tuple[nn.Module, Callable[[Forward], Forward]]]
 
 
 class Place(NamedTuple):
@@ -56,12 +59,9 @@ class Recording:
         self.running: list[nn.Module] = []
         self._counts: Counter[nn.Module] = Counter()
 
-    def __enter__(self) -> Recording:
-        self._hooks = hooks(self.model, self._before, self._after)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._hooks.close()
+    def keepers(self) -> Keepers:
+        """See attach.Tap."""
+        return around(self.model, self._before, self._after)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -94,12 +94,9 @@ class Comparison:
         self._running: list[Running] = []
         self._counts: Counter[nn.Module] = Counter()
 
-    def __enter__(self) -> Comparison:
-        self._hooks = hooks(self.recording.model, self._before, self._after)
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        self._hooks.close()
+    def keepers(self) -> Keepers:
+        """See attach.Tap."""
+        return around(self.recording.model, self._before, self._after)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -145,13 +142,19 @@ class Comparison:
         known.error = max(known.error, error)
 
 
-def hooks(model: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> ExitStack:
-    """Call `before` and `after` every module's forward, behind the hooks that are there, until it is closed."""
-    stack = ExitStack()
+def around(model: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Keepers:
+    """Every module, with what calls `before` and `after` its forward; each may give other arguments, or another
+    result."""
+
+    def run(module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        given = before(module, args, kwargs)
+        args, kwargs = given or (args, kwargs)
+        result = forward(*args, **kwargs)
+        other = after(module, args, kwargs, result)
+        return result if other is None else other
+
     for module in model.modules():
-        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
-    return stack
+        yield module, partial(partial, run, module)
 
 
 def copied(leaves: Sequence[Any]) -> list[Any]:
