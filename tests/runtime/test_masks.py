@@ -21,30 +21,34 @@ from transformers.masking_utils import (
     bidirectional_mask_function,
     causal_mask_function,
     chunked_causal_mask_function,
+    create_causal_mask,
     or_masks,
     sliding_window_causal_mask_function,
     sliding_window_overlay,
 )
+from transformers.models.llama import modeling_llama
+from transformers.models.mistral import modeling_mistral
 
 from specbranch import METHODS, SpecBranch, SpecBranchError
-from specbranch.runtime.masks import FARTHEST, OtherMask, window_of
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.support import Support, check_supported
+from specbranch.runtime.windows import FARTHEST, MaskFunction, OtherMask, window_of
 
 PROMPT = [3 + 7 * place * place % 53 for place in range(30)]
 BOTH = ["sliding_attention", "full_attention"] * 2
 
 # Families that must run; by night all others are tried too.
+# fmt: off
+PLAIN = [
+    "llama", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "phimoe", "mistral", "mixtral", "gemma", "gemma2",
+    "gemma3_text", "gemma3n_text", "gemma4_text", "phi", "phi3", "gpt2", "gpt_bigcode", "gpt_neox", "opt",
+    "starcoder2", "cohere", "cohere2", "olmo", "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "smollm3",
+    "stablelm", "ministral", "ministral3", "exaone4", "glm", "glm4", "glm4_moe", "nemotron", "deepseek_v2",
+    "deepseek_v3", "minicpm3", "modernbert-decoder", "biogpt", "seed_oss", "helium", "afmoe", "jetmoe",
+]
+# fmt: on
 RUN: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        """
-        llama qwen2 qwen3 qwen3_moe qwen2_moe phimoe mistral mixtral gemma gemma2 gemma3_text gemma3n_text gemma4_text
-        phi phi3 gpt2 gpt_bigcode gpt_neox opt starcoder2 cohere cohere2 olmo olmo2 olmo3 olmoe granite granitemoe
-        smollm3 stablelm ministral ministral3 exaone4 glm glm4 glm4_moe nemotron deepseek_v2 deepseek_v3 minicpm3
-        modernbert-decoder biogpt seed_oss helium afmoe jetmoe
-        """.split(),
-        {},
-    ),
+    **{family: {} for family in PLAIN},
     "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": BOTH},
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": BOTH},
     "olmo3": {"layer_types": BOTH},
@@ -146,11 +150,8 @@ def test_a_window_that_is_only_in_the_mask_is_applied(
 
 
 def test_a_window_that_is_handed_over_and_not_in_the_mask_is_not_applied(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.models.mistral import modeling_mistral
-
     model = family_model(family_config("mistral"))
-    full = modeling_mistral.create_causal_mask
-    monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", full)
+    monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", create_causal_mask)
     monkeypatch.setattr("specbranch.runtime.support.DynamicCache", lambda config: EmptyCache())
     assert check_supported(model, "target")[0].windows == (None,) * 4
 
@@ -167,9 +168,6 @@ def test_a_model_on_several_devices_is_asked_on_the_meta_device() -> None:
     assert logits is None
 
 
-Mask = Callable[..., Tensor]
-
-
 def prefix(batch: Any, head: Any, query: Any, key: Any) -> Any:
     return (query < 6) & (key < 6)
 
@@ -182,7 +180,7 @@ def needs_values(batch: Any, head: Any, query: Any, key: Any) -> Any:
     raise RuntimeError("no such position")
 
 
-def ask(function: Mask, use_vmap: bool = False, **config: Any) -> int | None:
+def ask(function: MaskFunction, use_vmap: bool = False, **config: Any) -> int | None:
     return window_of(function, PretrainedConfig(**config), use_vmap, torch.device("cpu"))
 
 
@@ -206,7 +204,7 @@ def test_the_window_of_a_mask_is_found(window: int | None, limit: int | None, us
         (needs_values, "cannot be asked about positions: RuntimeError: no such position"),
     ],
 )
-def test_another_mask_is_told_apart(function: Mask, reason: str) -> None:
+def test_another_mask_is_told_apart(function: MaskFunction, reason: str) -> None:
     with pytest.raises(OtherMask, match=reason):
         ask(function, max_position_embeddings=4096)
 
@@ -224,9 +222,7 @@ def test_a_turn_at_a_number_of_the_configuration_is_found() -> None:
 
 
 def patched_mask(monkeypatch: pytest.MonkeyPatch, **more: Any) -> PreTrainedModel:
-    from transformers.models.llama import modeling_llama
-
-    monkeypatch.setattr(modeling_llama, "create_causal_mask", partial(modeling_llama.create_causal_mask, **more))
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", partial(create_causal_mask, **more))
     return family_model(family_config("llama"))
 
 
@@ -281,13 +277,13 @@ def test_a_model_that_does_not_go_by_its_positions_is_refused(
     """It counts from the length of its cache."""
     model = family_model(family_config("llama"))
     model.to(dtype)  # type: ignore[arg-type]
-    rotary = model.model.rotary_emb
-    forward = type(rotary).forward
+    forward = model.model.forward
 
-    def counted(self: torch.nn.Module, x: Tensor, position_ids: Tensor) -> Any:
-        return forward(self, x, torch.arange(x.shape[1])[None])
+    def counted(input_ids: Tensor, past_key_values: Any, position_ids: Tensor, **kwargs: Any) -> Any:
+        places = torch.arange(input_ids.shape[1])[None] + past_key_values.get_seq_length()
+        return forward(input_ids, past_key_values=past_key_values, position_ids=places, **kwargs)
 
-    monkeypatch.setattr(type(rotary), "forward", counted)
+    monkeypatch.setattr(model.model, "forward", counted)
     check_supported(model, "target")
     with pytest.raises(
         SpecBranchError, match=r"draft model LlamaForCausalLM: over a tree of tokens its logits are \d+%"

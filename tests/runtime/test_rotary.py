@@ -66,8 +66,8 @@ def prompt_of(tokens: int) -> list[int]:
 def text_of(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     """transformers' greedy tokens, on a model that has not decoded before.
 
-    At a switch where the text is read anew: as a prompt. (generate() of transformers 5.17 forgets all but the last token
-    there, and has no angles behind the switch of a longrope that is one layer type's; ours does as later ones do.)
+    At a switch where the text is read anew: as a prompt. (generate() of transformers 5.17 forgets all but the last
+    token there, and has no angles behind the switch of a longrope that is one layer type's; ours does as later ones.)
     """
     until = SWITCH + 1 - len(prompt) if rereads(model) else 0
     try:

@@ -86,7 +86,8 @@ class Language:
 @dataclass
 class LanguageTarget:
     """cost: seconds of a forward, and of each row more. end: tokens of prompt and text, of which none may be verified
-    that comes later. turn: the position at which it begins anew, which no round may pass. text: the cache. predictor: makes up forecasts, where there is one. forecast: the newest."""
+    that comes later. turn: the position at which it begins anew, which no round may pass. text: the cache. predictor:
+    makes up forecasts, where there is one. forecast: the newest."""
 
     language: Language
     time: VirtualTime

@@ -6,20 +6,20 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.cache import BranchCache
-from specbranch.runtime.masks import positions_of, probe_ids
+from specbranch.runtime.masks import probe_ids
 from specbranch.runtime.rotary import steady_forward
+from specbranch.runtime.windows import positions_of
 
 if TYPE_CHECKING:
     from specbranch.runtime.model import CachedModel
 
-# How far a row's logits may be apart, over how far they are spread: well above rounding, well below another
-# computation.
+# How far a row's logits may be apart, over how far they are spread: above rounding, and below another computation.
 TOLERANCE = {torch.float32: 0.001, torch.float64: 0.001}
 TOLERANCE_16_BIT = 0.1
 NOISE = 3  # so many times what the model is off from itself is still rounding
@@ -44,8 +44,8 @@ def check_agreement(cached: CachedModel, expected: Tensor) -> None:
     apart = _apart(_over_a_tree(cached), expected)
     if apart <= TOLERANCE.get(expected.dtype, TOLERANCE_16_BIT):
         return
-    # An untrained model may blow rounding up: then its own forward differs as much with other kernels.
-    if apart > NOISE * _apart(_by_other_kernels(cached.model), expected):  # not so for NaN, which tells nothing
+    # Of a model that blows rounding up, or whose rows depend on each other, the own logits differ as much.
+    if apart > NOISE * _apart(_one_by_one(cached.model), expected):  # not so for NaN, which tells nothing
         raise SpecBranchError(
             f"{cached.role} model {type(cached.model).__name__}: over a tree of tokens its logits are {apart:.0%} off "
             "those of its own forward: specbranch cannot run it"
@@ -75,10 +75,16 @@ def _over_a_tree(cached: CachedModel) -> Tensor:
 
 
 @torch.inference_mode()
-def _by_other_kernels(model: PreTrainedModel) -> Tensor:
-    """The model's own logits again, by the attention that it came with and over one row more."""
-    ids = probe_ids(model)
-    more = torch.cat([ids, ids[:1]])[None]
-    attachment = Attachment([model], attention=None, forward_of=steady_forward)
-    logits: Tensor = attachment.turn(lambda: model(input_ids=more, use_cache=False)).logits
-    return logits[0, :-1]
+def _one_by_one(model: PreTrainedModel) -> Tensor:
+    """The model's own logits again, decoded token by token."""
+    cache = DynamicCache(config=model.config)
+
+    def forward() -> Tensor:
+        rows: list[Tensor] = []
+        for position, token in enumerate(probe_ids(model)):
+            place = torch.full((1, 1), position, device=token.device)
+            out = model(input_ids=token[None, None], position_ids=place, past_key_values=cache, use_cache=True)
+            rows.append(out.logits[0, -1])
+        return torch.stack(rows)
+
+    return Attachment([model], attention=None, forward_of=steady_forward).turn(forward)

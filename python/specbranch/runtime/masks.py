@@ -3,12 +3,12 @@
 Our forwards hand a model no mask, and the attention applies causality and a window. So what a model puts into its mask
 must be known beforehand: one forward of a few rows, with an attention of ours that looks at what every layer is given.
 The masks are not read from their tensors, which show a few rows only: transformers hands over the function of
-positions that a mask is made of, and that is asked about any positions.
+positions that a mask is made of, and windows.py asks it about any positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,19 +19,11 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from specbranch.runtime.attach import Attachment
-from specbranch.runtime.rotary import context_length, steady_forward
+from specbranch.runtime.rotary import steady_forward
+from specbranch.runtime.windows import MaskFunction, OtherMask, positions_of, window_of
 
 PROBE = "specbranch_probe"
 ROWS = 8
-FARTHEST = 2**20  # position asked about where the configuration names no limit
-DENSE = 17  # the first positions, all asked about
-SPLIT = 32  # parts of an interval in which a window's end is looked for
-
-MaskFunction = Callable[[Any, Any, Any, Any], Tensor]
-
-
-class OtherMask(Exception):
-    """A mask that is not causality and at most a window; the message says where they differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +88,14 @@ def probe(model: PreTrainedModel) -> tuple[list[LayerCall], Tensor]:
 def probe_ids(model: PreTrainedModel) -> Tensor:
     """The tokens of the probe, int64 [rows]."""
     config = model.config.get_text_config()
-    rows = min(ROWS, positions_of(config))
-    return torch.arange(1, rows + 1, device=model.device) % config.vocab_size
+    rows, vocabulary = min(ROWS, positions_of(config)), int(config.vocab_size)
+    return torch.arange(1, rows + 1, device=model.device) % vocabulary
 
 
-def _mask(*args: Any, mask_function: MaskFunction, device: Any = "cpu", **kwargs: Any) -> Tensor:
+def _mask(mask_function: MaskFunction, device: torch.device | str, **kwargs: Any) -> Tensor:
     """The mask as sdpa wants it, always as a tensor, by which the attention knows it again."""
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask = sdpa_mask(*args, mask_function=mask_function, device=device, **kwargs)
+    mask: Tensor | None = sdpa_mask(**kwargs, mask_function=mask_function, device=device)
     assert mask is not None
     probe = _probe.get()
     where = torch.device("cpu") if torch.device(device).type == "meta" else torch.device(device)
@@ -146,75 +138,3 @@ def _attention(
 
 AttentionInterface.register(PROBE, _attention)
 AttentionMaskInterface.register(PROBE, _mask)
-
-
-# ---- A function of positions, asked
-
-
-def window_of(function: MaskFunction, config: PreTrainedConfig, use_vmap: bool, device: torch.device) -> int | None:
-    """The sliding window of a mask that is causality and at most a window, None for no window.
-
-    Raises OtherMask for any other mask.
-    """
-    farthest = positions_of(config) - 1
-    try:
-        window = _window(function, farthest, use_vmap, device)
-        positions = _positions(config, window, farthest)
-        seen = _seen(function, positions, use_vmap, device)
-    except OtherMask:
-        raise
-    except Exception as error:  # whatever a model's code raises
-        raise OtherMask(f"it cannot be asked about positions: {type(error).__name__}: {error}") from error
-    places = torch.tensor(positions, device=device)
-    back = places[:, None] - places
-    expected = back >= 0 if window is None else (back >= 0) & (back < window)
-    for query, key in (seen != expected).nonzero()[:1].tolist():
-        does = "sees" if bool(seen[query, key]) else "does not see"
-        raise OtherMask(f"position {positions[query]} {does} position {positions[key]}")
-    return window
-
-
-def positions_of(config: PreTrainedConfig) -> int:
-    """How many positions there are."""
-    return max(context_length(config) or FARTHEST, 2)
-
-
-def _window(function: MaskFunction, farthest: int, use_vmap: bool, device: torch.device) -> int | None:
-    """How many positions back from the farthest one is the first that it does not see; None if it sees all."""
-    seen, hidden = 0, farthest + 1
-    while hidden - seen > 1:
-        backs = range(seen + 1, hidden, max(1, (hidden - seen) // SPLIT))
-        row = _seen(function, [farthest, *(farthest - back for back in backs)], use_vmap, device)[0, 1:].tolist()
-        first = row.index(False) if False in row else len(row)
-        seen = backs[first - 1] if first else seen
-        hidden = backs[first] if first < len(row) else hidden
-    return None if hidden > farthest else hidden
-
-
-def _positions(config: PreTrainedConfig, window: int | None, farthest: int) -> list[int]:
-    """Where a mask could turn: around the window and around every number of the configuration."""
-    numbers = {value for value in vars(config).values() if isinstance(value, int) and value > 1}
-    around = {multiple * number for number in numbers | ({window} if window else set()) for multiple in (1, 2)}
-    turns = {turn + beside for turn in around for beside in (-1, 0, 1)}
-    if window is not None:
-        turns |= {farthest - window + beside for beside in (-1, 0, 1)}
-    powers = {2**i for i in range(farthest.bit_length())}
-    return sorted(place for place in {*range(DENSE), *turns, *powers, farthest - 1, farthest} if 0 <= place <= farthest)
-
-
-def _seen(function: MaskFunction, positions: list[int], use_vmap: bool, device: torch.device) -> Tensor:
-    """Which of some positions sees which, bool [n, n]."""
-    places = torch.tensor(positions, device=device)
-
-    def stretched(batch: Any, head: Any, query: Any, key: Any) -> Tensor:
-        return function(batch, head, places[query], places[key])
-
-    count = len(positions)
-    mask = sdpa_mask(
-        1, count, count, mask_function=stretched, allow_is_causal_skip=False, use_vmap=use_vmap, device=device
-    )
-    assert mask is not None
-    seen = mask[0, 0]
-    if seen.device.type == "meta":
-        raise OtherMask("it depends on tensors without values")
-    return seen

@@ -18,6 +18,8 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 
 from specbranch.runtime.attention import current
 
+PREPARE = "prepare_inputs_for_generation"
+
 
 def chooses_by_length(module: nn.Module) -> bool:
     """Whether a module is a rotary embedding whose angles depend on the farthest position of a forward."""
@@ -53,7 +55,7 @@ def steady_forward(module: nn.Module, device: torch.device) -> Callable[..., Any
 def rereads(model: PreTrainedModel) -> tuple[int, ...]:
     """The lengths of the text at which transformers' generate drops the cache and reads all of it anew: where longrope
     changes its frequencies, on some models. The model itself is asked, at the numbers of its configuration."""
-    if type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+    if getattr(type(model), PREPARE) is getattr(GenerationMixin, PREPARE):
         return ()
     config = model.config.get_text_config()
     numbers = {value for value in _numbers(config.to_dict()) if 1 < value <= (context_length(config) or value)}
@@ -63,7 +65,8 @@ def rereads(model: PreTrainedModel) -> tuple[int, ...]:
 def _drops(model: PreTrainedModel, length: int) -> bool:
     """Whether a cache of all but the last of `length` tokens is dropped."""
     ids = torch.zeros(1, length, dtype=torch.int64)
-    inputs = model.prepare_inputs_for_generation(
+    prepare: Callable[..., dict[str, Any]] = getattr(model, PREPARE)
+    inputs = prepare(
         ids, past_key_values=_Filled(length - 1), attention_mask=torch.ones_like(ids), next_sequence_length=1
     )
     return inputs.get("past_key_values") is None
@@ -142,10 +145,11 @@ def _put(angles: Any, columns: Tensor, count: int, others: Any) -> Any:
 
 def _turns(module: nn.Module, layer_type: str | None) -> tuple[int, int | None]:
     """The positions below and above which it makes no difference where the text ends."""
-    pretrained = _parameters(module, layer_type).get("original_max_position_embeddings")
-    if "dynamic" in _kinds(module)[layer_type]:
-        return min(module.original_max_seq_len, pretrained or module.original_max_seq_len) - 1, None
-    return pretrained - 1, pretrained
+    pretrained: int | None = _parameters(module, layer_type).get("original_max_position_embeddings")
+    if pretrained is not None and "dynamic" not in _kinds(module)[layer_type]:
+        return pretrained - 1, pretrained
+    begin: int = vars(module)["original_max_seq_len"]
+    return min(begin, pretrained or begin) - 1, None
 
 
 def _fresh(module: nn.Module) -> nn.Module:
@@ -172,7 +176,7 @@ def _kinds(module: nn.Module) -> dict[str | None, str]:
 
 
 def _parameters(module: nn.Module, layer_type: str | None) -> dict[str, Any]:
-    parameters: dict[str, Any] = module.config.rope_parameters
+    parameters: dict[str, Any] = vars(module)["config"].rope_parameters
     return parameters if layer_type is None else parameters[layer_type]
 
 

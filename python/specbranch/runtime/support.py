@@ -85,7 +85,8 @@ def meta_twin(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A model of the same configuration on the meta device: the same code, and no weights."""
     with torch.device("meta"):
         twin: PreTrainedModel = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
-    return twin.eval()
+    twin.eval()
+    return twin
 
 
 def _windows(model: PreTrainedModel, name: str, calls: list[LayerCall]) -> tuple[int | None, ...] | None:
