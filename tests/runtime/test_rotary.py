@@ -16,9 +16,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specbranch import METHODS, SpecBranch
 from specbranch.runtime.attention import TreeContext, running
+from specbranch.runtime.exact import exact_forward
 from specbranch.runtime.graphs.probe import why_not_captured
 from specbranch.runtime.model import CachedModel
-from specbranch.runtime.exact import exact_forward
 from specbranch.runtime.rotary import chooses_by_length, context_length, kinds_by_length, rereads
 
 SWITCH = 24  # the longest text before it
