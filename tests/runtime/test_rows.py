@@ -106,7 +106,7 @@ def test_what_mixes_tokens_is_refused_by_name(layer: Callable[[], nn.Module], dt
 
 
 def test_what_cannot_run_over_one_row_is_refused() -> None:
-    message = r"target model LlamaForCausalLM: a forward of 1 rows raised ValueError: Expected more than 1 value"
+    message = r"target model LlamaForCausalLM: a forward .* raised ValueError: Expected more than 1 value"
     with pytest.raises(SpecBranchError, match=message):
         SpecBranch(model_with(odd_layers.BatchNorm), tiny_model(seed=1))
     assert row_dependence(CachedModel(model_with(lambda: odd_layers.BatchNorm(learned=True)), "target")) == ""

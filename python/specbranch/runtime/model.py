@@ -18,7 +18,7 @@ from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.rotary import context_length
-from specbranch.runtime.support import check_supported
+from specbranch.runtime.support import check_supported, trying
 from specbranch.runtime.weights import execution_device, unwrapped
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
@@ -40,7 +40,8 @@ class CachedModel:
         self.prompt_end = -1  # the last position of what was read at once: see `begin`
         self.support, own_logits = check_supported(model, role)
         if own_logits is not None:
-            check_agreement(self, own_logits)
+            with trying(f"{role} model {type(model).__name__}"):
+                check_agreement(self, own_logits)
 
     def another(self) -> CachedModel:
         """The same model with a cache of its own, for another text."""

@@ -57,8 +57,8 @@ class Slot:
     def row_dependence(self) -> str:
         """What of the target depends on the rows beside it; see rows.probe.row_dependence."""
         runner = self.target
-        with runner.device.running():
-            return row_dependence(runner.model, runner.most_rows if isinstance(runner, CapturedRunner) else None)
+        fixed_rows = runner.most_rows if isinstance(runner, CapturedRunner) else None
+        return row_dependence(runner.model, fixed_rows, runner.device)
 
     def need_draft(self, what: str) -> Runner:
         """The draft. Raises SpecBranchError where there is none."""
@@ -134,8 +134,8 @@ class Pair:
     def row_dependence(self) -> str:
         """What of the target depends on the rows beside it; see rows.probe.row_dependence."""
         runner = self.target
-        with runner.device.running():
-            return row_dependence(runner.model, runner.most_rows if isinstance(runner, CapturedRunner) else None)
+        fixed_rows = runner.most_rows if isinstance(runner, CapturedRunner) else None
+        return row_dependence(runner.model, fixed_rows, runner.device)
 
     @property
     def crowded(self) -> bool:

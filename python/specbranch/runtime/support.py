@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.masks import LayerCall, probe
 from specbranch.runtime.rotary import kinds_by_length, rereads
+from specbranch.runtime.windows import positions_of
 from specbranch_ext import cuda_device_problem
 
 # Layers whose state is a K/V row per token; anything else (state space, linear attention) cannot roll back.
@@ -65,15 +68,27 @@ def check_supported(model: PreTrainedModel, role: str) -> tuple[Support, Tensor 
     # On the meta device in bfloat16: the kernels of mixtures of experts take nothing else there.
     on_meta = model.device.type == "meta" or len(places(model)) > 1
     asked = meta_twin(model, torch.bfloat16) if on_meta else model
-    try:
-        calls, logits = probe(asked)
-    except Exception as error:  # whatever a model's code raises
-        reason = (str(error).strip().splitlines() or [""])[0]
-        if model.device.type == "meta" and "meta" in reason.lower():  # it asks for values: with weights it can
-            return Support(None, by_length, lengths), None
-        raise SpecBranchError(f"{name}: a forward over a few tokens raised {type(error).__name__}: {reason}") from error
+    with trying(name):
+        try:
+            calls, logits = probe(asked)
+        except Exception as error:
+            if model.device.type == "meta" and "meta" in str(error).lower():  # it asks for values: with weights it can
+                return Support(None, by_length, lengths), None
+            raise
     support = Support(_windows(model, name, calls), by_length, lengths)
     return support, None if logits.device.type == "meta" else logits
+
+
+@contextmanager
+def trying(name: str) -> Iterator[None]:
+    """The context in which a model is tried: whatever its code raises becomes a SpecBranchError that names it."""
+    try:
+        yield
+    except SpecBranchError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise SpecBranchError(f"{name}: a forward over a few tokens raised {type(error).__name__}: {reason}") from error
 
 
 def places(model: PreTrainedModel) -> set[str]:
@@ -91,7 +106,8 @@ def meta_twin(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 def _windows(model: PreTrainedModel, name: str, calls: list[LayerCall]) -> tuple[int | None, ...] | None:
     """See Support. Raises SpecBranchError for a layer that wants anything but causality and a window."""
-    layers = model.config.get_text_config().num_hidden_layers
+    config = model.config.get_text_config()
+    layers, positions = config.num_hidden_layers, positions_of(config)
     if len(calls) != layers:
         raise SpecBranchError(
             f"{name} called the registered attention in {len(calls)} of {layers} layers: specbranch cannot run it"
@@ -108,7 +124,7 @@ def _windows(model: PreTrainedModel, name: str, calls: list[LayerCall]) -> tuple
         if odd := sorted(call.arguments.keys() - HARMLESS):
             raise SpecBranchError(f"{where} hands {', '.join(odd)} to the attention, which specbranch does not know")
         drops = kept[place] if place < len(kept) else None
-        if drops is not None and (call.window is None or call.window > drops):
+        if drops is not None and drops < positions and (call.window is None or call.window > drops):
             raise SpecBranchError(
                 f"{where}: transformers keeps {drops} tokens for it, and its attention mask shows it more: "
                 "the text would depend on how it is decoded"

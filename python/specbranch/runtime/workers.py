@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
 
-from specbranch.core.messages import Trunk, Verdict
+from specbranch.core.messages import Trunk
 from specbranch.runtime.device import Device
 from specbranch.stages import Pending, Verifier
 
@@ -25,7 +25,6 @@ class Threads:
         self.target = max(1, threads - max(1, threads // 4)) if target_threads is None else target_threads
         self.draft = max(1, threads - self.target)
         self._executor: ThreadPoolExecutor | None = None
-        self._newest: Future[Verdict] | None = None
 
     def clock(self) -> float:
         """Seconds."""
@@ -37,8 +36,7 @@ class Threads:
             self._executor = ThreadPoolExecutor(
                 1, "specbranch-target", initializer=torch.set_num_threads, initargs=(self.target,)
             )
-        self._newest = self._executor.submit(lambda: target.verify(trunk).result())
-        return self._newest
+        return self._executor.submit(lambda: target.verify(trunk).result())
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
@@ -51,13 +49,13 @@ class Threads:
 
     def wait(self) -> None:
         """Return when the target's thread is idle, so that its caches may be used again."""
-        if self._newest is not None:
-            self._newest.exception()  # what it raised is its asker's
+        if self._executor is not None:  # an interrupt may come before anybody has the future of what it was given
+            self._executor.submit(lambda: None).result()
 
     def after_fork(self) -> None:
         """See Pair.after_fork."""
         self.threads = self.target = self.draft = 1
-        self._executor = self._newest = None
+        self._executor = None
 
 
 class Streams:

@@ -21,16 +21,17 @@ from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.attach import Attachment, Tap, lock_of
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.device import Device
 from specbranch.runtime.exact import known
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.rows.functions import ExactFunctions
 from specbranch.runtime.rows.judge import error_among, is_small, loud, mixes, row_by_row
 from specbranch.runtime.rows.routes import ROUTES, Route, exact_functions, own_forward
 from specbranch.runtime.rows.trace import Comparison, Judged, Recording
+from specbranch.runtime.support import trying
 
 # A few rows, and more than 16, both odd: kernels change with the number, and vector loops end in a tail.
 BATCHES = ((3, (0, 2)), (17, (0, 5, 16)))  # rows, and which of them are the one that was alone
-FIXED_COPIES = (0, 5)
 POSITION = 37  # of all rows: at 0 every rotary angle is 0
 
 T = TypeVar("T")
@@ -40,24 +41,25 @@ State = tuple[Any, ...]
 _tried: WeakKeyDictionary[nn.Module, tuple[State, str]] = WeakKeyDictionary()
 
 
-def row_dependence(cached: CachedModel, fixed_rows: int | None = None) -> str:
+def row_dependence(cached: CachedModel, fixed_rows: int | None = None, device: Device | None = None) -> str:
     """What of a model depends on the other rows of its forward and stays so, in one line; nothing if all is well.
 
     Whatever can be run so that it does not is from then on, wherever the model is attached. It is tried once, and again
     when modules or weights were replaced by others. fixed_rows: of every forward that samples, if they always have as
-    many.
+    many. device: where it runs; None for the CPU.
 
     Raises SpecBranchError for a model that mixes rows (a convolution over the tokens, statistics of the batch) or that
     cannot run over one.
     """
     model = cached.model
-    if cached.device.type == "meta":
+    if cached.device.type == "meta" or fixed_rows == 1:
         return ""
     with lock_of(model):  # else another thread's turn may be seen
         state: State = (fixed_rows, *((id(module), kind(module)) for module in model.modules()))
         tried = _tried.get(model)
         if tried is None or tried[0] != state:
-            tried = _tried[model] = (state, Probe(cached, fixed_rows).run())
+            with nullcontext() if device is None else device.running():
+                tried = _tried[model] = (state, Probe(cached, fixed_rows).run())
         return tried[1]
 
 
@@ -75,7 +77,9 @@ class Probe:
         self.model: nn.Module = cached.model
         self.on_cpu = cached.device.type == "cpu"
         self.rows = 1 if fixed_rows is None else fixed_rows
-        self.batches = BATCHES if fixed_rows is None else ((fixed_rows, (*FIXED_COPIES, fixed_rows - 1)),)
+        self.batches = BATCHES
+        if fixed_rows is not None:
+            self.batches = ((fixed_rows, tuple(sorted({0, fixed_rows // 6, fixed_rows - 1}))),)
 
     def run(self) -> str:
         for module in self.model.modules():
@@ -153,14 +157,8 @@ class Probe:
         alone = tuple(1 << row for row in range(rows))
         batch = Batch(tuple(tokens), positions, tuple(range(rows)), alone, prefix=0, leaves=rows)
         cached.cache = BranchCache(cached.layers, rows + 1, cached.device)
-        try:
+        with trying(f"{cached.role} model {type(self.model).__name__}"):
             cached.forward(Inputs.of(batch, cached.device))
-        except SpecBranchError:
-            raise
-        except Exception as error:  # whatever a model's code raises
-            first = (str(error).strip().splitlines() or [""])[0]
-            name = f"{cached.role} model {type(self.model).__name__}"
-            raise SpecBranchError(f"{name}: a forward of {rows} rows raised {type(error).__name__}: {first}") from error
 
     # ---- Routes
 
