@@ -116,8 +116,8 @@ void ancestor_mask(Object parents, Object ancestors, Object depths, int64_t hand
   run_ancestor_mask(params);
 }
 
-void tree_attention(Object query, Object keys, Object values, Object prefix_length, Object ancestors, float scale,
-                    int64_t sliding_window, float softcap, bool by_position, Object output, int64_t handle,
+void tree_attention(Object query, Object keys, Object values, Object prefix_length, Object ancestors, double scale,
+                    int64_t sliding_window, double softcap, bool by_position, Object output, int64_t handle,
                     Object workspace, Object tickets) {
   TreeAttentionParams params;
   params.query = tensor(query, "query");

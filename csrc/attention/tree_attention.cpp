@@ -2,6 +2,7 @@
 #include "attention/tree_attention.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/dispatch.h"
 
@@ -51,7 +52,12 @@ int64_t check_tree_attention(const TreeAttentionParams& p) {
     check_last_dim_contiguous(p.ancestors);
   }
   if (p.sliding_window < 0) fail("sliding_window: expected at least 1, got " + std::to_string(p.sliding_window));
-  if (!(p.softcap >= 0.0f)) fail("softcap: expected a positive number, got " + std::to_string(p.softcap));
+  if (!(std::abs(p.scale) <= 1e38)) {
+    fail("scale: expected a finite number, up to 1e38, got " + number_text(p.scale));
+  }
+  if (p.softcap != 0.0 && !(p.softcap >= 1e-38)) {
+    fail("softcap: expected None or a number from 1e-38 up, got " + number_text(p.softcap));
+  }
   if (p.launch.on_cuda()) return 0;  // the kernel reads the rest itself, and no row beyond the capacity
   const int64_t rows = p.chain ? query.shape[0] : ancestor_rows(p.ancestors);
   const int64_t prefix = *p.prefix_length.as<const int64_t>(), capacity = keys.shape[1];

@@ -17,9 +17,9 @@ struct TreeAttentionParams {
   Tensor ancestors;       // [n, words] int64
   Tensor output;          // [n, Hq, Dv], written
   int64_t tree_rows = 0;  // what the check returned
-  float scale = 1.0f;
+  double scale = 1.0;
   int64_t sliding_window = 0;  // a key is visible iff it is fewer than this many positions back; 0: all are
-  float softcap = 0.0f;        // scores become softcap * tanh(score / softcap); 0: they stay
+  double softcap = 0.0;        // scores become softcap * tanh(score / softcap); 0: they stay
   // On CUDA: whether sums take a query's keys in the order of positions, so that its bits do not depend on where in the
   // tree's rows its ancestors lie. Else in the order of rows. The CPU's sums always are by position.
   bool by_position = true;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -66,6 +67,13 @@ struct Launch {
 };
 
 [[noreturn]] inline void fail(const std::string& what) { throw std::invalid_argument(what); }
+
+// The shortest text that tells numbers apart, from 1e-45 to 1e308.
+inline std::string number_text(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%.9g", value);
+  return text;
+}
 
 inline std::string shape_text(const Tensor& t) {
   std::string text = "[";

@@ -29,9 +29,10 @@ struct Filters {
   }
   SPECBRANCH_HD bool searches_mass() const { return !greedy() && top_p < 1.0; }
 
-  // Whether each is in range; NaN never is. Below 1e-38 the inverse would be infinite in float32.
+  // Whether each is in range; NaN never is. Below 1e-38 the inverse would be infinite in float32, and far above 1e38 it
+  // would be 0, which makes NaN of a masked token.
   SPECBRANCH_HD bool valid_temperature() const {
-    return temperature == 0.0 || (temperature >= 1e-38 && temperature <= DBL_MAX);
+    return temperature == 0.0 || (temperature >= 1e-38 && temperature <= 1e38);
   }
   SPECBRANCH_HD bool valid_top_k() const { return top_k >= 0.0 && top_k <= DBL_MAX && floor(top_k) == top_k; }
   SPECBRANCH_HD bool valid_top_p() const { return top_p > 0.0 && top_p <= 1.0; }
@@ -41,9 +42,9 @@ struct Filters {
 
 inline void check_filters(const Filters& f) {
   const auto refuse = [](const char* name, double value, const char* expected) {
-    fail(std::string(name) + ": expected " + expected + ", got " + std::to_string(value));
+    fail(std::string(name) + ": expected " + expected + ", got " + number_text(value));
   };
-  if (!f.valid_temperature()) refuse("temperature", f.temperature, "0 or a number from 1e-38 up");
+  if (!f.valid_temperature()) refuse("temperature", f.temperature, "0 or a number from 1e-38 to 1e38");
   if (!f.valid_top_k()) refuse("top_k", f.top_k, "0 (off) or a whole number above");
   if (!f.valid_top_p()) refuse("top_p", f.top_p, "a number above 0 and up to 1");
   if (!f.valid_min_p()) refuse("min_p", f.min_p, "a number from 0 to 1");
@@ -52,7 +53,7 @@ inline void check_filters(const Filters& f) {
 // filters float64 [4], given in place of numbers: those must be off.
 inline void check_filters_tensor(const Tensor& filters, const Filters& numbers) {
   const auto refuse = [](const char* name, double value) {
-    fail(std::string(name) + ": expected no number beside filters, got " + std::to_string(value));
+    fail(std::string(name) + ": expected no number beside filters, got " + number_text(value));
   };
   if (numbers.temperature != 0.0) refuse("temperature", numbers.temperature);
   if (numbers.top_k != 0.0) refuse("top_k", numbers.top_k);

@@ -1,6 +1,7 @@
 // What the attention kernel needs beyond core/cpu/simd.h: multiply-add, transposing loads, exp2 and tanh.
 #pragma once
 
+#include "attention/softcap.h"
 #include "core/cpu/simd.h"
 
 namespace specbranch::cpu::SPECBRANCH_ISA {
@@ -116,11 +117,12 @@ inline FloatVec exp2_below(FloatVec x, float base) {
 inline FloatVec exp2_nonpositive(FloatVec x) { return exp2_below(x, 0.0f); }
 inline float exp2_nonpositive(float x) { return exp2_nonpositive(broadcast(x))[0]; }
 
-// tanh(x) from y = 2 x log2(e).
-inline FloatVec tanh_from_exponent(FloatVec y) {
+inline FloatVec soft_capped(FloatVec score, const SoftCap& softcap) {
+  const FloatVec y = score * softcap.unit;
   const IntVec sign = (IntVec)y & INT32_MIN;
-  const FloatVec e = exp2_nonpositive((FloatVec)((IntVec)y | INT32_MIN));
-  return (FloatVec)((IntVec)((1.0f - e) / (1.0f + e)) | sign);
+  const FloatVec magnitude = (FloatVec)((IntVec)y & INT32_MAX), e = exp2_nonpositive(-magnitude);
+  const FloatVec tanh = (FloatVec)((IntVec)((1.0f - e) / (1.0f + e)) | sign);
+  return select((IntVec)(magnitude < series_limit), score * tanh_series(y), softcap.cap * tanh);
 }
 
 }  // namespace specbranch::cpu::SPECBRANCH_ISA

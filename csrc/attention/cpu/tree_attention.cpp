@@ -23,7 +23,6 @@ constexpr int64_t max_partial_floats = int64_t{1} << 22;  // 16 MiB: above it th
 // Below this many multiply-adds one thread computes all: 25 to 50 microseconds of work, depending on how many rows
 // share the keys. Waking a sleeping thread takes 45, and milliseconds where its core is busy; see linear.cpp.
 constexpr int64_t min_parallel_products = 1500000;
-constexpr double log2_e = 1.4426950408889634;
 
 using Workspace = specbranch::Workspace<64>;
 
@@ -50,7 +49,8 @@ struct Problem {
   bool split;  // each segment of a group is a task of its own
   int64_t tasks;
   int threads;
-  float query_scale, softcap;
+  float query_scale;
+  SoftCap softcap;
   int64_t* tree_depths = nullptr;    // [nodes, tree_tiles]: ancestors in earlier tiles; unused for a chain
   int64_t* window_starts = nullptr;  // [nodes]: first visible position; unused without a window
   const float* zeros = nullptr;      // [dim]
@@ -79,10 +79,8 @@ struct Problem {
     split = segments > 1 && groups < 4 * threads && groups % threads != 0 &&
             groups * segments * partial_floats <= max_partial_floats;
     tasks = split ? groups * segments : groups;
-    // Scores come in units of log2 so that exp2 serves; with a soft cap they come as tanh's argument does.
-    const double unit = p.softcap > 0 ? 2.0 / p.softcap : 1.0;
-    query_scale = static_cast<float>(p.scale * unit * log2_e);
-    softcap = static_cast<float>(p.softcap * log2_e);
+    query_scale = static_cast<float>(p.scale * log2_e);  // scores come in units of log2, so that exp2 serves
+    softcap = SoftCap(p.softcap);
 
     Workspace per_thread(nullptr), sizes(nullptr);
     take_scratch(per_thread);

@@ -7,6 +7,7 @@
 #include <float.h>
 #include <math.h>
 
+#include "attention/softcap.h"
 #include "core/cuda/ptx.h"
 
 namespace specbranch::cuda {
@@ -29,8 +30,8 @@ struct AttentionArguments {
   int capacity, words;
   bool by_position;  // keys are taken in the order of positions: see Paths. Only with ancestors
   int64_t window;    // 0: none
-  float factor;      // a product of query and key times this is a score, or twice tanh's argument when there is a cap
-  float softcap;     // in units of log2; 0: none
+  float factor;      // a product of query and key times this is a score
+  SoftCap softcap;
   int splits;        // blocks that share the keys of a row; one writes the output, more write partial results
   float* partial;    // [splits, kv_heads, rows, width]: sums of weights times values
   float2* sums;      // [splits, kv_heads, rows]: maximum score, sum of the weights 2^(score - maximum)

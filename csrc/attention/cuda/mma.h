@@ -4,7 +4,8 @@
 // copies: the next tile is on its way while one is used. A warp takes 32 rows (16 for head dimensions above 128, where
 // twice the accumulators would not fit the registers), so that each fragment of K and V read from shared memory serves
 // two products: with 16 rows, reading them would be slower than the products.
-//   wide:   four warps side by side, 128 (64) rows that share a tile, each warp all keys of it
+//   wide:   four warps side by side, 128 (64) rows that share a tile, each warp all keys of it. Above 256 two warps of 16
+//           rows, and two for each half of the values' columns: the accumulators of all columns would fill every register
 //   narrow: one or two warps of rows, and four or two that share the keys of a tile and are merged at the end
 // Few rows are padded, not left to plain cores: the bytes of K and V take longer than the products even so.
 #pragma once
@@ -15,13 +16,16 @@ namespace specbranch::cuda {
 
 template <int Dim>
 struct MmaShape {
-  static constexpr int keys = Dim <= 128 ? 64 : 32;     // of a tile
+  static constexpr int keys = Dim <= 128 ? 64 : Dim <= 256 ? 32 : 16;  // of a tile
+  static constexpr int column_warps = Dim <= 256 ? 1 : 2;              // that share a row's columns
+  static constexpr int columns = Dim / column_warps;                   // of a warp
+  static constexpr int wide_row_warps = attention_warps / column_warps;
   static constexpr int row_tiles = Dim <= 128 ? 2 : 1;  // of 16 rows, for each warp
   static constexpr int warp_rows = 16 * row_tiles;
   static constexpr int row_bytes = 2 * Dim;
   static constexpr int chunks = Dim / 8;
   static constexpr int tile_bytes = keys * row_bytes;
-  static constexpr int sum_stride = Dim + 8;  // floats; rows of a fragment then lie in different banks
+  static constexpr int sum_stride = columns + 8;  // floats; rows of a fragment then lie in different banks
 
   static constexpr int sums_bytes = attention_warps * warp_rows * sum_stride * 4;
   static constexpr int results_bytes = sums_bytes + attention_warps * warp_rows * static_cast<int>(sizeof(float2));
@@ -66,8 +70,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
   constexpr int groups = wide ? keys / 16 : 1;  // of 16 keys, that one softmax step takes
 
   static_assert(sizeof(BlockState) <= Shape::paths_offset, "room for the state");
-  static_assert(Shape::shared_bytes(wide ? attention_warps : 2) <= attention_shared_bytes, "fits every device");
-  static_assert(Shape::state_bytes + last_block_sums_bytes <= Shape::shared_bytes(wide ? attention_warps : 1),
+  static_assert(Shape::shared_bytes(wide ? Shape::wide_row_warps : 2) <= attention_shared_bytes, "fits every device");
+  static_assert(Shape::state_bytes + last_block_sums_bytes <= Shape::shared_bytes(wide ? Shape::wide_row_warps : 1),
                 "room to merge");
   BlockState& state = *shared_memory<BlockState>();
   Paths& paths = *reinterpret_cast<Paths*>(shared_memory<unsigned char>() + Shape::paths_offset);
@@ -76,8 +80,11 @@ __global__ void __launch_bounds__(attention_threads, 2)
   const SharedAddress address = shared_address(memory);
   const auto place = [](int row, int chunk) { return Shape::place(row, chunk); };
 
-  const int row_warps = wide ? attention_warps : narrow_row_warps, key_warps = attention_warps / row_warps;
-  const int warp = threadIdx.x / warp_size, row_warp = warp % row_warps, key_warp = warp / row_warps;
+  constexpr int column_warps = Shape::column_warps, columns = Shape::columns;
+  const int row_warps = wide ? Shape::wide_row_warps : narrow_row_warps;
+  const int key_warps = attention_warps / column_warps / row_warps;
+  const int warp = threadIdx.x / warp_size, row_warp = warp % row_warps;
+  const int column_warp = warp / row_warps % column_warps, key_warp = warp / row_warps / column_warps;
   const int block_rows = row_warps * warp_rows;
   const int split = blockIdx.y, kv_head = blockIdx.z;
   const int first_row = (gridDim.x - 1 - blockIdx.x) * block_rows;  // a chain's last rows take longest: they go first
@@ -115,7 +122,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
   const bool transformed = must_transform(a);
   const float factor = transformed ? 1.0f : a.factor;
 
-  float sums[row_tiles][Dim / 8][4] = {};
+  float sums[row_tiles][columns / 8][4] = {};
   float weight_sums[row_tiles][4] = {};  // as one more column of values that is all ones, summed up on tensor cores too
   float maximum[row_tiles][2];
 #pragma unroll
@@ -235,7 +242,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
 #pragma unroll
           for (int i = 0; i < 4; ++i) weight_sums[m][i] *= change[m][i / 2];
 #pragma unroll
-          for (int j = 0; j < Dim / 8; ++j) {
+          for (int j = 0; j < columns / 8; ++j) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) sums[m][j][i] *= change[m][i / 2];
           }
@@ -257,13 +264,14 @@ __global__ void __launch_bounds__(attention_threads, 2)
       }
       // Weights times values: the lane's weights are its part of the left factor.
       const uint32_t ones[2] = {pack<T>(1.0f, 1.0f), pack<T>(1.0f, 1.0f)};
-      const SharedAddress my_values = address + tile_values + (first_key + lane_row) * Shape::row_bytes;
+      const SharedAddress my_values =
+          address + tile_values + (first_key + lane_row) * Shape::row_bytes + column_warp * columns * 2;
 #pragma unroll
       for (int g = 0; g < groups; ++g) {
 #pragma unroll
         for (int m = 0; m < row_tiles; ++m) mma_m16n8k16<T>(weight_sums[m], weights[m][g], ones);
 #pragma unroll
-        for (int step = 0; step < Dim / 16; ++step) {
+        for (int step = 0; step < columns / 16; ++step) {
           if (!wide && step % 4 == 0 && step >= value_steps) break;
           uint32_t v[4];
           ldmatrix_x4_trans(v, my_values + g * 16 * Shape::row_bytes + Shape::along(lane_start, step));
@@ -294,7 +302,7 @@ __global__ void __launch_bounds__(attention_threads, 2)
       const int slot = thread / warp_size * warp_rows + m * 16 + half * 8 + thread % warp_size / 4;
       if (thread % 4 == 0) all_weights[slot] = {maximum[m][half], weight_sums[m][2 * half]};
 #pragma unroll
-      for (int j = 0; j < Dim / 8; ++j) {
+      for (int j = 0; j < columns / 8; ++j) {
         *reinterpret_cast<float2*>(all_sums + slot * Shape::sum_stride + 8 * j + 2 * (thread % 4)) = {
             sums[m][j][2 * half], sums[m][j][2 * half + 1]};
       }
@@ -302,7 +310,9 @@ __global__ void __launch_bounds__(attention_threads, 2)
   }
   __syncthreads();
 
-  const auto slot_of = [&](int row, int k) { return (k * row_warps + row / warp_rows) * warp_rows + row % warp_rows; };
+  const auto slot_of = [&](int row, int k, int half = 0) {  // half: of the columns
+    return ((k * column_warps + half) * row_warps + row / warp_rows) * warp_rows + row % warp_rows;
+  };
   const auto row_sums = [&](int row) {
     float top = lowest, sum = 0.0f;
     for (int k = 0; k < key_warps; ++k) top = fmaxf(top, all_weights[slot_of(row, k)].x);
@@ -314,16 +324,16 @@ __global__ void __launch_bounds__(attention_threads, 2)
   };
   const bool empty = state.first_tile == state.last_tile && a.splits > 1;
   if (empty) write_empty(a, split, kv_head, state.first_row, state.count);
-  const int columns = a.width / 4, items = empty ? 0 : state.count * columns;
+  const int quads = a.width / 4, items = empty ? 0 : state.count * quads;
 #pragma unroll 1
   for (int at = thread; at < items; at += attention_threads) {
-    const int row = at / columns, column = at % columns * 4;
+    const int row = at / quads, column = at % quads * 4;
     const float2 total = row_sums(row);
     float4 sum = {};
     for (int k = 0; k < key_warps; ++k) {
-      const int slot = slot_of(row, k);
+      const int slot = slot_of(row, k, column / columns);
       const float share = exp2_approximate(all_weights[slot].x - total.x);
-      const float4 part = *reinterpret_cast<const float4*>(all_sums + slot * Shape::sum_stride + column);
+      const float4 part = *reinterpret_cast<const float4*>(all_sums + slot * Shape::sum_stride + column % columns);
       sum = multiply_add(part, share, sum);
     }
     write_result<T>(a, split, kv_head, state.first_row + row, column, sum, total);

@@ -4,6 +4,7 @@
 // with keys / Tx keys of a tile in registers, exchanges its weights through shared memory and sums up the same rows'
 // values in value_dim / Tx columns. K and V have one buffer each: the next K is on its way while V is used, and V while
 // K is. Few rows: 4 x 32 threads, 8 rows, bound by the bytes of K and V; else 8 x 16 threads and 32 (16) rows.
+// Above 256 columns there is room for 16 keys and 8 rows only, and 8 x 16 threads take them.
 #pragma once
 
 #include "attention/cuda/rows.h"
@@ -12,9 +13,9 @@ namespace specbranch::cuda {
 
 template <int Dim, bool wide>
 struct PlainShape {
-  static constexpr int keys = Dim <= 128 ? 64 : 32;  // of a tile
+  static constexpr int keys = Dim <= 128 ? 64 : Dim <= 256 ? 32 : 16;  // of a tile
   static constexpr int rows = !wide ? 8 : Dim <= 128 ? 32 : 16;
-  static constexpr int across = wide ? 16 : 32;  // Tx
+  static constexpr int across = wide || keys < 32 ? 16 : 32;           // Tx
   static constexpr int thread_rows = rows / (attention_threads / across);
   static constexpr int thread_keys = keys / across;
   static constexpr int thread_columns = Dim / (4 * across);         // times 4

@@ -11,16 +11,18 @@ namespace specbranch::cuda {
 
 // Scores come as products of query and key. They are in units of log2 / factor, or of log2 after a transformation:
 // a soft cap needs one, and a factor that would turn maxima into minima.
-__device__ inline bool must_transform(const AttentionArguments& a) { return a.softcap > 0.0f || !(a.factor > 0.0f); }
+__device__ inline bool must_transform(const AttentionArguments& a) { return a.softcap.cap > 0.0f || !(a.factor > 0.0f); }
 
 template <int rows, int columns>
 __device__ inline void transform(const AttentionArguments& a, float (&products)[rows][columns]) {
-  if (a.softcap > 0.0f) {
+  if (a.softcap.cap > 0.0f) {
 #pragma unroll
     for (int r = 0; r < rows; ++r) {
 #pragma unroll
-      for (int j = 0; j < columns; ++j) {  // cap * tanh
-        products[r][j] = a.softcap - __fdividef(2.0f * a.softcap, exp2_approximate(products[r][j] * a.factor) + 1.0f);
+      for (int j = 0; j < columns; ++j) {
+        const float score = products[r][j] * a.factor, y = score * a.softcap.unit;
+        const float tanh = 1.0f - __fdividef(2.0f, exp2_approximate(y) + 1.0f);
+        products[r][j] = fabsf(y) < series_limit ? score * tanh_series(y) : a.softcap.cap * tanh;
       }
     }
   } else {

@@ -46,7 +46,7 @@ namespace {
 
 constexpr int64_t target_blocks = 264;  // two for each multiprocessor of an H100: one wave
 constexpr int64_t min_split_keys = 64;
-constexpr int64_t max_dim = 256;
+constexpr int64_t max_dim = 512;
 
 static_assert(target_blocks / 2 <= max_tickets, "a ticket for each block of rows and KV head that has two splits");
 
@@ -94,6 +94,7 @@ struct Grid {
 template <typename T, int Dim, bool wide>
 void run_mma(const TreeAttentionParams& p, AttentionArguments& a, int row_warps) {
   using Shape = MmaShape<Dim>;
+  static_assert(Dim <= 256 || wide, "columns are shared in wide blocks only");
   const Grid grid{row_warps * Shape::warp_rows, &a, &p};
   grid.run(attend_mma<T, Dim, wide>, Shape::shared_bytes(row_warps), row_warps);
 }
@@ -107,6 +108,7 @@ void attend(const TreeAttentionParams& p, AttentionArguments& a, int dim) {
     if (dim <= 96) return run_mma<T, 96, true>(p, a, attention_warps);
     return run_mma<T, 128, true>(p, a, attention_warps);
   }
+  if (dim > 256) return run_mma<T, 512, true>(p, a, MmaShape<512>::wide_row_warps);
   if (a.rows <= 2 * MmaShape<256>::warp_rows) return run_mma<T, 256, false>(p, a, 2);
   run_mma<T, 256, true>(p, a, attention_warps);
 }
@@ -121,6 +123,7 @@ void run_plain(const TreeAttentionParams& p, AttentionArguments& a) {
 template <>
 void attend<float>(const TreeAttentionParams& p, AttentionArguments& a, int dim) {
   if (dim <= 128) return a.rows <= 8 ? run_plain<128, false>(p, a) : run_plain<128, true>(p, a);
+  if (dim > 256) return run_plain<512, false>(p, a);
   a.rows <= 8 ? run_plain<256, false>(p, a) : run_plain<256, true>(p, a);
 }
 
@@ -130,10 +133,10 @@ void run(const TreeAttentionParams& p) {
   const int64_t nodes = query.shape[0], kv_heads = keys.shape[0], capacity = keys.shape[1];
   const int64_t dim = std::max(query.shape[2], values.shape[2]), heads_per_kv = query.shape[1] / kv_heads;
   if (query.shape[2] > max_dim) {
-    fail("query: expected at most 256 elements per head on CUDA, got shape " + shape_text(query));
+    fail("query: expected at most 512 elements per head on CUDA, got shape " + shape_text(query));
   }
   if (values.shape[2] > max_dim) {
-    fail("values: expected at most 256 elements per head on CUDA, got shape " + shape_text(values));
+    fail("values: expected at most 512 elements per head on CUDA, got shape " + shape_text(values));
   }
   if (capacity > INT32_MAX - 256 || kv_heads > 65535) {
     fail("keys: expected at most 65535 heads and fewer than 2^31 - 256 rows on CUDA, got shape " + shape_text(keys));
@@ -167,9 +170,8 @@ void run(const TreeAttentionParams& p) {
   a.words = static_cast<int>(words);
   a.by_position = p.by_position && !p.chain;
   a.window = p.sliding_window;
-  const double log2_e = 1.4426950408889634;
-  a.softcap = static_cast<float>(p.softcap * log2_e);
-  a.factor = static_cast<float>(p.scale * log2_e * (p.softcap > 0 ? 2.0 / p.softcap : 1.0));
+  a.softcap = SoftCap(p.softcap);
+  a.factor = static_cast<float>(p.scale * log2_e);
   a.vector_query = aligned(query, 16);
   a.vector_keys = aligned(keys, 16);
   a.vector_values = aligned(values, 16);

@@ -1,6 +1,8 @@
 // The first pass over a row: its largest logit, and what makes it unusable.
 #pragma once
 
+#include <algorithm>
+#include <cfloat>
 #include <cstring>
 
 #include "core/cpu/simd.h"
@@ -39,7 +41,7 @@ void segment_mass(const T* row, int64_t begin, int64_t end, float inverse_temper
   constexpr float bits_of_one = 1065353216.0f;
   out.mass = 0.0f;
   if (!(out.max_logit > -HUGE_VALF)) return;
-  const float scale = inverse_temperature * (8388608.0f * 1.44269504f);
+  const float scale = std::min(inverse_temperature * (8388608.0f * 1.44269504f), FLT_MAX);
   constexpr int unroll = 4;
   FloatVec sum[unroll] = {};
   const auto weight = [&](FloatVec x) {

@@ -44,7 +44,9 @@ struct BracketPlan {
 
   // Bins for each unit of z. `spread`: how far apart the largest logits of the row's segments are, which says how far
   // the row's tail is.
-  __device__ float count_bins(float spread) const { return (bracket_bins - 1) / (8.0f * spread + least_range); }
+  __device__ float count_bins(float spread) const {
+    return (bracket_bins - 1) / fminf(fmaxf(8.0f * spread + least_range, 1e-30f), FLT_MAX);
+  }
   // mass: of the row. The last bin then begins where exp(-6) of what top-p drops is left.
   __device__ float mass_bins(float mass) const {
     return (bracket_bins - 1) / (logf(vocabulary / (dropped * mass)) + 6.0f);
@@ -91,7 +93,7 @@ __device__ inline void count_sample(BracketShared& s, const ThreadSample& sample
     for (const float x : group.x) {
       const float z = x * inverse_temperature;
       if (!(z >= lowest_finite)) continue;
-      atomicAdd(&s.count[static_cast<int>(fminf((z_max - z) * bins_per_unit, bracket_bins - 1.0f))], 1u);
+      atomicAdd(&s.count[bin_of((z_max - z) * bins_per_unit, bracket_bins)], 1u);
     }
   }
 }
