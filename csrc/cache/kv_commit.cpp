@@ -19,8 +19,12 @@ void check_kv_commit(const KvCommitParams& p) {
     const Tensor& buffer = p.buffers[b];
     const std::string name = buffer_name(b);
     if (buffer.dims != 3) fail(name + ": expected shape [Hkv, C, D], got " + shape_text(buffer));
-    if (buffer.shape[2] > 1 && buffer.stride[2] != 1) {
-      fail(name + ": expected stride 1 in the last dimension, got " + std::to_string(buffer.stride[2]));
+    check_last_dim_contiguous(buffer, name);
+    // Two of its rows would be one, and the last one written would win.
+    for (int i = 0; i < 2; ++i) {
+      if (buffer.shape[i] > 1 && buffer.stride[i] == 0 && !is_empty(buffer)) {
+        fail(name + ": expected rows in memory of their own, got stride 0 in dimension " + std::to_string(i));
+      }
     }
   }
   if (p.launch.on_cuda()) return;  // the kernel moves no row that is out of range

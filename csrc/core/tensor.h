@@ -108,18 +108,25 @@ inline void check_float(const Tensor& t) {
   }
 }
 
-inline void check_last_dim_contiguous(const Tensor& t) {
+// Strides of an empty tensor mean nothing.
+inline bool is_empty(const Tensor& t) {
+  for (int i = 0; i < t.dims; ++i) {
+    if (t.shape[i] == 0) return true;
+  }
+  return false;
+}
+
+inline void check_last_dim_contiguous(const Tensor& t, const std::string& name) {
   const int last = t.dims - 1;
-  if (t.shape[last] > 1 && t.stride[last] != 1) {
-    fail(std::string(t.name) + ": expected stride 1 in the last dimension, got " + std::to_string(t.stride[last]));
+  if (t.shape[last] > 1 && t.stride[last] != 1 && !is_empty(t)) {
+    fail(name + ": expected stride 1 in the last dimension, got " + std::to_string(t.stride[last]));
   }
 }
+inline void check_last_dim_contiguous(const Tensor& t) { check_last_dim_contiguous(t, t.name); }
 
 // For small integer vectors: every stride 1, so that a plain pointer is enough.
 inline void check_contiguous(const Tensor& t) {
-  for (int i = 0; i < t.dims; ++i) {
-    if (t.shape[i] == 0) return;  // strides of an empty tensor mean nothing
-  }
+  if (is_empty(t)) return;
   int64_t expected = 1;
   for (int i = t.dims - 1; i >= 0; --i) {
     if (t.shape[i] > 1 && t.stride[i] != expected) fail(std::string(t.name) + ": expected a contiguous tensor");
