@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from . import _checks
+from ._checks import describe
 
 core: Any = _C
 """The compiled module that every op runs on. The tests put the emulated CUDA kernels here."""
 
-# One fragment for all ops. `Library` rather than `custom_op`: its calls cost a few microseconds less.
+# One fragment for all ops.
 _LIBRARY = torch.library.Library("specbranch", "FRAGMENT")
 
 
@@ -22,25 +24,28 @@ def register(
     *,
     workspace: Callable[..., tuple[Any, ...]] | None = None,
     tickets: Callable[[Tensor], Tensor | None] | None = None,
-    fake: Callable[..., Tensor | tuple[Tensor, ...]] | None = None,
+    run: Callable[..., None] | None = None,
     device_of: int = 0,
 ) -> Callable[..., Any]:
     """Define `torch.ops.specbranch.<op>` by what makes its outputs; returns the overload.
 
-    Its kernel calls the core's function of the same name with the arguments of the schema, the outputs,
-    `launch_handle`, and then the workspace and the tickets of an op that has them.
+    Its kernel, one for the CPU and CUDA, calls the core's function of the same name with the arguments of the schema,
+    the outputs, `launch_handle`, and then the workspace and the tickets of an op that has them. The fake implementation
+    refuses tensors of several devices, as the core does.
 
     Args:
         schema: the op's name, arguments and results.
-        outputs: from the arguments to the tensors that the core writes; the fake implementation too. None where the
-            op writes its arguments.
+        outputs: from the arguments to the tensors that the core writes. None where the op writes its arguments.
         workspace: from the arguments to those of the core's `<op>_workspace`.
         tickets: `_tickets.tickets`.
-        fake: the fake implementation, where it is another one.
+        run: called with the arguments and the outputs in place of the core's function.
         device_of: the argument whose device the op runs on.
     """
-    overload = define(schema)
-    op, declared = overload._opname, overload._schema.arguments
+    # `Library` rather than `custom_op`: its calls cost a few microseconds less.
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = schema.split("(", 1)[0]
+    overload = getattr(torch.ops.specbranch, op).default
+    declared = overload._schema.arguments
     parameters = ", ".join(f"{a.name}={a.default_value}" if a.has_default_value() else a.name for a in declared)
     arguments, where = ", ".join(a.name for a in declared), declared[device_of].name
     results = ", ".join(f"output_{i}" for i in range(len(overload._schema.returns)))
@@ -49,29 +54,19 @@ def register(
         call.append(f"library.allocate({where}, {op!r}, workspace, {arguments})")
     if tickets:
         call.append(f"tickets({where})")
+    named = f"checks.named({[a.name for a in declared]}, [{arguments}])"
+    make = [f"    {results} = outputs({arguments})"] if results else []
+    done = [f"    return {results or None}"]
+    core = f"run({', '.join(call[:-1])})" if run else f"library.core.{op}({', '.join(call)})"
     # Written out, because a function that passes on any arguments takes 0.3 us more.
-    source = [f"def kernel({parameters}):"]
-    if results:
-        source.append(f"    {results} = outputs({arguments})")
-    source.append(f"    library.core.{op}({', '.join(call)})")
-    source.append(f"    return {results or None}")
-    scope: dict[str, Any] = {"library": sys.modules[__name__]}
-    scope |= {"outputs": outputs, "workspace": workspace, "tickets": tickets}
-    exec("\n".join(source), scope)
-    return implement(overload, scope["kernel"], fake or outputs or (lambda *arguments: None))
-
-
-def define(schema: str) -> Any:
-    """The overload of a new `torch.ops.specbranch.<op>`."""
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    return getattr(torch.ops.specbranch, schema.split("(", 1)[0]).default
-
-
-def implement(overload: Any, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Give an op one kernel for the CPU and CUDA, and a fake one; returns the overload."""
-    _LIBRARY.impl(overload._opname, kernel, "CPU")
-    _LIBRARY.impl(overload._opname, kernel, "CUDA")
-    torch.library.register_fake(f"specbranch::{overload._opname}", fake, lib=_LIBRARY)
+    kernel = [f"def kernel({parameters}):", *make, f"    {core}", *done]
+    fake = [f"def fake({parameters}):", f"    checks.check_devices({named})", *make, *done]
+    scope: dict[str, Any] = {"library": sys.modules[__name__], "checks": _checks}
+    scope |= {"outputs": outputs, "workspace": workspace, "tickets": tickets, "run": run}
+    exec("\n".join([*kernel, *fake]), scope)
+    _LIBRARY.impl(op, scope["kernel"], "CPU")
+    _LIBRARY.impl(op, scope["kernel"], "CUDA")
+    torch.library.register_fake(f"specbranch::{op}", scope["fake"], lib=_LIBRARY)
     return cast("Callable[..., Any]", overload)
 
 
@@ -104,10 +99,4 @@ def int64_scalar(value: int | Tensor, name: str, device: torch.device) -> Tensor
         if value.dtype != torch.int64 or value.dim() != 0:
             raise ValueError(f"{name}: expected an int or an int64 tensor of shape [], got {describe(value)}")
         return value
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name}: expected an int of 64 bits, got {value}")
     return torch.scalar_tensor(value, dtype=torch.int64, device=device)  # half the time of torch.tensor
-
-
-def describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}"

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._library import describe, register
+from ._checks import checked, describe
+from ._library import register
 
 
 class AncestorMask(NamedTuple):
@@ -28,6 +29,7 @@ def _outputs(parents: Tensor) -> tuple[Tensor, ...]:
 _op = register("ancestor_mask(Tensor parents) -> (Tensor ancestors, Tensor depths)", _outputs)
 
 
+@checked
 def ancestor_mask(parents: Tensor) -> AncestorMask:
     """The ancestor bits that `tree_attention` reads, and the depths that give positions.
 

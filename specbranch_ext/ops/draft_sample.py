@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import checked
 from ._library import check_matrix, int64_scalar, register
 
 
@@ -24,10 +25,10 @@ class DraftSample(NamedTuple):
 
 
 def _outputs(draft_logits: Tensor, positions: Tensor, k: int, *_: Any) -> tuple[Tensor, ...]:
-    if k < 1:
-        raise ValueError(f"k: expected at least 1, got {k}")
     check_matrix(draft_logits, "draft_logits")
-    rows = draft_logits.shape[0]
+    rows, vocabulary = draft_logits.shape
+    if not 1 <= k <= max(vocabulary, 1):
+        raise ValueError(f"k: expected 1 to V = {vocabulary}, got {k}")
     tokens = draft_logits.new_empty((rows, k), dtype=torch.int64)
     scores = draft_logits.new_empty((rows, k), dtype=torch.float32)
     return tokens, scores, torch.empty_like(scores), draft_logits.new_empty((rows,), dtype=torch.float32)
@@ -46,6 +47,7 @@ _op = register(
 )
 
 
+@checked
 def draft_sample(
     draft_logits: Tensor,
     positions: Tensor,

@@ -5,16 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import checked, describe
 from ._library import int64_scalar, register
 
 
 def _outputs(positions: Tensor, vocabulary: int, *_: Any) -> Tensor:
+    if positions.dim() != 1:
+        raise ValueError(f"positions: expected int64 of shape [n], got {describe(positions)}")
     return positions.new_empty((positions.shape[0], vocabulary), dtype=torch.float32)
 
 
 _op = register("gumbel_noise(Tensor positions, SymInt vocabulary, Tensor seed) -> Tensor", _outputs)
 
 
+@checked
 def gumbel_noise(positions: Tensor, vocabulary: int, *, seed: int | Tensor = 0) -> Tensor:
     """The standard Gumbel noise of every token at each position, for a seed.
 
@@ -29,9 +33,9 @@ def gumbel_noise(positions: Tensor, vocabulary: int, *, seed: int | Tensor = 0) 
         float32 [n, V].
 
     Raises:
-        ValueError: a tensor has another shape or dtype, or vocabulary is below 1; the message names it.
+        ValueError: a tensor has another shape or dtype, or vocabulary is not from 1 to 2^31 - 1; the message names it.
     """
-    if vocabulary < 1:
-        raise ValueError(f"vocabulary: expected at least 1, got {vocabulary}")
+    if not 1 <= vocabulary < 2**31:
+        raise ValueError(f"vocabulary: expected 1 to 2^31 - 1, got {vocabulary}")
     noise: Tensor = _op(positions, vocabulary, int64_scalar(seed, "seed", positions.device))
     return noise

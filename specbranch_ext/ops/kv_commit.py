@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ._checks import checked
 from ._library import int64_scalar, register
 
 _op = register("kv_commit(Tensor(a!)[] buffers, Tensor rows, Tensor start) -> ()", device_of=1)
 
 
+@checked
 def kv_commit(buffers: Sequence[Tensor], rows: Tensor, start: int | Tensor) -> None:
     """Move cache rows in place: `new[:, start + i] = old[:, rows[i]]` for i < m, in every buffer.
 

@@ -4,7 +4,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import _library
-from ._library import define, describe, implement
+from ._checks import checked, describe
+from ._library import register
 
 
 def _output(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -15,19 +16,18 @@ def _output(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return input.new_empty((*input.shape[:-1], weight.shape[0]))
 
 
-def _kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    output = _output(input, weight, bias)
+def _run(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
     rows = input.contiguous()
     if output.dim() > 3:  # the core knows few dimensions, and the leading ones do not matter to it
         _library.core.linear(rows.flatten(0, -2), weight, bias, output.flatten(0, -2), _library.launch_handle(rows))
     else:
         _library.core.linear(rows, weight, bias, output, _library.launch_handle(rows))
-    return output
 
 
-_op = implement(define("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor"), _kernel, _output)
+_op = register("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", _output, run=_run)
 
 
+@checked
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` for a few rows, with every row's result independent of the others.
 

@@ -4,7 +4,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ._library import describe, int64_scalar, register
+from ._checks import checked, describe
+from ._library import int64_scalar, register
 from ._tickets import tickets
 
 
@@ -18,12 +19,6 @@ def _outputs(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
     return query.new_empty((query.shape[0], query.shape[1], values.shape[2]))
 
 
-def _fake(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
-    if not query.device == keys.device == values.device:
-        raise ValueError(f"keys and values: expected query's device {query.device}, got {keys.device}, {values.device}")
-    return _outputs(query, keys, values)
-
-
 def _workspace(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[Any, ...]:
     return *query.shape[:2], keys.shape[0], values.shape[2], keys.shape[1]
 
@@ -34,10 +29,10 @@ _op = register(
     _outputs,
     workspace=_workspace,
     tickets=tickets,
-    fake=_fake,
 )
 
 
+@checked
 def tree_attention(
     query: Tensor,
     keys: Tensor,
@@ -70,10 +65,11 @@ def tree_attention(
         prefix_length: int or int64 [].
         ancestors: int64 [n, words] as `ancestor_mask` gives them; every row holds its node's own bit. None: a
             chain, query i sees tree rows 0 to i (a chunk of a prompt).
-        scale: factor on the scores; None: D ** -0.5.
+        scale: factor on the scores, finite; None: D ** -0.5.
         sliding_window: a key is visible iff its position is fewer than this many positions before the
             query's; the position of a tree node is prefix_length + its depth. None: no window.
-        softcap: scores become softcap * tanh(score / softcap) after scaling. None: they stay.
+        softcap: scores become softcap * tanh(score / softcap) after scaling; from 1e-38 up, and one that is far
+            above every score, infinity too, changes nothing. None: they stay.
         by_position: sums in the order of positions, so that a query's bits do not depend on how the tree lies in
             the cache. False: in the order of rows, faster on a CUDA device for trees with several leaves. No
             difference on the CPU.
@@ -83,7 +79,7 @@ def tree_attention(
 
     Raises:
         ValueError: wrong shape, dtype or stride, an empty row of ancestors, or tree rows beyond the capacity
-            C; the message names the tensor. On a CUDA device D and Dv are at most 256, and prefix_length and
+            C; the message names the tensor. On a CUDA device D and Dv are at most 512, and prefix_length and
             ancestors are read by the kernel alone: a query that they send beyond the capacity gets NaN, one that sees
             nothing gets zeros.
 
@@ -94,15 +90,15 @@ def tree_attention(
         raise ValueError(f"query: expected shape [n, Hq, D], got {describe(query)}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window: expected None or at least 1, got {sliding_window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected None or a positive number, got {softcap}")
+    if softcap is not None and not softcap >= 1e-38:
+        raise ValueError(f"softcap: expected None or a number from 1e-38 up, got {softcap}")
     result: Tensor = _op(
         query,
         keys,
         values,
         int64_scalar(prefix_length, "prefix_length", query.device),
         ancestors,
-        query.shape[2] ** -0.5 if scale is None else scale,
+        max(query.shape[2], 1) ** -0.5 if scale is None else scale,
         sliding_window or 0,
         softcap or 0.0,
         by_position,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import checked
 from ._library import check_matrix, int64_scalar, register
 from ._tickets import tickets
 
@@ -45,6 +46,7 @@ _op = register(
 )
 
 
+@checked
 def verify(
     target_logits: Tensor,
     tokens: Tensor,

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import checked
 from ._library import int64_scalar, register
 from ._tickets import tickets
 
@@ -42,6 +43,7 @@ _op = register(
 )
 
 
+@checked
 def verify_rejection(
     target_logits: Tensor,
     draft_logits: Tensor,

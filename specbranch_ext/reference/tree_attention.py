@@ -56,7 +56,7 @@ def tree_attention(
     v = values[:, :length].double().repeat_interleave(heads_per_kv, 0)
     scores = torch.einsum("nhd,hcd->hnc", query.double(), k)
     scores *= query.shape[2] ** -0.5 if scale is None else scale
-    if softcap is not None:
+    if softcap is not None and softcap < torch.inf:
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     return torch.einsum("hnc,hcd->nhd", weights, v).to(query.dtype)

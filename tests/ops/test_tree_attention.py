@@ -90,7 +90,10 @@ def test_group_ratios_and_dtypes(heads, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(
     "dims",
-    [(32, 32), (20, 20), (33, 31), (80, 80), (96, 96), (128, 128), (256, 256), (64, 40), (1, 3), (40, 200)],
+    [
+        *[(32, 32), (20, 20), (33, 31), (80, 80), (96, 96), (128, 128), (256, 256), (64, 40), (1, 3), (40, 200)],
+        *[(512, 512), (320, 384), (257, 40), (40, 511)],
+    ],
     ids=str,
 )
 def test_head_dims(dims, dtype):
@@ -258,9 +261,11 @@ MERGES = [
     (1, 1024, (4, 2), (64, 64), 1),  # 16 splits of 2 rows
     (5, 300, (6, 1), (128, 128), 1),
     (3, 700, (2, 2), (256, 200), 1),
+    (3, 300, (2, 2), (512, 512), 1),
     (20, 150, (8, 2), (64, 64), 1),  # two splits of two or three blocks of rows, in float32
     (1, 4000, (7, 1), (20, 3), 1),  # a partial result is hardly larger than its sums
     (40, 700, (8, 1), (96, 96), 2),
+    (9, 400, (4, 1), (320, 512), 2),
     (9, 2048, (14, 2), (64, 48), 2),
 ]
 
@@ -353,7 +358,7 @@ def bad(**changes):
         ({"query": lambda q: q[:, :5]}, "query: expected Hq to be a multiple of Hkv"),
         ({"keys": lambda k: k[..., :16]}, "keys: expected shape"),
         ({"keys": lambda k: k.bfloat16()}, "keys: expected float32, got bfloat16"),
-        ({"keys": lambda k: k.to("meta")}, "keys and values: expected query's device"),
+        ({"keys": lambda k: k.to("meta")}, "keys: expected a tensor on cpu, as query is, got one on meta"),
         ({"values": lambda v: v[:, :-1]}, "values: expected shape"),
         ({"values": lambda v: v[0]}, "values: expected shape"),
         ({"prefix_length": lambda p: -1}, "prefix_length: expected at least 0"),
@@ -377,7 +382,16 @@ def test_bad_input(changes, message):
 @on_cpu
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"sliding_window": 0}, "sliding_window"), ({"softcap": 0.0}, "softcap"), ({"softcap": float("nan")}, "softcap")],
+    [
+        ({"sliding_window": 0}, "sliding_window: expected None or at least 1, got 0"),
+        ({"softcap": 0.0}, "softcap: expected None or a number from 1e-38 up, got 0.0"),
+        ({"softcap": -30.0}, "softcap: expected None or a number from 1e-38 up, got -30.0"),
+        ({"softcap": 1e-39}, "softcap: expected None or a number from 1e-38 up, got 1e-39"),
+        ({"softcap": float("nan")}, "softcap: expected None or a number from 1e-38 up, got nan"),
+        ({"scale": float("nan")}, "scale: expected a finite number, up to 1e38, got nan"),
+        ({"scale": float("-inf")}, "scale: expected a finite number, up to 1e38, got -inf"),
+        ({"scale": 1e39}, "scale: expected a finite number, up to 1e38, got 1e"),
+    ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
