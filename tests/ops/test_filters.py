@@ -24,7 +24,7 @@ ODD: list[dict[str, Any]] = [
     {"top_k": 7, "top_p": 0.5, "min_p": 0.5},  # temperature 0: not applied
 ]
 BAD = {
-    "temperature": (-1.0, torch.nan, torch.inf, 1e-39),
+    "temperature": (-1.0, torch.nan, torch.inf, 1e-39, 1e39),
     "top_k": (-1.0, 2.5, torch.nan, torch.inf),
     "top_p": (0.0, 1.5, -0.5, torch.nan),
     "min_p": (-0.1, 1.1, torch.nan),

@@ -1,0 +1,213 @@
+"""Calls of every op for the fuzzer: valid ones, at the ends of every range, and such with one odd argument."""
+
+from dataclasses import replace
+from typing import Any
+
+from fuzz_values import BAD_FILLS, DTYPES, FILLS, LAYOUTS, ODD, Ancestors, Bytes, Call, Doubles, Floats, Ints, Odd
+from hypothesis import strategies as st
+
+Draw = Any
+
+SEEDS = st.integers(0, 2**32)
+NUMBERS = ("temperature", "top_k", "top_p", "min_p")
+ENDS = [0, 1, 7, 2**31 - 1, 2**31, 2**40, 2**63 - 1, -1, -5, -(2**63)]
+TEMPERATURES = [0.0, 1.0, 0.5, 1.5, 1e-3, 1e-38, 1.2e-38, 1e-30, 1e-20, 1e3, 1e20, 1e30, 1e36, 1e37, 9e37, 1e38]
+TOP_P = [1.0, 0.9, 0.5, 0.3, 0.999, 1 - 2.0**-53, 1e-7, 1e-12, 1e-300, 5e-324]
+MIN_P = [0.0, 0.05, 0.3, 1.0, 1e-7, 1e-39, 1e-300]
+VOCABULARIES = [1, 2, 3, 7, 16, 17, 33, 64, 100, 257]
+LARGE_VOCABULARIES = [1001, 4097, 8193]
+WIDTHS = [1, 2, 3, 4, 8, 15, 16, 20, 33, 64]
+LARGE_WIDTHS = [96, 128, 130, 256, 257, 320, 512]
+SCALES = [None, None, 0.3, 1.0, 0.0, -1.0, 1e-3, 1e-40, 5e-324]
+SOFTCAPS = [None, None, 1e-38, 1e-20, 1e-3, 1.0, 30.0, 1e4, 4e9, 1e30, 1e38, 3e38, 1e300, float("inf")]
+WINDOWS = [None, None, 1, 2, 3, 20, 70, 2**31, 2**62, 2**63 - 1]
+
+one_of = st.sampled_from
+
+
+def rarely(draw: Draw, share: int = 16) -> bool:
+    return bool(draw(st.integers(0, share - 1)) == 0)
+
+
+def vector(draw: Draw, values: st.SearchStrategy[int], n: int) -> Ints:
+    return Ints(tuple(draw(st.lists(values, min_size=n, max_size=n))))
+
+
+def positions(draw: Draw, n: int) -> Ints:
+    first = draw(one_of(ENDS))
+    return Ints(tuple(min(first + i, 2**63 - 1) for i in range(n)))
+
+
+def scalar(draw: Draw, value: int) -> int | Ints:
+    return Ints(value) if draw(st.booleans()) else value
+
+
+def parents_of(draw: Draw, n: int, unused: bool) -> tuple[int, ...]:
+    lowest = -1 if unused else 0
+    return tuple(-1 if i == 0 else draw(st.integers(min(lowest, i - 1), i - 1)) for i in range(n))
+
+
+def logits(draw: Draw, rows: int, vocabulary: int, dtype: str) -> Floats:
+    fill = draw(one_of(BAD_FILLS if rarely(draw) else FILLS))
+    return Floats((rows, vocabulary), fill, dtype, draw(one_of(LAYOUTS)), draw(SEEDS))
+
+
+def filters(draw: Draw, vocabulary: int, in_memory: bool = True) -> dict[str, Any]:
+    values = (
+        draw(one_of(TEMPERATURES) | st.floats(0.1, 3.0)),
+        draw(one_of([0, 0, 1, 2, vocabulary, vocabulary + 1, 2**40]) | st.integers(1, vocabulary)),
+        draw(one_of(TOP_P)),
+        draw(one_of(MIN_P)),
+    )
+    if in_memory and draw(st.booleans()):
+        return {"filters": Doubles(tuple(map(float, values)))}
+    return dict(zip(NUMBERS, values, strict=True))
+
+
+def sampled(draw: Draw) -> tuple[int, int, str]:
+    """Rows, vocabulary, dtype."""
+    vocabulary = draw(one_of(LARGE_VOCABULARIES if rarely(draw, 32) else VOCABULARIES))
+    return draw(st.integers(1, 5)), vocabulary, draw(one_of(sorted(DTYPES)))
+
+
+def verify(draw: Draw) -> dict[str, Any]:
+    n, vocabulary, dtype = sampled(draw)
+    tokens = st.integers(0, vocabulary - 1) | one_of([*ENDS, vocabulary])
+    return {
+        "target_logits": logits(draw, n, vocabulary, dtype),
+        "tokens": vector(draw, tokens, n),
+        "parents": Ints(parents_of(draw, n, unused=True)),
+        "positions": positions(draw, n),
+        "seed": scalar(draw, draw(one_of(ENDS))),
+        **filters(draw, vocabulary),
+    }
+
+
+def draft_sample(draw: Draw) -> dict[str, Any]:
+    n, vocabulary, dtype = sampled(draw)
+    return {
+        "draft_logits": logits(draw, n, vocabulary, dtype),
+        "positions": positions(draw, n),
+        "k": draw(st.integers(1, min(vocabulary, 5)) | st.just(min(vocabulary, 256))),
+        "seed": scalar(draw, draw(one_of(ENDS))),
+        **filters(draw, vocabulary),
+    }
+
+
+def verify_rejection(draw: Draw) -> dict[str, Any]:
+    n, vocabulary, dtype = sampled(draw)
+    tokens = st.integers(0, vocabulary - 1)
+    return {
+        "target_logits": logits(draw, n, vocabulary, dtype),
+        "draft_logits": logits(draw, n - 1, vocabulary, dtype),
+        "tokens": vector(draw, tokens | one_of([*ENDS, vocabulary]) if rarely(draw, 4) else tokens, n),
+        "positions": positions(draw, n),
+        "block": draw(st.booleans()),
+        "seed": scalar(draw, draw(one_of(ENDS))),
+        **filters(draw, vocabulary, in_memory=False),
+    }
+
+
+def gumbel_noise(draw: Draw) -> dict[str, Any]:
+    return {
+        "positions": positions(draw, draw(st.integers(0, 4))),
+        "vocabulary": draw(one_of(VOCABULARIES)),
+        "seed": scalar(draw, draw(one_of(ENDS))),
+    }
+
+
+def tree_attention(draw: Draw) -> dict[str, Any]:
+    n = draw(st.integers(0, 6) | one_of([17, 40, 70])) if rarely(draw, 4) else draw(st.integers(1, 4))
+    heads = draw(one_of([(1, 1), (2, 1), (4, 2), (3, 3), (7, 1)]))
+    widths = LARGE_WIDTHS if rarely(draw) else WIDTHS
+    dims = draw(one_of(widths)), draw(one_of(widths))
+    dtype, fills = draw(one_of(sorted(DTYPES))), [*FILLS, *BAD_FILLS] if rarely(draw, 4) else ["normal"]
+    prefix = draw(st.integers(0, 9) | one_of([63, 64, 65, 130]))
+    tree = draw(st.integers(0, 3)) if n > 0 else 0  # nodes that are not among the queries
+    chain = draw(st.booleans())
+    capacity = prefix + n + (0 if chain else tree) + draw(st.integers(0, 5))
+
+    def floats(*shape: int) -> Floats:
+        return Floats(shape, draw(one_of(fills)), dtype, draw(one_of(LAYOUTS)), draw(SEEDS))
+
+    return {
+        "query": floats(n, heads[0], dims[0]),
+        "keys": floats(heads[1], max(capacity, 1), dims[0]),
+        "values": floats(heads[1], max(capacity, 1), dims[1]),
+        "prefix_length": scalar(draw, prefix),
+        "ancestors": None if chain else Ancestors(parents_of(draw, n + tree, unused=True), tree),
+        "scale": draw(one_of(SCALES)),
+        "sliding_window": draw(one_of(WINDOWS)),
+        "softcap": draw(one_of(SOFTCAPS)),
+        "by_position": draw(st.booleans()),
+    }
+
+
+def linear(draw: Draw) -> dict[str, Any]:
+    leading = tuple(draw(st.lists(one_of([0, 1, 2, 3, 7]), max_size=3)))
+    width, out = draw(one_of([0, *WIDTHS])), draw(one_of([0, 1, 2, 5, 16, 33]))
+    dtype, fills = draw(one_of(sorted(DTYPES))), [*FILLS, *BAD_FILLS] if rarely(draw, 4) else ["normal"]
+
+    def floats(*shape: int, layouts: list[str] = LAYOUTS) -> Floats:
+        return Floats(shape, draw(one_of(fills)), dtype, draw(one_of(layouts)), draw(SEEDS))
+
+    return {
+        "input": floats(*leading, width, layouts=[*LAYOUTS, "step", "transposed"]),
+        "weight": floats(out, width),
+        "bias": floats(out, layouts=["plain", "offset"]) if draw(st.booleans()) else None,
+    }
+
+
+def kv_commit(draw: Draw) -> dict[str, Any]:
+    capacity = draw(st.integers(1, 12))
+    m = draw(st.integers(0, capacity))
+    dtypes = ["float32", "float16", "bfloat16", "uint8", "int64", "bool", "complex64", "float8_e4m3fn"]
+
+    def buffer() -> Bytes:
+        shape = (draw(st.integers(0, 3)), capacity + draw(st.integers(0, 2)), draw(one_of([0, 1, 3, 8, 16, 33])))
+        return Bytes(shape, draw(one_of(dtypes)), draw(one_of(["plain", "rows", "offset"])), draw(SEEDS))
+
+    return {
+        "buffers": [buffer() for _ in range(draw(st.integers(0, 4)))],
+        "rows": vector(draw, st.integers(0, capacity - 1), m),
+        "start": scalar(draw, draw(st.integers(0, capacity - m))),
+    }
+
+
+def ancestor_mask(draw: Draw) -> dict[str, Any]:
+    return {"parents": Ints(parents_of(draw, draw(st.integers(0, 9) | one_of([64, 65])), unused=True))}
+
+
+OPS = {
+    op.__name__: op
+    for op in (verify, draft_sample, verify_rejection, gumbel_noise, tree_attention, linear, kv_commit, ancestor_mask)
+}
+
+
+@st.composite
+def calls(draw: Draw, ops: list[str]) -> list[Call]:
+    """A valid call, the same in another form, and two with an odd argument."""
+    op = draw(one_of(ops))
+    call = Call(op, OPS[op](draw))
+    odd = [(draw(one_of(sorted(call.arguments))), Odd(draw(one_of(sorted(ODD))))) for _ in range(2)]
+    return [call, in_another_form(call), *(Call(op, {**call.arguments, name: value}, False) for name, value in odd)]
+
+
+def in_another_form(call: Call) -> Call:
+    """The same values elsewhere in memory, and the filters as numbers or as a tensor: the result has the same bits."""
+    other = {"plain": "offset", "offset": "rows", "rows": "plain"}
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if isinstance(value, (Floats, Bytes)):
+            return replace(value, layout=other.get(value.layout, value.layout))
+        return value
+
+    arguments = {name: moved(value) for name, value in call.arguments.items()}
+    if "filters" in arguments:
+        arguments |= zip(NUMBERS, arguments.pop("filters").values, strict=True)
+        arguments["top_k"] = int(arguments["top_k"])
+    elif call.op in ("verify", "draft_sample"):
+        arguments["filters"] = Doubles(tuple(float(arguments.pop(name)) for name in NUMBERS))
+    return Call(call.op, arguments)
