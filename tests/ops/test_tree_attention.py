@@ -265,7 +265,7 @@ MERGES = [
     (20, 150, (8, 2), (64, 64), 1),  # two splits of two or three blocks of rows, in float32
     (1, 4000, (7, 1), (20, 3), 1),  # a partial result is hardly larger than its sums
     (40, 700, (8, 1), (96, 96), 2),
-    (9, 400, (4, 1), (320, 512), 2),
+    (9, 600, (4, 1), (320, 512), 2),
     (9, 2048, (14, 2), (64, 48), 2),
 ]
 

@@ -32,9 +32,9 @@ struct AttentionArguments {
   int64_t window;    // 0: none
   float factor;      // a product of query and key times this is a score
   SoftCap softcap;
-  int splits;        // blocks that share the keys of a row; one writes the output, more write partial results
-  float* partial;    // [splits, kv_heads, rows, width]: sums of weights times values
-  float2* sums;      // [splits, kv_heads, rows]: maximum score, sum of the weights 2^(score - maximum)
+  int splits;      // blocks that share the keys of a row; one writes the output, more write partial results
+  float* partial;  // [splits, kv_heads, rows, width]: sums of weights times values
+  float2* sums;    // [splits, kv_heads, rows]: maximum score, sum of the weights 2^(score - maximum)
   // [kv_heads, blocks of rows]: how many splits are done, and the last one merges them. Null: nothing is to be merged,
   // or a second launch does it.
   unsigned* tickets;

@@ -15,7 +15,7 @@ template <int Dim, bool wide>
 struct PlainShape {
   static constexpr int keys = Dim <= 128 ? 64 : Dim <= 256 ? 32 : 16;  // of a tile
   static constexpr int rows = !wide ? 8 : Dim <= 128 ? 32 : 16;
-  static constexpr int across = wide || keys < 32 ? 16 : 32;           // Tx
+  static constexpr int across = wide || keys < 32 ? 16 : 32;  // Tx
   static constexpr int thread_rows = rows / (attention_threads / across);
   static constexpr int thread_keys = keys / across;
   static constexpr int thread_columns = Dim / (4 * across);         // times 4

@@ -11,7 +11,9 @@ namespace specbranch::cuda {
 
 // Scores come as products of query and key. They are in units of log2 / factor, or of log2 after a transformation:
 // a soft cap needs one, and a factor that would turn maxima into minima.
-__device__ inline bool must_transform(const AttentionArguments& a) { return a.softcap.cap > 0.0f || !(a.factor > 0.0f); }
+__device__ inline bool must_transform(const AttentionArguments& a) {
+  return a.softcap.cap > 0.0f || !(a.factor > 0.0f);
+}
 
 template <int rows, int columns>
 __device__ inline void transform(const AttentionArguments& a, float (&products)[rows][columns]) {

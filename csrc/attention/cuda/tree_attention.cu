@@ -169,7 +169,7 @@ void run(const TreeAttentionParams& p) {
   a.capacity = static_cast<int>(capacity);
   a.words = static_cast<int>(words);
   a.by_position = p.by_position && !p.chain;
-  a.window = p.sliding_window;
+  a.window = p.sliding_window < capacity ? p.sliding_window : 0;  // a wider one hides nothing, and could overflow
   a.softcap = SoftCap(p.softcap);
   a.factor = static_cast<float>(p.scale * log2_e);
   a.vector_query = aligned(query, 16);

@@ -42,8 +42,9 @@ __global__ void __launch_bounds__(threads)
   T* staging = shared_memory<T>();
 
   const auto moves = [&](int i) {
-    const int64_t from = rows[i], to = start + i;
-    return from != to && from >= 0 && from < capacity && to >= 0 && to < capacity;
+    if (start < -i || start >= capacity - i) return false;  // start + i might overflow
+    const int64_t from = rows[i];
+    return from != start + i && from >= 0 && from < capacity;
   };
   for (int at = threadIdx.x; at < m * items; at += threads) {
     const int i = at / items;
