@@ -1,7 +1,9 @@
 """The ops: typed functions over operators registered with `torch.library` as `torch.ops.specbranch.<op>`.
 
 One file per op, each with the schema, the implementation, the fake (shape-only) one that `torch.compile`
-needs, and the function meant for use. Bad input raises ValueError naming the tensor.
+needs, and the function meant for use. Bad input raises a ValueError, and what is of another type than the annotation a
+TypeError: one line that names the argument, what was expected and what came. No op has a gradient: a tensor that
+requires grad is bad input while grad mode is on.
 """
 
 from .ancestor_mask import AncestorMask, ancestor_mask

@@ -19,12 +19,15 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
+def checked(function: Callable[P, R], has_gradient: Callable[P, bool] | None = None) -> Callable[P, R]:
     """The typed function of an op, with its arguments checked.
 
     Numbers of numpy become Python's. Whatever is of another type than the annotation raises a TypeError, and tensors
-    that the op cannot take (of mixed devices, sparse) a ValueError, both in one line that names the argument, what was
-    expected and what came.
+    that the op cannot take (of mixed devices, sparse, with a gradient that would get lost) a ValueError, both in one
+    line that names the argument, what was expected and what came.
+
+    Args:
+        has_gradient: from the arguments, whatever they are, to whether the result has its gradient.
     """
     parameters = inspect.signature(function, eval_str=True).parameters
     kinds = {name: _KINDS[parameter.annotation] for name, parameter in parameters.items()}
@@ -45,11 +48,12 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     op = function.__name__
     source = "\n".join(
         [
-            "def make(function, kinds, defaults):",
+            "def make(function, kinds, defaults, has_gradient):",
             f"  def {op}({', '.join(declared)}):",
             *lines,
             f"    if is_grad_enabled() and requires_grad({', '.join(tensors)}) or forward_ad._current_level >= 0:",
-            f"        check_no_gradients({op!r}, named({tensors}, [{', '.join(tensors)}]))",
+            f"        if has_gradient is None or not has_gradient({', '.join(passed)}):",
+            f"            check_no_gradients({op!r}, named({tensors}, [{', '.join(tensors)}]))",
             "    try:",
             f"        return function({', '.join(passed)})",
             "    except Exception as error:",
@@ -60,7 +64,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     scope: dict[str, Any] = {}
     exec(compile(source, f"<checks of {op}>", "exec"), globals(), scope)
     defaults = {name: parameter.default for name, parameter in parameters.items()}
-    return update_wrapper(scope["make"](function, kinds, defaults), function)
+    return update_wrapper(scope["make"](function, kinds, defaults, has_gradient), function)
 
 
 def refuse(error: Exception, op: str, kinds: "dict[str, Kind]", arguments: dict[str, Any]) -> NoReturn:

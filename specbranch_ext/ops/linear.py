@@ -1,5 +1,7 @@
 """linear: x W^T + b whose rows do not depend on each other, not even in the last bit."""
 
+from functools import partial
+
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,7 +29,11 @@ def _run(input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> 
 _op = register("linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor", _output, run=_run)
 
 
-@checked
+def _is_torchs_own(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    return isinstance(input, Tensor) and not input.is_cpu
+
+
+@partial(checked, has_gradient=_is_torchs_own)
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` for a few rows, with every row's result independent of the others.
 
@@ -36,7 +42,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     and speculative decoding loses nothing to rounding (torch picks another kernel, with other rounding, for another
     number of rows). A weight is read once for up to 6 rows, in place, and widened to float32 in registers: a forward of
     6 rows in bfloat16 costs little more than one of 1 row. Tensors on other devices go to
-    `torch.nn.functional.linear`, without that promise. On the CPU the result carries no gradient.
+    `torch.nn.functional.linear`, without that promise and with its gradient.
 
     Args:
         input: float32, bfloat16 or float16 [..., in]; copied when it is not contiguous.

@@ -50,7 +50,7 @@ def tree_attention(
     Rows [0, prefix_length) of the cache are visible to every query. Tree row j lies at cache row
     prefix_length + j and is visible to query i iff bit j of ancestors[i] is set. The queries may be any subset
     of the tree's nodes. Rows behind the prefix and the tree are never read, and a hidden row does not influence
-    a result even if it holds NaN. Sums are float32. The result carries no gradient.
+    a result even if it holds NaN. Sums are float32.
 
     Bit for bit, the result of a query is a function of the query and of the keys and values that it sees, in the
     order of positions, as long as these are finite: not of prefix_length, of where in the tree's rows its ancestors

@@ -79,7 +79,7 @@ def verify(
             hold anything.
         positions: int64 [n], the absolute position of the token that row i predicts.
         seed: int or int64 [].
-        temperature: 0 (greedy, the filters are then not applied) or more.
+        temperature: 0 (greedy, the filters are then not applied) or a number from 1e-38 to 1e38.
         top_k: 0 is off.
         top_p: above 0; 1 is off.
         min_p: 0 is off.

@@ -93,8 +93,8 @@ def verify_rejection(
         positions: int64 [n], the absolute position of the token that row i predicts.
         block: False verifies token by token, True the chain as a block.
         seed: int or int64 [].
-        temperature: 0 or more. At 0 both distributions are 1 on the lowest of the largest logits, and the filters are
-            not applied.
+        temperature: 0, or from 1e-38 to 1e38. At 0 both distributions are 1 on the lowest of the largest logits, and
+            the filters are not applied.
         top_k: 0 is off.
         top_p: above 0; 1 is off.
         min_p: 0 is off.

@@ -47,6 +47,8 @@ def tree_attention(
     then off by 1e-4 on one thread.
     """
     prefix = int(prefix_length)
+    if not 0 <= prefix <= keys.shape[1]:
+        raise ValueError(f"prefix_length: expected 0 to {keys.shape[1]}, got {prefix}")
     visible, rows = visible_keys(query.shape[0], prefix, ancestors, sliding_window)
     length = prefix + rows
     if length > keys.shape[1]:

@@ -38,13 +38,16 @@ def test_a_tensor_on_another_device_in_any_place(call: Call) -> None:
     arguments = call.make()
     tensors = {name: value for name, value in arguments.items() if isinstance(value, Tensor)}
     scalars = {name: torch.tensor(1) for name in ("seed", "prefix_length", "start") if name in arguments}
-    optional = {"filters": torch.tensor([1.0, 0, 1, 0], dtype=torch.float64), "ancestors": torch.tensor([[1], [3]])}
+    optional: dict[str, Tensor] = {
+        "filters": torch.tensor([1.0, 0, 1, 0], dtype=torch.float64),
+        "ancestors": torch.tensor([[1], [3]]),
+    }
     tensors |= scalars | {name: value for name, value in optional.items() if name in arguments}
     for name, tensor in tensors.items():
         if call.op == "ancestor_mask":
             continue  # it has one
         line = rf"{name}(\[0\])?: expected a tensor on cpu.*, got one on meta|\w+(\[0\])?: expected a tensor on meta.*"
-        refused(ValueError, line, call, **{**scalars, name: tensor.to("meta")})
+        refused(ValueError, line, call, **(scalars | {name: tensor.to("meta")}))
     if call.op == "kv_commit":
         on_meta = arguments["buffers"][0].to("meta")
         line = r"buffers\[1\]: expected a tensor on cpu, as buffers\[0\] is, got one on meta"
@@ -199,6 +202,8 @@ def test_a_layers_weight_serves_in_inference_mode() -> None:
         torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
     with pytest.raises(ValueError, match=r"^weight: expected a tensor that requires no grad"):
         linear(x, layer.weight, layer.bias)
+    on_meta = torch.nn.Linear(5, 3, device="meta")
+    assert linear(x.to("meta"), on_meta.weight, on_meta.bias).requires_grad  # torch's own, as on a CUDA device
     layer.requires_grad_(False)
     torch.testing.assert_close(linear(x, layer.weight, layer.bias), layer(x))
 

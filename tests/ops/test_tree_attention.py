@@ -9,7 +9,7 @@ import torch
 from attention_inputs import TOLERANCE, VARIANTS, assert_close, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from implementations import on_cpu
+from implementations import NAMES, on_cpu
 from torch import Tensor
 
 import specbranch_ext
@@ -142,6 +142,13 @@ def test_strided_inputs(dtype):
     wide_ancestors = torch.full((n, 4), -1)[:, 1:2].copy_(ancestors)
     actual = tree_attention(transposed[0].transpose(0, 1), wide_keys, wide_values, prefix, wide_ancestors)
     assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("implementation", NAMES[1:], indirect=True)
+def test_the_widest_heads_on_a_device():
+    for dims, name in (((513, 8), "query"), ((8, 513), "values")):
+        with pytest.raises(ValueError, match=f"^{name}: expected at most 512 elements per head on CUDA"):
+            tree_attention(*random_inputs(2, 3, dims=dims), 3)
 
 
 def test_queries_may_be_any_nodes_of_the_tree():
