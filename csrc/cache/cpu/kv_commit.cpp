@@ -41,6 +41,7 @@ void kv_commit(const KvCommitParams& p) {
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b = 0; b < p.buffer_count; ++b) {
     const Tensor& buffer = p.buffers[b];
+    if (buffer.shape[2] == 0) continue;  // it may have no memory
     const int64_t item = buffer.item_bytes;
     for (int64_t head = 0; head < buffer.shape[0]; ++head) {
       move_head(buffer.as<char>() + head * buffer.stride[0] * item, buffer.stride[1] * item, buffer.shape[2] * item,
