@@ -12,7 +12,6 @@
 #include <emmintrin.h>
 #endif
 
-#include "core/bits.h"
 #include "core/isa.h"
 #include "core/numerics.h"
 #include "core/storage.h"
@@ -101,12 +100,6 @@ inline float reduce_sum(FloatVec v) {
   float sum = 0.0f;
   for (int i = 0; i < simd_width; ++i) sum += v[i];
   return sum;
-}
-
-// bin_of, lane by lane.
-inline IntVec bin_of(FloatVec x, int bins) {
-  const FloatVec held = max(min(x, broadcast(static_cast<float>(bins - 1))), FloatVec{});
-  return __builtin_convertvector(held, IntVec);
 }
 
 // Products of the low 32 bits of each 64-bit lane.

@@ -29,8 +29,9 @@ struct SampledHistogram {
       : bins_per_unit(bins_per_unit) {
     for (int64_t t = 0; t + simd_width <= vocabulary; t += step * simd_width) {
       const FloatVec z = load(row + t) * inverse_temperature;
-      const IntVec bin = bin_of((z_max - z) * bins_per_unit, bins);
-      const IntVec index = select((IntVec)(z >= lowest_finite), bin, broadcast(bins));
+      // Overflows may give NaN, which min puts into the last bin.
+      const FloatVec bin = min((z_max - z) * bins_per_unit, broadcast(bins - 1.0f));
+      const IntVec index = select((IntVec)(z >= lowest_finite), __builtin_convertvector(bin, IntVec), broadcast(bins));
       for (int i = 0; i < simd_width; ++i) ++count[index[i]];
     }
   }

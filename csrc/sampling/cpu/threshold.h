@@ -89,23 +89,25 @@ float search_list(const float* z, int64_t count, float z_max, uint64_t above, do
     top = std::max(top, z[i]);
     bottom = std::min(bottom, z[i]);
   }
-  // Far outliers share the last bin. Values that are closer than the smallest range share the first one: bins over their
-  // own range would be infinite.
-  const float range = std::min(std::max(top - bottom, 1e-30f), 40.0f);
-  const float scale = bins / range;
+  const float range = std::min(top - bottom, 40.0f);  // far outliers share the last bin
+  // Values so close that bins / range could be infinite share the first one: 0 times infinity is no bin.
+  const float scale = range > 1e-30f ? bins / range : 0.0f;
+  const auto bin_of = [=](float value) {
+    return static_cast<int>(std::min((top - value) * scale, static_cast<float>(bins - 1)));
+  };
 
   uint64_t sums[bins] = {};
   int64_t i = 0;
   if (weight == Weight::mass) {
     for (; i + simd_width <= count; i += simd_width) {
       const FloatVec v = load(z + i), scaled = exp_nonpositive(v - z_max) * two_to_40;
-      const IntVec bin = bin_of((top - v) * scale, bins);
+      const IntVec bin = __builtin_convertvector(min((top - v) * scale, broadcast(bins - 1.0f)), IntVec);
       for (int lane = 0; lane < simd_width; ++lane) {
         sums[bin[lane]] += static_cast<uint64_t>(static_cast<int64_t>(scaled[lane]));
       }
     }
   }
-  for (; i < count; ++i) sums[bin_of((top - z[i]) * scale, bins)] += token_weight(z[i]);
+  for (; i < count; ++i) sums[bin_of(z[i])] += token_weight(z[i]);
 
   int boundary = 0;
   while (boundary < bins && static_cast<double>(above + sums[boundary]) < target) above += sums[boundary++];
@@ -115,7 +117,7 @@ float search_list(const float* z, int64_t count, float z_max, uint64_t above, do
   }
   int64_t inside = 0;
   for (int64_t j = 0; j < count; ++j) {
-    if (bin_of((top - z[j]) * scale, bins) == boundary) scratch[inside++] = z[j];
+    if (bin_of(z[j]) == boundary) scratch[inside++] = z[j];
   }
   std::sort(scratch, scratch + inside, [](float a, float b) { return a > b; });
   float threshold = scratch[0];

@@ -93,7 +93,8 @@ __device__ inline void count_sample(BracketShared& s, const ThreadSample& sample
     for (const float x : group.x) {
       const float z = x * inverse_temperature;
       if (!(z >= lowest_finite)) continue;
-      atomicAdd(&s.count[bin_of((z_max - z) * bins_per_unit, bracket_bins)], 1u);
+      // Overflows may give NaN, which fminf puts into the last bin.
+      atomicAdd(&s.count[static_cast<int>(fminf((z_max - z) * bins_per_unit, bracket_bins - 1.0f))], 1u);
     }
   }
 }
