@@ -177,6 +177,8 @@ def test_generate_and_stream_take_them_all(bundled_pair: SpecBranch) -> None:
         ({"temperature": float("inf")}, "temperature is inf; expected a finite number"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": -0.5}, "temperature is -0.5; expected 0 <= temperature"),
+        ({"temperature": 1e-40}, "temperature is 1e-40; expected 0, or 1e-38 to 1e\\+38"),
+        ({"temperature": 2e38}, "temperature is 2e\\+38; expected 0 <= temperature <= 1e\\+38"),
         ({"temperature": torch.ones(2)}, r"temperature is tensor\(\[1., 1.\]\); expected a number"),
         ({"temperature": 1, "top_k": 2.5}, "top_k is 2.5; expected an integer"),
         ({"temperature": 1, "top_k": -1}, "top_k is -1; expected 0 <= top_k"),

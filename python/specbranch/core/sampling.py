@@ -8,6 +8,8 @@ from typing import Any
 from specbranch.core.checks import number, whole
 from specbranch.core.errors import SpecBranchError
 
+LEAST, MOST = 1e-38, 1e38  # temperatures whose inverse is a float32
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -26,13 +28,15 @@ class Sampling:
     def __post_init__(self) -> None:
         """Raises SpecBranchError for a value of another kind or out of range; a whole float is taken as an integer."""
         for name, value in (
-            ("temperature", number("temperature", self.temperature, least=0)),
+            ("temperature", number("temperature", self.temperature, least=0, most=MOST)),
             ("top_k", whole("top_k", self.top_k, least=0)),
             ("top_p", number("top_p", self.top_p, most=1)),
             ("min_p", number("min_p", self.min_p, least=0, most=1)),
             ("seed", whole("seed", self.seed, least=0, most=2**63 - 1)),
         ):
             object.__setattr__(self, name, value)
+        if 0 < self.temperature < LEAST:
+            raise SpecBranchError(f"temperature is {self.temperature}; expected 0, or {LEAST} to {MOST}")
         if self.top_p <= 0:
             raise SpecBranchError(f"top_p is {self.top_p}; expected 0 < top_p <= 1")
 
