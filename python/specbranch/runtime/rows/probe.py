@@ -30,8 +30,9 @@ from specbranch.runtime.rows.routes import ROUTES, Route, exact_functions, own_f
 from specbranch.runtime.rows.trace import Comparison, Judged, Recording
 from specbranch.runtime.support import trying
 
-# A few rows, and more than 16, both odd: kernels change with the number, and vector loops end in a tail.
-BATCHES = ((3, (0, 2)), (17, (0, 5, 16)))  # rows, and which of them are the one that was alone
+# Rows, and which of them are the one that was alone. A few, and more than 16, both odd: kernels change with the number,
+# and vector loops end in a tail.
+BATCHES: tuple[tuple[int, tuple[int, ...]], ...] = ((3, (0, 2)), (17, (0, 5, 16)))
 POSITION = 37  # of all rows: at 0 every rotary angle is 0
 
 T = TypeVar("T")
