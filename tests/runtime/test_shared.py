@@ -13,16 +13,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from captured_pair import capture
+from families import families, family_config, family_model
 from tiny import tiny_model
 from tiny_pair import tiny_pair
 from transformers import PreTrainedModel
 
-from specbranch import Generation, GenerationFailed, SpecBranch, bundled
+from specbranch import Generation, GenerationFailed, SpecBranch, SpecBranchError, bundled
 from specbranch.core.generation import TextStream
 from specbranch.core.messages import Trunk
 from specbranch.loop import DecodingLoop
@@ -61,7 +63,10 @@ def state(model: PreTrainedModel) -> dict[str, Any]:
         "training": [each.training for each in model.modules()],
         "hooks": [len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules()],
         "weights": [(name, id(weight), weight.requires_grad) for name, weight in model.named_parameters()],
-        "buffers": [(name, id(buffer)) for name, buffer in model.named_buffers()],
+        "buffers": [(name, id(buffer), buffer.is_inference()) for name, buffer in model.named_buffers()],
+        "numbers": [
+            [value for value in vars(each).values() if isinstance(value, int | float)] for each in model.modules()
+        ],
         "threads": torch.get_num_threads(),
     }
 
@@ -335,6 +340,45 @@ def test_an_interrupt_at_any_moment_leaves_the_models_as_found(bundled_pair, tex
     assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, **settings).tokens == texts[0]
 
 
+def test_an_interrupt_while_an_engine_is_made_leaves_the_models_as_found() -> None:
+    tries, before = random.Random(0), signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for number in range(40):
+            model = tiny_model(seed=number)
+            model.train()
+            found = state(model)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, tries.uniform(0.0002, 0.08))
+                SpecBranch(model, model)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert state(model) == found
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 5
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("family", families())
+def test_a_model_of_any_family_is_left_as_found(family) -> None:
+    """Refused or not; and it can be trained afterwards."""
+    try:
+        model = family_model(family_config(family))
+    except Exception as error:
+        pytest.skip(f"not made: {error}")
+    model.train()
+    before = state(model)
+    with suppress(SpecBranchError):
+        engine = SpecBranch(model, model)
+        for settings in ({"method": "autoregressive"}, {"overlap": True}):
+            engine.generate([3, 4, 5, 6], max_new_tokens=40, **settings)
+    assert state(model) == before
+    model(input_ids=torch.tensor([[3, 4, 5, 6]])).logits.sum().backward()
+
+
 def test_a_second_interrupt_leaves_a_verification_that_disturbs_nobody(
     bundled_pair, texts, untouched, monkeypatch
 ) -> None:
@@ -427,6 +471,30 @@ def test_a_forked_child_generates(texts, overlap, threads) -> None:
     finally:
         over.set()
         beside.join()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_an_engine_is_made_in_a_forked_child(texts) -> None:
+    """Where OpenMP had a team, and for a model that has not been tried yet."""
+    engine = SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32", threads=2)
+    torch.set_num_threads(2)
+    torch.ones(512, 512) @ torch.ones(512, 512)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        other = SpecBranch(engine.draft, engine.target, threads=2)
+        tokens = other.generate([5, 6, 7], max_new_tokens=NEW, overlap=True).tokens
+        os.write(writing, b"same" if tokens == other.generate([5, 6, 7], max_new_tokens=NEW).tokens else b"else")
+        os._exit(0)
+    torch.set_num_threads(1)
+    os.close(writing)
+    timer = threading.Timer(60, os.kill, (child, signal.SIGKILL))
+    timer.start()
+    try:
+        assert os.read(reading, 4) == b"same"
+    finally:
+        timer.cancel()
+        os.waitpid(child, 0)
 
 
 def test_a_stream_goes_on_in_a_forked_child(bundled_pair, texts) -> None:

@@ -118,7 +118,7 @@ class Attachment:
         attach = chain(
             map(_attached.__setitem__, [key], [note]),
             _each(dict.__setitem__, places),
-            map(torch.set_num_threads, [self._threads or threads]),
+            map(torch.set_num_threads, [1 if _forked else self._threads or threads]),
         )
         detach = chain(
             _each(dict.__setitem__, changed),
@@ -148,6 +148,13 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
 _attached: dict[object, tuple[int, list[Place], list[Place]]] = {}  # by turn: its thread, and what to put back
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _new_lock = threading.Lock()
+_forked = False
+
+
+def forked() -> bool:
+    """Whether this process is a forked child. OpenMP's team is not there then, and torch would wait for it: work is
+    done on one thread."""
+    return _forked
 
 
 def lock_of(model: PreTrainedModel) -> threading.RLock:
@@ -161,8 +168,8 @@ def lock_of(model: PreTrainedModel) -> threading.RLock:
 
 def _forget_other_threads() -> None:
     """In a forked child no other thread goes on: end their turns."""
-    global _new_lock
-    _new_lock = threading.Lock()
+    global _forked, _new_lock
+    _forked, _new_lock = True, threading.Lock()
     _locks.clear()
     for thread, changed, added in _attached.values():
         if thread != threading.get_ident():

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.attach import Attachment
+from specbranch.runtime.attach import Attachment, forked
 from specbranch.runtime.graphs.runner import CapturedRunner
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
@@ -96,7 +96,7 @@ class Pair:
         if threads is not None and threads < 1:
             raise SpecBranchError(f"threads is {threads}; expected at least 1")
         self._made_of = target, draft, threads, target_threads, cuda_graphs, priority
-        self.threads = torch.get_num_threads() if threads is None else threads
+        self.threads = 1 if forked() else torch.get_num_threads() if threads is None else threads
         for model, role in ((target, "target"), (draft, "draft")):
             if model is not None:
                 check_weights(model, role)
@@ -104,7 +104,9 @@ class Pair:
             make_runner(CachedModel(target, "target"), cuda_graphs, priority),
             None if draft is None else make_runner(CachedModel(draft, "draft"), cuda_graphs, priority),
         )
-        self.workers = make_workers(self.first.target, self.first.draft, self.threads, target_threads)
+        self.workers = make_workers(
+            self.first.target, self.first.draft, self.threads, None if forked() else target_threads
+        )
         self._slots = [self.first]
         self._lock = threading.RLock()  # a stream may be collected, and give its slot back, anywhere
         _pairs.add(self)
@@ -180,8 +182,7 @@ class Pair:
             self.give_back(slot)
 
     def after_fork(self) -> None:
-        """In a forked child: the other threads are not there, and neither is OpenMP's team, for which torch would
-        wait."""
+        """In a forked child: work goes on on one thread (see `forked`), and the other threads are not there."""
         self.threads, self._lock = 1, threading.RLock()
         self.workers.after_fork()
 
