@@ -74,7 +74,7 @@ def _over_a_tree(cached: CachedModel) -> Tensor:
         cached.cache = kept
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as in generate(): some quantised weights cannot do with inference mode
 def _one_by_one(model: PreTrainedModel) -> Tensor:
     """The model's own logits again, decoded token by token."""
     cache = DynamicCache(config=model.config)

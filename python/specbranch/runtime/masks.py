@@ -59,7 +59,7 @@ class _Probe:
 _probe: ContextVar[_Probe] = ContextVar("specbranch_probe")
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as in generate(): some quantised weights cannot do with inference mode
 def probe(model: PreTrainedModel) -> tuple[list[LayerCall], Tensor]:
     """Run a model's own forward over probe_ids: what its layers gave to the attention, in order, and its logits
     [rows, V], which on the meta device have no values."""
