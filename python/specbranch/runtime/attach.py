@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, compress, repeat
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -26,7 +26,9 @@ from specbranch.runtime.rows.routes import Forward, replacement
 from specbranch.runtime.weights import execution_device
 
 T = TypeVar("T")
-Place = tuple[dict[str, Any], str, Any]  # an object's attributes, the name of one, and a value
+# Objects' attributes, the name of one of each, and a value for each.
+Columns = tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[Any, ...]]
+Restore = tuple[Columns, Columns]
 
 IMPLEMENTATION = "_attn_implementation_internal"  # transformers' name for what its set_attn_implementation() sets
 MISSING = object()
@@ -73,11 +75,14 @@ class Attachment:
                     forwards[module] = forward
         for module, keep in () if tap is None else tap.keepers():
             forwards[module] = replacement(module, keep(forwards.get(module, module.forward)))
-        self._places = [
+        places = [
             *[(vars(config), IMPLEMENTATION, attention) for config in configs.values() if attention is not None],
             *[(vars(module), "forward", forward) for module, forward in forwards.items()],
         ]
+        self._objects, self._names, self._values = columns(places)
         self._modules = [vars(module) for module in modules]
+        self._found: list[Any] = []  # in the places, when it was asked last
+        self._restore: Restore = ((), (), ()), ((), (), ())
         self._threads = threads
         models.sort(key=id)  # in one order everywhere, so that nobody waits in a circle
         self._first, self._last = models[0], models[-1]
@@ -109,28 +114,46 @@ class Attachment:
 
     def _swaps(self) -> tuple[Iterator[object], Iterator[object]]:
         """Two iterators that do their work while they are run out, all of it in C: attach, and detach."""
-        places = [*self._places, *[(each, "training", False) for each in self._modules if each.get("training")]]
-        found = [(values, name, values.get(name, MISSING)) for values, name, _ in places]
-        changed = [place for place in found if place[2] is not MISSING]
-        added = [(values, name, None) for values, name, before in found if before is MISSING]
+        found = list(map(dict.get, self._objects, self._names, repeat(MISSING)))
+        if found != self._found:
+            self._found, self._restore = found, self._restoring(found)
+        training = list(compress(self._modules, map(dict.get, self._modules, repeat("training"))))
         threads, key = torch.get_num_threads(), object()
-        note = threading.get_ident(), changed, added
+        note = threading.get_ident(), self._restore, training
         attach = chain(
             map(_attached.__setitem__, [key], [note]),
-            _each(dict.__setitem__, places),
+            map(dict.__setitem__, self._objects, self._names, self._values),
+            map(dict.__setitem__, training, repeat("training"), repeat(False)),
             map(torch.set_num_threads, [1 if _forked else self._threads or threads]),
         )
         detach = chain(
-            _each(dict.__setitem__, changed),
-            _each(dict.pop, added),
+            restoring(self._restore, training),
             map(torch.set_num_threads, [threads]),
             map(_attached.pop, [key], [None]),
         )
         return attach, detach
 
+    def _restoring(self, found: Sequence[object]) -> Restore:
+        """What to put back where there was something, and what to take away where there was not."""
+        places = list(zip(self._objects, self._names, found, strict=True))
+        there = [place for place in places if place[2] is not MISSING]
+        missing = [(values, name, None) for values, name, before in places if before is MISSING]
+        return columns(there), columns(missing)
 
-def _each(change: Callable[..., object], places: Sequence[Place]) -> Iterator[object]:
-    return map(change, *zip(*places, strict=True)) if places else iter(())
+
+def columns(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Columns:
+    first, second, third = zip(*places, strict=True) if places else ((), (), ())
+    return first, second, third
+
+
+def restoring(restore: Restore, training: Sequence[dict[str, Any]]) -> Iterator[object]:
+    """Puts everything back while it is run out."""
+    there, missing = restore
+    return chain(
+        map(dict.__setitem__, *there),
+        map(dict.pop, *missing),
+        map(dict.__setitem__, training, repeat("training"), repeat(True)),
+    )
 
 
 def _configs(model: PreTrainedModel) -> Iterator[Any]:
@@ -145,7 +168,7 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
 # ---- Turns: which models are in use, in this process
 
 
-_attached: dict[object, tuple[int, list[Place], list[Place]]] = {}  # by turn: its thread, and what to put back
+_attached: dict[object, tuple[int, Restore, list[dict[str, Any]]]] = {}  # by turn: its thread, and what to put back
 _locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
 _new_lock = threading.Lock()
 _forked = False
@@ -171,9 +194,9 @@ def _forget_other_threads() -> None:
     global _forked, _new_lock
     _forked, _new_lock = True, threading.Lock()
     _locks.clear()
-    for thread, changed, added in _attached.values():
+    for thread, restore, training in _attached.values():
         if thread != threading.get_ident():
-            run_out(chain(_each(dict.__setitem__, changed), _each(dict.pop, added)))
+            run_out(restoring(restore, training))
 
 
 os.register_at_fork(after_in_child=_forget_other_threads)
