@@ -427,7 +427,7 @@ def test_a_failure_at_any_round_leaves_the_models_as_found(bundled_pair, texts, 
     for rounds in range(4):
         left = rounds
         with pytest.raises(MemoryError if rounds == 0 else GenerationFailed):
-            bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW)
+            bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, method="speculative", length=2)  # 7 rounds at least
         assert untouched()
     monkeypatch.undo()
     assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW).tokens == texts[0]
