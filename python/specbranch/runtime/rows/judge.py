@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
-from specbranch.runtime.attention import TreeContext
 from specbranch.runtime.rows.routes import RowByRow
 from specbranch.runtime.rows.trace import Call, Judged, distance
 
@@ -82,8 +81,8 @@ def row_by_row(judged: Judged) -> RowByRow | None:
 
 
 def in_context(call: Call) -> bool:
-    """Whether attention is asked within it, which knows the tree of a whole forward."""
-    return any(isinstance(leaf, TreeContext | Cache) for leaf in call.inputs)
+    """Whether attention is asked within it, which knows the tree of a whole forward: it is given the cache."""
+    return any(isinstance(leaf, Cache) for leaf in call.inputs)
 
 
 def is_small(module: nn.Module) -> bool:
