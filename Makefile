@@ -42,7 +42,7 @@ test: install
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not quantised"
 
 nightly: install
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not quantised" --nightly
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not quantised" --nightly -o faulthandler_timeout=14400
 
 # In a folder of their own and without what they depend on: torch stays as it is, and the other tests do not see them
 # (some write to stderr whenever transformers is imported).

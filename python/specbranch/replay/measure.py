@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -16,7 +15,7 @@ from specbranch.drafters.model import ModelDrafter
 from specbranch.runtime.pair import Pair
 from specbranch.runtime.runner import Runner
 from specbranch.runtime.verifier import ModelVerifier
-from specbranch.runtime.workers import Streams, Threads
+from specbranch.runtime.workers import Streams, Threads, Worker
 
 ROWS = (1, 2, 4, 6, 8, 12, 16)
 REPEATS = 5
@@ -110,12 +109,11 @@ def _median_beside(
         while going:
             other()
 
-    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(beside,)) as pool:
-        repeating = pool.submit(repeat)
-        torch.set_num_threads(mine)
-        try:
-            return _median(run)
-        finally:
-            going = False
-            torch.set_num_threads(threads)
-            repeating.result()
+    repeating = Worker(beside).submit(repeat)
+    torch.set_num_threads(mine)
+    try:
+        return _median(run)
+    finally:
+        going = False
+        torch.set_num_threads(threads)
+        repeating.result()

@@ -54,12 +54,6 @@ class Slot:
         size: int = self.target.model.vocabulary
         return size
 
-    def row_dependence(self) -> str:
-        """What of the target depends on the rows beside it; see rows.probe.row_dependence."""
-        runner = self.target
-        fixed_rows = runner.most_rows if isinstance(runner, CapturedRunner) else None
-        return row_dependence(runner.model, fixed_rows, runner.device)
-
     def need_draft(self, what: str) -> Runner:
         """The draft. Raises SpecBranchError where there is none."""
         if self.draft is None:

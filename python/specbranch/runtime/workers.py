@@ -2,16 +2,92 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from _thread import start_new_thread
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar, cast
+from weakref import WeakSet, finalize
 
 import torch
 
 from specbranch.core.messages import Trunk
 from specbranch.runtime.device import Device
 from specbranch.stages import Pending, Verifier
+
+T = TypeVar("T")
+
+
+class Task(Generic[T]):
+    """Work that a Worker was given."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._outcome: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+
+    def run(self) -> None:
+        try:
+            self._outcome.put((self._work(), None))
+        except BaseException as error:
+            self._outcome.put((None, error))
+
+    def done(self) -> bool:
+        return not self._outcome.empty()
+
+    def result(self) -> T:
+        """What the work returned or raised, when it is done. To be asked for once."""
+        value, error = self._outcome.get()
+        if error is None:
+            return cast(T, value)
+        try:
+            raise error
+        finally:
+            del error  # its traceback has this frame
+
+
+class Worker:
+    """A thread that does what it is given, in order. threads: torch's intra-op threads there.
+
+    An interrupt anywhere in the caller's thread leaves it working, since all they share are queues, which wait and pass
+    on within C. (Those of concurrent.futures and threading hold locks in Python: an interrupt may leave one locked, and
+    the next to come waits forever.)
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
+        finalize(self, self._tasks.put, None)
+        start_new_thread(_work_off, (self._tasks, threads))
+        _workers.add(self)
+
+    def submit(self, work: Callable[[], T]) -> Task[T]:
+        task = Task(work)
+        self._tasks.put(task)
+        return task
+
+    def wait(self) -> None:
+        """Return when all that was given is done."""
+        self.submit(lambda: None).result()
+
+
+def _work_off(tasks: SimpleQueue[Task[Any] | None], threads: int) -> None:
+    torch.set_num_threads(threads)
+    while (task := tasks.get()) is not None:
+        task.run()
+        del task  # or its result would stay until the next comes
+
+
+_workers: WeakSet[Worker] = WeakSet()
+os.register_at_fork(after_in_child=_workers.clear)  # their threads are not there
+
+
+@atexit.register
+def _wait_for_workers() -> None:
+    """What one does while Python is taken down might end the process in a crash."""
+    for worker in list(_workers):
+        worker.wait()
 
 
 class Threads:
@@ -24,7 +100,7 @@ class Threads:
         self.threads = threads
         self.target = max(1, threads - max(1, threads // 4)) if target_threads is None else target_threads
         self.draft = max(1, threads - self.target)
-        self._executor: ThreadPoolExecutor | None = None
+        self._worker: Worker | None = None
 
     def clock(self) -> float:
         """Seconds."""
@@ -32,11 +108,9 @@ class Threads:
 
     def submit(self, target: Verifier, trunk: Trunk) -> Pending:
         """Verify on the target's thread."""
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(
-                1, "specbranch-target", initializer=torch.set_num_threads, initargs=(self.target,)
-            )
-        return self._executor.submit(lambda: target.verify(trunk).result())
+        if self._worker is None:
+            self._worker = Worker(self.target)
+        return self._worker.submit(lambda: target.verify(trunk).result())
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
@@ -49,13 +123,13 @@ class Threads:
 
     def wait(self) -> None:
         """Return when the target's thread is idle, so that its caches may be used again."""
-        if self._executor is not None:  # an interrupt may come before anybody has the future of what it was given
-            self._executor.submit(lambda: None).result()
+        if self._worker is not None:
+            self._worker.wait()
 
     def after_fork(self) -> None:
         """See Pair.after_fork."""
         self.threads = self.target = self.draft = 1
-        self._executor = None
+        self._worker = None
 
 
 class Streams:

@@ -1,0 +1,116 @@
+"""A generation that is interrupted or fails at any moment leaves the models as found, and the engine working."""
+
+import itertools
+import random
+import signal
+import threading
+from typing import Any
+
+import pytest
+from jobs import NEW, PROMPTS, state
+from tiny import tiny_model
+
+from specbranch import GenerationFailed, SpecBranch
+from specbranch.core.messages import Trunk
+from specbranch.loop import DecodingLoop
+from specbranch.runtime.verifier import ModelVerifier
+from specbranch.runtime.workers import Threads
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("settings", [{"overlap": False}, {"overlap": True}], ids=["serial", "overlapped"])
+def test_an_interrupt_at_any_moment_leaves_the_models_as_found(bundled_pair, texts, untouched, settings) -> None:
+    tries, before = random.Random(0), signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for _ in range(60):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, tries.uniform(0.0002, 0.03))
+                bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, **settings)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert untouched()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 0
+    assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, **settings).tokens == texts[0]
+
+
+def test_an_interrupt_while_an_engine_is_made_leaves_the_models_as_found() -> None:
+    tries, before = random.Random(0), signal.signal(signal.SIGALRM, interrupt)
+    interrupted = 0
+    try:
+        for number in range(40):
+            model = tiny_model(seed=number)
+            model.train()
+            found = state(model)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, tries.uniform(0.0002, 0.012))
+                SpecBranch(model, model)
+            except KeyboardInterrupt:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            assert state(model) == found
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted > 0
+
+
+def test_a_second_interrupt_leaves_a_verification_that_disturbs_nobody(
+    bundled_pair, texts, untouched, monkeypatch
+) -> None:
+    verify, wait = ModelVerifier.verify, Threads.wait
+    waits = itertools.count()
+    asked, answered = threading.Event(), threading.Event()
+
+    def slow(verifier: ModelVerifier, trunk: Trunk) -> Any:
+        asked.set()
+        answered.wait(0.5)
+        answered.set()
+        return verify(verifier, trunk)
+
+    def draft(*_: object) -> None:
+        asked.wait()
+        raise KeyboardInterrupt
+
+    def interrupted(workers: Threads) -> None:
+        if next(waits) == 2:  # the one at the end; the others are before and behind the prefill
+            raise KeyboardInterrupt
+        wait(workers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelVerifier, "verify", slow)
+        patch.setattr(DecodingLoop, "_draft_during", draft)
+        patch.setattr(Threads, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True)
+    assert not answered.is_set()
+    assert untouched()
+    assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True).tokens == texts[0]
+    assert answered.is_set()
+
+
+def test_a_failure_at_any_round_leaves_the_models_as_found(bundled_pair, texts, untouched, monkeypatch) -> None:
+    commit, left = DecodingLoop._commit, 0
+
+    def failing(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise MemoryError("none left")
+        return commit(*arguments)
+
+    monkeypatch.setattr(DecodingLoop, "_commit", failing)
+    for rounds in range(4):
+        left = rounds
+        with pytest.raises(MemoryError if rounds == 0 else GenerationFailed):
+            bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, method="speculative", length=2)  # 7 rounds at least
+        assert untouched()
+    monkeypatch.undo()
+    assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW).tokens == texts[0]
