@@ -13,8 +13,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
-from transformers import MambaConfig
 
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.cli import doctor
@@ -394,7 +392,7 @@ def test_ctrl_c_keeps_the_partial_text(tmp_path, form):
         assert records[-1]["stats"]["new_tokens"] == len(records[-1]["tokens"]) < 300
 
 
-# ---- demo and doctor
+# ---- demo
 
 
 def test_demo_shows_both_methods_and_that_the_tokens_are_the_same(capsys):
@@ -405,47 +403,3 @@ def test_demo_shows_both_methods_and_that_the_tokens_are_the_same(capsys):
     assert "tokens/s" in out
     assert "acceptance" in out
     assert out.endswith("same tokens: yes\n")
-
-
-def test_doctor_reports_what_can_run(capsys):
-    process = start("doctor", "--json")  # by itself: other tests may have loaded libraries with an OpenMP of their own
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    findings = json.loads(out)
-    assert findings["ready"]
-    assert findings["problems"] == []
-    assert findings["versions"]["torch"]
-    assert findings["core"]["isa"] in findings["core"]["isa_levels"]
-    assert set(findings["bundled_pair"]) == {"target", "draft"}
-    assert findings["cuda"]["usable"] or findings["cuda"]["why_not"]
-    assert findings["cuda_graphs"] == {"target": "can be captured", "draft": "can be captured"}
-    if sys.platform.startswith("linux"):
-        assert findings["openmp"]["shared"], findings["openmp"]["runtimes"]
-    assert cli.main(["doctor"]) == 0
-    assert "bundled pair" in capsys.readouterr().out
-
-
-def test_doctor_says_why_a_model_cannot_be_captured(capsys, tmp_path):
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    tiny_model(rope_parameters=rope).config.save_pretrained(tmp_path)
-    assert cli.main(["doctor", "--json", "--target", str(tmp_path)]) == 0
-    found = json.loads(capsys.readouterr().out)["cuda_graphs"]
-    assert found["target"].startswith("eager: its rotary embedding (dynamic) chooses its frequencies")
-
-
-def test_doctor_is_not_ready_for_a_model_that_is_refused(capsys, tmp_path):
-    MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=8).save_pretrained(tmp_path)
-    assert cli.main(["doctor", "--json", "--target", str(tmp_path), "--draft", str(tmp_path / "nowhere")]) == 1
-    findings = json.loads(capsys.readouterr().out)
-    assert not findings["ready"]
-    target, draft = findings["problems"]
-    assert target.startswith("target model MambaForCausalLM")
-    assert draft.startswith("draft: ")
-    assert "there is no such directory" in draft
-
-
-def test_doctor_says_what_is_missing(capsys, monkeypatch):
-    monkeypatch.setattr(bundled, "path", lambda name: Path("missing") / name)
-    assert cli.main(["doctor", "--json"]) == 1
-    findings = json.loads(capsys.readouterr().out)
-    assert findings["problems"][0] == "bundled_pair: the bundled target lacks config.json"

@@ -111,6 +111,9 @@ def test_a_broken_checkpoint_is_refused_by_file_and_tensors(tmp_path: Path, name
         load(folder)
     assert str(caught.value).startswith(f"target {folder}: ")
     assert "\n" not in str(caught.value)
+    (problem,) = doctor.examine(str(folder), load="cpu")["problems"]
+    assert problem.startswith(f"target {folder}: ")
+    assert re.search(message, problem)
 
 
 def further_layer(weights: dict[str, Tensor]) -> None:
@@ -221,6 +224,8 @@ def test_a_broken_tokenizer_is_refused_by_file(tmp_path: Path, name: str) -> Non
         load_tokenizer(str(folder), "draft")
     assert str(caught.value).startswith(f"draft {folder}: its tokenizer cannot be loaded: {folder}")
     assert "\n" not in str(caught.value)
+    (problem,) = doctor.examine("bundled", str(folder), load="cpu")["problems"]
+    assert re.search(message, problem)
 
 
 def test_a_loaded_model_needs_no_tokenizer(tmp_path: Path) -> None:

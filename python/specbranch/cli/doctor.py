@@ -12,28 +12,43 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from specbranch.cli.arguments import add_trust
+from specbranch.cli.arguments import add_trust, device
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import FAILURE, one_line
+from specbranch.cli.models import configured, loaded
 from specbranch.cli.terminal import output_console
-from specbranch.core.errors import SpecBranchError
 
 HELP = "report what is installed and what can run here"
 OUTPUTS = ()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    for role in ("target", "draft"):
-        parser.add_argument(
-            f"--{role}", default="bundled", metavar="DIR|NAME", help=f"the {role} to examine (default: %(default)s)"
-        )
+    parser.add_argument(
+        "--target",
+        metavar="DIR|NAME",
+        help="the model to examine (default: the bundled pair); without --load by its configuration alone",
+    )
+    parser.add_argument("--draft", metavar="DIR|NAME", help="a draft to examine")
+    parser.add_argument(
+        "--load",
+        nargs="?",
+        type=device,
+        const="cpu",
+        metavar="cpu|cuda",
+        help="load them there (default: cpu) as generate does, and decode a few tokens",
+    )
     add_trust(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the findings; status 1 when SpecBranch cannot generate here."""
-    findings = examine(args.target, args.draft, args.trust_remote_code)
+    """Print the findings; status 1 when SpecBranch cannot generate here.
+
+    Raises ValueError for a draft without its target.
+    """
+    if args.draft is not None and args.target is None:
+        raise ValueError("--draft needs --target")
+    findings = examine(args.target, args.draft, args.load, args.trust_remote_code)
     if args.json:
         print(json.dumps(findings, indent=1))
     else:
@@ -46,9 +61,15 @@ def run(args: argparse.Namespace) -> int:
     return 0 if findings["ready"] else FAILURE
 
 
-def examine(target: str = "bundled", draft: str = "bundled", trust_remote_code: bool = False) -> dict[str, Any]:
-    """Everything that `doctor` reports; a part that fails holds its error, and nothing is raised."""
-    models = {role: _model(source, role, trust_remote_code) for role, source in (("target", target), ("draft", draft))}
+def examine(
+    target: str | None = None, draft: str | None = None, load: str | None = None, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Everything that `doctor` reports; a part that fails holds its error, and nothing is raised.
+
+    target: None for the bundled pair. load: the device where they are loaded and tried, None for not at all.
+    """
+    if target is None:
+        target = draft = "bundled"
     findings: dict[str, Any] = {
         "versions": describe_versions(),
         "machine": _attempt(describe_machine),
@@ -56,12 +77,22 @@ def examine(target: str = "bundled", draft: str = "bundled", trust_remote_code: 
         "core": _attempt(_core),
         "openmp": _attempt(_openmp),
         "cuda": _attempt(_cuda),
-        "cuda_graphs": {role: captured for role, (captured, _) in models.items()},
+        "cuda_graphs": {},
         "bundled_pair": _attempt(_bundled_pair),
     }
     needed = ("core", "bundled_pair", "threads")
     problems = [f"{part}: {findings[part]['error']}" for part in needed if "error" in findings[part]]
-    problems += [problem for _, problem in models.values() if problem is not None]
+    for role, source in (("target", target), ("draft", draft)):
+        if source is not None:
+            findings["cuda_graphs"][role], problem = configured(source, role, trust_remote_code)
+            problems += [] if problem is None else [problem]
+    if load is None:
+        findings["loaded"] = "no: --load looks at weights, tokenizers, logits and rows, as generate does"
+    elif problems:
+        findings["loaded"] = "no: see the problems"
+    else:
+        findings["loaded"] = _attempt(lambda: loaded(target, draft, load, trust_remote_code))
+        problems += [findings["loaded"]["error"]] if "error" in findings["loaded"] else []
     return {**findings, "problems": problems, "ready": not problems}
 
 
@@ -136,30 +167,6 @@ def _cuda_runtime() -> str:
     from specbranch_ext import _C
 
     return str(_C.cuda_runtime_report())
-
-
-def _model(source: str, role: str, trust_remote_code: bool) -> tuple[str, str | None]:
-    """Whether a model's steps can be captured in CUDA graphs, and why the model would be refused (None: it would not);
-    by its configuration alone."""
-    from specbranch.cli.loading import quiet_libraries
-
-    quiet_libraries()
-    try:
-        from specbranch.runtime.graphs.probe import why_not_captured
-        from specbranch.runtime.loading import without_weights
-        from specbranch.runtime.support import check_supported
-
-        model = without_weights(source, role, trust_remote_code)
-        reason = why_not_captured(model)
-    except Exception as error:
-        reason = one_line(error)
-        return f"eager: {reason}", f"{role}: {reason}"
-    captured = "can be captured" if reason is None else f"eager: {reason}"
-    try:
-        check_supported(model, role)
-    except SpecBranchError as error:
-        return captured, one_line(error)
-    return captured, None
 
 
 def _driver() -> str | None:

@@ -30,11 +30,12 @@ ROWS = 8
 class LayerCall:
     """What one layer gave to the attention.
 
-    window: in its mask, None for plain causality. differs: what else the mask does, in words. arguments: the keyword
-    arguments that are set.
+    width: elements of its widest vectors. window: in its mask, None for plain causality. differs: what else the mask
+    does, in words. arguments: the keyword arguments that are set.
     """
 
     module: nn.Module
+    width: int
     window: int | None
     differs: str
     arguments: Mapping[str, Any]
@@ -122,7 +123,7 @@ def _attention(
     """Take note of a layer, and attend, in plain torch."""
     probe = _probe.get()
     given = {name: argument for name, argument in kwargs.items() if argument is not None and argument is not False}
-    probe.calls.append(LayerCall(module, *probe.said(attention_mask), given))
+    probe.calls.append(LayerCall(module, max(query.shape[-1], value.shape[-1]), *probe.said(attention_mask), given))
     if query.device.type == "meta":
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
     groups = query.shape[1] // key.shape[1]

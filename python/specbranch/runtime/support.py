@@ -20,6 +20,7 @@ from specbranch_ext import cuda_device_problem
 
 # Layers whose state is a K/V row per token; anything else (state space, linear attention) cannot roll back.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+CUDA_HEAD_WIDTH = 512  # the widest of specbranch_ext.tree_attention there
 
 # Arguments of an attention function that we honour, or that change nothing in it.
 HARMLESS = {
@@ -42,11 +43,11 @@ class Support:
     rereads: tuple[int, ...] = ()
 
 
-def check_supported(model: PreTrainedModel, role: str) -> tuple[Support, Tensor | None]:
+def check_supported(model: PreTrainedModel, role: str, on: str | None = None) -> tuple[Support, Tensor | None]:
     """Refuse, by name, what cannot be decoded with a branch cache and a registered attention.
 
-    The model may be on the meta device. Returns what it asks of us, and its own logits over `probe_ids`, [rows, V],
-    where a model with weights was asked.
+    The model may be on the meta device. on: the type of device on which it will run, None for its own. Returns what it
+    asks of us, and its own logits over `probe_ids`, [rows, V], where a model with weights was asked.
     """
     name = f"{role} model {type(model).__name__}"
     config = model.config.get_text_config()
@@ -75,6 +76,9 @@ def check_supported(model: PreTrainedModel, role: str) -> tuple[Support, Tensor 
             if model.device.type == "meta" and "meta" in str(error).lower():  # it asks for values: with weights it can
                 return Support(None, by_length, lengths), None
             raise
+    widest = max((call.width for call in calls), default=0)
+    if (on or model.device.type) == "cuda" and widest > CUDA_HEAD_WIDTH:
+        raise SpecBranchError(f"{name} has heads {widest} wide; on a CUDA device expected at most {CUDA_HEAD_WIDTH}")
     support = Support(_windows(model, name, calls), by_length, lengths)
     return support, None if logits.device.type == "meta" else logits
 
