@@ -177,7 +177,7 @@ class SpecBranch:
             GenerationFailed: the generation ended early, out of memory or on NaN logits; holds what was committed.
         """
         sampling = self._settings.sampling(temperature, top_k, top_p, min_p, seed)
-        stream = TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options))
+        stream = TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options, whole=True))
         for _ in stream:
             pass
         assert stream.generation is not None
@@ -215,8 +215,9 @@ class SpecBranch:
         method: str | None,
         overlap: bool | str | None,
         options: dict[str, object],
+        whole: bool = False,
     ) -> Generator[str | Generation, None, None]:
-        """Pieces of text and, last, the Generation."""
+        """Pieces of text and, last, the Generation. whole: the text is one piece."""
         begin = time.perf_counter()
         ids = self._prompt_ids(prompt)
         max_new_tokens = self._settings.new_tokens(max_new_tokens, len(ids))
@@ -229,14 +230,23 @@ class SpecBranch:
             slot.reset(len(ids) + max_new_tokens, draft=loop.drafter is not None)
             attachment = self.pair.attachment(slot.target.model.tap, draft=loop.drafter is not None)
             reason, rounds = "length", loop.rounds(ids, max_new_tokens)
-            try:
-                while committed := attachment.turn(lambda: next(rounds, None)):
+
+            def take_turn() -> bool:
+                """Decode for as long as nobody looks at the text or wants the models. False when it is over."""
+                nonlocal reason
+                for committed in rounds:
                     if any(builder.add(token) for token in committed):
                         reason = "stop"
-                    yield builder.fresh()
-                    if reason == "stop":
                         break
-                    if self.pair.crowded:
+                    if not whole or attachment.wanted:
+                        return True
+                return False
+
+            try:
+                while attachment.turn(take_turn):
+                    if not whole:
+                        yield builder.fresh()
+                    if attachment.wanted:
                         time.sleep(0)  # or this thread would have the next turn too
             except KeyboardInterrupt as interrupt:
                 raise GenerationInterrupted(self._result(slot, loop, builder, begin, "interrupted")) from interrupt

@@ -5,6 +5,8 @@ import gc
 import itertools
 import random
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -230,19 +232,34 @@ def test_fifty_threads_share_an_engine_and_leave_nothing(bundled_pair, texts, un
     assert tensors() < 1.001 * before
 
 
-def test_no_thread_starves(bundled_pair, texts) -> None:
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("shared", ["engine", "models"])
+def test_no_thread_starves(bundled_pair, streamed, shared) -> None:
     """A short text is done before a long one that began earlier."""
+    other = bundled_pair if shared == "engine" else SpecBranch(bundled_pair.target, bundled_pair.draft)
     order: list[str] = []
     began = threading.Event()
 
-    def long() -> None:
-        for _ in bundled_pair.stream(PROMPTS[0], max_new_tokens=300, method="autoregressive"):
+    class Tokens(list[int]):
+        """A prompt that says when it is read."""
+
+        def __iter__(self) -> Iterator[int]:
             began.set()
+            return super().__iter__()
+
+    def long() -> None:
+        settings: dict[str, Any] = {"max_new_tokens": 300, "method": "autoregressive"}
+        if streamed:
+            for _ in bundled_pair.stream(Tokens([5, 6, 7]), **settings):
+                pass
+        else:
+            bundled_pair.generate(Tokens([5, 6, 7]), **settings)
         order.append("long")
 
     def short() -> None:
         began.wait()
-        bundled_pair.generate(PROMPTS[1], max_new_tokens=4, method="autoregressive")
+        time.sleep(0.05)  # a few rounds
+        other.generate([5, 6, 7], max_new_tokens=4, method="autoregressive")
         order.append("short")
 
     workers = [threading.Thread(target=long), threading.Thread(target=short)]

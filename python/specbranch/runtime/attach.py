@@ -87,13 +87,19 @@ class Attachment:
         models.sort(key=id)  # in one order everywhere, so that nobody waits in a circle
         self._first, self._last = models[0], models[-1]
 
+    @property
+    def wanted(self) -> bool:
+        """Whether another thread waits for one of the models, or has it."""
+        asking = (*_use_of(self._first).asking, *_use_of(self._last).asking)
+        return any(thread != threading.get_ident() for thread in asking)
+
     def turn(self, work: Callable[[], T]) -> T:
         """What `work` returns or raises, called with the models attached; waits while they are in use.
 
         An interrupt may arrive between any two bytecodes, but not within a call into C. So attaching is one such
         call, and detaching another, which is the first thing that happens however the work ends.
         """
-        with lock_of(self._first), lock_of(self._last):
+        with asking(self._first, self._last), lock_of(self._first), lock_of(self._last):
             attach, detach = self._swaps()
             try:
                 run_out(attach)
@@ -104,7 +110,7 @@ class Attachment:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A turn as a context; an interrupt at its very end may find the models attached until it has been handled."""
-        with lock_of(self._first), lock_of(self._last):
+        with asking(self._first, self._last), lock_of(self._first), lock_of(self._last):
             attach, detach = self._swaps()
             try:
                 run_out(attach)
@@ -168,8 +174,16 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
 # ---- Turns: which models are in use, in this process
 
 
+class Use:
+    """Of one model. lock: held by the thread that has it. asking: that thread, and those that wait."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.asking: set[int] = set()
+
+
 _attached: dict[object, tuple[int, Restore, list[dict[str, Any]]]] = {}  # by turn: its thread, and what to put back
-_locks: WeakKeyDictionary[PreTrainedModel, threading.RLock] = WeakKeyDictionary()
+_uses: WeakKeyDictionary[PreTrainedModel, Use] = WeakKeyDictionary()
 _new_lock = threading.Lock()
 _forked = False
 
@@ -181,19 +195,36 @@ def forked() -> bool:
 
 
 def lock_of(model: PreTrainedModel) -> threading.RLock:
-    """Held while a model is in use."""
-    lock = _locks.get(model)
-    if lock is None:
+    """Held while a model is in use, by who says so beforehand (see `asking`)."""
+    return _use_of(model).lock
+
+
+@contextmanager
+def asking(*models: PreTrainedModel) -> Iterator[None]:
+    """The context in which this thread waits for models and has them."""
+    thread = threading.get_ident()
+    try:
+        for model in models:
+            _use_of(model).asking.add(thread)
+        yield
+    finally:
+        for model in models:
+            _use_of(model).asking.discard(thread)
+
+
+def _use_of(model: PreTrainedModel) -> Use:
+    use = _uses.get(model)
+    if use is None:
         with _new_lock:
-            lock = _locks.setdefault(model, threading.RLock())
-    return lock
+            use = _uses.setdefault(model, Use())
+    return use
 
 
 def _forget_other_threads() -> None:
     """In a forked child no other thread goes on: end their turns."""
     global _forked, _new_lock
     _forked, _new_lock = True, threading.Lock()
-    _locks.clear()
+    _uses.clear()
     for thread, restore, training in _attached.values():
         if thread != threading.get_ident():
             run_out(restoring(restore, training))

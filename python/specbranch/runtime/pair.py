@@ -133,11 +133,6 @@ class Pair:
         fixed_rows = runner.most_rows if isinstance(runner, CapturedRunner) else None
         return row_dependence(runner.model, fixed_rows, runner.device)
 
-    @property
-    def crowded(self) -> bool:
-        """Whether several generations are under way."""
-        return sum(not slot.free for slot in self._slots) > 1
-
     def attachment(self, tap: FeatureTap | None = None, draft: bool = True) -> Attachment:
         """The models as they are to run, with this pair's threads. draft: both of them."""
         return Attachment(self.models[: 1 + draft], tap, self.threads)
