@@ -1,5 +1,6 @@
 """A generation that is interrupted or fails at any moment leaves the models as found, and the engine working."""
 
+import gc
 import itertools
 import random
 import signal
@@ -94,6 +95,31 @@ def test_a_second_interrupt_leaves_a_verification_that_disturbs_nobody(
     assert untouched()
     assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True).tokens == texts[0]
     assert answered.is_set()
+
+
+def test_a_forgotten_stream_may_be_collected_while_the_target_verifies(
+    bundled_pair, texts, untouched, monkeypatch
+) -> None:
+    """On the target's thread, which then cannot wait for the target's thread."""
+    verify, collecting = ModelVerifier.verify, []
+
+    def collect(verifier: ModelVerifier, trunk: Trunk) -> Any:
+        collecting.append(threading.current_thread() is not threading.main_thread() and gc.collect() > 0)
+        return verify(verifier, trunk)
+
+    gc.disable()
+    try:
+        stream = bundled_pair.stream(PROMPTS[0], max_new_tokens=NEW, overlap=True)
+        next(stream)
+        circle = [stream]
+        circle.append(circle)
+        del circle, stream
+        monkeypatch.setattr(ModelVerifier, "verify", collect)
+        assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True).tokens == texts[0]
+    finally:
+        gc.enable()
+    assert any(collecting)
+    assert all(slot.free for slot in bundled_pair.pair._slots)
 
 
 def test_a_failure_at_any_round_leaves_the_models_as_found(bundled_pair, texts, untouched, monkeypatch) -> None:

@@ -73,6 +73,11 @@ def test_an_interrupt_at_any_moment_leaves_it_working(interrupts: int) -> None:
     assert interrupted == interrupts
 
 
+def test_work_does_not_wait_for_itself() -> None:
+    worker = Worker(1)
+    worker.submit(worker.wait).result()
+
+
 def until(condition: Callable[[], bool]) -> bool:
     end = time.monotonic() + 30
     while not condition() and time.monotonic() < end:

@@ -67,12 +67,11 @@ class Attachment:
         configs: dict[int, Any] = {}
         modules: dict[nn.Module, None] = {}
         for model in models:
-            modules.update(dict.fromkeys(model.modules()))
-            configs.update((id(config), config) for config in _configs(model))
+            own = list(model.modules())
+            modules.update(dict.fromkeys(own))
+            configs.update((id(config), config) for config in _configs(model, own))
             device = execution_device(model)
-            for module in model.modules():
-                if (forward := forward_of(module, device)) is not None:
-                    forwards[module] = forward
+            forwards.update((module, forward) for module in own if (forward := forward_of(module, device)) is not None)
         for module, keep in () if tap is None else tap.keepers():
             forwards[module] = replacement(module, keep(forwards.get(module, module.forward)))
         places = [
@@ -162,9 +161,10 @@ def restoring(restore: Restore, training: Sequence[dict[str, Any]]) -> Iterator[
     )
 
 
-def _configs(model: PreTrainedModel) -> Iterator[Any]:
+def _configs(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[Any]:
     """The configs that its modules may ask for their attention."""
-    waiting = [model.config, *[config for module in model.modules() if (config := vars(module).get("config"))]]
+    found = [model.config, *(vars(module).get("config") for module in modules)]
+    waiting = list({id(config): config for config in found if config is not None}.values())
     for config in waiting:
         if IMPLEMENTATION in getattr(config, "__dict__", ()):
             yield config

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
+import specbranch_ext  # noqa: F401  (it registers the op)
 from specbranch.runtime.rotary import chooses_by_length, on_one_thread, row_by_row
 from specbranch.runtime.rows.functions import fits_linear
 from specbranch.runtime.rows.routes import own_forward, replacement, routed_forward
-from specbranch_ext import linear
+
+linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.ops.specbranch.linear.default
+"""`specbranch_ext.linear` without the checks of its arguments: `known` has seen to the weights."""
 
 ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 

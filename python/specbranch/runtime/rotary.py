@@ -169,7 +169,7 @@ def _fresh(module: nn.Module) -> nn.Module:
 
 def _kinds(module: nn.Module) -> dict[str | None, str]:
     """The rope_type of a rotary embedding, by layer type where it has several; nothing for other modules."""
-    kind = getattr(module, "rope_type", None)
+    kind = vars(module).get("rope_type")  # asked of every module, and getattr is slow where there is none
     if isinstance(kind, dict):
         return kind
     return {None: kind} if isinstance(kind, str) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import time
-from _thread import start_new_thread
+from _thread import get_ident, start_new_thread
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -59,7 +59,7 @@ class Worker:
     def __init__(self, threads: int) -> None:
         self._tasks: SimpleQueue[Task[Any] | None] = SimpleQueue()
         finalize(self, self._tasks.put, None)
-        start_new_thread(_work_off, (self._tasks, threads))
+        self._thread = start_new_thread(_work_off, (self._tasks, threads))
         _workers.add(self)
 
     def submit(self, work: Callable[[], T]) -> Task[T]:
@@ -68,8 +68,10 @@ class Worker:
         return task
 
     def wait(self) -> None:
-        """Return when all that was given is done."""
-        self.submit(lambda: None).result()
+        """Return when all that was given is done. Within the work itself, where an abandoned generation may be
+        collected, there is nothing to wait for."""
+        if get_ident() != self._thread:
+            self.submit(lambda: None).result()
 
 
 def _work_off(tasks: SimpleQueue[Task[Any] | None], threads: int) -> None:

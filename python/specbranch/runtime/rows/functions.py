@@ -30,7 +30,7 @@ def fits_linear(*tensors: object) -> bool:
     for tensor in tensors:
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor) or not is_plain(tensor) or tensor.device.type != "cpu":
+        if not isinstance(tensor, Tensor) or not is_plain(tensor) or not tensor.is_cpu:
             return False
         dtypes.add(tensor.dtype)
     return len(dtypes) == 1 and dtypes.pop() in LINEAR_DTYPES
