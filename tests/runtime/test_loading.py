@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 
 from specbranch import SpecBranch, SpecBranchError, bundled
 from specbranch.cli import doctor
+from specbranch.runtime import adapters
 from specbranch.runtime.loading import load_model, load_tokenizer, without_weights
 
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
@@ -234,6 +235,31 @@ def test_a_loaded_model_needs_no_tokenizer(tmp_path: Path) -> None:
     model = load(folder)
     assert load_tokenizer(model, "target") is None
     assert SpecBranch.from_pretrained(model).tokenizer is None
+
+
+# ---- adapters: tests/quantised has those that need peft
+
+ADAPTER = "adapter_config.json"
+BROKEN_ADAPTERS: dict[str, tuple[Change, str]] = {
+    "without peft": (settings(ADAPTER), "an adapter needs the package peft, which is not installed"),
+    "beside a model": (written("config.json", "{}"), "has both config.json and adapter_config.json"),
+    "no base": (settings(ADAPTER, base_model_name_or_path=None), rf"{ADAPTER}: has no base_model_name_or_path"),
+    "not JSON": (written(ADAPTER, "{"), rf"{ADAPTER}: not JSON"),
+    "a list": (written(ADAPTER, "[]"), rf"{ADAPTER}: expected a JSON object"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_a_broken_adapter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(adapters, "is_peft_available", lambda: False)
+    (tmp_path / ADAPTER).write_text(json.dumps({"base_model_name_or_path": str(bundled.path("target"))}))
+    change, message = BROKEN_ADAPTERS[name]
+    change(tmp_path)
+    with pytest.raises(SpecBranchError, match=message) as caught:
+        load(tmp_path)
+    assert str(caught.value).startswith(f"target {tmp_path}: ")
+    (problem,) = doctor.examine(str(tmp_path), load="cpu")["problems"]
+    assert problem == str(caught.value)
 
 
 # ---- code of a checkpoint's own

@@ -21,14 +21,16 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME
 
 from specbranch.core.errors import SpecBranchError
 
 WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)  # as transformers looks
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 VOCABULARIES = (TOKENIZER, "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 GENERATION_CONFIG = "generation_config.json"
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = ADAPTER_CONFIG_NAME
+ADAPTER_WEIGHTS = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 PICKLE = b"\x80"  # how a file of torch's begins that is no archive
 NAMED = 5  # tensors in a message
 
@@ -69,6 +71,12 @@ def weights_fault(folder: Path) -> str | None:
     return None
 
 
+def adapter_fault(folder: Path) -> str | None:
+    """The same for an adapter."""
+    file = next((folder / name for name in ADAPTER_WEIGHTS if (folder / name).exists()), None)
+    return json_fault(folder / ADAPTER_CONFIG) or (None if file is None else _file_fault(file))
+
+
 def shards_of(index: Path) -> dict[str, str]:
     """Tensors and their files, of an index; none where it has no such map."""
     found = json.loads(index.read_bytes()).get("weight_map")
@@ -78,7 +86,7 @@ def shards_of(index: Path) -> dict[str, str]:
 
 def tokenizer_fault(folder: Path) -> str | None:
     """The same for a tokenizer's files."""
-    for name in (CONFIG_NAME, "tokenizer_config.json", TOKENIZER):
+    for name in (CONFIG_NAME, TOKENIZER_CONFIG, TOKENIZER):
         if reason := json_fault(folder / name):
             return reason
     if (folder / TOKENIZER).exists():
@@ -122,11 +130,13 @@ def _file_fault(path: Path) -> str | None:
     return None
 
 
-def check_weights(model: PreTrainedModel, info: Mapping[str, Any], folder: Path | None) -> None:
+def check_weights(
+    model: PreTrainedModel, info: Mapping[str, Any], folder: Path | None, config: str = CONFIG_NAME
+) -> None:
     """Refuse a model whose checkpoint lacks weights, or has some that it has no place for or that are of another shape.
 
-    info: of `from_pretrained(output_loading_info=True)`, which knows tied weights and what a model's class declares as
-    dispensable. Raises SpecBranchError naming file and tensors.
+    config: the file that says what belongs there. info: of `from_pretrained(output_loading_info=True)`, which knows
+    tied weights and what a model's class declares as dispensable. Raises SpecBranchError naming file and tensors.
     """
     mismatched = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info.get("mismatched_keys", ())}
     missing = set(info.get("missing_keys", ())) - mismatched.keys()
@@ -137,7 +147,7 @@ def check_weights(model: PreTrainedModel, info: Mapping[str, Any], folder: Path 
         faults.append(f"lacks {_some(missing)} of {kind}")
     if mismatched:
         shapes = (f"{name} {list(found)} instead of {list(wanted)}" for name, (found, wanted) in mismatched.items())
-        faults.append(f"has {_some(shapes)} as config.json says")
+        faults.append(f"has {_some(shapes)} as {config} says")
     if unexpected:
         faults.append(f"has {_some(unexpected)}, for which {kind} has no place")
     if faults:
@@ -158,7 +168,7 @@ def _file_of(folder: Path | None, tensor: str) -> Path | str:
     """Where a tensor should be."""
     if folder is None:
         return "the checkpoint"
-    file = next((folder / name for name in WEIGHTS if (folder / name).exists()), folder)
+    file = next((folder / name for name in (*WEIGHTS, *ADAPTER_WEIGHTS) if (folder / name).exists()), folder)
     return folder / shards_of(file).get(tensor, file.name) if file.suffix == ".json" else file
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from specbranch import bundled
 from specbranch.core.checks import shown
 from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.adapters import add_adapter, base_of_adapter
 from specbranch.runtime.checkpoint import (
     ADAPTER_CONFIG,
     GENERATION_CONFIG,
+    TOKENIZER_CONFIG,
+    adapter_fault,
     check_weights,
     folder_of,
     json_fault,
@@ -27,36 +27,12 @@ from specbranch.runtime.checkpoint import (
     weights_fault,
 )
 from specbranch.runtime.choices import DTYPES
+from specbranch.runtime.sources import loading, named, resolve
 
 GIB = 2**30
 MOST_LAYERS = 10_000  # more are a mistake, and would be made one by one before anything else says so
-LONGEST_REASON = 300
 
 ModelSource = str | os.PathLike[str] | PreTrainedModel
-
-
-def resolve(source: str | os.PathLike[str], role: str) -> str:
-    """The directory or hub name that `source` means; "bundled" is the pair in this package.
-
-    Raises SpecBranchError for a path that is not there.
-    """
-    if not isinstance(source, (str, os.PathLike)) or not (name := os.fspath(source)) or not isinstance(name, str):
-        raise SpecBranchError(f"{role} is {shown(source)}; expected a directory, a hub name or a model of transformers")
-    if name == "bundled":
-        return str(bundled.path(role))
-    path = Path(name).expanduser()
-    try:
-        if path.is_dir():
-            if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
-                raise SpecBranchError(f"{role} {name}: the directory has no config.json, so it is no checkpoint")
-            return str(path)
-        if path.exists():
-            raise SpecBranchError(f"{role} {name}: expected the directory of a checkpoint, not a file")
-    except OSError as error:
-        raise SpecBranchError(f"{role} {name}: {error.strerror or error}") from error
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise SpecBranchError(f"{role} {name}: there is no such directory")
-    return name
 
 
 def check_loaded(target: object, draft: object, hrad: object) -> None:
@@ -66,39 +42,6 @@ def check_loaded(target: object, draft: object, hrad: object) -> None:
             raise SpecBranchError(f"{role} is {shown(model)}; expected a model: SpecBranch.from_pretrained loads one")
     if hrad is not None and not isinstance(hrad, (str, os.PathLike, nn.Module)):
         raise SpecBranchError(f"hrad is {shown(hrad)}; expected a predictor, or the directory of one")
-
-
-@contextmanager
-def loading(
-    name: str, role: str, fault: Callable[[Path], str | None] = weights_fault, what: str = ""
-) -> Iterator[None]:
-    """Whatever fails in this block is a SpecBranchError of one line that names the model and the file at fault.
-
-    fault: finds that file in a checkpoint's folder, if it is a file's. what: is loaded, if it is not the model.
-    """
-    try:
-        yield
-    except SpecBranchError:
-        raise
-    except Exception as error:  # transformers raises whatever the libraries below it do
-        folder = None if isinstance(error, MemoryError) else folder_of(name)
-        at_fault = None if folder is None else fault(folder)
-        raise SpecBranchError(f"{role} {name}: {_reason(error, at_fault, what)}") from error
-
-
-def _reason(error: Exception, at_fault: str | None, what: str) -> str:
-    message = " ".join(str(error).split())
-    if "trust_remote_code" in message:
-        return (
-            "it comes with code of its own, which is not run unless you trust it: --trust-remote-code on the command "
-            "line, trust_remote_code=True in Python"
-        )
-    if other := re.search(r"Unrecognized configuration class <class '[\w.]*?(\w+)'>", message):
-        return f"expected a decoder-only causal language model, found {other[1]}"
-    if at_fault is not None:
-        return f"{what}cannot be loaded: {at_fault}"
-    kind = "" if message and isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
-    return f"{what}cannot be loaded: {kind}{message}"[:LONGEST_REASON].rstrip(": ")
 
 
 def load_config(source: str | os.PathLike[str], role: str, trust_remote_code: bool = False) -> Any:
@@ -133,26 +76,10 @@ def load_model(
         return source
     wanted, place = _dtype(dtype), _device(device)
     name = resolve(source, role)
-    if (folder := folder_of(name)) is None or not (folder / ADAPTER_CONFIG).is_file():
-        load_config(source, role, trust_remote_code)
-    with loading(name, role):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            dtype=wanted,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, with the shapes
-        )
-    model: PreTrainedModel
-    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})  # code of a checkpoint's own may do otherwise
-    folder = folder_of(name)
-    try:
-        check_weights(model, info, folder)
-        if folder is not None and (at_fault := json_fault(folder / GENERATION_CONFIG)):  # transformers overlooks it
-            raise SpecBranchError(at_fault)
-    except SpecBranchError as error:
-        raise SpecBranchError(f"{role} {name}: {error}") from None
+    base = base_of_adapter(name, role)
+    model = _load_whole(name if base is None else base, role, wanted, device_map, trust_remote_code)
+    if base is not None:
+        add_adapter(model, name, role)
     if device_map is not None:
         return model
     try:
@@ -164,6 +91,32 @@ def load_model(
         if isinstance(error, SpecBranchError):
             raise
         raise SpecBranchError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _load_whole(
+    name: str, role: str, dtype: Any, device_map: str | dict[str, int | str] | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    load_config(name, role, trust_remote_code)
+    with loading(name, role):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with the shapes
+        )
+    model: PreTrainedModel
+    model, info = loaded if isinstance(loaded, tuple) else (loaded, {})  # code of a checkpoint's own may do otherwise
+    folder = folder_of(name)
+    with named(name, role):
+        check_weights(model, info, folder)
+        if folder is not None and (at_fault := json_fault(folder / GENERATION_CONFIG)):  # transformers overlooks it
+            raise SpecBranchError(at_fault)
+    return model
+
+
+# ---- Values
 
 
 def _dtype(dtype: object) -> Any:
@@ -199,7 +152,12 @@ def without_weights(source: str | os.PathLike[str], role: str, trust_remote_code
 
     Raises SpecBranchError for a configuration that cannot be used and for a file of weights that cannot be read.
     """
-    config, name = load_config(source, role, trust_remote_code), resolve(source, role)
+    own = resolve(source, role)
+    base = base_of_adapter(own, role)
+    if base is not None and (at_fault := adapter_fault(Path(own))):
+        raise SpecBranchError(f"{role} {own}: {at_fault}")
+    name = own if base is None else base
+    config = load_config(name, role, trust_remote_code)
     with loading(name, role), torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     if (folder := folder_of(name)) is not None and (at_fault := weights_fault(folder)):
@@ -217,6 +175,8 @@ def load_tokenizer(source: ModelSource, role: str, trust_remote_code: bool = Fal
     name = getattr(source, "name_or_path", "") if isinstance(source, nn.Module) else resolve(source, role)
     if not name:
         return None
+    if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / TOKENIZER_CONFIG).is_file():
+        name = base_of_adapter(name, role) or name  # an adapter need not have one
     try:
         with loading(name, role, tokenizer_fault, "its tokenizer "):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
