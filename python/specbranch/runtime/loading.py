@@ -175,9 +175,9 @@ def load_tokenizer(source: ModelSource, role: str, trust_remote_code: bool = Fal
     name = getattr(source, "name_or_path", "") if isinstance(source, nn.Module) else resolve(source, role)
     if not name:
         return None
-    if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / TOKENIZER_CONFIG).is_file():
-        name = base_of_adapter(name, role) or name  # an adapter need not have one
     try:
+        if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / TOKENIZER_CONFIG).is_file():
+            name = base_of_adapter(name, role) or name  # an adapter need not have one
         with loading(name, role, tokenizer_fault, "its tokenizer "):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 name, trust_remote_code=trust_remote_code
