@@ -30,6 +30,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
 from specbranch import METHODS, SpecBranch, SpecBranchError
+from specbranch.runtime.masks import probe_ids
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.support import Support, check_supported
 from specbranch.runtime.windows import FARTHEST, MaskFunction, OtherMask, window_of
@@ -165,7 +166,9 @@ def test_a_model_on_several_devices_is_asked_on_the_meta_device() -> None:
     vars(model)["hf_device_map"] = {"model.layers.0": 0, "model.layers.1": 1}
     support, logits = check_supported(model, "target")
     assert support.windows == (WINDOW,) * 4
-    assert logits is None
+    assert logits is not None  # they are the model's own
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(probe_ids(model)[None]).logits[0])
 
 
 def prefix(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -270,13 +273,16 @@ def test_a_mask_of_the_models_own_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         SpecBranch(model)
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_does_not_go_by_its_positions_is_refused(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, spread: bool
 ) -> None:
     """It counts from the length of its cache."""
     model = family_model(family_config("llama"))
     model.to(dtype)  # type: ignore[arg-type]
+    if spread:
+        vars(model)["hf_device_map"] = {"model.layers.0": 0, "model.layers.1": 1}
     forward = model.model.forward
 
     def counted(input_ids: Tensor, past_key_values: Any, position_ids: Tensor, **kwargs: Any) -> Any:

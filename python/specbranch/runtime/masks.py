@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from specbranch.runtime.attach import Attachment
 from specbranch.runtime.rotary import steady_forward
+from specbranch.runtime.weights import execution_device
 from specbranch.runtime.windows import MaskFunction, OtherMask, positions_of, window_of
 
 PROBE = "specbranch_probe"
@@ -60,25 +61,15 @@ class _Probe:
 _probe: ContextVar[_Probe] = ContextVar("specbranch_probe")
 
 
-@torch.no_grad()  # as in generate(): some quantised weights cannot do with inference mode
 def probe(model: PreTrainedModel) -> tuple[list[LayerCall], Tensor]:
     """Run a model's own forward over probe_ids: what its layers gave to the attention, in order, and its logits
     [rows, V], which on the meta device have no values."""
-    ids = probe_ids(model)
     seen = _Probe(model.config.get_text_config())
 
     def forward() -> Tensor:
         token = _probe.set(seen)
         try:
-            logits: Tensor = model(
-                input_ids=ids[None],
-                attention_mask=torch.ones_like(ids)[None],
-                position_ids=torch.arange(len(ids), device=ids.device)[None],
-                past_key_values=DynamicCache(config=model.config),
-                use_cache=True,
-                logits_to_keep=slice(None),  # as we ask: Gemma 4 does otherwise for a number
-            ).logits
-            return logits[0]
+            return _forward(model)
         finally:
             _probe.reset(token)
 
@@ -86,11 +77,30 @@ def probe(model: PreTrainedModel) -> tuple[list[LayerCall], Tensor]:
     return seen.calls, logits
 
 
+def own_logits(model: PreTrainedModel) -> Tensor:
+    """The same logits, with the model's own attention."""
+    return Attachment([model], attention=None, forward_of=steady_forward).turn(lambda: _forward(model))
+
+
+@torch.no_grad()  # as in generate(): some quantised weights cannot do with inference mode
+def _forward(model: PreTrainedModel) -> Tensor:
+    ids = probe_ids(model)
+    logits: Tensor = model(
+        input_ids=ids[None],
+        attention_mask=torch.ones_like(ids)[None],
+        position_ids=torch.arange(len(ids), device=ids.device)[None],
+        past_key_values=DynamicCache(config=model.config),
+        use_cache=True,
+        logits_to_keep=slice(None),  # as we ask: Gemma 4 does otherwise for a number
+    ).logits
+    return logits[0]
+
+
 def probe_ids(model: PreTrainedModel) -> Tensor:
     """The tokens of the probe, int64 [rows]."""
     config = model.config.get_text_config()
     rows, vocabulary = min(ROWS, positions_of(config)), int(config.vocab_size)
-    return torch.arange(1, rows + 1, device=model.device) % vocabulary
+    return torch.arange(1, rows + 1, device=execution_device(model)) % vocabulary
 
 
 def _mask(mask_function: MaskFunction, device: torch.device | str, **kwargs: Any) -> Tensor:

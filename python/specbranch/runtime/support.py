@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.masks import LayerCall, probe
+from specbranch.runtime.masks import LayerCall, own_logits, probe
 from specbranch.runtime.rotary import kinds_by_length, rereads
+from specbranch.runtime.weights import execution_device
 from specbranch.runtime.windows import positions_of
 from specbranch_ext import cuda_device_problem
 
@@ -67,11 +68,13 @@ def check_supported(model: PreTrainedModel, role: str, on: str | None = None) ->
     by_length = bool(kinds_by_length(model))
     lengths = rereads(model) if by_length else ()
     # On the meta device in bfloat16: the kernels of mixtures of experts take nothing else there.
-    on_meta = model.device.type == "meta" or len(places(model)) > 1
-    asked = meta_twin(model, torch.bfloat16) if on_meta else model
+    # Masks that are moved from device to device are not known again.
+    moved = model.device.type == "meta" or len(places(model)) > 1
     with trying(name):
         try:
-            calls, logits = probe(asked)
+            calls, logits = probe(meta_twin(model, torch.bfloat16) if moved else model)
+            if moved and execution_device(model).type != "meta":
+                logits = own_logits(model)
         except Exception as error:
             if model.device.type == "meta" and "meta" in str(error).lower():  # it asks for values: with weights it can
                 return Support(None, by_length, lengths), None
