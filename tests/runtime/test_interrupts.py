@@ -5,6 +5,7 @@ import itertools
 import random
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -40,6 +41,9 @@ def test_an_interrupt_at_any_moment_leaves_the_models_as_found(bundled_pair, tex
         signal.signal(signal.SIGALRM, before)
     assert interrupted > 0
     assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, **settings).tokens == texts[0]
+    with ThreadPoolExecutor(1) as other:  # the locks are free too
+        again = other.submit(bundled_pair.generate, PROMPTS[0], max_new_tokens=NEW, **settings)
+        assert again.result(timeout=60).tokens == texts[0]
 
 
 def test_an_interrupt_while_an_engine_is_made_leaves_the_models_as_found() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, compress, repeat
@@ -22,6 +21,7 @@ from transformers import PreTrainedModel
 
 from specbranch.runtime.attention import ATTENTION
 from specbranch.runtime.exact import exact_forward
+from specbranch.runtime.locks import Lock, locked, run_out
 from specbranch.runtime.rows.routes import Forward, replacement
 from specbranch.runtime.weights import execution_device
 
@@ -32,9 +32,6 @@ Restore = tuple[Columns, Columns]
 
 IMPLEMENTATION = "_attn_implementation_internal"  # transformers' name for what its set_attn_implementation() sets
 MISSING = object()
-
-run_out: Callable[[Iterator[object]], None] = deque[object](maxlen=0).extend
-"""Take everything from an iterator, and drop it."""
 
 
 class Tap(Protocol):
@@ -98,7 +95,8 @@ class Attachment:
         An interrupt may arrive between any two bytecodes, but not within a call into C. So attaching is one such
         call, and detaching another, which is the first thing that happens however the work ends.
         """
-        with asking(self._first, self._last), lock_of(self._first), lock_of(self._last):
+
+        def attached() -> T:
             attach, detach = self._swaps()
             try:
                 run_out(attach)
@@ -106,10 +104,12 @@ class Attachment:
             finally:
                 run_out(detach)
 
+        return alone_with((self._first, self._last), attached)
+
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A turn as a context; an interrupt at its very end may find the models attached until it has been handled."""
-        with asking(self._first, self._last), lock_of(self._first), lock_of(self._last):
+        with _use_of(self._first).lock, _use_of(self._last).lock:
             attach, detach = self._swaps()
             try:
                 run_out(attach)
@@ -178,13 +178,12 @@ class Use:
     """Of one model. lock: held by the thread that has it. asking: that thread, and those that wait."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = Lock()
         self.asking: set[int] = set()
 
 
 _attached: dict[object, tuple[int, Restore, list[dict[str, Any]]]] = {}  # by turn: its thread, and what to put back
 _uses: WeakKeyDictionary[PreTrainedModel, Use] = WeakKeyDictionary()
-_new_lock = threading.Lock()
 _forked = False
 
 
@@ -194,36 +193,26 @@ def forked() -> bool:
     return _forked
 
 
-def lock_of(model: PreTrainedModel) -> threading.RLock:
-    """Held while a model is in use, by who says so beforehand (see `asking`)."""
-    return _use_of(model).lock
-
-
-@contextmanager
-def asking(*models: PreTrainedModel) -> Iterator[None]:
-    """The context in which this thread waits for models and has them."""
-    thread = threading.get_ident()
+def alone_with(models: Sequence[PreTrainedModel], work: Callable[[], T]) -> T:
+    """What `work` returns or raises, called when no other thread has the models."""
+    uses, thread = [_use_of(model) for model in models], threading.get_ident()
     try:
-        for model in models:
-            _use_of(model).asking.add(thread)
-        yield
+        for use in uses:
+            use.asking.add(thread)
+        return locked([use.lock for use in uses], work)
     finally:
-        for model in models:
-            _use_of(model).asking.discard(thread)
+        for use in uses:
+            use.asking.discard(thread)
 
 
 def _use_of(model: PreTrainedModel) -> Use:
-    use = _uses.get(model)
-    if use is None:
-        with _new_lock:
-            use = _uses.setdefault(model, Use())
-    return use
+    return _uses.get(model) or _uses.setdefault(model, Use())
 
 
 def _forget_other_threads() -> None:
     """In a forked child no other thread goes on: end their turns."""
-    global _forked, _new_lock
-    _forked, _new_lock = True, threading.Lock()
+    global _forked
+    _forked = True
     _uses.clear()
     for thread, restore, training in _attached.values():
         if thread != threading.get_ident():

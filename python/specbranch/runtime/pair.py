@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.attach import Attachment, forked
 from specbranch.runtime.graphs.runner import CapturedRunner
 from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.locks import Lock, locked
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.placement import make_runner, make_workers
 from specbranch.runtime.rows.probe import row_dependence
@@ -102,7 +102,7 @@ class Pair:
             self.first.target, self.first.draft, self.threads, None if forked() else target_threads
         )
         self._slots = [self.first]
-        self._lock = threading.RLock()  # a stream may be collected, and give its slot back, anywhere
+        self._lock = Lock()  # a stream may be collected, and give its slot back, anywhere
         _pairs.add(self)
 
     def __reduce__(self) -> tuple[type[Pair], tuple[Any, ...]]:
@@ -140,7 +140,8 @@ class Pair:
     def take(self, owner: object) -> Slot:
         """A slot for `owner` alone, until it is given back."""
         self.workers.wait()  # a second Ctrl-C ends the wait for a verification that goes on
-        with self._lock:
+
+        def taken() -> Slot:
             slot = next((slot for slot in self._slots if slot.free), None)
             if slot is None:
                 slot = self.first.another()
@@ -148,12 +149,17 @@ class Pair:
             slot._owner = ref(owner)
             return slot
 
+        return locked([self._lock], taken)
+
     def give_back(self, slot: Slot) -> None:
         """The slot is free again; its buffers are kept while there are few."""
-        with self._lock:
+
+        def given() -> None:
             slot._owner = None
             for spare in [slot for slot in self._slots if slot.free][KEPT:]:
                 self._slots.remove(spare)
+
+        locked([self._lock], given)
 
     @contextmanager
     def running(self, features: bool = False) -> Iterator[Slot]:
@@ -172,7 +178,7 @@ class Pair:
 
     def after_fork(self) -> None:
         """In a forked child: work goes on on one thread (see `forked`), and the other threads are not there."""
-        self.threads, self._lock = 1, threading.RLock()
+        self.threads, self._lock = 1, Lock()
         self.workers.after_fork()
 
 

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.attach import Attachment, Tap, asking, lock_of
+from specbranch.runtime.attach import Attachment, Tap, alone_with
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import BranchCache
 from specbranch.runtime.device import Device
@@ -55,13 +55,16 @@ def row_dependence(cached: CachedModel, fixed_rows: int | None = None, device: D
     model = cached.model
     if cached.device.type == "meta" or fixed_rows == 1:
         return ""
-    with asking(model), lock_of(model):  # else another thread's turn may be seen
+
+    def found() -> str:
         state: State = (fixed_rows, *((id(module), kind(module)) for module in model.modules()))
         tried = _tried.get(model)
         if tried is None or tried[0] != state:
             with nullcontext() if device is None else device.running():
                 tried = _tried[model] = (state, Probe(cached, fixed_rows).run())
         return tried[1]
+
+    return alone_with([model], found)  # else another thread's turn may be seen
 
 
 def kind(module: nn.Module) -> tuple[Any, ...]:
