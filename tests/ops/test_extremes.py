@@ -117,6 +117,17 @@ def test_scales_at_the_ends(scale, softcap):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "key", "scale"), [(3.38e38, 0.0, 1.0), (3.38e38, 0.0, 1e30), (1e33, 1e-37, 1e6)])
+def test_a_query_that_overflows_with_its_scale_alone(size, key, scale, dtype):
+    """Where neither its products nor the scores do."""
+    query, keys, values = random_inputs(3, 70, dtype=dtype)
+    query, keys = torch.full_like(query, size), torch.full_like(keys, key)
+    actual = tree_attention(query, keys, values, 70, scale=scale)
+    expected = reference.tree_attention(query, keys, values, 70, scale=scale)
+    torch.testing.assert_close(actual, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
 def test_windows_as_large_as_integers_go():
     inputs = random_inputs(3, 70)
     expected = tree_attention(*inputs, 70)

@@ -137,12 +137,13 @@ inline FloatVec mask(FloatVec scores, uint64_t visible, int first) {
 
 constexpr float exact_limit = 0x1p21f;  // beyond it (never in a sane model) integers and fractions do not separate
 
-// Scores in units of log2 become weights 2^(score - maximum); returns the factor for what was summed before.
-inline float softmax_row(float* scores, uint64_t visible, const SoftCap& softcap, float* maximum) {
+// Products become weights 2^(product * factor - maximum); returns the factor for what was summed before. (A query that
+// was scaled before its products might overflow where they do not.)
+inline float softmax_row(float* scores, uint64_t visible, float factor, const SoftCap& softcap, float* maximum) {
   FloatVec s[tile_keys / lanes];
   FloatVec top = broadcast(-INFINITY);
   for (int i = 0; i < tile_keys / lanes; ++i) {
-    s[i] = load(scores + i * lanes);
+    s[i] = load(scores + i * lanes) * factor;
     if (softcap.cap > 0.0f) s[i] = soft_capped(s[i], softcap);
     if (visible != ~uint64_t{0}) s[i] = mask(s[i], visible, i * lanes);
     top = max(s[i], top);  // a NaN is passed over here and spoils the sum below

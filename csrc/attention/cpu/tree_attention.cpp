@@ -49,7 +49,7 @@ struct Problem {
   bool split;  // each segment of a group is a task of its own
   int64_t tasks;
   int threads;
-  float query_scale;
+  float factor;  // of products of query and key, to scores in units of log2, so that exp2 serves
   SoftCap softcap;
   int64_t* tree_depths = nullptr;    // [nodes, tree_tiles]: ancestors in earlier tiles; unused for a chain
   int64_t* window_starts = nullptr;  // [nodes]: first visible position; unused without a window
@@ -79,7 +79,7 @@ struct Problem {
     split = segments > 1 && groups < 4 * threads && groups % threads != 0 &&
             groups * segments * partial_floats <= max_partial_floats;
     tasks = split ? groups * segments : groups;
-    query_scale = static_cast<float>(p.scale * log2_e);  // scores come in units of log2, so that exp2 serves
+    factor = static_cast<float>(p.scale * log2_e);
     softcap = SoftCap(p.softcap);
 
     Workspace per_thread(nullptr), sizes(nullptr);
@@ -177,7 +177,7 @@ void with_rows(int64_t rows, const Body& body) {
   }
 }
 
-// Scaled queries as float32, each register block as [D][rows of the block].
+// Queries as float32, each register block as [D][rows of the block].
 template <typename T>
 void pack_queries(const Problem& p, const Group& group, float* packed) {
   const Tensor& query = p.params.query;
@@ -188,7 +188,7 @@ void pack_queries(const Problem& p, const Group& group, float* packed) {
       const int64_t head = group.kv_head * p.heads_per_kv + (begin + r) % p.heads_per_kv;
       const T* row = query.as<const T>() + node * query.stride[0] + head * query.stride[1];
       float* out = packed + begin * p.dim + r;
-      for (int64_t d = 0; d < p.dim; ++d) out[d * rows] = to_float(row[d]) * p.query_scale;
+      for (int64_t d = 0; d < p.dim; ++d) out[d * rows] = to_float(row[d]);
     }
   }
 }
@@ -237,7 +237,8 @@ void attend_tile(const Problem& p, const Group& group, bool in_tree, int64_t til
       score_block<rows>(s.query + first_row * p.dim, s.packed, p.dim, scores);
       for (int r = 0; r < rows; ++r) {
         const int64_t i = first_row + r;
-        rescale[r] = softmax_row(scores + r * tile_keys, s.visible[i / p.heads_per_kv], p.softcap, &result.maximum[i]);
+        const uint64_t visible = s.visible[i / p.heads_per_kv];
+        rescale[r] = softmax_row(scores + r * tile_keys, visible, p.factor, p.softcap, &result.maximum[i]);
       }
       sum_block<rows>(scores, rescale, count, result.sum + first_row);
       if (!skip_masked) {
