@@ -84,11 +84,14 @@ def test_texts_of_such_families_are_those_of_plain_decoding(family: str) -> None
     ],
 )
 def test_what_depends_on_the_rows_beside_it_is_run_otherwise(layer: Callable[[], nn.Module]) -> None:
-    model = model_with(layer)
-    assert row_dependence(CachedModel(model, "target")) == ""
-    assert rows_that_differ(model) == 0
+    otherwise = 0
+    for seed in range(8):  # the last bit of an exponential does not reach every model's logits
+        model = model_with(layer, seed=seed)
+        assert row_dependence(CachedModel(model, "target")) == ""
+        assert rows_that_differ(model) == 0
+        otherwise += unrouted(model)
     if layer is not odd_layers.Outliers:  # its values here are no outliers
-        assert unrouted(model) > 0
+        assert otherwise > 0
 
 
 def test_a_product_is_found_where_no_bit_differs() -> None:
