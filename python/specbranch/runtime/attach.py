@@ -109,7 +109,7 @@ class Attachment:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """A turn as a context; an interrupt at its very end may find the models attached until it has been handled."""
-        with _use_of(self._first).lock, _use_of(self._last).lock:
+        with _asking((self._first, self._last)) as (first, last), first, last:
             attach, detach = self._swaps()
             try:
                 run_out(attach)
@@ -195,11 +195,18 @@ def forked() -> bool:
 
 def alone_with(models: Sequence[PreTrainedModel], work: Callable[[], T]) -> T:
     """What `work` returns or raises, called when no other thread has the models."""
+    with _asking(models) as locks:
+        return locked(locks, work)
+
+
+@contextmanager
+def _asking(models: Sequence[PreTrainedModel]) -> Iterator[list[Any]]:
+    """The context in which this thread waits for models, or has them; their locks."""
     uses, thread = [_use_of(model) for model in models], threading.get_ident()
     try:
         for use in uses:
             use.asking.add(thread)
-        return locked([use.lock for use in uses], work)
+        yield [use.lock for use in uses]
     finally:
         for use in uses:
             use.asking.discard(thread)
