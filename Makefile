@@ -32,7 +32,7 @@ TIDY_FLAGS = -std=c++17 -Icsrc $(shell $(BIN)/python -m pybind11 --includes) -Wa
 	$(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3 -DSPECBRANCH_ISA=avx2 -DSPECBRANCH_X86)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test nightly quantised lint bench gate sanitize clean install
+.PHONY: demo test nightly quantised lint bench gate sanitize arm clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -67,6 +67,14 @@ gate: install
 
 sanitize: install
 	$(BIN)/python scripts/sanitize.py
+
+# The products of an Arm processor with bfloat16 instructions, under an emulator: needs g++-aarch64-linux-gnu, qemu-user.
+arm: install
+	cmake -S tests/cpp -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+		"-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-cpu;max;-L;/usr/aarch64-linux-gnu"
+	cmake --build build/arm --target test_products
+	ctest --test-dir build/arm --output-on-failure -R test_products
 
 bench: install
 	$(BIN)/specbranch bench --target $(TARGET) --draft $(DRAFT) --prompts $(PROMPTS) $(BENCH_OPTIONS)

@@ -1,15 +1,16 @@
-"""Cases of linear: the linear layers of Qwen2.5-Coder 0.5B and 1.5B, with weights that come from memory."""
+"""Cases of linear and packed_linear: the linear layers of Qwen2.5-Coder 0.5B and 1.5B, with weights from memory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import cycle
+from typing import Any
 
 import torch
 from op_case import Built, Case, Function, Peer
 from torch import Tensor
 from torch.nn import functional
 
-from specbranch_ext import linear
+from specbranch_ext import PackedWeight, linear, pack_weight, packed_linear
 
 VOCABULARY = 151_936
 # Name: (hidden size, intermediate size, width of K and V, layers).
@@ -34,11 +35,22 @@ def linear_cases(device: str) -> Iterator[Case]:
     for name, (hidden, intermediate, kv, layers) in MODELS.items():
         layer = layer_shapes(hidden, intermediate, kv)
         for dtype in (torch.bfloat16, torch.float32):
-            for rows in (1, 2, 6, 16, 128):
+            for rows in (1, 2, 4, 6, 8, 16, 64, 256):
                 quick = name == "0.5B" and rows in (1, 6)
                 yield linear_case(f"{name}: one of {layers} layers", layer, rows, dtype, quick)
             for rows in (1, 2, 6, 16):
                 yield linear_case(f"{name}: output layer", ((VOCABULARY, hidden),), rows, dtype, quick=False)
+
+
+def packed_linear_cases(device: str) -> Iterator[Case]:
+    if device != "cpu":
+        return
+    for name, (hidden, intermediate, kv, layers) in MODELS.items():
+        layer = layer_shapes(hidden, intermediate, kv)
+        for rows in (1, 2, 4, 6, 8, 16, 256):
+            quick = name == "0.5B" and rows in (1, 6)
+            yield packed_linear_case(f"{name}: one of {layers} layers", layer, rows, quick)
+        yield packed_linear_case(f"{name}: output layer", ((VOCABULARY, hidden),), 1, quick=False)
 
 
 @lru_cache(maxsize=1)  # for the cases of these weights, which follow each other
@@ -79,6 +91,45 @@ def linear_case(what: str, shapes: Shapes, rows: int, dtype: torch.dtype, quick:
         what=f"{what}, {rows} rows, {str(dtype).removeprefix('torch.')}",
         build=build,
         bytes=count(shapes) * dtype.itemsize,
+        flops=2 * count(shapes) * rows,
+        quick=quick,
+    )
+
+
+@lru_cache(maxsize=1)
+def make_packed_ring(shapes: Shapes) -> list[list[PackedWeight]]:
+    """The ring's weights, packed: scaled as those of a model."""
+    ring = make_ring(shapes, torch.bfloat16)
+    return [[pack_weight(weight * 0.02) for weight in weights] for weights in ring]
+
+
+def packed_linear_case(what: str, shapes: Shapes, rows: int, quick: bool) -> Case:
+    """The peer is our own product over the same weights as they are: the bits are the same."""
+
+    def build() -> Built:
+        packed_ring, ring = make_packed_ring(shapes), make_ring(shapes, torch.bfloat16)
+        inputs = [torch.randn(rows, width).bfloat16() for _, width in shapes]
+
+        def run(op: Callable[[Tensor, Any], Tensor], weights: Sequence[Sequence[Any]]) -> Function:
+            turns = cycle(weights)
+
+            def products() -> None:
+                for x, weight in zip(inputs, next(turns), strict=True):
+                    op(x, weight)
+
+            return products
+
+        def check() -> None:
+            for x, weight, packed in zip(inputs, ring[0], packed_ring[0], strict=True):
+                assert torch.equal(packed_linear(x, packed), linear(x, weight * 0.02)), "other bits than linear's"
+
+        return Built(run(packed_linear, packed_ring), {"linear": Peer(run(linear, ring))}, check)
+
+    return Case(
+        op="packed_linear",
+        what=f"{what}, {rows} rows, lossless",
+        build=build,
+        bytes=count(shapes) * torch.bfloat16.itemsize,  # of the weights as they were, so that rates can be compared
         flops=2 * count(shapes) * rows,
         quick=quick,
     )

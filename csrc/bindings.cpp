@@ -20,6 +20,8 @@
 #include "core/isa.h"
 #include "core/python_tensor.h"
 #include "linear/linear.h"
+#include "linear/pack_weight.h"
+#include "linear/packed_linear.h"
 #include "sampling/gumbel_noise.h"
 #include "sampling/verify.h"
 #include "sampling/verify_rejection.h"
@@ -161,6 +163,48 @@ void linear(Object input, Object weight, Object bias, Object output, int64_t han
   py::gil_scoped_release unlocked;
   run_linear(params);
 }
+
+PackedWeight packed_weight(Object data, const std::string& format, int64_t out, int64_t in) {
+  return {weight_format(format), out, in, tensor(data, "packed")};
+}
+
+int64_t bytes_when_packed(Object weight, const std::string& format, int64_t threads) {
+  const Tensor w = tensor(weight, "weight");
+  const WeightFormat kind = weight_format(format);
+  py::gil_scoped_release unlocked;
+  return packed_bytes(w, kind, static_cast<int>(threads));
+}
+
+void pack_weight(Object weight, const std::string& format, Object packed, int64_t handle) {
+  PackWeightParams params{{}, tensor(weight, "weight"), {}};
+  check_shape(params.weight, {-1, -1}, "[out, in]");
+  params.packed = packed_weight(packed, format, params.weight.shape[0], params.weight.shape[1]);
+  params.launch = launch_on({&params.weight, &params.packed.data}, handle);
+  check_pack_weight(params);
+  py::gil_scoped_release unlocked;
+  run_pack_weight(params);
+}
+
+void unpack_rows(Object packed, const std::string& format, int64_t out, int64_t in, Object rows, Object output,
+                 int64_t handle) {
+  UnpackRowsParams params{{}, packed_weight(packed, format, out, in), tensor(rows, "rows"), tensor(output, "output")};
+  params.launch = launch_on({&params.packed.data, &params.rows, &params.output}, handle);
+  check_unpack_rows(params);
+  py::gil_scoped_release unlocked;
+  run_unpack_rows(params);
+}
+
+void packed_linear(Object input, Object packed, const std::string& format, int64_t out, Object bias, Object output,
+                   int64_t handle) {
+  PackedLinearParams params{{}, tensor(input, "input"), {}, {}, tensor(output, "output")};
+  if (params.input.dims < 1) fail("input: expected shape [..., in], got []");
+  params.weight = packed_weight(packed, format, out, params.input.shape[params.input.dims - 1]);
+  if (!bias.is_none()) params.bias = tensor(bias, "bias");
+  params.launch = launch_on({&params.input, &params.weight.data, &params.bias, &params.output}, handle);
+  check_packed_linear(params);
+  py::gil_scoped_release unlocked;
+  run_packed_linear(params);
+}
 #endif
 
 void verify(Object target_logits, Object tokens, Object parents, Object positions, Object seed, double temperature,
@@ -270,6 +314,10 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
   m.def("launches", &specbranch::emulator::launches);
 #else
   m.def("linear", &specbranch::linear);
+  m.def("packed_bytes", &specbranch::bytes_when_packed);
+  m.def("pack_weight", &specbranch::pack_weight);
+  m.def("unpack_rows", &specbranch::unpack_rows);
+  m.def("packed_linear", &specbranch::packed_linear);
 #endif
 #ifdef SPECBRANCH_WITH_CUDA
   m.def("cuda_runtime_report", &specbranch::cuda::runtime_report);

@@ -25,6 +25,7 @@ except ImportError as error:
 
 from . import ops
 from .ops import *  # noqa: F403
+from .packed import PackedWeight
 
 build_info = _C.build_info
 
@@ -39,5 +40,5 @@ def cuda_device_problem(index: int) -> str:
     return _C.cuda_device_problem(index) if info["cuda"] else f"this build has no CUDA kernels: {info['cuda_reason']}"
 
 
-__all__ = ["build_info", "cuda_device_problem"]
+__all__ = ["PackedWeight", "build_info", "cuda_device_problem"]
 __all__ += ops.__all__

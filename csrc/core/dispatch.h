@@ -16,6 +16,7 @@
   namespace avx512 { void op(const Params&); }                \
   inline void op(const Params& params) {                      \
     switch (isa()) {                                          \
+      case Isa::bf16:                                         \
       case Isa::avx512: return avx512::op(params);            \
       case Isa::avx2: return avx2::op(params);                \
       default: return baseline::op(params);                   \
@@ -51,15 +52,34 @@
   }
 #endif
 
-// An op without a CUDA kernel.
-#if defined(SPECBRANCH_EMULATED)
-#define SPECBRANCH_DISPATCH_CPU_ONLY(op, Params)
+// The kernel of a cpu/bf16/ folder, where this build has one.
+#if defined(SPECBRANCH_X86) || defined(SPECBRANCH_ARM_BF16)
+#define SPECBRANCH_BF16_KERNEL(op, Params)                    \
+  namespace cpu {                                             \
+  namespace bf16 { void op(const Params&); }                  \
+  inline bool op##_bf16(const Params& params) {               \
+    if (isa() != Isa::bf16 || params.input.dtype != Dtype::bfloat16) return false; \
+    bf16::op(params);                                         \
+    return true;                                              \
+  }                                                           \
+  }
 #else
-#define SPECBRANCH_DISPATCH_CPU_ONLY(op, Params)              \
+#define SPECBRANCH_BF16_KERNEL(op, Params)                    \
+  namespace cpu {                                             \
+  inline bool op##_bf16(const Params&) { return false; }      \
+  }
+#endif
+
+// An op without a CUDA kernel, and with one for bfloat16 instructions.
+#if defined(SPECBRANCH_EMULATED)
+#define SPECBRANCH_DISPATCH_CPU_BF16(op, Params)
+#else
+#define SPECBRANCH_DISPATCH_CPU_BF16(op, Params)              \
   SPECBRANCH_CPU_KERNEL(op, Params)                           \
+  SPECBRANCH_BF16_KERNEL(op, Params)                          \
   void run_##op(const Params& params) {                       \
     if (params.launch.on_cuda()) fail(#op " has no CUDA kernel: use torch's own"); \
-    cpu::op(params);                                          \
+    if (!cpu::op##_bf16(params)) cpu::op(params);             \
   }
 #endif
 // clang-format on

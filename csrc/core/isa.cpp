@@ -4,6 +4,12 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(SPECBRANCH_X86)
+#include <cpuid.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace specbranch {
 namespace {
 
@@ -14,8 +20,15 @@ Isa best_isa() {
                     __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  // Not named by older compilers' __builtin_cpu_supports: leaf 7, bit 5 of EAX of its second part.
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool dot_products = __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1) != 0;
+  if (avx512 && dot_products && __builtin_cpu_supports("avx512vbmi2")) return Isa::bf16;
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
+#elif defined(SPECBRANCH_ARM_BF16) && defined(__linux__)
+  constexpr unsigned long bf16_bit = 1ul << 14;  // HWCAP2_BF16
+  if ((getauxval(AT_HWCAP2) & bf16_bit) != 0) return Isa::bf16;
 #endif
   return Isa::baseline;
 }
@@ -24,14 +37,14 @@ Isa choose_isa() {
   const Isa best = best_isa();
   const char* asked = std::getenv("SPECBRANCH_ISA");
   if (asked == nullptr || *asked == '\0') return best;
-  for (Isa level : {Isa::baseline, Isa::avx2, Isa::avx512}) {
+  for (Isa level : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::bf16}) {
     if (asked == std::string(isa_name(level))) {
       if (level <= best) return level;
       throw std::invalid_argument("SPECBRANCH_ISA=" + std::string(asked) + ": this processor or build has only " +
                                   isa_name(best));
     }
   }
-  throw std::invalid_argument("SPECBRANCH_ISA=" + std::string(asked) + ": expected baseline, avx2 or avx512");
+  throw std::invalid_argument("SPECBRANCH_ISA=" + std::string(asked) + ": expected baseline, avx2, avx512 or bf16");
 }
 
 }  // namespace
@@ -43,6 +56,7 @@ Isa isa() {
 
 const char* isa_name(Isa level) {
   switch (level) {
+    case Isa::bf16: return "bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     default: return "baseline";

@@ -16,7 +16,9 @@
 
 namespace specbranch {
 
-enum class Isa { baseline, avx2, avx512 };
+// `bf16`: the level before it, and bfloat16 products by the processor's own instructions (AVX512-BF16 and VBMI2 on x86,
+// FEAT_BF16 on Arm). Only the files of a cpu/bf16/ folder are compiled for it.
+enum class Isa { baseline, avx2, avx512, bf16 };
 
 // The level in use: the best one this processor has, or a lower one named by the environment variable
 // SPECBRANCH_ISA (read once). Throws std::invalid_argument for a level that cannot run here.

@@ -15,6 +15,9 @@ struct LinearParams {
   Tensor output;  // [..., out], contiguous, written
 };
 
+// What a product's tensors must be, whatever its weights are.
+void check_product(const Tensor& input, int64_t in, int64_t out, const Tensor& bias, const Tensor& output);
+
 // Throws std::invalid_argument naming the tensor and what was expected.
 void check_linear(const LinearParams& params);
 

@@ -11,7 +11,10 @@ from .draft_sample import DraftSample, draft_sample
 from .gumbel_noise import gumbel_noise
 from .kv_commit import kv_commit
 from .linear import linear
+from .pack_weight import pack_weight
+from .packed_linear import packed_linear
 from .tree_attention import tree_attention
+from .unpack_rows import unpack_rows
 from .verify import Verification, verify
 from .verify_rejection import RejectionVerification, verify_rejection
 
@@ -25,7 +28,10 @@ __all__ = [
     "gumbel_noise",
     "kv_commit",
     "linear",
+    "pack_weight",
+    "packed_linear",
     "tree_attention",
+    "unpack_rows",
     "verify",
     "verify_rejection",
 ]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 
+from ..packed import PackedWeight
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -208,6 +210,16 @@ def _tensor_or_int(value: Any, name: str) -> list[tuple[str, Tensor]]:
     return [(name, value)] if isinstance(value, Tensor) else []
 
 
+def _packed(value: Any, name: str) -> list[tuple[str, Tensor]]:
+    if not isinstance(value, PackedWeight):
+        raise _unexpected(name, "a PackedWeight", value) from None
+    return [(name, value.data)]
+
+
+def _str(value: Any, name: str) -> Any:
+    raise _unexpected(name, "a str", value)
+
+
 def _tensors(value: Any, name: str) -> list[tuple[str, Tensor]]:
     if isinstance(value, (Tensor, str, bytes)) or not isinstance(value, Iterable):
         raise _unexpected(name, "a sequence of tensors", value) from None
@@ -229,4 +241,6 @@ _KINDS: dict[Any, Kind] = {
     Tensor: Kind(tensors=_tensor),
     Tensor | None: Kind(tensors=_tensor_or_none),
     Sequence[Tensor]: Kind(tensors=_tensors),
+    PackedWeight: Kind(tensors=_packed),
+    str: Kind("type({0}) is str", _str),
 }

@@ -1,17 +1,28 @@
 """Arguments that an op cannot take: one line that names the argument, what was expected and what came."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fuzz_checks import parts
 from fuzz_values import EXAMPLES, Call, made
 from torch import Tensor
 from torch.autograd import forward_ad
 
 import specbranch_ext
-from specbranch_ext import draft_sample, gumbel_noise, kv_commit, linear, tree_attention, verify, verify_rejection
+from specbranch_ext import (
+    PackedWeight,
+    draft_sample,
+    gumbel_noise,
+    kv_commit,
+    linear,
+    tree_attention,
+    verify,
+    verify_rejection,
+)
 
 OPS = pytest.mark.parametrize("call", EXAMPLES, ids=lambda call: call.op)
 
@@ -44,7 +55,7 @@ def test_a_tensor_on_another_device_in_any_place(call: Call) -> None:
     }
     tensors |= scalars | {name: value for name, value in optional.items() if name in arguments}
     for name, tensor in tensors.items():
-        if call.op == "ancestor_mask":
+        if call.op in ("ancestor_mask", "pack_weight"):
             continue  # it has one
         line = rf"{name}(\[0\])?: expected a tensor on cpu.*, got one on meta|\w+(\[0\])?: expected a tensor on meta.*"
         refused(ValueError, line, call, **(scalars | {name: tensor.to("meta")}))
@@ -56,11 +67,17 @@ def test_a_tensor_on_another_device_in_any_place(call: Call) -> None:
 
 @OPS
 def test_all_on_meta_gives_shapes(call: Call) -> None:
+    if call.op == "pack_weight":
+        return  # how much memory it takes depends on the values
+
     def to_meta(value: Any) -> Any:
+        if isinstance(value, PackedWeight):
+            return replace(value, data=value.data.to("meta"))
         return [to_meta(item) for item in value] if isinstance(value, list) else value.to("meta")
 
     real, arguments = run(call), call.make()
-    tensors = {name: to_meta(value) for name, value in arguments.items() if isinstance(value, (Tensor, list))}
+    kinds = (Tensor, PackedWeight, list)
+    tensors = {name: to_meta(value) for name, value in arguments.items() if isinstance(value, kinds)}
     on_meta = run(call, **tensors)
     for one, other in zip(*(x if isinstance(x, tuple) else [x] for x in (real, on_meta)), strict=True):
         assert one is other is None or (other.is_meta and one.shape == other.shape and one.dtype == other.dtype)
@@ -83,6 +100,16 @@ def test_what_is_no_tensor(call: Call) -> None:
             refused(
                 ValueError, f"{name}: expected a dense tensor, got a sparse_coo one", call, **{name: value.to_sparse()}
             )
+        elif isinstance(value, PackedWeight):
+            for came, text in (
+                (torch.zeros(3, 5), r"a tensor, float32 of shape \[3, 5\]"),
+                (None, "None"),
+                (3, r"3 \(int\)"),
+            ):
+                refused(TypeError, f"{name}: expected a PackedWeight, got {text}", call, **{name: came})
+        elif name == "format":
+            refused(TypeError, r"format: expected a str, got 3 \(int\)", call, format=3)
+            refused(ValueError, "format: expected one of lossless, got 'int3'", call, format="int3")
         elif name in ("filters", "ancestors"):
             refused(TypeError, rf"{name}: expected a tensor or None, got list", call, **{name: [1.0]})
 
@@ -138,7 +165,7 @@ def test_numbers_of_numpy_are_numbers(call: Call) -> None:
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
-    return () if result is None else result if isinstance(result, tuple) else (result,)
+    return () if result is None else parts(result)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

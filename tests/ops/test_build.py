@@ -10,12 +10,13 @@ import pytest
 
 import specbranch_ext
 
-LEVELS = ["baseline", "avx2", "avx512"]
+LEVELS = ["baseline", "avx2", "avx512", "bf16"]
 HERE = Path(specbranch_ext.__file__).parent
 
 SAMPLE = """
 import torch
-from specbranch_ext import build_info, draft_sample, reference, tree_attention, verify
+from specbranch_ext import build_info, draft_sample, linear, pack_weight, packed_linear, reference
+from specbranch_ext import tree_attention, verify
 
 generator = torch.Generator().manual_seed(0)
 for vocabulary in (37, 10_007):
@@ -33,6 +34,14 @@ for vocabulary in (37, 10_007):
 query = torch.randn(3, 4, 24, generator=generator)
 keys, values = torch.randn(2, 2, 40, 24, generator=generator)
 torch.testing.assert_close(tree_attention(query, keys, values, 30), reference.tree_attention(query, keys, values, 30))
+for rows, size_in, size_out in ((1, 40, 30), (9, 1100, 21), (30, 96, 130)):
+    x, w = torch.randn(rows, size_in, generator=generator), torch.randn(size_out, size_in, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        together = linear(x.to(dtype), w.to(dtype))
+        torch.testing.assert_close(together, reference.linear(x.to(dtype), w.to(dtype)), rtol=0.01, atol=1e-3)
+        assert torch.equal(together, torch.cat([linear(row[None], w.to(dtype)) for row in x.to(dtype)]))
+        if dtype == torch.bfloat16:
+            assert torch.equal(together, packed_linear(x.to(dtype), pack_weight(w.to(dtype))))
 print(build_info()["isa"])
 """
 

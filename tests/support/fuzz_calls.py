@@ -3,7 +3,21 @@
 from dataclasses import replace
 from typing import Any
 
-from fuzz_values import BAD_FILLS, DTYPES, FILLS, LAYOUTS, ODD, Ancestors, Bytes, Call, Doubles, Floats, Ints, Odd
+from fuzz_values import (
+    BAD_FILLS,
+    DTYPES,
+    FILLS,
+    LAYOUTS,
+    ODD,
+    Ancestors,
+    Bytes,
+    Call,
+    Doubles,
+    Floats,
+    Ints,
+    Odd,
+    Packed,
+)
 from hypothesis import strategies as st
 
 Draw = Any
@@ -158,6 +172,24 @@ def linear(draw: Draw) -> dict[str, Any]:
     }
 
 
+def pack_weight(draw: Draw) -> dict[str, Any]:
+    shape = (draw(one_of([0, 1, 2, 5, 16, 33])), draw(one_of([0, 1, 31, 32, 33, *WIDTHS, 600])))
+    return {"weight": Floats(shape, draw(one_of([*FILLS, *BAD_FILLS])), "bfloat16", draw(one_of(LAYOUTS)), draw(SEEDS))}
+
+
+def unpack_rows(draw: Draw) -> dict[str, Any]:
+    shape = (draw(one_of([1, 2, 5, 16, 33])), draw(one_of([0, 1, 31, 32, 33, *WIDTHS, 600])))
+    weight = Floats(shape, draw(one_of([*FILLS, *BAD_FILLS])), "bfloat16", "plain", draw(SEEDS))
+    return {"weight": Packed(weight), "rows": vector(draw, st.integers(0, shape[0] - 1), draw(st.integers(0, 9)))}
+
+
+def packed_linear(draw: Draw) -> dict[str, Any]:
+    arguments = linear(draw)
+    floats = [value for value in arguments.values() if isinstance(value, Floats)]
+    input, weight, *bias = (replace(value, dtype="bfloat16") for value in floats)
+    return {"input": input, "weight": Packed(weight), "bias": bias[0] if bias else None}
+
+
 def kv_commit(draw: Draw) -> dict[str, Any]:
     capacity = draw(st.integers(1, 12))
     m = draw(st.integers(0, capacity))
@@ -180,8 +212,12 @@ def ancestor_mask(draw: Draw) -> dict[str, Any]:
 
 OPS = {
     op.__name__: op
-    for op in (verify, draft_sample, verify_rejection, gumbel_noise, tree_attention, linear, kv_commit, ancestor_mask)
+    for op in (
+        *(verify, draft_sample, verify_rejection, gumbel_noise, tree_attention, kv_commit, ancestor_mask),
+        *(linear, pack_weight, unpack_rows, packed_linear),
+    )
 }
+CPU_ONLY = {"linear", "pack_weight", "unpack_rows", "packed_linear"}
 
 
 @st.composite

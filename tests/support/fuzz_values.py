@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specbranch_ext import reference
+from specbranch_ext import pack_weight, reference
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FILLS = ["normal", "peaked", "ties", "zero", "masked", "subnormal", "tiny", "large", "wide", "largest"]
@@ -63,6 +63,16 @@ class Floats:
         if self.dtype == "float16" and self.fill in ("large", "largest"):
             x.clamp_(-6e4, 6e4)
         return laid_out(x.to(DTYPES[self.dtype]), self.layout)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed weight."""
+
+    weight: Floats
+
+    def make(self) -> Any:
+        return pack_weight(self.weight.make().contiguous())
 
 
 @dataclass(frozen=True)
@@ -204,6 +214,7 @@ _LOGITS, _ROWS = Floats((2, 5)), Ints((0, 1))
 _SAMPLING = {"seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _CACHE = {"query": Floats((2, 1, 4)), "keys": Floats((1, 5, 4)), "values": Floats((1, 5, 4)), "prefix_length": 1}
 _ATTENTION = {"ancestors": None, "scale": None, "sliding_window": None, "softcap": None, "by_position": True}
+_WEIGHT, _ROW = Floats((3, 5), dtype="bfloat16"), Floats((2, 5), dtype="bfloat16")
 _TREE = {"tokens": _ROWS, "parents": Ints((-1, 0)), "positions": _ROWS}
 _CHAIN = {"draft_logits": Floats((1, 5)), "tokens": _ROWS, "positions": _ROWS, "block": True}
 
@@ -214,6 +225,9 @@ EXAMPLES = [
     Call("gumbel_noise", {"positions": _ROWS, "vocabulary": 5, "seed": 1}),
     Call("tree_attention", {**_CACHE, **_ATTENTION}),
     Call("linear", {"input": _LOGITS, "weight": Floats((3, 5)), "bias": Floats((3,))}),
+    Call("pack_weight", {"weight": _WEIGHT, "format": "lossless"}),
+    Call("unpack_rows", {"weight": Packed(_WEIGHT), "rows": _ROWS}),
+    Call("packed_linear", {"input": _ROW, "weight": Packed(_WEIGHT), "bias": Floats((3,), dtype="bfloat16")}),
     Call("kv_commit", {"buffers": [Floats((1, 4, 3))], "rows": _ROWS, "start": 1}),
     Call("ancestor_mask", {"parents": Ints((-1, 0))}),
 ]

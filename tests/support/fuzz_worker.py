@@ -12,9 +12,9 @@ from pathlib import Path
 
 import implementations
 import torch
-from fuzz_calls import OPS, calls
+from fuzz_calls import CPU_ONLY, OPS, calls
 from fuzz_checks import check, same_bits
-from fuzz_values import Ancestors, Bytes, Call, Doubles, Floats, Ints, Odd
+from fuzz_values import Ancestors, Bytes, Call, Doubles, Floats, Ints, Odd, Packed
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 inf, nan = float("inf"), float("nan")  # in a call's text
@@ -22,7 +22,7 @@ ROOM = 1 << 20  # bytes for a call's text
 
 
 def run_batch(name: str, count: int, number: int, last: Path) -> Counter[str]:
-    ops = [op for op in OPS if name == "cpu" or op != "linear"]
+    ops = [op for op in OPS if name == "cpu" or op not in CPU_ONLY]
     outcomes: Counter[str] = Counter()
     last.write_bytes(bytes(ROOM))
     with last.open("r+b") as file, mmap.mmap(file.fileno(), ROOM) as text:
@@ -53,7 +53,7 @@ def main(name: str, *arguments: str) -> None:
     torch.set_num_threads(1)
     for _ in implementations.use(name):
         if arguments[0] == "--replay":
-            known = {kind.__name__: kind for kind in (Ancestors, Bytes, Call, Doubles, Floats, Ints, Odd)}
+            known = {kind.__name__: kind for kind in (Ancestors, Bytes, Call, Doubles, Floats, Ints, Odd, Packed)}
             results = check(eval(arguments[1], {**known, "inf": inf, "nan": nan}), name == "cpu")
             print("raised" if results is None else "returned")
         else:

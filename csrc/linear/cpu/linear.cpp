@@ -12,6 +12,8 @@
 #include "core/bits.h"
 #include "core/cpu/memory.h"
 #include "core/cpu/simd.h"
+#include "linear/cpu/parallel.h"
+#include "linear/cpu/unpacked.h"
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -27,18 +29,6 @@ constexpr int64_t step = 2 * lanes;  // elements of `in` that two vectors hold
 constexpr int max_group = 6;         // rows that share one read of a weight
 constexpr int64_t max_rows = 192;    // rows per pass over the weights: bounds the scratch memory
 constexpr int64_t cache_line = 64;   // bytes
-
-// Below this many multiply-adds one thread computes a product alone. A few rows count as `rows_of_a_step`, so that the
-// size of the weights decides: from 512 Ki weights on all threads work.
-//
-// On a virtual machine with two EPYC cores (family 26) a thread that still spins joins in 0.4 us, one that sleeps in
-// 45 us, and one whose core another program uses in 4 to 12 ms, a time slice. A tiny model's products take one thread
-// 10 to 250 us each, so that there is little to gain and much to lose: the bundled pair with two threads was up to a
-// fifth faster on idle cores, and 4 to 25 times slower beside other programs. A larger model's products may be no
-// longer (896 x 896, one row: 30 us), but they stand between products that pay, and the threads go on spinning. At
-// the threshold 16 rows of float32 take one thread about 150 us.
-constexpr int64_t min_parallel_products = int64_t{1} << 23;
-constexpr int64_t rows_of_a_step = 16;
 
 // Outputs computed together with `rows` rows: 8 to 12 accumulators keep the multiply-add units busy, and with the
 // operands they fit the 16 registers of AVX2.
@@ -124,7 +114,7 @@ struct Problem {
   const T* weight;
   const T* bias;
   T* output;
-  int64_t rows, in, out, w_stride;
+  int64_t rows, in, out, w_stride, y_stride;
   int64_t x_stride;      // floats of a widened row
   int64_t block;         // elements of `in` per block, a multiple of step
   int64_t panel;         // outputs per unit of work
@@ -168,7 +158,7 @@ void finish(const Problem<T>& p, const float* acc, int64_t row, int64_t o) {
     for (int i = 0; i < outputs; ++i) {
       float y = sum_lanes(load(acc + (r * outputs + i) * lanes));
       if (p.bias != nullptr) y += to_float(p.bias[o + i]);
-      store(p.output + (row + r) * p.out + o + i, y);
+      store(p.output + (row + r) * p.y_stride + o + i, y);
     }
   }
 }
@@ -232,7 +222,7 @@ void panel(const Problem<T>& p, float* acc, int64_t o_begin, int64_t o_end, int6
 template <typename T>
 void product(Problem<T> p, int threads) {
   thread_local Buffer<float> scratch;
-  if (std::max(p.rows, rows_of_a_step) * p.in * p.out < min_parallel_products) threads = 1;
+  threads = threads_for(p.rows, p.in, p.out, threads);
   p.x_stride = divide_up(p.in, step) * step;
   // Long panels read memory in long runs; short ones keep the accumulators of many rows in the second-level cache,
   // and the threads busy to the end.
@@ -270,25 +260,33 @@ void product(Problem<T> p, int threads) {
   }
 }
 
+// All rows, in passes of at most max_rows.
+template <typename T>
+void run(const Problem<T>& whole, int threads) {
+  const int64_t passes = whole.out == 0 ? 0 : divide_up(whole.rows, max_rows);
+  for (int64_t i = 0; i < passes; ++i) {
+    Problem<T> p = whole;
+    const int64_t begin = whole.rows * i / passes;
+    p.rows = whole.rows * (i + 1) / passes - begin;
+    p.input += begin * p.in;
+    p.output += begin * p.y_stride;
+    product(p, threads);
+  }
+}
+
 template <typename T>
 void run(const LinearParams& params) {
-  const Tensor &x = params.input, &w = params.weight;
+  const Tensor& w = params.weight;
   Problem<T> p{};
-  p.in = w.shape[1];
-  p.out = w.shape[0];
-  p.w_stride = w.stride[0];
+  p.input = params.input.as<const T>();
   p.weight = w.as<const T>();
   p.bias = params.bias.as<const T>();
-  int64_t rows = 1;
-  for (int i = 0; i + 1 < x.dims; ++i) rows *= x.shape[i];
-  const int64_t passes = divide_up(rows, max_rows);
-  for (int64_t i = 0; i < passes && p.out > 0; ++i) {
-    const int64_t begin = rows * i / passes;
-    p.rows = rows * (i + 1) / passes - begin;
-    p.input = x.as<const T>() + begin * p.in;
-    p.output = params.output.as<T>() + begin * p.out;
-    product(p, std::max(params.launch.threads, 1));
-  }
+  p.output = params.output.as<T>();
+  p.rows = rows_of(params.input);
+  p.in = w.shape[1];
+  p.out = p.y_stride = w.shape[0];
+  p.w_stride = w.stride[0];
+  run(p, params.launch.threads);
 }
 
 }  // namespace
@@ -299,6 +297,22 @@ void linear(const LinearParams& p) {
     case Dtype::float16: return run<Float16>(p);
     default: return run<float>(p);
   }
+}
+
+void packed_linear(const PackedLinearParams& params) {
+  for_unpacked(params, [&](const Bfloat16* weights, int64_t stride, int64_t begin, int64_t count) {
+    Problem<Bfloat16> p{};
+    p.input = params.input.as<const Bfloat16>();
+    p.weight = weights;
+    p.bias = params.bias.data == nullptr ? nullptr : params.bias.as<const Bfloat16>() + begin;
+    p.output = params.output.as<Bfloat16>() + begin;
+    p.rows = rows_of(params.input);
+    p.in = params.weight.in;
+    p.out = count;
+    p.w_stride = stride;
+    p.y_stride = params.weight.out;
+    run(p, 1);
+  });
 }
 
 }  // namespace SPECBRANCH_ISA

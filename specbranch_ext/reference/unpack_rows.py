@@ -1,0 +1,42 @@
+"""unpack_rows in plain torch."""
+
+import torch
+from torch import Tensor
+
+from ..packed import PackedWeight
+
+RUN, HALF, QUAD, PAGE = 32, 16, 4, 16  # weights of a run and of half of one, outputs of a quad, lines of a page
+TOPS, LINE = 64, 192  # bytes of a page's tops and of a line
+RAW, ZERO = 255, 15  # the top of a run that is kept raw; the code of exponent 0
+
+
+def unpack_weight(weight: PackedWeight) -> Tensor:
+    """All rows of a packed weight, bfloat16 [out, in]; see csrc/linear/lossless.h for how they lie."""
+    size_out, size_in = weight.shape
+    lines, quads = -(-size_in // RUN), -(-size_out // QUAD)
+    pages = -(-lines // PAGE)
+    quad_bytes = pages * TOPS + lines * LINE
+    quad = weight.data[: quads * quad_bytes].view(quads, quad_bytes).int()
+    starts = torch.arange(pages) * (TOPS + PAGE * LINE)
+    line = torch.arange(lines)
+    # [quads, lines, outputs], then with 16 elements in the last place
+    tops = quad[:, starts[line // PAGE, None] + (line % PAGE * QUAD)[:, None] + torch.arange(QUAD)]
+    at = starts[line // PAGE] + TOPS + line % PAGE * LINE
+    body = quad[:, at[:, None] + torch.arange(LINE)].view(quads, lines, 3, QUAD, HALF)
+    parts, codes = body[:, :, :2], body[:, :, 2]
+    below = torch.stack([codes & 15, codes >> 4], 2)
+    exponents = torch.where(below == ZERO, 0, tops[:, :, None, :, None] - below)
+    bits = (parts & 1) << 15 | exponents << 7 | parts >> 1
+    bits = bits.permute(0, 3, 1, 2, 4).reshape(quads * QUAD, lines, RUN)
+    raw = weight.data[quads * quad_bytes :].view(-1, 2 * RUN).view(torch.int16).int() & 0xFFFF
+    is_raw = tops.permute(0, 2, 1).reshape(quads * QUAD, lines) == RAW
+    index = parts[:, :, 0, :, :4].permute(0, 2, 1, 3).reshape(quads * QUAD, lines, 4)[is_raw]
+    if len(index):
+        bits[is_raw] = raw[(index << torch.tensor([0, 8, 16, 24])).sum(1)]
+    signed = torch.where(bits >= 1 << 15, bits - (1 << 16), bits).to(torch.int16)
+    return signed.view(torch.bfloat16).reshape(quads * QUAD, lines * RUN)[:size_out, :size_in]
+
+
+def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
+    """As `specbranch_ext.unpack_rows`."""
+    return unpack_weight(weight)[rows]
