@@ -23,6 +23,7 @@ from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy
 from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
 from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
+from specbranch.runtime.packed import pack_loaded, weight_format
 from specbranch.runtime.pair import Pair, Slot
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.detokenizer import TextBuilder
@@ -101,6 +102,8 @@ class SpecBranch:
         draft_device: str | torch.device | None = None,
         device_map: str | dict[str, int | str] | None = None,
         trust_remote_code: bool = False,
+        target_weights: str = "auto",
+        draft_weights: str = "auto",
         method: str = "specbranch",
         overlap: bool | str | None = "auto",
         threads: int | None = None,
@@ -115,19 +118,28 @@ class SpecBranch:
         dtype: "auto" (the checkpoint's own), "bfloat16", "float16", "float32" or a torch dtype. device: of both models;
         draft_device: of the draft, if it has one of its own. device_map: spreads the target over devices instead, as
         transformers does. trust_remote_code: run the code that a checkpoint comes with; without it, one that needs its
-        own code is refused. The rest is as for the constructor.
+        own code is refused. target_weights, draft_weights: how weights are kept in memory: "keep" (as they are),
+        "lossless" (bfloat16 in 12 bits, with the same values and so the same text, on the CPU) or "auto": lossless
+        where a measurement at load shows that it is faster; a loaded model's are always kept. The rest is as for the
+        constructor.
 
-        Raises SpecBranchError when a checkpoint cannot be loaded, when its weights are not those of its configuration,
-        and when the vocabularies differ.
+        Raises SpecBranchError when a checkpoint cannot be loaded, when its weights are not those of its configuration
+        or cannot be kept as asked for, and when the vocabularies differ.
         """
         trust = flag("trust_remote_code", trust_remote_code)
         own_tokenizer = tokenizer if tokenizer is not None else load_tokenizer(target, "target", trust)
         if draft is not None:
             check_vocabularies(own_tokenizer, load_tokenizer(draft, "draft", trust))
+        threads = count("threads", threads)
         target_model = load_model(target, "target", dtype, device, device_map, trust)
+        pack_loaded(target, target_model, "target", target_weights, threads)
+        draft_model = None
+        if draft is not None:
+            draft_model = load_model(draft, "draft", dtype, draft_device or device, None, trust)
+            pack_loaded(draft, draft_model, "draft", draft_weights, threads)
         return cls(
             target_model,
-            None if draft is None else load_model(draft, "draft", dtype, draft_device or device, None, trust),
+            draft_model,
             tokenizer=own_tokenizer,
             method=method,
             overlap=overlap,
@@ -305,6 +317,8 @@ class SpecBranch:
         stats.seconds = time.perf_counter() - begin
         stats.target_runner = slot.target.note
         stats.draft_runner = "" if slot.draft is None or loop.drafter is None else slot.draft.note
+        stats.target_weights = weight_format(self.target)
+        stats.draft_weights = "" if self.draft is None or loop.drafter is None else weight_format(self.draft)
         stats.row_dependent = self._row_dependence
         stats.end(len(builder.tokens))
         return Generation(builder.text, builder.tokens, stats, reason)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specbranch.cli.messages import complain
-from specbranch.runtime.choices import DTYPES, PRIORITIES
+from specbranch.runtime.choices import DTYPES, PRIORITIES, WEIGHTS
 from specbranch.text.generation_config import sampling
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -49,6 +49,14 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
         default="target",
         help="on one GPU: the model whose work goes first (default: %(default)s)",
     )
+    for role in ("target", "draft"):
+        parser.add_argument(
+            f"--{role}-weights",
+            choices=WEIGHTS,
+            default="auto",
+            help=f"how the {role}'s weights are kept: as they are, or bfloat16 in 12 bits with the same values (CPU); "
+            "auto measures (default: %(default)s)",
+        )
     add_trust(parser)
     parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
@@ -71,6 +79,8 @@ def check_devices(args: argparse.Namespace) -> None:
     """Refuse devices that nothing runs on, and warn of switches for GPUs in a run without one. Raises ValueError."""
     if args.draft_device is not None and args.draft is None:
         raise ValueError("--draft-device has no effect without --draft")
+    if args.draft_weights != "auto" and args.draft is None:
+        raise ValueError("--draft-weights has no effect without --draft")
     if (
         args.device is not None
         and args.device_map is not None

@@ -37,6 +37,8 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
         draft_device=args.draft_device,
         device_map=args.device_map,
         trust_remote_code=args.trust_remote_code,
+        target_weights=args.target_weights,
+        draft_weights=args.draft_weights,
         cuda_graphs=args.cuda_graphs,
         priority=args.priority,
         overlap=OVERLAP[args.overlap],

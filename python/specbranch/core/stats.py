@@ -64,7 +64,8 @@ class Round:
 class Stats:
     """Counts over the rounds of one generation; times in seconds.
 
-    target_runner, draft_runner: how their steps ran, "captured" or "eager", and why. row_dependent: which layers of the
+    target_runner, draft_runner: how their steps ran, "captured" or "eager", and why. target_weights, draft_weights: the
+    format of packed weights, "" for weights as they are. row_dependent: which layers of the
     target keep texts from being equal to autoregressive decoding to the bit, "" for none. drafted: tokens that ever
     became tree nodes. verified: drafted tokens that the target scored. accepted: those of them that became part of the
     text. rolled_back: tokens of a tree's best path (the trunk and its likeliest continuation) thrown away. target_busy
@@ -74,6 +75,8 @@ class Stats:
     method: str = ""
     target_runner: str = ""
     draft_runner: str = ""
+    target_weights: str = ""
+    draft_weights: str = ""
     row_dependent: str = ""
     overlap: bool = False
     prompt_tokens: int = 0
@@ -173,6 +176,8 @@ class Stats:
             "method": self.method,
             "target_runner": self.target_runner,
             "draft_runner": self.draft_runner,
+            "target_weights": self.target_weights,
+            "draft_weights": self.draft_weights,
             "row_dependent": self.row_dependent,
             "overlap": self.overlap,
             "prompt_tokens": self.prompt_tokens,

@@ -3,3 +3,4 @@
 DTYPES = ("auto", "bfloat16", "float16", "float32")  # of weights; auto: as the checkpoint stores them
 PRIORITIES = ("target", "draft", "none")  # the model whose work goes first where both share a GPU
 ROUNDS = "rounds.safetensors"  # what a predictor was trained on, in its directory
+WEIGHTS = ("auto", "keep", "lossless")  # how a loaded checkpoint's weights are kept

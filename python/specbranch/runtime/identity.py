@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from specbranch.core.identity import ModelIdentity
+from specbranch.runtime.packed import PackedEmbedding
 
 
 def identify(model: PreTrainedModel) -> ModelIdentity:
@@ -20,7 +21,9 @@ def identify(model: PreTrainedModel) -> ModelIdentity:
     embeddings = model.get_input_embeddings()
     assert embeddings is not None
     norms = [values for name, values in model.named_parameters() if values.dim() == 1 and "norm" in name]
-    for weights in (next(embeddings.parameters())[:4, :64], *norms[-2:]):
+    packed = isinstance(embeddings, PackedEmbedding)
+    rows = embeddings(torch.arange(4)) if packed else next(embeddings.parameters())[:4]
+    for weights in (rows[:, :64], *norms[-2:]):
         # bfloat16, so that a checkpoint is itself in whatever type it was loaded
         digest.update(weights.detach().cpu().to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
     name = Path(getattr(model, "name_or_path", "") or type(model).__name__).name
