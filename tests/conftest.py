@@ -73,8 +73,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session")
 def bundled_pair() -> SpecBranch:
-    """The bundled target and draft in float32."""
-    return SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32")
+    """The bundled target and draft in float32. The draft reads every prompt, whether or not that pays here."""
+    return SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32", draft_context="all")
 
 
 @pytest.fixture(scope="module", params=implementations.NAMES)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specbranch.core.checks import count, flag, shown
 from specbranch.core.errors import SpecBranchError, SpecBranchWarning
+from specbranch.core.excerpt import ALL, Excerpt, check_draft_context
 from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream
 from specbranch.core.sampling import Sampling
 from specbranch.drafters.model import ModelDrafter
@@ -21,6 +22,8 @@ from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy
+from specbranch.policies.policy import Policy
+from specbranch.policies.reading import AtOnce, Lengths, Reading, WhenItPays
 from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
 from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
 from specbranch.runtime.packed import pack_loaded, weight_format
@@ -52,6 +55,7 @@ class SpecBranch:
         tokenizer: PreTrainedTokenizerBase | None = None,
         method: str = "specbranch",
         overlap: bool | str | None = "auto",
+        draft_context: str | None = "auto",
         threads: int | None = None,
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
@@ -61,12 +65,14 @@ class SpecBranch:
     ) -> None:
         """Take loaded models.
 
-        overlap: True, False or "auto" (measure both and take the faster). threads: intra-op threads (default:
-        torch's); target_threads: the target's share of them when both models run. hrad: a predictor trained for
-        this pair, or the directory of one (`specbranch train-hrad`); SpecBranch uses it. cuda_graphs: on a GPU, replay
-        steps that were captured; models whose steps cannot be captured run eagerly. priority: whose work goes first
-        where both share a GPU: "target", "draft" or "none". options: of the policy, such as epsilon, k_max, max_trunk
-        (SpecBranch) or length (speculative, PEARL).
+        overlap: True, False or "auto" (measure both and take the faster). draft_context: what of a prompt the draft
+        reads: "all" of it, or "H+N", its first H tokens and its last N; "auto" reads when that is expected to pay, and
+        as much as pays, with the methods that go by measured costs (`thrifty`), and all of it with the others. threads:
+        intra-op threads (default: torch's); target_threads: the target's share of them when both models run. hrad: a
+        predictor trained for this pair, or the directory of one (`specbranch train-hrad`); SpecBranch uses it.
+        cuda_graphs: on a GPU, replay steps that were captured; models whose steps cannot be captured run eagerly.
+        priority: whose work goes first where both share a GPU: "target", "draft" or "none". options: of the policy,
+        such as epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
 
         Raises SpecBranchError for a model or option that cannot be used.
         """
@@ -77,6 +83,8 @@ class SpecBranch:
         self._overlap = check_overlap(overlap)
         threads, target_threads = count("threads", threads), count("target_threads", target_threads)
         self.pair = Pair(target, draft, threads, target_threads, flag("cuda_graphs", cuda_graphs), priority)
+        self._draft_context = self._excerpt("auto" if draft_context is None else draft_context)
+        self._lengths = Lengths()
         self._costs: defaultdict[str, Costs] = defaultdict(Costs)  # by method
         self._calibrator = Calibrator()
         self._eos = end_of_sequence(target)
@@ -106,6 +114,7 @@ class SpecBranch:
         draft_weights: str = "auto",
         method: str = "specbranch",
         overlap: bool | str | None = "auto",
+        draft_context: str | None = "auto",
         threads: int | None = None,
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
@@ -143,6 +152,7 @@ class SpecBranch:
             tokenizer=own_tokenizer,
             method=method,
             overlap=overlap,
+            draft_context=draft_context,
             threads=threads,
             target_threads=target_threads,
             hrad=hrad,
@@ -150,6 +160,11 @@ class SpecBranch:
             priority=priority,
             **options,
         )
+
+    @property
+    def draft_excerpt(self) -> Excerpt:
+        """What of a prompt the draft is told to read; all of it where costs decide."""
+        return ALL if self._draft_context is None else self._draft_context
 
     def encode(self, prompt: str | Sequence[Message], chat: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes them; see specbranch.text.encoding.encode."""
@@ -168,6 +183,7 @@ class SpecBranch:
         stop: str | Sequence[str] | None = None,
         method: str | None = None,
         overlap: bool | str | None = None,
+        draft_context: str | None = None,
         **options: object,
     ) -> Generation:
         """Continue a prompt by at most max_new_tokens.
@@ -175,7 +191,8 @@ class SpecBranch:
         prompt: text, token ids (a list, range or array [n], or a tensor or array of integers [n] or [1, n]), a
         tokenizer's output (input_ids, attention_mask), or chat messages, for the tokenizer's chat template.
         The text is a pure function of target, prompt, sampling parameters and seed: method, draft and overlap
-        change the speed only. stop: strings that end the text. method, overlap and options: for this call only.
+        change the speed only. stop: strings that end the text. method, overlap, draft_context and options: for this
+        call only.
 
         What is None is as the checkpoint's generation_config says, or else as transformers' `generate` has it: greedy
         decoding unless do_sample is set. A temperature above 0 samples, with the checkpoint's filters or transformers'
@@ -189,7 +206,9 @@ class SpecBranch:
             GenerationFailed: the generation ended early, out of memory or on NaN logits; holds what was committed.
         """
         sampling = self._settings.sampling(temperature, top_k, top_p, min_p, seed)
-        stream = TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options, whole=True))
+        stream = TextStream(
+            self._run(prompt, max_new_tokens, sampling, stop, method, overlap, draft_context, options, whole=True)
+        )
         for _ in stream:
             pass
         assert stream.generation is not None
@@ -208,6 +227,7 @@ class SpecBranch:
         stop: str | Sequence[str] | None = None,
         method: str | None = None,
         overlap: bool | str | None = None,
+        draft_context: str | None = None,
         **options: object,
     ) -> TextStream:
         """`generate`, giving the text piece by piece as it is committed, never half a character.
@@ -216,7 +236,7 @@ class SpecBranch:
         The arguments are checked, and errors raised, when the iteration starts.
         """
         sampling = self._settings.sampling(temperature, top_k, top_p, min_p, seed)
-        return TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, options))
+        return TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, draft_context, options))
 
     def _run(
         self,
@@ -226,6 +246,7 @@ class SpecBranch:
         stop: str | Sequence[str] | None,
         method: str | None,
         overlap: bool | str | None,
+        draft_context: str | None,
         options: dict[str, object],
         whole: bool = False,
     ) -> Generator[str | Generation, None, None]:
@@ -238,7 +259,7 @@ class SpecBranch:
         calibrator = copy.deepcopy(self._calibrator)
         slot = self.pair.take(owner=builder)
         try:
-            loop = self._loop(slot, calibrator, method, sampling, overlap, options)
+            loop = self._loop(slot, calibrator, method, sampling, overlap, draft_context, options)
             slot.reset(len(ids) + max_new_tokens, draft=loop.drafter is not None)
             attachment = self.pair.attachment(slot.target.model.tap, draft=loop.drafter is not None)
             reason, rounds = "length", loop.rounds(ids, max_new_tokens)
@@ -271,6 +292,7 @@ class SpecBranch:
                 rounds.close()
                 if loop.policy.calibrated:
                     self._calibrator = calibrator  # what it learned serves the generations that begin from now on
+                self._lengths.record(len(builder.tokens), ended=reason == "stop")
         finally:
             self.pair.give_back(slot)
         yield builder.fresh(final=True)
@@ -283,6 +305,7 @@ class SpecBranch:
         method: str | None,
         sampling: Sampling,
         overlap: bool | str | None,
+        draft_context: str | None,
         options: dict[str, object],
     ) -> DecodingLoop:
         policy = make_policy(method or self.method, {**self.options, **options})
@@ -297,7 +320,24 @@ class SpecBranch:
             predictor = Predictor(slot.tap, self.hrad)
         slot.target.model.tap = None if predictor is None else predictor.tap
         verifier = ModelVerifier(slot.target, sampling, predictor)
-        return DecodingLoop(verifier, drafter, policy, self._costs[policy.name], self.pair.workers, mode)
+        reading = self._reading(policy, draft_context)
+        return DecodingLoop(verifier, drafter, policy, self._costs[policy.name], self.pair.workers, mode, reading)
+
+    def _reading(self, policy: Policy, draft_context: str | None) -> Reading:
+        excerpt = self._draft_context if draft_context is None else self._excerpt(draft_context)
+        if excerpt is None and policy.thrifty:
+            return WhenItPays(self._lengths, self.pair.relative_size)
+        return AtOnce(ALL if excerpt is None else excerpt)
+
+    def _excerpt(self, draft_context: str) -> Excerpt | None:
+        """None for "auto". Raises SpecBranchError for what is none, and for more than the draft has positions for."""
+        excerpt, draft = check_draft_context(draft_context), self.pair.draft
+        most = None if draft is None else draft.model.context
+        if excerpt not in (None, ALL) and most is not None and excerpt.size > most:
+            raise SpecBranchError(
+                f"draft_context is {excerpt}; expected at most {most} tokens together, the draft model's context"
+            )
+        return excerpt
 
     def _check_rows(self) -> None:
         """Say once, and again when the target's layers were replaced, what keeps texts from being equal to the bit."""

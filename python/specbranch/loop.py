@@ -8,19 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
+from specbranch.core.excerpt import ALL
 from specbranch.core.messages import Forecast, Trunk, Verdict
 from specbranch.core.stats import Stats
 from specbranch.core.tree import Tree
 from specbranch.policies.backoff import Backoff
 from specbranch.policies.costs import Costs
 from specbranch.policies.policy import Expansion, InFlight, Policy, State
+from specbranch.policies.reading import AtOnce, Reading, Unread
 from specbranch.stages import Drafter, Pending, ShouldContinue, Verifier, Workers
+
+READ_ALL = AtOnce(ALL)
 
 
 class DecodingLoop:
     """Decodes one text.
 
-    overlap: True, False, or None to take what the costs prefer.
+    overlap: True, False, or None to take what the costs prefer. reading: when the draft reads, and what. drafting:
+    whether it has read the text; before that, decoding is autoregressive.
     """
 
     def __init__(
@@ -31,9 +36,11 @@ class DecodingLoop:
         costs: Costs,
         workers: Workers,
         overlap: bool | None,
+        reading: Reading = READ_ALL,
     ) -> None:
         self.verifier, self.drafter, self.policy = verifier, drafter, policy
-        self.costs, self.workers, self.overlap = costs, workers, overlap
+        self.costs, self.workers, self.overlap, self.reading = costs, workers, overlap, reading
+        self.drafting = False
         self.clock = workers.clock
         self.backoff = Backoff()
         self.forecast: Forecast | None = None
@@ -46,6 +53,7 @@ class DecodingLoop:
         remaining = max_new_tokens
         try:
             while remaining > 0:
+                self._read(tree, len(prompt), remaining)
                 state = self._state(min(remaining, self.verifier.most_tokens(tree.position)))
                 self.stats.begin_round(self.clock(), state.overlapped)
                 self._draft_before(tree, state)
@@ -66,19 +74,38 @@ class DecodingLoop:
             self._learn()
 
     def _prefill(self, prompt: Sequence[int]) -> Tree:
-        """Both models read the prompt but its last token, which becomes the root."""
+        """The target reads the prompt but its last token, which becomes the root."""
         begin = self.clock()
         self.verifier.prefill(prompt)
         if self.drafter is not None:
-            self.drafter.prefill(prompt)
+            self.drafter.begin(prompt)
         self.workers.wait()
         self.stats.prompt_tokens = len(prompt)
         self.stats.prefill_seconds = self.clock() - begin
+        self.costs.target_read.record(len(prompt) - 1, self.stats.prefill_seconds)
         return Tree(prompt[-1], len(prompt) - 1)
+
+    def _read(self, tree: Tree, prompt_tokens: int, remaining: int) -> None:
+        """The draft reads the text, or the ends of the prompt and what follows, as soon as that is expected to pay."""
+        if self.drafter is None or self.drafting:
+            return
+        end = tree.position + 1 + remaining
+        gaps = {excerpt: len(self.drafter.gap(excerpt, end)) for excerpt in self.reading.excerpts}
+        tokens = {excerpt: tree.position - gap for excerpt, gap in gaps.items()}
+        excerpt = self.reading.choose(Unread(self.costs, tokens, remaining))
+        if excerpt is None:
+            return
+        begin = self.clock()
+        self.drafter.read(excerpt, end)
+        self.workers.wait()
+        seconds = self.clock() - begin
+        self.drafting = True
+        self.costs.record_reading(tokens[excerpt], seconds)
+        self.stats.add_reading(prompt_tokens - gaps[excerpt], seconds)
 
     def _state(self, remaining: int) -> State:
         overlapped = False
-        if self.policy.overlaps:
+        if self.policy.overlaps and self.drafting:
             overlapped = self.costs.choose_overlap() if self.overlap is None else self.overlap
         mode = self.costs.mode(overlapped)
         burst = 1 if self.drafter is None else min(self.drafter.burst, mode.burst())
@@ -120,7 +147,7 @@ class DecodingLoop:
 
     def _steps(self, expansion: Expansion) -> int:
         """How many of the steps that the policy wants there is room for."""
-        if self.drafter is None or not expansion.choices:
+        if self.drafter is None or not self.drafting or not expansion.choices:
             return 0
         return min(expansion.steps, self.drafter.room // len(expansion.choices))
 
@@ -183,8 +210,11 @@ class DecodingLoop:
         mode.target.record(verdict.step.rows, verdict.step.seconds)
         self.stats.add_target(verdict.step)
         round = self.stats.end_round(self.clock(), tokens)
-        if self.drafter is None:
+        self.stats.plain_token_seconds = self.costs.plain
+        if not self.drafting:
+            self.costs.idle += round.seconds
             return
+        self.costs.record_drafted(round.seconds, tokens)
         self.backoff.record(drafted=bool(round.draft), accepted=bool(verdict.path))
         mode.record_round(round.seconds, tokens)
         last = verdict.path[-1] if verdict.path else 0

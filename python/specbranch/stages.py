@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from specbranch.core.excerpt import Excerpt
 from specbranch.core.messages import Drafted, Forecast, Trunk, Verdict
 from specbranch.core.tree import Tree
 
@@ -66,8 +67,15 @@ class Drafter(Protocol):
     def burst(self) -> int:
         """Steps that are best asked for at once."""
 
-    def prefill(self, prompt: Sequence[int]) -> None:
-        """As a verifier's."""
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Start a text. Nothing is read yet: until `read`, it is only told what is committed."""
+
+    def gap(self, excerpt: Excerpt, tokens: int) -> range:
+        """The positions of the prompt that it would leave out of a text of at most so many tokens, told to read no
+        more than an excerpt."""
+
+    def read(self, excerpt: Excerpt, tokens: int) -> None:
+        """Read that, and what was committed since, but the last token: the root. From then on it may propose."""
 
     def propose(
         self, tree: Tree, nodes: Sequence[int], steps: int = 1, should_continue: ShouldContinue = ...

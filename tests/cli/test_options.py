@@ -199,6 +199,10 @@ ALONE = ["generate", "--target", "bundled", "--method", "autoregressive", "--pro
         ([*ALONE, "--overlap", "on"], "--overlap has no effect with autoregressive; it is for pearl, ssd, "),
         ([*GENERATE, "--method", "speculative", "--overlap", "off"], "--overlap has no effect with speculative"),
         ([*BENCH, "--methods", "speculative", "--overlap", "on"], "--overlap has no effect with speculative, auto"),
+        (
+            [*ALONE, "--draft-context", "all"],
+            "--draft-context has no effect with autoregressive; it is for methods that",
+        ),
     ],
 )
 def test_choices_of_devices_and_overlap_without_effect_are_refused(capsys, monkeypatch, tmp_path, arguments, expected):
@@ -206,6 +210,22 @@ def test_choices_of_devices_and_overlap_without_effect_are_refused(capsys, monke
     (tmp_path / "p.jsonl").write_text('{"prompt": "x"}\n')
     monkeypatch.setattr("specbranch.cli.loading.load_pair", lambda *args, **options: pytest.fail("loaded"))
     assert expected in one_line(capsys, *arguments)
+
+
+@pytest.mark.parametrize("command", [GENERATE, BENCH, RECORD, TRAIN], ids=lambda command: command[0])
+@pytest.mark.parametrize("value", ["0", "0+0", "half", "", "-1+4", "4+-1", "1.5+2", "256", "+128"])
+def test_bad_contexts_of_the_draft_are_one_line(capsys, command, value):
+    expected = (
+        f"draft_context is {value!r}; expected 'auto', 'all' or 'H+N', the first H tokens of a prompt and its last N"
+    )
+    assert expected in one_line(capsys, *command, f"--draft-context={value}")
+
+
+def test_more_context_than_the_draft_has_positions_is_one_line(capsys):
+    error = one_line(capsys, *GENERATE, "--draft-context", "100000+5")
+    assert re.search(
+        r"draft_context is 100000\+5; expected at most \d+ tokens together, the draft model's context", error
+    )
 
 
 def loaded_options(monkeypatch, *arguments: str) -> dict[str, object]:
@@ -228,6 +248,9 @@ def loaded_options(monkeypatch, *arguments: str) -> dict[str, object]:
         (["--device", "cuda"], {"device": "cuda"}),
         (["--device-map", "auto", "--device", "cuda"], {"device": "cuda", "device_map": "auto"}),  # the draft's
         (["--overlap", "on"], {"overlap": True}),
+        ([], {"draft_context": "auto"}),
+        (["--draft-context", "all"], {"draft_context": "all"}),
+        (["--draft-context", "256+128"], {"draft_context": "256+128"}),
         (["--trust-remote-code"], {"trust_remote_code": True}),
         (["--priority", "draft", "--no-cuda-graphs", "--device", "cuda"], {"priority": "draft", "cuda_graphs": False}),
     ],

@@ -69,14 +69,12 @@ BUGS = [
     Bug(LOOP, COMMIT, "tree.position + len(committed)", "tree.position + len(path) - 1", "the root is not the last"),
     Bug(LOOP, ROUNDS, "committed, tree = ", "committed, _ = ", "the target: the root stands elsewhere"),
     Bug(LOOP, ROUNDS, "remaining -= len(committed)", "remaining -= 1", NO_TOKEN),
-    Bug(LOOP, PREFILL, "len(prompt) - 1)", "len(prompt))", "the draft: the root stands elsewhere"),
+    Bug(LOOP, PREFILL, "len(prompt) - 1)", "len(prompt))", "the draft: another end of the text"),
     # What the models are told
     Bug(LOOP, COMMIT, "self.verifier.commit(verdict.path)", "self.verifier.commit(verdict.path[:-1])", "another path"),
     Bug(LOOP, COMMIT, "self.verifier.commit(verdict.path)", "pass", "the target: no commit"),
     Bug(LOOP, ROUNDS, "pending.result()", "self.verifier.verify(trunk).result()", "verified twice without a commit"),
-    Bug(
-        LOOP, PREFILL, "self.drafter.prefill(prompt)", "self.drafter.prefill(prompt[:-1])", "the root stands elsewhere"
-    ),
+    Bug(LOOP, PREFILL, "self.drafter.begin(prompt)", "self.drafter.begin(prompt[:-1])", "the root stands elsewhere"),
     Bug(LOOP, COMMIT, "survivors, committed)", "survivors, committed[:-1])", "the draft was not told of the text"),
     Bug(LOOP, COMMIT, "commit(path, survivors", "commit(path[1:], survivors", "the root is not committed"),
     Bug(LOOP, COMMIT, "commit(path, survivors", "commit(path, {}", "proposals without a row"),

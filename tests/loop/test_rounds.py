@@ -32,7 +32,7 @@ class RandomPolicy:
 
     name = "random"
     candidates = 3
-    overlaps = calibrated = uses_forecast = False
+    overlaps = calibrated = thrifty = uses_forecast = False
 
     def __init__(self, chance: random.Random) -> None:
         self.chance = chance

@@ -132,6 +132,23 @@ def test_an_interrupted_record_goes_on(
             collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing, machine=machine)
 
 
+def test_a_record_is_of_what_the_draft_reads(tmp_path: Path) -> None:
+    """The text is the same; what the draft says is not, and so one file holds texts of one context."""
+    made = {}
+    for context in ("auto", "all", "4+2"):
+        pair = SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32", draft_context=context)
+        path = tmp_path / f"{context}.safetensors"
+        machine = {"draft_context": str(pair.draft_excerpt)}
+        made[context] = collect(pair, PROMPTS[:1], Sampling(), 16, path, False, nothing, machine=machine).texts[0]
+        if context != "all":
+            continue
+        with pytest.raises(SpecBranchError, match=r"another draft_context \(all, here 4\+2\)"):
+            collect(pair, PROMPTS[:2], Sampling(), 16, path, False, nothing, machine={"draft_context": "4+2"})
+    assert torch.equal(made["all"].tokens, made["4+2"].tokens)
+    assert torch.equal(made["all"].proposals.agreement, made["auto"].proposals.agreement)
+    assert not torch.equal(made["all"].proposals.agreement, made["4+2"].proposals.agreement)
+
+
 def test_what_is_recorded_does_not_depend_on_being_read_back(bundled_pair: SpecBranch, tmp_path: Path) -> None:
     """A resumed run holds what its file gave it, an uninterrupted one what it computed: the same bits."""
     path = tmp_path / "r.safetensors"

@@ -85,7 +85,7 @@ def test_a_second_interrupt_leaves_a_verification_that_disturbs_nobody(
         raise KeyboardInterrupt
 
     def interrupted(workers: Threads) -> None:
-        if next(waits) == 2:  # the one at the end; the others are before and behind the prefill
+        if next(waits) == 3:  # the one at the end; the others are before and behind the prefills
             raise KeyboardInterrupt
         wait(workers)
 
@@ -94,7 +94,7 @@ def test_a_second_interrupt_leaves_a_verification_that_disturbs_nobody(
         patch.setattr(DecodingLoop, "_draft_during", draft)
         patch.setattr(Threads, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True)
+            bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True, draft_context="all")
     assert not answered.is_set()
     assert untouched()
     assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True).tokens == texts[0]

@@ -9,6 +9,7 @@ from typing import Any
 
 from language import Language, LanguageDrafter, LanguageTarget
 
+from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.messages import Verdict
 from specbranch.core.stats import CAUSES, Stats
 from specbranch.core.tree import Tree
@@ -16,6 +17,7 @@ from specbranch.loop import DecodingLoop
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy, options_of
 from specbranch.policies.policy import InFlight, Policy, State
+from specbranch.policies.reading import AtOnce, Lengths, WhenItPays
 from specbranch.replay.virtual_time import VirtualTime
 
 LANGUAGES = 20
@@ -72,6 +74,10 @@ class CheckedLoop(DecodingLoop):
         right = next((i for i, pair in enumerate(zip(best, committed, strict=False)) if pair[0] != pair[1]), None)
         right = min(len(best), len(committed)) if right is None else right
         assert round.rolled_back == (0 if right == len(committed) else len(best) - right), "rollback is miscounted"
+        if not self.drafting:
+            assert round.verified == 0, "a token verified that nobody drafted"
+            assert not round.draft, "a draft step before the draft has read"
+            assert not round.overlapped, "overlapped with a draft that has not read"
         assert round.rejected <= 1, "more than one token rejected by a verdict"
 
 
@@ -90,7 +96,8 @@ def check_draft(draft: LanguageDrafter, tree: Tree, text: list[int]) -> None:
 @dataclass(frozen=True)
 class Case:
     """One text, drawn at random from a seed. left_after: rounds after which nobody wants more of it. turn: where the
-    target begins anew."""
+    target begins anew. context: what of the prompt the draft reads at once; None where costs decide. read_costs:
+    seconds of a token that the target reads, and the draft."""
 
     seed: int
     method: str
@@ -107,6 +114,8 @@ class Case:
     forecasts: bool = False
     left_after: int | None = None
     turn: int = 0
+    context: Excerpt | None = ALL
+    read_costs: tuple[float, float] = (0.0, 0.0)
 
     @staticmethod
     def draw(seed: int, method: str, overlap: bool | None) -> Case:
@@ -128,6 +137,8 @@ class Case:
             forecasts=chance.random() < 0.2,
             left_after=chance.randint(0, 4) if chance.random() < 0.1 else None,
             turn=chance.choice((0, 0, 0, chance.randint(1, 30))),
+            context=chance.choice((ALL, None, None, Excerpt(1, 1), Excerpt(0, 2), Excerpt(3, 0))),
+            read_costs=chance.choice(((0.0, 0.0), (0.05, 0.02), (0.3, 0.2), (0.3, 3.0))),
         )
 
     def policy(self) -> Policy:
@@ -139,12 +150,14 @@ class Case:
         expected = spoken.text(prompt, self.new_tokens)
         end, policy = len(prompt) + self.new_tokens, self.policy()
         predictor = Random(self.seed) if self.forecasts else None
-        target = LanguageTarget(spoken, time, self.target_cost, end, self.most_rows, self.turn, predictor)
+        read_target, read_draft = self.read_costs
+        target = LanguageTarget(spoken, time, self.target_cost, end, self.most_rows, self.turn, predictor, read_target)
         draft = None
         if policy.candidates:
             more = (end, policy.candidates, self.capacities, self.burst)
-            draft = LanguageDrafter(spoken, time, self.draft_cost, *more)
-        loop = CheckedLoop(target, draft, policy, costs, time, self.overlap)
+            draft = LanguageDrafter(spoken, time, self.draft_cost, *more, read_draft)
+        reading = WhenItPays(Lengths(), 0.3) if self.context is None else AtOnce(self.context)
+        loop = CheckedLoop(target, draft, policy, costs, time, self.overlap, reading)
         loop.begin(prompt)
         tokens: list[int] = []
         rounds = loop.rounds(prompt, self.new_tokens)
@@ -172,8 +185,13 @@ class Case:
         assert stats.hits == sum(round.hit for round in stats.log), "hits do not add up"
         assert self.overlap is not False or not stats.overlap, "overlapped, and was told not to"
         if self.overlap and draft is not None and loop.policy.overlaps:
-            assert stats.overlapped_rounds == stats.rounds, "in turn, and was told to overlap"
+            unread = sum(not round.overlapped for round in stats.log)
+            assert unread == 0 or self.context is None, "in turn, and was told to overlap"
         if draft is not None:
+            read = 0 if draft.left_out is None else len(self.prompt) - len(draft.left_out)
+            assert stats.draft_context_tokens == read, "tokens that the draft read are miscounted"
+            assert read or self.context is None, "the draft was told to read and did not"
+            assert stats.draft_prefill_seconds <= stats.prefill_seconds, "a prefill longer than both"
             assert not draft.lessons, "the draft: a verdict that it never learned"
             assert [step for round in stats.log for step in round.draft] == draft.steps, "draft steps are miscounted"
             assert stats.draft_forwards == len(draft.steps), "draft forwards are miscounted"

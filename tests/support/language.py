@@ -13,6 +13,7 @@ from functools import reduce
 from random import Random
 from typing import NamedTuple
 
+from specbranch.core.excerpt import Excerpt
 from specbranch.core.messages import Drafted, Forecast, Step, Trunk, Verdict
 from specbranch.core.tree import Proposals, Tree
 from specbranch.replay.virtual_time import VirtualTime
@@ -85,9 +86,9 @@ class Language:
 
 @dataclass
 class LanguageTarget:
-    """cost: seconds of a forward, and of each row more. end: tokens of prompt and text, of which none may be verified
-    that comes later. turn: the position at which it begins anew, which no round may pass. text: the cache. predictor:
-    makes up forecasts, where there is one. forecast: the newest."""
+    """cost: seconds of a forward, and of each row more. read_cost: of a token of the prompt. end: tokens of prompt and
+    text, of which none may be verified that comes later. turn: the position at which it begins anew, which no round may
+    pass. text: the cache. predictor: makes up forecasts, where there is one. forecast: the newest."""
 
     language: Language
     time: VirtualTime
@@ -96,6 +97,7 @@ class LanguageTarget:
     most_rows: int
     turn: int = 0
     predictor: Random | None = None
+    read_cost: float = 0.0
     text: list[int] = field(default_factory=list)
     forecast: Forecast | None = None
     verdict: Verdict | None = None
@@ -106,6 +108,7 @@ class LanguageTarget:
 
     def prefill(self, prompt: Sequence[int]) -> None:
         assert not self.text, "the target: a prompt behind a text"
+        self.time.now += self.read_cost * (len(prompt) - 1)
         self.text = list(prompt[:-1])
         self._state = state_of(self.text)
 
@@ -163,8 +166,9 @@ class Lesson(NamedTuple):
 
 @dataclass
 class LanguageDrafter:
-    """committed: the text that it was told of. text: the part of it in its cache. rows: of the tree, by node.
-    capacities: rows at most, round by round; where there are few of them, the draft comes and goes."""
+    """read_cost: seconds of a token that it reads. committed: the text that it was told of. prompt_tokens: of it.
+    left_out: positions of it that it did not read; None before it read. text: what its cache stands for. rows: of the
+    tree, by node. capacities: rows at most, round by round; where there are few, the draft comes and goes."""
 
     language: Language
     time: VirtualTime
@@ -173,6 +177,9 @@ class LanguageDrafter:
     candidates: int
     capacities: Sequence[int]
     burst: int
+    read_cost: float = 0.0
+    prompt_tokens: int = 0
+    left_out: range | None = None
     committed: list[int] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     rows: dict[int, Row] = field(default_factory=dict)
@@ -185,14 +192,25 @@ class LanguageDrafter:
     def room(self) -> int:
         return max(0, self.capacities[self.commits % len(self.capacities)] - len(self.rows))
 
-    def prefill(self, prompt: Sequence[int]) -> None:
+    def begin(self, prompt: Sequence[int]) -> None:
         assert not self.committed, "the draft: a prompt behind a text"
-        self.committed, self.text = list(prompt), list(prompt[:-1])
+        self.committed, self.prompt_tokens = list(prompt), len(prompt)
+
+    def gap(self, excerpt: Excerpt, tokens: int) -> range:
+        assert tokens == self.end, "the draft: another end of the text"
+        return excerpt.gap(self.prompt_tokens)
+
+    def read(self, excerpt: Excerpt, tokens: int) -> None:
+        assert self.left_out is None, "the draft: reads twice"
+        self.left_out = self.gap(excerpt, tokens)
+        self.text = self.committed[:-1]
         self._state = state_of(self.text)
+        self.time.now += self.read_cost * (len(self.text) - len(self.left_out))
 
     def propose(
         self, tree: Tree, nodes: Sequence[int], steps: int = 1, should_continue: ShouldContinue = lambda _: True
     ) -> Drafted:
+        assert self.left_out is not None, "the draft: has not read the text"
         assert not self.lessons, "the draft: goes on before it has learned"
         assert tree.position == len(self.committed) - 1, "the draft: the root stands elsewhere"
         assert tree.token[0] == self.committed[-1], "the draft: another root"

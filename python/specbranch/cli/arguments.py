@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from specbranch.cli.messages import complain
+from specbranch.core.errors import SpecBranchError
+from specbranch.core.excerpt import check_draft_context
 from specbranch.runtime.choices import DTYPES, PRIORITIES, WEIGHTS
 from specbranch.text.generation_config import sampling
 
@@ -64,6 +66,14 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
         choices=tuple(OVERLAP),
         default="auto",
         help="draft while the target verifies; auto measures (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--draft-context",
+        type=draft_context,
+        default="auto",
+        metavar="auto|all|H+N",
+        help="what of a prompt the draft reads: all of it, or its first H tokens and its last N; auto reads when and "
+        "what pays, by measured costs (default: %(default)s)",
     )
 
 
@@ -150,6 +160,14 @@ def flag(name: str) -> str:
 def text(value: str) -> str:
     if not value:
         raise argparse.ArgumentTypeError("must not be empty")
+    return value
+
+
+def draft_context(value: str) -> str:
+    try:
+        check_draft_context(value)
+    except SpecBranchError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return value
 
 

@@ -68,6 +68,8 @@ def check_used(args: argparse.Namespace, methods: Sequence[str]) -> None:
     if args.overlap != "auto" and not any(make_policy(method, given).overlaps for method in methods):
         takers = ", ".join(method for method in METHODS if make_policy(method, {}).overlaps)
         raise ValueError(f"--overlap has no effect with {running}; it is for {takers}")
+    if args.draft_context != "auto" and not any(make_policy(method, given).candidates for method in methods):
+        raise ValueError(f"--draft-context has no effect with {running}; it is for methods that draft")
     for name in given:
         fields = options_by_name()[name]
         if not fields.keys() & set(methods):

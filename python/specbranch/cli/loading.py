@@ -42,6 +42,7 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
         cuda_graphs=args.cuda_graphs,
         priority=args.priority,
         overlap=OVERLAP[args.overlap],
+        draft_context=args.draft_context,
         threads=args.threads,
         hrad=getattr(args, "hrad", None),
         **drafting_options(args),

@@ -104,7 +104,12 @@ def with_costs(engine: SpecBranch, record: Record, path: Path) -> Record:
 
 def machine(engine: SpecBranch) -> dict[str, object]:
     dtype = str(engine.target.dtype).removeprefix("torch.")
-    run = {"dtype": dtype, "device": engine.target.device.type, "threads": engine.pair.threads}
+    run = {
+        "dtype": dtype,
+        "device": engine.target.device.type,
+        "threads": engine.pair.threads,
+        "draft_context": str(engine.draft_excerpt),
+    }
     return {**describe_machine(), **describe_versions(), **run}
 
 

@@ -69,7 +69,9 @@ class Stats:
     target keep texts from being equal to autoregressive decoding to the bit, "" for none. drafted: tokens that ever
     became tree nodes. verified: drafted tokens that the target scored. accepted: those of them that became part of the
     text. rolled_back: tokens of a tree's best path (the trunk and its likeliest continuation) thrown away. target_busy
-    and draft_busy: time inside the models, prefill apart.
+    and draft_busy: time inside the models, prefill apart. draft_context_tokens: of the prompt, that the draft read; 0
+    where it read none and the text was decoded without it. draft_prefill_seconds: what that took, whenever it was; part
+    of prefill_seconds. plain_token_seconds: of a token without a draft, as measured; 0 where that is not known.
     """
 
     method: str = ""
@@ -83,6 +85,9 @@ class Stats:
     new_tokens: int = 0
     seconds: float = 0.0
     prefill_seconds: float = 0.0
+    draft_prefill_seconds: float = 0.0
+    draft_context_tokens: int = 0
+    plain_token_seconds: float = 0.0
     rounds: int = 0
     overlapped_rounds: int = 0
     target_forwards: int = 0
@@ -97,6 +102,12 @@ class Stats:
     target_busy: float = 0.0
     draft_busy: float = 0.0
     log: list[Round] = field(default_factory=list)
+
+    def add_reading(self, prompt_tokens: int, seconds: float) -> None:
+        """The draft has read so many tokens of the prompt."""
+        self.draft_context_tokens = prompt_tokens
+        self.draft_prefill_seconds += seconds
+        self.prefill_seconds += seconds
 
     def begin_round(self, now: float, overlapped: bool) -> None:
         self.log.append(Round(now, overlapped))
@@ -161,6 +172,13 @@ class Stats:
         return self.seconds - self.prefill_seconds
 
     @property
+    def saved_seconds(self) -> float:
+        """An estimate of the time that the draft has saved, its prefill paid; negative where it lost some."""
+        if not self.draft_context_tokens or not self.plain_token_seconds:
+            return 0.0
+        return self.new_tokens * self.plain_token_seconds - self.decode_seconds - self.draft_prefill_seconds
+
+    @property
     def bubble_seconds(self) -> float:
         """Time that one model waited for the other: what both could have worked less what they did."""
         if not self.draft_forwards:
@@ -184,6 +202,9 @@ class Stats:
             "new_tokens": self.new_tokens,
             "seconds": self.seconds,
             "prefill_seconds": self.prefill_seconds,
+            "draft_prefill_seconds": self.draft_prefill_seconds,
+            "draft_context_tokens": self.draft_context_tokens,
+            "saved_seconds": self.saved_seconds,
             "tokens_per_second": ratio(self.new_tokens, self.seconds),
             "decode_tokens_per_second": ratio(self.new_tokens, self.decode_seconds),
             "target_forwards": self.target_forwards,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from specbranch.core.excerpt import NO_GAP, Excerpt
 from specbranch.core.messages import Drafted, Forecast
 from specbranch.core.sampling import Sampling
 from specbranch.core.tree import Proposals, Signals, Tree
@@ -34,6 +35,7 @@ class ModelDrafter:
         self.calibrator = calibrator
         self.forecast: Forecast | None = None
         self._text: list[int] = []  # committed, the root included: what the cache lacks of it is caught up with
+        self._prompt_tokens = 0
 
     @property
     def burst(self) -> int:
@@ -45,11 +47,26 @@ class ModelDrafter:
         """Nodes that the draft may still run over before the next commit."""
         return self.runner.model.cache.tree_room
 
-    def prefill(self, prompt: Sequence[int]) -> None:
+    def begin(self, prompt: Sequence[int]) -> None:
         """Start a text; see stages.Drafter."""
-        self._text = list(prompt)
-        self.runner.model.begin(prompt)
-        self.runner.prefill(prompt[:-1])
+        self._text, self._prompt_tokens = list(prompt), len(prompt)
+        self.runner.model.cache.rollback(0)
+
+    def gap(self, excerpt: Excerpt, tokens: int) -> range:
+        """What it would leave out; see stages.Drafter."""
+        gap = excerpt.gap(self._prompt_tokens)
+        return gap if self.runner.model.may_skip(gap, tokens) else NO_GAP
+
+    def read(self, excerpt: Excerpt, tokens: int) -> None:
+        """Read the prompt or its ends, and what was committed since; see stages.Drafter."""
+        model, text, gap = self.runner.model, self._text, self.gap(excerpt, tokens)
+        self.runner.reset(tokens - len(gap))
+        model.begin(text[: self._prompt_tokens], gap)
+        if model.must_reread(len(text) - 1):  # before there are rows: it only says how angles are chosen
+            model.reread(text, len(text) - 1)
+        for part in (text[: gap.start], text[gap.stop : -1]):
+            if part:
+                self.runner.prefill(part)
 
     def propose(
         self,
@@ -63,7 +80,7 @@ class ModelDrafter:
         if model.must_reread(tree.position):
             with self.runner.device.running():
                 model.reread(self._text, tree.position)
-        backlog = self._text[cache.length : tree.position] if 0 in nodes else []
+        backlog = self._text[model.position : tree.position] if 0 in nodes else []
         if len(backlog) > MAX_BACKLOG:  # after rounds without the draft
             self.runner.prefill(backlog[:-MAX_BACKLOG])
             backlog = backlog[-MAX_BACKLOG:]

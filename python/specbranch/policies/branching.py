@@ -206,6 +206,7 @@ class Ssd(Options, Branching):
     max_depth: int = option(32, "deepest token drafted while the target verifies", least=1)
     name = "ssd"
     calibrated = False
+    thrifty = False
     uses_forecast = False
     min_reach = 0.0
 

@@ -16,6 +16,7 @@ class ChainPolicy:
     candidates = 1
     overlaps = False
     calibrated = False
+    thrifty = False
     uses_forecast = False
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:

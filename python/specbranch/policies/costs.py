@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from specbranch.policies.gain import Gain, guessed_token_cost
+
 DECAY = 0.97  # weight of the past at every new measurement
 ROW_PRIOR = 0.08  # an extra row costs 8 % of a one-row forward (about 0 on a GPU, more on a compute-bound CPU)
 OUTLIER = 4.0  # a measurement counts as at most 4 times what was expected: a laptop may have slept
@@ -21,8 +23,12 @@ STALE = 0.3  # weight of the measurements before such a trial
 
 @dataclass
 class ForwardCost:
-    """Seconds of one forward as intercept + slope * rows, an exponentially weighted least-squares fit."""
+    """Seconds of one forward as intercept + slope * rows, an exponentially weighted least-squares fit.
 
+    skipped: how many forwards do not count: the first one pays for page faults and lazy set-up.
+    """
+
+    skipped: int = 1
     count: int = 0
     weight: float = 0.0
     rows: float = 0.0
@@ -32,9 +38,11 @@ class ForwardCost:
     slope: float | None = None
 
     def record(self, rows: int, seconds: float) -> None:
+        if not rows:
+            return
         self.count += 1
-        if self.count == 1:
-            return  # the first forward pays for page faults and lazy set-up
+        if self.count <= self.skipped:
+            return
         if self.known:
             seconds = min(seconds, OUTLIER * max(self.of(rows), self.mean))
         self.weight = self.weight * DECAY + 1
@@ -44,7 +52,8 @@ class ForwardCost:
         self.rows_seconds = self.rows_seconds * DECAY + rows * seconds
         spread = self.weight * self.rows_squared - self.rows * self.rows
         if spread > 1e-6 * self.weight:
-            self.slope = max(0.0, (self.weight * self.rows_seconds - self.rows * self.seconds) / spread)
+            slope = (self.weight * self.rows_seconds - self.rows * self.seconds) / spread
+            self.slope = min(max(0.0, slope), self.seconds / self.rows)  # rows together take no more than each alone
 
     @property
     def known(self) -> bool:
@@ -120,10 +129,15 @@ class ModeCosts:
 
 @dataclass
 class Costs:
-    """Both modes' measurements for one pair of models and one method, and how often the draft is right."""
+    """Both modes' measurements for one pair of models and one method, what reading a text takes, how often the draft is
+    right, and what it brings. idle: seconds of texts that it did not read, since it last read one."""
 
     serial: ModeCosts = field(default_factory=ModeCosts)
     overlapped: ModeCosts = field(default_factory=ModeCosts)
+    target_read: ForwardCost = field(default_factory=lambda: ForwardCost(skipped=0))
+    draft_read: ForwardCost = field(default_factory=lambda: ForwardCost(skipped=0))
+    gain: Gain = field(default_factory=Gain)
+    idle: float = 0.0
     accepted: float = 4.0  # prior: 0.8 of 5 tokens
     verified: float = 5.0
     _preferred: bool | None = None
@@ -133,6 +147,38 @@ class Costs:
 
     def mode(self, overlapped: bool) -> ModeCosts:
         return self.overlapped if overlapped else self.serial
+
+    def record_reading(self, tokens: int, seconds: float) -> None:
+        """The draft has read a text: the wait for it is over."""
+        self.draft_read.record(tokens, seconds)
+        self.idle = 0.0
+        if self.gain.token_cost(1.0) >= 1.0:
+            self.gain.fade()
+
+    def record_drafted(self, seconds: float, tokens: int) -> None:
+        """Count a round of a text that the draft has read."""
+        if self.serial.target.known:
+            self.gain.record(seconds / max(self.plain, 1e-9), tokens)
+
+    @property
+    def plain(self) -> float:
+        """Seconds of a token without a draft. Before any was decoded, what a row of a prompt took, which is less."""
+        for mode in (self.serial, self.overlapped):
+            if mode.target.known:
+                return mode.target.of(1)
+        return self.target_read.seconds / max(self.target_read.rows, 1.0)
+
+    def saving(self, size: float) -> float:
+        """Seconds that a draft is expected to save at each token. size: of the draft beside the target, for what is
+        not measured yet."""
+        row = self.serial.target.per_row if self.serial.target.known else ROW_PRIOR * self.plain
+        step = self.serial.draft.of(1) if self.serial.draft.known else size * self.plain
+        plain = max(self.plain, 1e-9)
+        return self.plain * (1 - self.gain.token_cost(guessed_token_cost(self.acceptance, step / plain, row / plain)))
+
+    def reading(self, tokens: int, size: float) -> float:
+        """Seconds that the draft takes to read so many tokens."""
+        return self.draft_read.of(tokens) if self.draft_read.known else size * self.target_read.of(tokens)
 
     def record_verdict(self, accepted: int, rejected: bool) -> None:
         """Count a verdict: so many tokens accepted and then, perhaps, one rejected. What follows that was not

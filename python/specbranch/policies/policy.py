@@ -76,6 +76,10 @@ class Policy(Protocol):
         """Whether it wants confidences corrected by the verdicts."""
 
     @property
+    def thrifty(self) -> bool:
+        """Whether measured costs decide when the draft is used."""
+
+    @property
     def uses_forecast(self) -> bool:
         """Whether it takes a learned predictor's forecast, where there is one."""
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from specbranch.core.excerpt import ALL
 from specbranch.core.messages import Trunk
 from specbranch.core.sampling import Sampling
 from specbranch.core.tree import Tree
@@ -62,11 +63,13 @@ def _measure(target: Runner, draft: Runner, workers: Threads | Streams, prefix: 
     verifier = ModelVerifier(target, Sampling())
     drafter = ModelDrafter(draft, Sampling(), CANDIDATES, target.model.vocabulary)
     lengths = {}
-    for name, model, stage in (("target", target, verifier), ("draft", draft, drafter)):
+    for name, model in (("target", target), ("draft", draft)):
         limit = getattr(model.model.model.config.get_text_config(), "max_position_embeddings", prefix + 1)
         lengths[name] = min(prefix, limit - 1)
-        model.reset(lengths[name])
-        stage.prefill([1] * (lengths[name] + 1))
+    target.reset(lengths["target"])
+    verifier.prefill([1] * (lengths["target"] + 1))
+    drafter.begin([1] * (lengths["draft"] + 1))
+    drafter.read(ALL, lengths["draft"])
 
     def verify(rows: int) -> Callable[[], float]:
         trunk = Trunk.of(chain(rows, lengths["target"]), tuple(range(rows)))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.sampling import Sampling
 from specbranch.core.tree import Choice, Proposals, Tree
 from specbranch.drafters.model import ModelDrafter
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from specbranch.engine import SpecBranch
 
 WINDOW = 16  # positions whose tails are drafted together
-# What of a machine a text may depend on in its last bits.
-DECIDES = ("dtype", "device", "isa", "specbranch", "torch", "transformers", "tokenizers")
+# What of a machine a text may depend on in its last bits, and what of a run the draft's words do.
+DECIDES = ("draft_context", "dtype", "device", "isa", "specbranch", "torch", "transformers", "tokenizers")
 
 
 def collect(
@@ -87,7 +88,14 @@ def _decoded(
     ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
     made = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling))
     text = record_text(
-        engine.pair, ids, made.tokens, id=prompt.id, task=prompt.task, sampling=sampling, features=features
+        engine.pair,
+        ids,
+        made.tokens,
+        id=prompt.id,
+        task=prompt.task,
+        sampling=sampling,
+        features=features,
+        excerpt=engine.draft_excerpt,
     )
     outside = median(round.outside_seconds for round in made.stats.log)
     return replace(text, prompt=fingerprint(prompt), round_seconds=outside).rounded()
@@ -135,12 +143,14 @@ def record_text(
     k: int = 8,
     sampling: Sampling | None = None,
     features: bool = False,
+    excerpt: Excerpt = ALL,
 ) -> RecordedText:
     """What the draft proposes along a text that the target generated from `prompt`, and a little way down each of its
     wrong turns.
 
     tokens: the new ids. k: candidates kept at each position. sampling: as the text was sampled. features: also keep the
-    target's, for a learned predictor; this takes a target forward over the text.
+    target's, for a learned predictor; this takes a target forward over the text. excerpt: what of the prompt the draft
+    reads.
     """
     seen = None
     if features:
@@ -148,20 +158,21 @@ def record_text(
             seen = read_features(slot.target, slot.tap, prompt, tokens)
     with pair.running() as slot:
         draft = slot.need_draft("a record")
-        draft.reset(len(prompt) + len(tokens))
+        draft.model.check(len(prompt) + len(tokens))
         drafter = ModelDrafter(draft, sampling or Sampling(), k, slot.vocabulary)
-        along, tails = follow(drafter, prompt, tokens)
+        along, tails = follow(drafter, prompt, tokens, excerpt)
     width = len(along[0].tokens)
     target_tokens = torch.tensor(list(tokens))
     return RecordedText(id, task, len(prompt), target_tokens, _stack(along, width), _stack(tails, width), seen)
 
 
 def follow(
-    drafter: ModelDrafter, prompt: Sequence[int], tokens: Sequence[int]
+    drafter: ModelDrafter, prompt: Sequence[int], tokens: Sequence[int], excerpt: Excerpt = ALL
 ) -> tuple[list[Proposals], list[Proposals | None]]:
     """Proposals at every token of a text, and TAIL of them behind each; None where the draft is right."""
-    drafter.prefill(prompt)
     text = [*prompt, *tokens]
+    drafter.begin(prompt)
+    drafter.read(excerpt, len(text))
     along: list[Proposals] = []
     tails: list[list[Proposals | None]] = []
     for start in range(0, len(tokens), WINDOW):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from specbranch.core.excerpt import Excerpt
 from specbranch.core.messages import Drafted, Forecast, Step, Trunk, Verdict
 from specbranch.core.stats import Stats
 from specbranch.core.tree import MOST_NODES, Proposals, Signals, Tree
@@ -92,8 +93,14 @@ class ReplayDrafter:
         self._tails = _rows(self.text.tails)
         self._turns = [i for i in range(len(self.text)) if self._tails[i * TAIL][0][0] >= 0]
 
-    def prefill(self, prompt: Sequence[int]) -> None:
-        self._seen = len(prompt) - 1
+    def begin(self, prompt: Sequence[int]) -> None:
+        pass
+
+    def gap(self, excerpt: Excerpt, tokens: int) -> range:
+        return excerpt.gap(self.text.prompt_tokens)
+
+    def read(self, excerpt: Excerpt, tokens: int) -> None:
+        self._seen = self.text.prompt_tokens - 1
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int], tokens: Sequence[int]) -> None:
         self._seen += len([node for node in path if node in self._ran])

@@ -34,7 +34,8 @@ class TreeContext:
     by_position: whether a row's bits must not depend on where the tree lies in the cache: see `tree_attention`.
     windows: the sliding window of each layer, in the order of the calls, where the model does not hand it over.
     prompt_end: the position by which rotary embeddings that choose by the length of the text choose for the rows
-    before it. calls: how many layers have asked, so that a model that ignores the registered attention is found out.
+    before it. first_in_window: the cache row, of a place where the text has a gap, before which no window reaches.
+    calls: how many layers have asked, so that a model that ignores the registered attention is found out.
     """
 
     prefix_length: Tensor
@@ -42,6 +43,7 @@ class TreeContext:
     by_position: bool = True
     windows: tuple[int | None, ...] | None = None
     prompt_end: int = -1
+    first_in_window: int = 0
     calls: int = 0
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -94,6 +96,9 @@ def specbranch_attention(
         sliding_window = context.windows[context.calls]
     context.calls += 1
     prefix_length, ancestors = context.on(query.device)
+    if context.first_in_window and sliding_window is not None:
+        key, value = key[:, :, context.first_in_window :], value[:, :, context.first_in_window :]
+        prefix_length = (prefix_length - context.first_in_window).clamp(min=0)  # 0 when a capture warms up
     out = tree_attention(
         query[0].transpose(0, 1),
         key[0],

@@ -69,10 +69,11 @@ class Inputs:
         )
 
     @staticmethod
-    def chain(ids: Tensor, prefix: int) -> Inputs:
-        """Tokens of the text itself, int64 [n], behind the prefix: their positions are their cache rows."""
-        places = torch.arange(prefix, prefix + len(ids), device=ids.device)
-        return Inputs(ids, places, places, torch.full((), prefix, device=ids.device), ancestors=None)
+    def chain(ids: Tensor, prefix: int, position: int) -> Inputs:
+        """Tokens of the text itself, int64 [n], behind the prefix; the first stands at `position`."""
+        rows = torch.arange(prefix, prefix + len(ids), device=ids.device)
+        positions = rows if position == prefix else rows + (position - prefix)
+        return Inputs(ids, positions, rows, torch.full((), prefix, device=ids.device), ancestors=None)
 
 
 def pack(ancestors: Sequence[int], words: int) -> NDArray[np.int64]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.excerpt import NO_GAP
 from specbranch.runtime.agreement import check_agreement
 from specbranch.runtime.attach import Attachment
 from specbranch.runtime.attention import TreeContext, no_mask, running
@@ -38,6 +39,7 @@ class CachedModel:
         self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
         self.tap: FeatureTap | None = None  # what reads its hidden states
         self.prompt_end = -1  # the last position of what was read at once: see `begin`
+        self.gap = NO_GAP  # positions of the text that have no rows
         self.support, own_logits = check_supported(model, role)
         if own_logits is not None:
             with trying(f"{role} model {type(model).__name__}"):
@@ -65,34 +67,68 @@ class CachedModel:
         return [] if self.tap is None else self.tap.newest
 
     def reset(self, tokens: int) -> None:
-        """Start a new text of at most `tokens` tokens; the buffers are kept when they are large enough.
+        """Start a new text that takes at most `tokens` rows; the buffers are kept when they are large enough.
 
         Raises SpecBranchError when the model's context or the memory is too small.
         """
-        limit = context_length(self.model.config.get_text_config())
-        if limit is not None and tokens > limit:
-            raise SpecBranchError(
-                f"prompt and new tokens together are {tokens} tokens; the {self.role} model's context holds {limit}"
-            )
+        self.check(tokens)
         if not self.holds(tokens):
             self.cache.release()  # there is not always memory for both
             rows = -(-rows_for(tokens) // self.granularity) * self.granularity
             self.cache = BranchCache(self.layers, rows, self.device)
         self.cache.rollback(0)
-        self.prompt_end = -1
+        self.prompt_end, self.gap = -1, NO_GAP
+
+    @property
+    def context(self) -> int | None:
+        """The positions that it is made for; None where its configuration does not say."""
+        return context_length(self.model.config.get_text_config())
+
+    def check(self, tokens: int) -> None:
+        """Raises SpecBranchError for a text that the model's context is too small for."""
+        if self.context is not None and tokens > self.context:
+            raise SpecBranchError(
+                f"prompt and new tokens together are {tokens} tokens; the {self.role} model's context holds "
+                f"{self.context}"
+            )
 
     def holds(self, tokens: int) -> bool:
         """Whether the buffers that are there are large enough for a text of so many tokens."""
         return rows_for(tokens) <= self.cache.capacity
 
     def prefill(self, tokens: Sequence[int]) -> None:
-        """Commit a chain of tokens behind the prefix, in chunks. Only the first copy to a device waits for it."""
+        """Commit a chain of tokens behind the prefix, in chunks: those before the gap and those behind it are two
+        chains. Only the first copy to a device waits for it."""
         self.cache.reserve(len(tokens))
         self._read(tokens, self.cache.length)
 
-    def begin(self, prompt: Sequence[int]) -> None:
-        """A text begins with `prompt`: where rotary embeddings choose by its length, they choose so for all of it."""
-        self.prompt_end = len(prompt) - 1
+    def begin(self, prompt: Sequence[int], gap: range = NO_GAP) -> None:
+        """A text begins with `prompt`: where rotary embeddings choose by its length, they choose so for all of it.
+        gap: positions that are left out; what is read has its own positions all the same."""
+        self.prompt_end, self.gap = len(prompt) - 1, gap
+
+    @property
+    def position(self) -> int:
+        """Of the token whose row would be the next one of the prefix."""
+        return self._position(self.cache.length)
+
+    def _position(self, row: int) -> int:
+        return row if row < self.gap.start else row + len(self.gap)
+
+    def may_skip(self, gap: range, tokens: int) -> bool:
+        """Whether a text of at most so many tokens may be read without these positions.
+
+        Windows count cache rows. So either the gap is wider than any window, and rows behind it see none before it, or
+        the text is shorter than any window.
+        """
+        windows = self.support.window_sizes
+        return not windows or windows[-1] <= len(gap) or tokens <= windows[0]
+
+    @property
+    def first_in_window(self) -> int:
+        """The first row that a row behind the gap may see through a sliding window."""
+        windows = self.support.window_sizes
+        return self.gap.start if windows and windows[-1] <= len(self.gap) else 0
 
     def most_tokens(self, position: int) -> int:
         """How many more tokens a text that ends at `position` may get before `reread` is due."""
@@ -110,14 +146,17 @@ class CachedModel:
         The rows of tree nodes stay as they are: a draft's guesses, of which the target has none by then.
         """
         due = [length for length in self.support.rereads if length - 1 <= position]
-        self.begin(text[: due[-1]])
-        self._read(text[: self.cache.length], 0)
+        end = self.position
+        self.begin(text[: due[-1]], self.gap)
+        self._read(text[: min(self.gap.start, end)], 0)
+        self._read(text[self.gap.stop : end], self.gap.start)
 
     def _read(self, tokens: Sequence[int], start: int) -> None:
         """Write the rows of a chain of tokens from row `start` on, which then belong to the prefix."""
         ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
         for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
-            self.forward(Inputs.chain(chunk, start), keep=slice(-1, None))
+            behind_gap = start >= self.gap.start
+            self.forward(Inputs.chain(chunk, start, self._position(start)), slice(-1, None), behind_gap)
             start += len(chunk)
             self.cache.length = max(self.cache.length, start)
 
@@ -135,7 +174,7 @@ class CachedModel:
         committed tokens that the cache lacks; they become part of the prefix, in the same forward, and then `nodes` may
         only be the root.
         """
-        cache, prefix = self.cache, self.cache.length
+        cache, prefix, position = self.cache, self.cache.length, self.position
         if backlog and (list(nodes) != [0] or cache.nodes):
             raise ValueError("a backlog can only be caught up together with the root")
         cache.reserve(len(backlog) + len(nodes))
@@ -146,7 +185,7 @@ class CachedModel:
         ancestors = [caught_up | bits << len(backlog) for bits in cache.ancestors[-len(nodes) :]]
         return Batch(
             tuple(self._known([*tokens, *backlog])),
-            (*positions, *range(prefix, cache.length)),
+            (*positions, *range(position, position + len(backlog))),
             (*range(first, first + len(nodes)), *range(prefix, cache.length)),
             (*ancestors, *((1 << i + 1) - 1 for i in range(len(backlog)))),
             prefix,
@@ -154,12 +193,16 @@ class CachedModel:
         )
 
     @torch.inference_mode()
-    def forward(self, inputs: Inputs, keep: slice = slice(None)) -> Tensor:
-        """One forward; logits of the rows that `keep` selects, [n, V], in the model's dtype."""
+    def forward(self, inputs: Inputs, keep: slice = slice(None), behind_gap: bool = True) -> Tensor:
+        """One forward; logits of the rows that `keep` selects, [n, V], in the model's dtype. behind_gap: where its rows
+        are, if the text has a gap."""
         self.cache.rows = inputs.rows
         # A text is the target's: a draft may be off in the last bits, and is faster so with several leaves.
         by_position = self.role == "target"
-        context = TreeContext(inputs.prefix, inputs.ancestors, by_position, self.support.windows, self.prompt_end)
+        first = self.first_in_window if behind_gap else 0
+        context = TreeContext(
+            inputs.prefix, inputs.ancestors, by_position, self.support.windows, self.prompt_end, first
+        )
         with running(context):
             out = self.model(
                 input_ids=inputs.ids[None],

@@ -21,7 +21,7 @@ from specbranch.runtime.model import CachedModel
 from specbranch.runtime.placement import make_runner, make_workers
 from specbranch.runtime.rows.probe import row_dependence
 from specbranch.runtime.runner import Runner
-from specbranch.runtime.weights import check_weights
+from specbranch.runtime.weights import check_weights, parameters_of_forward
 
 KEPT = 2  # slots of generations that are over
 
@@ -61,10 +61,11 @@ class Slot:
         return self.draft
 
     def reset(self, tokens: int, draft: bool = True) -> None:
-        """Start a text of at most `tokens` tokens. Raises SpecBranchError when it does not fit."""
+        """Start a text of at most `tokens` tokens. The draft makes room when it reads. Raises SpecBranchError when it
+        does not fit."""
         self.target.reset(tokens)
         if draft and self.draft is not None:
-            self.draft.reset(tokens)
+            self.draft.model.check(tokens)
 
     def another(self) -> Slot:
         """The same models with caches of their own."""
@@ -126,6 +127,12 @@ class Pair:
     def vocabulary(self) -> int:
         """The target's."""
         return self.first.vocabulary
+
+    @property
+    def relative_size(self) -> float:
+        """Parameters of the draft's forward over those of the target's; 1 without a draft."""
+        sizes = [parameters_of_forward(model) for model in self.models]
+        return sizes[-1] / sizes[0]
 
     def row_dependence(self) -> str:
         """What of the target depends on the rows beside it; see rows.probe.row_dependence."""

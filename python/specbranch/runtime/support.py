@@ -21,6 +21,7 @@ from specbranch_ext import cuda_device_problem
 
 # Layers whose state is a K/V row per token; anything else (state space, linear attention) cannot roll back.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+UNKNOWN_WINDOWS = (1, 2**62)  # any may be among them
 CUDA_HEAD_WIDTH = 512  # the widest of specbranch_ext.tree_attention there
 
 # Arguments of an attention function that we honour, or that change nothing in it.
@@ -35,11 +36,13 @@ class Support:
     """What running a model asks of us besides causality.
 
     windows: the sliding window of each call of the attention in a forward, where it is not the one that the model
-    hands to the attention. by_length: its rotary embeddings choose their frequencies by the length of the text.
-    rereads: the lengths of the text at which transformers reads all of it anew.
+    hands to the attention. window_sizes: all that there are, in ascending order. by_length: its rotary embeddings
+    choose their frequencies by the length of the text. rereads: the lengths of the text at which transformers reads all
+    of it anew.
     """
 
     windows: tuple[int | None, ...] | None = None
+    window_sizes: tuple[int, ...] = ()
     by_length: bool = False
     rereads: tuple[int, ...] = ()
 
@@ -77,12 +80,13 @@ def check_supported(model: PreTrainedModel, role: str, on: str | None = None) ->
                 logits = own_logits(model)
         except Exception as error:
             if model.device.type == "meta" and "meta" in str(error).lower():  # it asks for values: with weights it can
-                return Support(None, by_length, lengths), None
+                return Support(None, UNKNOWN_WINDOWS, by_length, lengths), None
             raise
     widest = max((call.width for call in calls), default=0)
     if (on or model.device.type) == "cuda" and widest > CUDA_HEAD_WIDTH:
         raise SpecBranchError(f"{name} has heads {widest} wide; on a CUDA device expected at most {CUDA_HEAD_WIDTH}")
-    support = Support(_windows(model, name, calls), by_length, lengths)
+    sizes = tuple(sorted({call.window for call in calls if call.window is not None}))
+    support = Support(_windows(model, name, calls), sizes, by_length, lengths)
     return support, None if logits.device.type == "meta" else logits
 
 

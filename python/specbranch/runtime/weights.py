@@ -26,6 +26,29 @@ def unwrapped(model: nn.Module, role: str) -> PreTrainedModel:
     return inner
 
 
+def parameters_of_forward(model: PreTrainedModel) -> int:
+    """How many parameters a forward multiplies with, roughly: all but an embedding that is only looked up, and of
+    experts those that a token chooses."""
+    config = model.config.get_text_config()
+    chosen, experts = (
+        next((count for name in names if isinstance(count := getattr(config, name, None), int)), 1)
+        for names in (("num_experts_per_tok",), ("num_local_experts", "num_experts", "n_routed_experts"))
+    )
+    looked_up = model.get_input_embeddings()
+    output = model.get_output_embeddings()
+    spare = set() if looked_up is output else {id(weight) for weight in looked_up.parameters()}
+    if output is not None:
+        spare -= {id(weight) for weight in output.parameters()}
+    return max(
+        1,
+        sum(
+            weight.numel() * chosen // experts if ".experts." in name else weight.numel()
+            for name, weight in model.named_parameters()
+            if id(weight) not in spare
+        ),
+    )
+
+
 def execution_device(model: PreTrainedModel) -> torch.device:
     """The device that a model computes on: of offloaded weights, which lie on the meta device between two forwards, the
     one that accelerate brings them to."""

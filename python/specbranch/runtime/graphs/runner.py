@@ -34,7 +34,7 @@ T = TypeVar("T")
 VERIFY_ROWS = 32
 DRAFT_ROWS = (1, 2, 4, 8, 16, 32, 64)
 COMMIT_ROWS = (8, 32, TREE_ROWS)
-KEPT = 4  # draft graphs, by candidates and vocabulary, that are kept
+KEPT = 4  # draft graphs, by candidates, vocabulary and where windows end at a gap, that are kept
 GRANULARITY = 1024  # of the cache's capacity: graphs are captured anew for another cache
 AHEAD = 2  # draft steps that are enqueued at most: one runs, one waits
 
@@ -222,7 +222,7 @@ class CapturedRunner:
         return self._verifying[tap]
 
     def _draft_graphs(self, candidates: int, vocabulary: int, rows: Sequence[int]) -> DraftGraphs:
-        key = candidates, vocabulary
+        key = candidates, vocabulary, self.model.first_in_window
         if key not in self._drafting:
             while len(self._drafting) >= KEPT:
                 del self._drafting[next(iter(self._drafting))]
