@@ -7,6 +7,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Generator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ class SpecBranch:
         self.pair = Pair(target, draft, threads, target_threads, flag("cuda_graphs", cuda_graphs), priority)
         self._draft_context = self._excerpt("auto" if draft_context is None else draft_context)
         self._lengths = Lengths()
-        self._costs: defaultdict[str, Costs] = defaultdict(Costs)  # by method
+        self._costs: defaultdict[str, Costs] = defaultdict(partial(Costs, self.pair.relative_size))  # by method
         self._calibrator = Calibrator()
         self._eos = end_of_sequence(target)
         self._settings = CheckpointSettings(target)
@@ -326,7 +327,7 @@ class SpecBranch:
     def _reading(self, policy: Policy, draft_context: str | None) -> Reading:
         excerpt = self._draft_context if draft_context is None else self._excerpt(draft_context)
         if excerpt is None and policy.thrifty:
-            return WhenItPays(self._lengths, self.pair.relative_size)
+            return WhenItPays(self._lengths)
         return AtOnce(ALL if excerpt is None else excerpt)
 
     def _excerpt(self, draft_context: str) -> Excerpt | None:

@@ -6,6 +6,7 @@ models hold.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 
 from specbranch.core.excerpt import ALL
@@ -25,7 +26,8 @@ class DecodingLoop:
     """Decodes one text.
 
     overlap: True, False, or None to take what the costs prefer. reading: when the draft reads, and what. drafting:
-    whether it has read the text; before that, decoding is autoregressive.
+    whether it has read the text; before that, decoding is autoregressive. saved: seconds, by drafting in this text so
+    far; negative where it has lost some.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class DecodingLoop:
         self.verifier, self.drafter, self.policy = verifier, drafter, policy
         self.costs, self.workers, self.overlap, self.reading = costs, workers, overlap, reading
         self.drafting = False
+        self.saved = 0.0
         self.clock = workers.clock
         self.backoff = Backoff()
         self.forecast: Forecast | None = None
@@ -106,10 +109,13 @@ class DecodingLoop:
     def _state(self, remaining: int) -> State:
         overlapped = False
         if self.policy.overlaps and self.drafting:
-            overlapped = self.costs.choose_overlap() if self.overlap is None else self.overlap
+            saved = self.saved if self.policy.thrifty else math.inf
+            overlapped = self.costs.choose_overlap(saved) if self.overlap is None else self.overlap
         mode = self.costs.mode(overlapped)
+        losing = -self.saved > self.costs.bearable_loss(self.stats.new_tokens)
         burst = 1 if self.drafter is None else min(self.drafter.burst, mode.burst())
-        return State(overlapped, mode, self.costs.acceptance, remaining, self.backoff.over, burst, self.forecast)
+        retry = self.backoff.over(mode.step_price)
+        return State(overlapped, mode, self.costs.acceptance, remaining, retry, burst, self.forecast, losing)
 
     # ---- Draft, choose
 
@@ -214,8 +220,11 @@ class DecodingLoop:
         if not self.drafting:
             self.costs.idle += round.seconds
             return
+        drafted = bool(round.draft) or len(trunk) > 1
+        gain = tokens * self.costs.plain - round.seconds if drafted and mode.target.known else 0.0
+        self.saved += gain
+        self.backoff.record(bool(round.draft), gain / max(self.costs.plain, 1e-9), state.retry)
         self.costs.record_drafted(round.seconds, tokens)
-        self.backoff.record(drafted=bool(round.draft), accepted=bool(verdict.path))
         mode.record_round(round.seconds, tokens)
         last = verdict.path[-1] if verdict.path else 0
         self.costs.record_verdict(len(verdict.path), rejected=last in trunk.parents)

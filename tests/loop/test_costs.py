@@ -1,5 +1,7 @@
 """The cost model: lines are recovered, and the cheaper mode is taken."""
 
+from itertools import pairwise
+
 import pytest
 
 from specbranch.policies.costs import (
@@ -9,6 +11,7 @@ from specbranch.policies.costs import (
     RETRY_SHARE,
     ROW_PRIOR,
     TRIAL_ROUNDS,
+    TRIAL_STAKE,
     Costs,
     ForwardCost,
     ModeCosts,
@@ -55,6 +58,43 @@ def test_what_was_learned_of_rows_is_kept_while_their_number_stays() -> None:
     for _ in range(2000):
         cost.record(1, 1.0)
     assert cost.of(20) == pytest.approx(1.0)
+
+
+def bent(rows: int) -> float:
+    """Cheap rows while memory is the limit, dear ones beyond."""
+    points = ((1, 65.0), (2, 66.0), (4, 68.0), (6, 70.0), (8, 74.0), (16, 95.0))
+    (x0, y0), (x1, y1) = next(pair for pair in pairwise(points) if rows <= pair[1][0])
+    return (y0 + (y1 - y0) * (rows - x0) / (x1 - x0)) / 1000
+
+
+@pytest.mark.parametrize("usual", [(3, 4, 5), (6, 7, 8), (9, 12, 16)])
+def test_a_forward_over_one_row_is_known_whatever_others_cost(usual: tuple[int, ...]) -> None:
+    """A line through the usual rows would say 58 ms for one row where those are many, and so that drafting hardly
+    pays."""
+    cost = ForwardCost()
+    for rows in (1, 1, 1, *usual * 30):
+        cost.record(rows, bent(rows))
+    assert cost.of(1) == pytest.approx(bent(1))
+    for rows in usual:
+        assert cost.of(rows) == pytest.approx(bent(rows), rel=0.02)
+    assert cost.of(2) >= cost.of(1)
+
+
+def test_what_one_row_took_is_not_believed_when_more_take_less() -> None:
+    """It was measured at a bad moment."""
+    cost = ForwardCost()
+    for rows in (1, 1, 1):
+        cost.record(rows, 0.2)
+    for _ in range(100):
+        cost.record(4, 0.07)
+    assert cost.of(1) <= 0.08
+
+
+def test_rows_together_take_no_more_than_each_alone() -> None:
+    cost = ForwardCost()
+    for rows, seconds in ((12, 1.0), (12, 2.2), (11, 1.0), (12, 2.2), (11, 1.0)):
+        cost.record(rows, seconds)
+    assert cost.of(1) > 0
 
 
 def test_a_row_must_bring_what_it_costs() -> None:
@@ -115,6 +155,38 @@ def test_a_mode_that_is_slower_is_tried_ever_less() -> None:
     # Three rounds that take half as long again: 1 % of the time.
     assert first == pytest.approx(RETRY_ROUNDS * 0.5 / RETRY_SHARE, abs=1)
     assert chosen[first : first + RETRY_ROUNDS + 1] == [True] * RETRY_ROUNDS + [False]
+
+
+def test_what_was_saved_may_be_put_at_stake_for_the_other_mode() -> None:
+    """A text that drafting does not help is not slowed down by a trial either."""
+    costs = Costs()
+    for _ in range(TRIAL_ROUNDS):
+        costs.serial.record_round(0.2, 2)
+        costs.serial.target.record(1, 0.1)
+    assert costs.choose_overlap(saved=-0.1) is False
+    assert costs.choose_overlap(saved=0.99 * TRIAL_STAKE * 0.1) is False
+    assert costs.choose_overlap(saved=1.01 * TRIAL_STAKE * 0.1) is True
+    costs.drafted = TRIAL_STAKE * 0.1 / RETRY_SHARE  # seconds: by now a trial is a small share of them
+    assert costs.choose_overlap(saved=0.0) is True
+
+
+def test_what_is_not_measured_is_guessed_from_the_sizes() -> None:
+    mode = ModeCosts(size=0.25)
+    assert mode.step_price == 0.25
+    for _ in range(2):
+        mode.target.record(1, 0.1)
+    assert mode.step_price == 0.25
+    for _ in range(2):
+        mode.draft.record(1, 0.05)
+    assert mode.step_price == pytest.approx(0.5)
+    costs = Costs(0.25)
+    assert (costs.serial.size, costs.overlapped.size) == (0.25, 0.25)
+    costs.target_read.record(100, 2.0)
+    assert costs.reading(100) == pytest.approx(0.5)
+    assert costs.plain == pytest.approx(0.02)  # at least: a row of the prompt
+    costs.draft_read.record(100, 0.8)
+    assert costs.reading(100) == pytest.approx(0.8)
+    assert costs.reading(50) < 0.8
 
 
 def test_a_trial_that_goes_badly_ends_early() -> None:

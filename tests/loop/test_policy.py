@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import pytest
 from specbranch import METHODS, SpecBranchError
 from specbranch.core.messages import Forecast
 from specbranch.core.tree import Choice, Proposals, Tree
-from specbranch.policies.backoff import Backoff
+from specbranch.policies.backoff import RETRY_SHARE, Backoff
 from specbranch.policies.branching import Hedging, Paper, Ssd
 from specbranch.policies.chain import Adaptive, Autoregressive, Pearl, Speculative
-from specbranch.policies.costs import ModeCosts
+from specbranch.policies.costs import LOSS_SHARE, LOSS_START, Costs, ModeCosts
 from specbranch.policies.methods import make_policy, options_of
 from specbranch.policies.policy import Expansion, InFlight, Policy, State, TrunkChoice
 
@@ -122,6 +123,19 @@ def test_specbranch_knows_when_not_to_draft_and_looks_again() -> None:
     assert nodes(policy.draft_before(tree, state_of(draft=0.2, retry=True))) == [0]
 
 
+def test_a_draft_that_has_cost_a_text_too_much_rests() -> None:
+    """However sure it is; until it is time to look again."""
+    policy, tree = Hedging(), chain()
+    assert nodes(policy.draft_before(tree, state_of())) == [0]
+    assert policy.draft_before(tree, replace(state_of(), losing=True)).choices == []
+    assert nodes(policy.draft_before(tree, replace(state_of(retry=True), losing=True))) == [0]
+    costs = Costs()
+    for _ in range(2):
+        costs.serial.target.record(1, 0.1)
+    assert costs.bearable_loss(0) == pytest.approx(0.1 * LOSS_START)
+    assert costs.bearable_loss(100) == pytest.approx(0.1 * (LOSS_START + 100 * LOSS_SHARE))
+
+
 def test_a_token_is_worth_no_more_than_a_forward_without_draft() -> None:
     """However slow the rounds were: drafting for 0.2 s a token that a forward of 0.15 s would give does not pay."""
     tree = chain()
@@ -129,29 +143,38 @@ def test_a_token_is_worth_no_more_than_a_forward_without_draft() -> None:
     assert Hedging().draft_before(tree, state_of(target=0.15, draft=0.2, value=9.0)).choices == []
 
 
-def rounds_that_draft(backoff: Backoff, count: int, accepted: Callable[[int], bool]) -> list[int]:
-    """Those of `count` rounds in which a draft runs that only runs in trials."""
+def rounds_that_draft(backoff: Backoff, count: int, gain: Callable[[int], float], price: float = 0.1) -> list[int]:
+    """Those of `count` rounds in which a draft runs that only runs in trials. gain: of a trial's round."""
     found = []
     for i in range(count):
-        if drafted := backoff.over:
+        if drafted := backoff.over(price):
             found.append(i)
-        backoff.record(drafted, drafted and accepted(i))
+        backoff.record(drafted, gain(i) if drafted else 0.0, trial=drafted)
     return found
 
 
 def test_a_draft_that_does_not_pay_is_tried_ever_less() -> None:
-    assert rounds_that_draft(Backoff(), 100, lambda i: False) == [8, 25, 58]  # after 8, 16 and 32 idle rounds
+    assert rounds_that_draft(Backoff(), 100, lambda i: -0.1) == [8, 25, 58]  # after 8, 16 and 32 idle rounds
 
 
-def test_a_trial_lasts_while_the_draft_is_right() -> None:
-    assert rounds_that_draft(Backoff(), 30, lambda i: i < 10) == [8, 9, 10, 27]
+def test_trials_of_a_dear_draft_cost_a_small_share_of_the_time() -> None:
+    """By what a step costs, and once a trial has failed by what it lost, catching up with the text included."""
+    assert rounds_that_draft(Backoff(), 100, lambda i: -1.0, price=0.8)[0] == 0.8 / RETRY_SHARE
+    for lost in (0.3, 1.0, 3.0):
+        found = rounds_that_draft(Backoff(), 5000, lambda i, lost=lost: -lost, price=0.2)  # type: ignore[misc]
+        assert found[0] == 0.2 / RETRY_SHARE
+        assert len(found[1:]) * lost <= RETRY_SHARE * 5000
+
+
+def test_a_trial_lasts_while_it_pays() -> None:
+    assert rounds_that_draft(Backoff(), 30, lambda i: 0.5 if i < 10 else -0.1) == [8, 9, 10, 27]
 
 
 def test_a_draft_that_runs_again_by_itself_has_its_failures_forgotten() -> None:
     backoff = Backoff()
-    rounds_that_draft(backoff, 60, lambda i: False)
-    backoff.record(drafted=True, accepted=True)
-    assert rounds_that_draft(backoff, 10, lambda i: False) == [8]
+    rounds_that_draft(backoff, 60, lambda i: -0.1)
+    backoff.record(drafted=True, gain=0.3, trial=False)
+    assert rounds_that_draft(backoff, 10, lambda i: -0.1) == [8]
 
 
 NOW = state_of(overlapped=True)

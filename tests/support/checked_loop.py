@@ -156,7 +156,7 @@ class Case:
         if policy.candidates:
             more = (end, policy.candidates, self.capacities, self.burst)
             draft = LanguageDrafter(spoken, time, self.draft_cost, *more, read_draft)
-        reading = WhenItPays(Lengths(), 0.3) if self.context is None else AtOnce(self.context)
+        reading = WhenItPays(Lengths()) if self.context is None else AtOnce(self.context)
         loop = CheckedLoop(target, draft, policy, costs, time, self.overlap, reading)
         loop.begin(prompt)
         tokens: list[int] = []

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FIRST_RETRY = 8  # idle rounds before the first trial
+FIRST_RETRY = 8  # idle rounds, at least, before the first trial
+RETRY_SHARE = 0.02  # of the time that the first trials may cost
 
 
 @dataclass
 class Backoff:
-    """Retry a draft that did not pay after 8 idle rounds; a trial lasts while its tokens are accepted, and each failed
-    trial doubles the wait."""
+    """Retry a draft that did not pay after some idle rounds; a trial lasts while it pays, and each
+    failed trial doubles the wait."""
 
     idle: int = 0
-    patience: int = FIRST_RETRY
+    failures: int = 0
+    lost: float = 0.0
 
-    @property
-    def over(self) -> bool:
-        """Whether it is time for a trial."""
-        return self.idle >= self.patience
+    def over(self, price: float) -> bool:
+        """Whether it is time for a trial. price: of its draft step, in plain tokens, of which an idle round gives
+        one."""
+        wait = max(FIRST_RETRY, max(price, self.lost) / RETRY_SHARE)
+        return self.idle >= wait * 2.0**self.failures
 
-    def record(self, drafted: bool, accepted: bool) -> None:
-        """Count a round. drafted: the draft ran. accepted: the target agreed with some of it."""
+    def record(self, drafted: bool, gain: float, trial: bool) -> None:
+        """Count a round. drafted: the draft ran. gain: plain tokens' time that the round saved. trial: it was time for
+        one."""
         if not drafted:
             self.idle += 1
-        elif not self.over:
-            self.idle, self.patience = 0, FIRST_RETRY
-        elif not accepted:
-            self.idle, self.patience = 0, 2 * self.patience
+        elif not trial:
+            self.idle, self.failures, self.lost = 0, 0, 0.0
+        elif gain < 0:
+            self.idle, self.failures, self.lost = 0, self.failures + 1, -gain

@@ -165,13 +165,12 @@ class Hedging(Options, Branching):
         return len(list(sure))
 
     def _worth_a_step(self, tree: Tree, path: list[Choice], state: State) -> bool:
-        costs = state.costs
-        if len(path) == 1 and (costs.rounds < 2 or state.retry):
-            return True  # nothing is known yet, or it is time to look again
-        worth = tree.reach_of(path[-1]) * state.acceptance * costs.token_value
+        if len(path) == 1 and (state.retry or state.losing):
+            return state.retry
+        worth = tree.reach_of(path[-1]) * state.acceptance
         if len(path) == 1:
             worth *= FIRST_STEP
-        return worth >= costs.draft.of(1) + costs.target.per_row
+        return worth >= state.costs.step_price + state.costs.row_price
 
     def _sure(self, tree: Tree, path: list[Choice]) -> bool:
         return len(path) == 1 or tree.chance_of(path[-1]) >= self.epsilon

@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 from specbranch.policies.gain import Gain, guessed_token_cost
 
 DECAY = 0.97  # weight of the past at every new measurement
+LOSS_START = 3.0  # plain tokens' time that drafting may cost a text before the draft rests,
+LOSS_SHARE = 0.02  # and at each of its tokens
+SIZE_PRIOR = 0.3  # a draft beside its target
+SINGLE_WEIGHT = 0.2  # of a new forward over one row: in texts that are drafted there are few
 ROW_PRIOR = 0.08  # an extra row costs 8 % of a one-row forward (about 0 on a GPU, more on a compute-bound CPU)
 OUTLIER = 4.0  # a measurement counts as at most 4 times what was expected: a laptop may have slept
 TRIAL_ROUNDS = 6  # rounds in each mode before "auto" trusts its measurements
 ENOUGH_ROUNDS = 2  # measured rounds after which the trial of the overlapped mode may end early,
 HOPELESS = 1.1  # namely if it is 1.1 times as slow as the serial mode
+TRIAL_STAKE = 6.0  # plain tokens' time that a text must have saved before it is put at stake in that trial
 RETRY_AFTER = 40  # rounds, at least, before the slower mode is tried again; doubled whenever it loses
 RETRY_SHARE = 0.01  # of the time that such trials may cost at first
 RETRY_ROUNDS = 3  # rounds of such a trial
@@ -23,7 +28,8 @@ STALE = 0.3  # weight of the measurements before such a trial
 
 @dataclass
 class ForwardCost:
-    """Seconds of one forward as intercept + slope * rows, an exponentially weighted least-squares fit.
+    """Seconds of one forward as intercept + slope * rows, an exponentially weighted least-squares fit; and those over
+    one row apart, since rows are often cheap at first and dear later, where a line through the later ones is too low.
 
     skipped: how many forwards do not count: the first one pays for page faults and lazy set-up.
     """
@@ -36,6 +42,7 @@ class ForwardCost:
     rows_squared: float = 0.0
     rows_seconds: float = 0.0
     slope: float | None = None
+    single: float | None = None
 
     def record(self, rows: int, seconds: float) -> None:
         if not rows:
@@ -45,6 +52,8 @@ class ForwardCost:
             return
         if self.known:
             seconds = min(seconds, OUTLIER * max(self.of(rows), self.mean))
+        if rows == 1:
+            self.single = seconds if self.single is None else self.single + SINGLE_WEIGHT * (seconds - self.single)
         self.weight = self.weight * DECAY + 1
         self.rows = self.rows * DECAY + rows
         self.seconds = self.seconds * DECAY + seconds
@@ -76,13 +85,18 @@ class ForwardCost:
         """Expected seconds of a forward over `rows` rows; 0 while nothing is known."""
         if not self.known:
             return 0.0
-        return max(0.0, (self.seconds + self.per_row * (rows * self.weight - self.rows)) / self.weight)
+        line = max(0.0, (self.seconds + self.per_row * (rows * self.weight - self.rows)) / self.weight)
+        if self.single is None:
+            return line
+        least = min(self.single, self.mean)
+        return least if rows <= 1 else max(least, line)
 
 
 @dataclass
 class ModeCosts:
-    """Measurements of one mode, serial or overlapped."""
+    """Measurements of one mode, serial or overlapped. size: see Costs."""
 
+    size: float = SIZE_PRIOR
     target: ForwardCost = field(default_factory=ForwardCost)
     draft: ForwardCost = field(default_factory=ForwardCost)
     rounds: int = 0
@@ -109,6 +123,13 @@ class ModeCosts:
         self.seconds, self.tokens = STALE * self.seconds, STALE * self.tokens
 
     @property
+    def step_price(self) -> float:
+        """Committed tokens that a draft step must bring, to pay for itself."""
+        if not (self.draft.known and self.target.known):
+            return self.size
+        return self.draft.of(1) / max(self.token_value, 1e-9)
+
+    @property
     def row_price(self) -> float:
         """Committed tokens that one more row in the target's forward must bring, to pay for itself."""
         if not self.target.known:
@@ -130,20 +151,29 @@ class ModeCosts:
 @dataclass
 class Costs:
     """Both modes' measurements for one pair of models and one method, what reading a text takes, how often the draft is
-    right, and what it brings. idle: seconds of texts that it did not read, since it last read one."""
+    right, and what it brings.
 
-    serial: ModeCosts = field(default_factory=ModeCosts)
-    overlapped: ModeCosts = field(default_factory=ModeCosts)
+    size: parameters of the draft's forward over those of the target's, which says what the draft takes until that is
+    measured. idle: seconds of texts that it did not read, since it last read one. drafted: of those that it did.
+    """
+
+    size: float = SIZE_PRIOR
+    serial: ModeCosts = field(init=False)
+    overlapped: ModeCosts = field(init=False)
     target_read: ForwardCost = field(default_factory=lambda: ForwardCost(skipped=0))
     draft_read: ForwardCost = field(default_factory=lambda: ForwardCost(skipped=0))
     gain: Gain = field(default_factory=Gain)
     idle: float = 0.0
+    drafted: float = 0.0
     accepted: float = 4.0  # prior: 0.8 of 5 tokens
     verified: float = 5.0
     _preferred: bool | None = None
     _losses: int = 0
     _waited: int = 0
     _trial: int = 0
+
+    def __post_init__(self) -> None:
+        self.serial, self.overlapped = ModeCosts(self.size), ModeCosts(self.size)
 
     def mode(self, overlapped: bool) -> ModeCosts:
         return self.overlapped if overlapped else self.serial
@@ -157,6 +187,7 @@ class Costs:
 
     def record_drafted(self, seconds: float, tokens: int) -> None:
         """Count a round of a text that the draft has read."""
+        self.drafted += seconds
         if self.serial.target.known:
             self.gain.record(seconds / max(self.plain, 1e-9), tokens)
 
@@ -168,17 +199,19 @@ class Costs:
                 return mode.target.of(1)
         return self.target_read.seconds / max(self.target_read.rows, 1.0)
 
-    def saving(self, size: float) -> float:
-        """Seconds that a draft is expected to save at each token. size: of the draft beside the target, for what is
-        not measured yet."""
-        row = self.serial.target.per_row if self.serial.target.known else ROW_PRIOR * self.plain
-        step = self.serial.draft.of(1) if self.serial.draft.known else size * self.plain
-        plain = max(self.plain, 1e-9)
-        return self.plain * (1 - self.gain.token_cost(guessed_token_cost(self.acceptance, step / plain, row / plain)))
+    @property
+    def saving(self) -> float:
+        """Seconds that a draft is expected to save at each token."""
+        guess = guessed_token_cost(self.acceptance, self.serial.step_price, self.serial.row_price)
+        return self.plain * (1 - self.gain.token_cost(guess))
 
-    def reading(self, tokens: int, size: float) -> float:
+    def bearable_loss(self, tokens: int) -> float:
+        """Seconds that drafting may cost a text of so many tokens, before the draft rests."""
+        return (LOSS_START + LOSS_SHARE * tokens) * self.plain
+
+    def reading(self, tokens: int) -> float:
         """Seconds that the draft takes to read so many tokens."""
-        return self.draft_read.of(tokens) if self.draft_read.known else size * self.target_read.of(tokens)
+        return self.draft_read.of(tokens) if self.draft_read.known else self.size * self.target_read.of(tokens)
 
     def record_verdict(self, accepted: int, rejected: bool) -> None:
         """Count a verdict: so many tokens accepted and then, perhaps, one rejected. What follows that was not
@@ -191,13 +224,14 @@ class Costs:
         """Chance that the target agrees with one drafted token."""
         return min(0.99, self.accepted / self.verified)
 
-    def choose_overlap(self) -> bool:
+    def choose_overlap(self, saved: float = float("inf")) -> bool:
         """The mode of the next round: both are tried, then the one with the cheaper committed token is used. The
-        other one is tried again now and then, in case it was measured at a bad moment."""
+        other one is tried again now and then, in case it was measured at a bad moment. saved: seconds, by the draft in
+        this text so far."""
         if self.serial.rounds < TRIAL_ROUNDS:
             return False
         if self.overlapped.rounds < TRIAL_ROUNDS and not self._hopeless():
-            return True
+            return saved + RETRY_SHARE * self.drafted >= TRIAL_STAKE * self.plain
         if self._trial > 0:
             self._trial -= 1
             return not self._preferred

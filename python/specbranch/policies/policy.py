@@ -21,7 +21,8 @@ class State:
     overlapped: the draft keeps growing the tree while the target verifies. costs: measured in this mode. acceptance:
     recent chance that the target agrees with a drafted token. remaining: tokens that may still be committed. retry: it
     is time to give a draft that did not pay another chance. burst: draft steps that are best asked for at once, because
-    the draft needs no host between them. forecast: a learned predictor's, for the next drafted tokens (H-RAD).
+    the draft needs no host between them. forecast: a learned predictor's, for the next drafted tokens (H-RAD). losing:
+    drafting has cost this text as much as is bearable.
     """
 
     overlapped: bool
@@ -31,6 +32,7 @@ class State:
     retry: bool = False
     burst: int = 1
     forecast: Forecast | None = None
+    losing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

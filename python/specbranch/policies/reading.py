@@ -81,21 +81,17 @@ class WhenItPays:
     """As soon as drafting is expected to save more than reading costs, and then what is worth most. A draft that is not
     expected to pay is tried again now and then, so that the loss to be expected is at most a RETRY_SHARE of the time
     without it.
-
-    size: parameters of the draft's forward over those of the target's, which says what the draft takes until that is
-    measured.
     """
 
     lengths: Lengths
-    size: float
     excerpts = tuple(LOSSES)
 
     def choose(self, text: Unread) -> Excerpt | None:
         costs = text.costs
-        saving = self.lengths.expected(text.remaining) * costs.saving(self.size)
+        saving = self.lengths.expected(text.remaining) * costs.saving
 
         def worth(excerpt: Excerpt) -> float:
-            return saving * (1 - LOSSES[excerpt]) - costs.reading(text.tokens[excerpt], self.size)
+            return saving * (1 - LOSSES[excerpt]) - costs.reading(text.tokens[excerpt])
 
         best = max(reversed(LOSSES), key=worth)
         return best if worth(best) >= -RETRY_SHARE * costs.idle else None

@@ -186,7 +186,8 @@ def replay(
     overlap: True, False, or None to let measured costs choose, as `overlap="auto"` does. The calibrator and the
     measured costs are carried from text to text, as in a running engine.
     """
-    measured, calibrator = Costs(), Calibrator()
+    measured = Costs(costs.serial_draft(1) / costs.serial_target(1))  # about what the models' sizes say
+    calibrator = Calibrator()
     results = []
     for text in texts if texts is not None else record.texts:
         time = VirtualTime()
