@@ -106,7 +106,8 @@ def test_doctor_and_generate_refuse_in_the_same_words(capsys, tmp_path, name, ro
     FAULTS[name](folder)
     target, draft = (str(folder), "bundled") if role == "target" else ("bundled", str(folder))
     pair = ["--target", target, "--draft", draft]
-    assert cli.main(["generate", *pair, "--prompt", "x", "--max-new-tokens", "8"]) == 1
+    drafting = ["--method", "speculative"]  # the default may leave alone a draft that does not pay
+    assert cli.main(["generate", *pair, *drafting, "--prompt", "x", "--max-new-tokens", "8"]) == 1
     said = capsys.readouterr().err
     (problem,) = doctor.examine(target, draft, load="cpu")["problems"]
     assert said == f"specbranch: error: {problem}\n"

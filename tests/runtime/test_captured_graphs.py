@@ -45,7 +45,7 @@ def test_only_the_target_attends_by_position() -> None:
     """It costs a turn for each leaf, and a text does not depend on a draft's last bits."""
     pair = tiny_pair()
     devices = capture(pair)
-    pair.generate(PROMPT, max_new_tokens=20)
+    pair.generate(PROMPT, max_new_tokens=20, method="speculative")
     for device, expected in zip(devices, (True, False), strict=True):
         calls = [call for graph in device.graphs for call in graph.calls]
         attends = torch.ops.specbranch.tree_attention.default
@@ -93,11 +93,12 @@ def test_other_sampling_parameters_capture_nothing() -> None:
     expected = [pair.generate(PROMPT, max_new_tokens=40, method="autoregressive", **way).tokens for way in ways]
     target, draft = capture(pair)
     for overlap in (False, True):
-        pair.generate(PROMPT, max_new_tokens=150, overlap=overlap)
+        pair.generate(PROMPT, max_new_tokens=150, overlap=overlap, thrifty=False)
     before = len(target.graphs), len(draft.graphs)
     for overlap in (False, True):
         for way, tokens in zip(ways, expected, strict=True):
-            assert pair.generate(PROMPT, max_new_tokens=40, overlap=overlap, **way).tokens == tokens
+            made = pair.generate(PROMPT, max_new_tokens=40, overlap=overlap, thrifty=False, **way)
+            assert made.tokens == tokens
     assert (len(target.graphs), len(draft.graphs)) == before
 
 

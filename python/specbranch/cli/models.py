@@ -43,7 +43,8 @@ def loaded(target: str, draft: str | None, device: str, trust_remote_code: bool)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", SpecBranchWarning)
         engine = load_pair(target, draft, device=device, trust_remote_code=trust_remote_code)
-        methods = ("autoregressive",) if draft is None else ("autoregressive", engine.method)
+        # The default method may find that a draft does not pay, and leave it alone.
+        methods = ("autoregressive",) if draft is None else ("autoregressive", "speculative")
         prompt = [token % engine.pair.vocabulary for token in range(1, PROMPT + 1)]
         texts = [engine.generate(prompt, max_new_tokens=PROMPT, temperature=0, method=name) for name in methods]
     plain, last = texts[0], texts[-1]

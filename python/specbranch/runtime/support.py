@@ -6,7 +6,7 @@ import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Support:
     """
 
     windows: tuple[int | None, ...] | None = None
-    window_sizes: tuple[int, ...] = ()
+    window_sizes: tuple[int, ...] = field(default=(), compare=False)  # not known of every model without weights
     by_length: bool = False
     rereads: tuple[int, ...] = ()
 
