@@ -95,7 +95,8 @@ def test_generate_writes_the_trace_of_every_prompt(capsys, tmp_path):
         process = f"{answer['id']} (specbranch)"
         assert len(found[process, "rounds"]) == answer["stats"]["rounds"]
         assert len(found[process, "target"]) == answer["stats"]["target_forwards"]
-        assert len(found[process, "draft"]) == answer["stats"]["draft_forwards"]
+        drafted = found.get((process, "draft"), [])  # the method may find that a draft does not pay
+        assert len(drafted) == answer["stats"]["draft_forwards"]
         for number in ("tokens", "verified", "accepted", "rolled_back"):
             assert isinstance(found[process, "rounds"][0]["args"][number], int)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".part"] == []
