@@ -22,6 +22,7 @@ NEVER = {  # modules, and what they and those in them never import
     "specbranch.replay.replayer": {"specbranch.runtime", "specbranch.drafters", "specbranch.engine"},
     "specbranch.replay.virtual_time": {*HEAVY, "numpy", "specbranch.runtime"},
     "specbranch.runtime": {"specbranch.policies"},
+    "specbranch.cli.bench.vllm_worker": {*HEAVY, "numpy", "specbranch"},  # another Python runs it
 }
 
 

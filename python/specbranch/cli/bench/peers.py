@@ -26,11 +26,13 @@ PROMPT_LOOKUP_TOKENS = 10
 
 @dataclass(frozen=True)
 class PeerText:
-    """tokens: the new ones. first_tokens came after first_seconds, prefill included: the first step's."""
+    """tokens: the new ones. first_tokens came after first_seconds, prefill included: the first step's. seconds: what
+    all of it took, where that is not what the caller waits."""
 
     tokens: list[int]
     first_tokens: int
     first_seconds: float
+    seconds: float | None = None
 
 
 class _FirstStep(StoppingCriteria):
