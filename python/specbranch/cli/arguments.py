@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from specbranch.cli.messages import complain
@@ -220,16 +221,20 @@ def _plain(bound: float) -> str:
     return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
-def names(known: Sequence[str], *, none: bool = False) -> Callable[[str], tuple[str, ...]]:
-    """Comma-separated names of `known`, each once. none: whether "none" may be given, for no names."""
+def names(
+    known: Sequence[str], *, none: bool = False, groups: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Callable[[str], tuple[str, ...]]:
+    """Comma-separated names of `known`, each once. none: whether "none" may be given, for no names. groups: names that
+    mean several."""
 
     def parse(value: str) -> tuple[str, ...]:
         if none and value == "none":
             return ()
-        names = tuple(dict.fromkeys(name.strip() for name in value.split(",")))
+        given = [name.strip() for name in value.split(",")]
+        names = tuple(dict.fromkeys(each for name in given for each in groups.get(name, (name,))))
         for name in names:
             if name not in known:
-                raise argparse.ArgumentTypeError(f"unknown name {name!r} (choose from {', '.join(known)})")
+                raise argparse.ArgumentTypeError(f"unknown name {name!r} (choose from {', '.join([*known, *groups])})")
         return names
 
     return parse

@@ -1,4 +1,4 @@
-"""Measuring: our methods and transformers' own, on the same prompts, interleaved in one process."""
+"""Measuring: our methods, transformers' own and vLLM, on the same prompts, interleaved."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from specbranch.cli.arguments import sampling_options
-from specbranch.cli.bench import memory, report
-from specbranch.cli.bench.peers import Peers
-from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.cli.bench import memory, report, vllm_peer
+from specbranch.cli.bench.peers import Peers, PeerText
+from specbranch.cli.machine import describe_machine
 from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
 from specbranch.core.errors import SpecBranchError
+from specbranch.policies.methods import METHODS
+from specbranch.runtime.sources import resolve
 from specbranch.text.encoding import encode
 from specbranch.text.prompts import Prompt
 
@@ -39,6 +42,7 @@ class Output:
     decoded_tokens: int
     prefill_seconds: float
     stats: dict[str, Any] | None = None
+    seconds: float | None = None  # of a run in another process, measured there
 
 
 @dataclass(frozen=True)
@@ -50,43 +54,55 @@ class Contender:
     comparable: bool  # its text can be compared with autoregressive's
 
 
-def contenders(engine: SpecBranch, args: argparse.Namespace, names: Sequence[str]) -> list[Contender]:
-    """What runs, by name: methods and transformers' own."""
-    options = sampling_options(args)
-    del options["max_new_tokens"]
-    peers = Peers(engine.target, engine.draft, args.threads) if args.peers and engine.draft else None
+class Contenders:
+    """What runs, by name: methods and peers."""
 
-    def method(name: str) -> Contender:
-        def generate(ids: list[int], new_tokens: int) -> Output:
-            generation = engine.generate(ids, max_new_tokens=new_tokens, method=name, **options)
-            tokens, stats = generation.tokens, generation.stats.as_dict()
-            return Output(tokens, len(tokens), stats["prefill_seconds"], stats)
+    def __init__(self, engine: SpecBranch, args: argparse.Namespace) -> None:
+        self._engine, self._greedy = engine, args.temperature == 0
+        self._options = sampling_options(args)
+        del self._options["max_new_tokens"]
+        self._peers = Peers(engine.target, engine.draft, args.threads) if args.peers and engine.draft else None
 
-        return Contender(name, generate, comparable=True)
+    def named(self, names: Sequence[str], vllm: vllm_peer.VllmEngine | None) -> list[Contender]:
+        """Contenders of these names. vllm: the engine of the one whose name is vLLM's."""
+        return [self._named(name, vllm) for name in names]
 
-    def peer(name: str, peers: Peers) -> Contender:
-        def generate(ids: list[int], new_tokens: int) -> Output:
-            text = peers.generate(name, ids, max_new_tokens=new_tokens, **options)
-            return Output(text.tokens, len(text.tokens) - text.first_tokens, text.first_seconds)
+    def _named(self, name: str, vllm: vllm_peer.VllmEngine | None) -> Contender:
+        if name in METHODS:
+            return Contender(name, partial(self._of_method, name), comparable=True)
+        if name in vllm_peer.NAMES:
+            assert vllm is not None
+            write = vllm.generate
+        else:
+            assert self._peers is not None
+            write = partial(self._peers.generate, name)
+        return Contender(name, partial(self._of_peer, write), comparable=self._greedy)  # else they draw other noise
 
-        return Contender(name, generate, comparable=args.temperature == 0)  # else they draw other noise
+    def _of_method(self, name: str, ids: list[int], new_tokens: int) -> Output:
+        generation = self._engine.generate(ids, max_new_tokens=new_tokens, method=name, **self._options)
+        tokens, stats = generation.tokens, generation.stats.as_dict()
+        return Output(tokens, len(tokens), stats["prefill_seconds"], stats)
 
-    return [peer(name, peers) if peers and name in args.peers else method(name) for name in names]
+    def _of_peer(self, write: Callable[..., PeerText], ids: list[int], new_tokens: int) -> Output:
+        text = write(ids, max_new_tokens=new_tokens, **self._options)
+        decoded = len(text.tokens) - text.first_tokens
+        return Output(text.tokens, decoded, text.first_seconds, seconds=text.seconds)
 
 
 class Bench:
-    """One benchmark run: its contenders and the records so far. before: the report that it resumes."""
+    """One benchmark run, lap by lap: who runs now, and the records so far. before: the report that it resumes."""
 
     def __init__(
         self,
         engine: SpecBranch,
-        contenders: Sequence[Contender],
         args: argparse.Namespace,
         request: dict[str, Any],
         resident_before_loading: int,
         before: dict[str, Any] | None,
     ) -> None:
-        self.engine, self.contenders, self.args = engine, list(contenders), args
+        self.engine, self.args = engine, args
+        self._known = Contenders(engine, args)
+        self.lap, self.contenders = 0, list[Contender]()
         self.records: list[report.Record] = [] if before is None else list(before["records"])
         self._request = request
         self._resumed = 0 if before is None else before.get("resumed", 0) + 1
@@ -94,11 +110,59 @@ class Bench:
         self._resident_before_loading = resident_before_loading
         self._weights = memory.weight_bytes(engine.target, engine.draft)
         memory.make_resident(engine.target, engine.draft)
-        self._machine, self._versions = describe_machine(), describe_versions()
+        self._machine = describe_machine()
 
-    def warm_up(self, prompts: Sequence[Prompt], progress: Progress) -> None:
-        """A short run of everything, on the first prompt that can be used, before anything is timed. A resumed run then
-        knows what its engine had learned."""
+    def measured(self, lap: int) -> int:
+        """How many measurements of a lap there are."""
+        return sum(report.lap(record) == lap for record in self.records)
+
+    def start_vllm(self, name: str, prompts: Sequence[Prompt], progress: Progress) -> vllm_peer.VllmEngine:
+        """vLLM with our models, for texts as long as those of these prompts become.
+
+        Raises ChildProcessError if it does not start, and if it cannot do what is asked.
+        """
+        progress.next(f"starting {name}")
+        lengths = [0]
+        for prompt in prompts:
+            with suppress(SpecBranchError):
+                lengths.append(len(encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)))
+        target, args = self.engine.target, self.args
+        needed = max(lengths) + args.max_new_tokens + vllm_peer.ROOM
+        positions = min(needed, getattr(target.config.get_text_config(), "max_position_embeddings", needed))
+        stop = target.generation_config.eos_token_id
+        vllm = vllm_peer.VllmEngine(
+            name,
+            {
+                "target": resolve(args.target, "target"),
+                "draft": resolve(args.draft, "draft"),
+                "dtype": str(target.dtype).removeprefix("torch."),
+                "max_model_len": positions,
+                "kv_cache_memory_bytes": max(vllm_peer.LEAST_CACHE, 2 * memory.cache_bytes(self.engine, positions)),
+                "trust_remote_code": args.trust_remote_code,
+                "seed": args.seed,
+            },
+            cores=vllm_peer.cores(args.threads or torch.get_num_threads()),
+            stop=stop if isinstance(stop, list) else [] if stop is None else [stop],
+        )
+        if args.temperature > 0 and (ids := self._first_usable(prompts)):
+            try:
+                vllm.check_sampling(ids)
+            except BaseException:
+                vllm.close()
+                raise
+        return vllm
+
+    def begin_lap(
+        self,
+        lap: int,
+        names: Sequence[str],
+        prompts: Sequence[Prompt],
+        progress: Progress,
+        vllm: vllm_peer.VllmEngine | None = None,
+    ) -> None:
+        """Who runs now, and a short run of everybody, on the first prompt that can be used, before anything is timed. A
+        resumed run then knows what its engine had learned."""
+        self.lap, self.contenders = lap, self._known.named(names, vllm)
         ids = self._first_usable(prompts)
         for contender in self.contenders if ids else ():
             progress.next(f"warm-up: {contender.name}")
@@ -117,7 +181,7 @@ class Bench:
     def measure(self, prompt: Prompt, number: int, progress: Progress) -> None:
         """Every contender on one prompt, in an order that rotates with the prompt's number, so that none is always
         first. Contenders that have a record of this prompt are skipped."""
-        earlier = [record for record in self.records if record["prompt"] == number]
+        earlier = [r for r in self.records if r["prompt"] == number and report.lap(r) == self.lap]
         done = {record["name"] for record in earlier}
         if len(done) == len(self.contenders):
             return
@@ -125,9 +189,11 @@ class Bench:
             ids = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
         except SpecBranchError as error:
             left = [contender for contender in self.contenders if contender.name not in done]
-            complain(f"error: {prompt.id}: {one_line(error)}")
+            if self.lap == 0:
+                complain(f"error: {prompt.id}: {one_line(error)}")
             self.records += [
-                _record(contender, prompt) | {"error": one_line(error), "prompt": number} for contender in left
+                _record(contender, prompt, self.lap) | {"error": one_line(error), "prompt": number}
+                for contender in left
             ]
             return
         start = number % len(self.contenders)
@@ -144,7 +210,7 @@ class Bench:
             self.records += records
 
     def _measure_one(self, contender: Contender, prompt: Prompt, ids: list[int]) -> report.Record:
-        record = _record(contender, prompt) | {"prompt_tokens": len(ids)}
+        record = _record(contender, prompt, self.lap) | {"prompt_tokens": len(ids)}
         resets = memory.reset_peak()
         started = time.perf_counter()
         try:
@@ -152,7 +218,8 @@ class Bench:
         except Exception as error:
             complain(f"error: {contender.name} on {prompt.id}: {one_line(error)}")
             return record | {"error": one_line(error)}
-        seconds = time.perf_counter() - started
+        elsewhere = output.seconds is not None
+        seconds = output.seconds if output.seconds is not None else time.perf_counter() - started
         peak, tokens = memory.peak_resident_bytes(), output.tokens
         decode_seconds = seconds - output.prefill_seconds
         caches = memory.cache_bytes(self.engine, len(ids) + len(tokens))
@@ -165,8 +232,8 @@ class Bench:
             "decode_tokens_per_second": output.decoded_tokens / decode_seconds if output.decoded_tokens else None,
             "tokens": tokens,
             "stats": output.stats,
-            "peak_resident_bytes": peak,
-            "memory_over_bytes": over if resets else None,
+            "peak_resident_bytes": None if elsewhere else peak,
+            "memory_over_bytes": over if resets and not elsewhere else None,
         }
 
     def _compare(self, records: list[report.Record], ids: list[int]) -> None:
@@ -190,12 +257,12 @@ class Bench:
 
     def report(self, interrupted: bool) -> dict[str, Any]:
         """Everything measured so far, ready for JSON."""
-        peaks = [r["peak_resident_bytes"] for r in self.records if r["error"] is None]
+        peaks = [r["peak_resident_bytes"] for r in self.records if r.get("peak_resident_bytes") is not None]
         return {
             "command": shlex.join(["specbranch", *self.args.argv]),
             "interrupted": interrupted,
             "machine": self._machine,
-            "versions": self._versions,
+            "versions": self._request["versions"],
             "request": self._request,
             "resumed": self._resumed,
             "settings": self._request["options"]
@@ -214,12 +281,13 @@ class Bench:
         }
 
 
-def _record(contender: Contender, prompt: Prompt) -> report.Record:
+def _record(contender: Contender, prompt: Prompt, lap: int) -> report.Record:
     """What is known before the measurement."""
     return {
         "name": contender.name,
         "task": prompt.task,
         "id": prompt.id,
+        "lap": lap,
         "prompt_tokens": None,
         "same_tokens": None,
         "first_difference": None,

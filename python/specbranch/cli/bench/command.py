@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 from specbranch.cli import files
-from specbranch.cli.arguments import add_models, add_prompts, add_sampling, names
-from specbranch.cli.bench import plot, report, resume
+from specbranch.cli.arguments import add_models, add_prompts, add_sampling, flag, names
+from specbranch.cli.bench import plot, report, resume, vllm_peer
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
 from specbranch.cli.loading import load_engine
-from specbranch.cli.messages import FAILURE, INTERRUPTED, complain
-from specbranch.cli.terminal import output_console, progress
+from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
+from specbranch.cli.terminal import Progress, output_console, progress
 from specbranch.policies.methods import METHODS
-from specbranch.text.prompts import read_all
+from specbranch.text.prompts import Prompt, read_all
 
-HELP = "compare methods, and transformers' own generation, on the same prompts"
+if TYPE_CHECKING:
+    from specbranch.cli.bench.bench import Bench
+
+HELP = "compare methods, and transformers' own generation or vLLM, on the same prompts"
 OUTPUTS = (
     files.Output("json", "a report of specbranch bench", read_back=True),  # resume.read_report looks
     files.Output("plot", "a picture of specbranch bench", plot.is_plot),
 )
 DEFAULT_METHODS = (DEFAULT_METHOD, report.REFERENCE)
 PEERS = ("greedy", "assisted", "prompt-lookup")  # of Peers.generate
+VLLM = {"vllm": vllm_peer.NAMES}  # one name for all of them
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peers",
-        type=names(PEERS, none=True),
+        type=names((*PEERS, *vllm_peer.NAMES), none=True, groups=VLLM),
         default=PEERS,
         metavar="LIST",
-        help=f"transformers' own generation: comma-separated, of {', '.join(PEERS)}; or none (default: all)",
+        help=f"comma-separated: transformers' own generation ({', '.join(PEERS)}), vLLM's without and with the draft "
+        f"({', '.join(vllm_peer.NAMES)}; vllm for all; {vllm_peer.PYTHON} is the Python that has it); or none "
+        f"(default: {','.join(PEERS)})",
     )
     add_sampling(parser)
     add_hrad(parser)
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fresh and args.json is None:
         raise ValueError("--fresh needs --json: without a file nothing is kept")
     check_used(args, methods(args))
+    _check_vllm(args)
     prompts = read_all(args.prompts, args.limit)
     if args.plot is not None:
         plot.check(args.plot)
@@ -67,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
     before = None
     if args.json is not None:
         before = resume.read_report(args.json, request, fresh=args.fresh)
-    wanted = len(prompts) * len(contender_names(args))
+    schedule = laps(args)
+    at_once = sum(map(len, schedule))
+    wanted = len(prompts) * at_once
     if before is not None:
         if len(before["records"]) >= wanted:
             complain(f"{args.json} is complete; --fresh measures again")
@@ -76,27 +86,41 @@ def run(args: argparse.Namespace) -> int:
                 files.write_json(args.json, whole)
             return _show(args, whole, wanted)
         complain(f"going on after {len(before['records'])} of {wanted} measurements; --fresh starts anew")
-    from specbranch.cli.bench.bench import Bench, contenders, resident_with_libraries
+    from specbranch.cli.bench.bench import Bench, resident_with_libraries
 
     resident_before_loading = resident_with_libraries()
-    engine = load_engine(args)
-    bench = Bench(
-        engine, contenders(engine, args, contender_names(args)), args, request, resident_before_loading, before
-    )
+    bench = Bench(load_engine(args), args, request, resident_before_loading, before)
     interrupted = False
     try:
-        with progress(len(bench.contenders) + wanted - len(bench.records)) as bar:
-            bench.warm_up(prompts, bar)
-            for number, prompt in enumerate(prompts):
-                bench.measure(prompt, number, bar)
-                if args.json is not None:
-                    files.write_json(args.json, bench.report(interrupted=True))
+        with progress(at_once + wanted - len(bench.records)) as bar:
+            for lap, contenders in enumerate(schedule):
+                if bench.measured(lap) < len(prompts) * len(contenders):
+                    _run_lap(bench, lap, contenders, prompts, bar)
     except KeyboardInterrupt:
         interrupted = True
     result = bench.report(interrupted)
     if args.json is not None:
         files.write_json(args.json, result)
     return _show(args, result, wanted)
+
+
+def _run_lap(bench: Bench, lap: int, contenders: list[str], prompts: list[Prompt], bar: Progress) -> None:
+    """Measure contenders over all prompts. A vLLM that does not start is reported, and the others go on."""
+    vllm = next((name for name in contenders if name in vllm_peer.NAMES), None)
+    with ExitStack() as stack:
+        try:
+            engine = None if vllm is None else stack.enter_context(bench.start_vllm(vllm, prompts, bar))
+            bench.begin_lap(lap, contenders, prompts, bar, engine)
+        except ChildProcessError as error:
+            complain(f"error: {vllm}: {one_line(error)}")
+            stack.close()
+            if lap:  # the others are there for its sake
+                return
+            bench.begin_lap(lap, [name for name in contenders if name != vllm], prompts, bar)
+        for number, prompt in enumerate(prompts):
+            bench.measure(prompt, number, bar)
+            if bench.args.json is not None:
+                files.write_json(bench.args.json, bench.report(interrupted=True))
 
 
 def _show(args: argparse.Namespace, result: dict[str, Any], wanted: int) -> int:
@@ -115,7 +139,8 @@ def _show(args: argparse.Namespace, result: dict[str, Any], wanted: int) -> int:
         more = "" if args.json is None else "; the same command goes on from there"
         complain(f"interrupted after {len(result['records'])} of {wanted} measurements{more}")
         return INTERRUPTED
-    return FAILURE if any(record["error"] for record in result["records"]) else 0
+    failed = any(record["error"] for record in result["records"]) or len(result["records"]) < wanted
+    return FAILURE if failed else 0
 
 
 def methods(args: argparse.Namespace) -> list[str]:
@@ -123,6 +148,17 @@ def methods(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys([*args.methods, report.REFERENCE]))
 
 
-def contender_names(args: argparse.Namespace) -> list[str]:
-    """Everything that runs: methods, then peers."""
-    return [*methods(args), *args.peers]
+def laps(args: argparse.Namespace) -> list[list[str]]:
+    """Who runs in each pass over the prompts: everybody in the first, but of vLLM's engines one, as several seldom fit
+    into memory. The others have a lap each, together with what speeds are divided by."""
+    engines = [peer for peer in args.peers if peer in vllm_peer.NAMES]
+    first = [*methods(args), *(peer for peer in args.peers if peer not in engines), *engines[:1]]
+    bases = [name for name in first if name in (report.BASELINE, report.REFERENCE)]
+    return [first, *([*bases, engine] for engine in engines[1:])]
+
+
+def _check_vllm(args: argparse.Namespace) -> None:
+    if set(args.peers) & set(vllm_peer.NAMES):
+        for name in ("device", "draft_device", "device_map"):
+            if getattr(args, name) not in (None, "cpu"):
+                raise ValueError(f"--peers vllm runs on the CPU, not with {flag(name)} {getattr(args, name)}")

@@ -19,6 +19,11 @@ Record = dict[str, Any]  # one contender on one prompt; see `bench.py`
 _RATES = ("acceptance_rate", "hit_rate", "rollback_rate")
 
 
+def lap(record: Record) -> int:
+    """The pass over the prompts that a record is of."""
+    return int(record.get("lap", 0))
+
+
 def compare_tokens(tokens: Sequence[int], reference: Sequence[int]) -> int | None:
     """The first position where two token lists differ (one may simply end there); None if they are equal."""
     if list(tokens) == list(reference):
@@ -34,7 +39,8 @@ def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
     `median_prompt_ratio` is the median of their ratios; both None without the greedy peer. An _interval holds the
     95 % confidence interval of a ratio, over prompts; None for a single prompt, and for a contender against itself.
     `same_tokens` is None where texts cannot be compared (a peer that samples). The decode_ figures leave the prefill
-    out. `wasted_per_token` and its parts are totals: all wasted tokens over all new tokens.
+    out. `wasted_per_token` and its parts are totals: all wasted tokens over all new tokens. Ratios are to what ran in
+    the same lap; the row of what ran in several is that of the first.
     """
     finished = [record for record in records if record.get("error") is None]
     tasks, names = (list(dict.fromkeys(record[key] for record in finished)) for key in ("task", "name"))
@@ -54,6 +60,8 @@ def _named(records: Iterable[Record], name: str) -> list[Record]:
 
 
 def _row(task: str, own: list[Record], greedy: list[Record], autoregressive: list[Record]) -> dict[str, Any]:
+    first = min(lap(r) for r in own)
+    own = [r for r in own if lap(r) == first]
     pairs = _pairs(own, greedy, "tokens_per_second")
     plain_pairs = _pairs(own, autoregressive, "tokens_per_second")
     compared = [r for r in own if r["same_tokens"] is not None]
@@ -94,8 +102,12 @@ def _row(task: str, own: list[Record], greedy: list[Record], autoregressive: lis
 
 def _pairs(own: list[Record], baseline: list[Record], key: str) -> list[tuple[float, float]]:
     """`key` of a contender and of the baseline on every prompt that has both."""
-    base = {(r["task"], r["id"]): r[key] for r in baseline if r[key] is not None}
-    return [(r[key], base[r["task"], r["id"]]) for r in own if r[key] is not None and (r["task"], r["id"]) in base]
+    base = {_place(r): r[key] for r in baseline if r[key] is not None}
+    return [(r[key], base[_place(r)]) for r in own if r[key] is not None and _place(r) in base]
+
+
+def _place(record: Record) -> tuple[int, str, str]:
+    return lap(record), record["task"], record["id"]
 
 
 def _ratio_of_medians(pairs: list[tuple[float, float]]) -> float | None:
