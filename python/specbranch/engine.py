@@ -167,6 +167,11 @@ class SpecBranch:
         """What of a prompt the draft is told to read; all of it where costs decide."""
         return ALL if self._draft_context is None else self._draft_context
 
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """By role: "target" and, where there is one, "draft"."""
+        return {"target": self.target} | ({} if self.draft is None else {"draft": self.draft})
+
     def encode(self, prompt: str | Sequence[Message], chat: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes them; see specbranch.text.encoding.encode."""
         return encode(self.tokenizer, prompt, chat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from specbranch import SpecBranch, bundled
 from specbranch.cli import main as cli
 from specbranch.cli.bench import memory, report
-from specbranch.cli.bench.bench import top_two_gap
+from specbranch.cli.bench.bench import Contenders, top_two_gap
 from specbranch.cli.bench.command import PEERS
 from specbranch.cli.bench.intervals import ratio_interval
 from specbranch.cli.bench.peers import Peers, PeerText
 from specbranch.cli.terminal import output_console
 from specbranch.core.stats import CAUSES
+from specbranch.runtime.packed import weight_format
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
 
@@ -337,3 +339,27 @@ def test_peak_follows_an_allocation():
     block = torch.ones(size // 4)
     del block
     assert memory.peak_resident_bytes() - before > 0.9 * size
+
+
+def test_peers_run_with_the_weights_of_the_checkpoint(capsys, tmp_path):
+    """Ours may be packed; theirs are as stored."""
+    out = tmp_path / "report.json"
+    options = ["--dtype", "bfloat16", "--target-weights", "lossless", "--max-new-tokens", "4", "--limit", "1"]
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"id": "a", "prompt": "def f(x):"}) + "\n")
+    run = ["bench", "--target", "bundled", "--draft", "bundled", "--prompts", str(prompts), "--json", str(out)]
+    assert cli.main([*run, *options, "--peers", "greedy,assisted"]) == 0
+    assert "bfloat16 (lossless)" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert report["settings"]["weights"] == {"target": "lossless", "draft": ""}
+    ours = [record for record in report["records"] if record["name"] == "autoregressive"]
+    assert ours[0]["stats"]["target_weights"] == "lossless"
+    args = Namespace(
+        target="bundled", draft="bundled", dtype="bfloat16", trust_remote_code=False, peers=("greedy",), threads=None
+    )
+    args.__dict__ |= {"max_new_tokens": 4, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    engine = SpecBranch.from_pretrained("bundled", "bundled", dtype="bfloat16", target_weights="lossless")
+    models = Contenders(engine, args).models
+    assert [weight_format(model) for model in models] == ["lossless", "", "", ""]
+    assert models[0] is engine.target
+    assert models[3] is engine.draft

@@ -21,11 +21,15 @@ from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
 from specbranch.core.errors import SpecBranchError
 from specbranch.policies.methods import METHODS
+from specbranch.runtime.loading import load_model
+from specbranch.runtime.packed import weight_format
 from specbranch.runtime.sources import resolve
 from specbranch.text.encoding import encode
 from specbranch.text.prompts import Prompt
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from specbranch import SpecBranch
 
 WARM_UP_TOKENS = 16
@@ -61,7 +65,17 @@ class Contenders:
         self._engine, self._greedy = engine, args.temperature == 0
         self._options = sampling_options(args)
         del self._options["max_new_tokens"]
-        self._peers = Peers(engine.target, engine.draft, args.threads) if args.peers and engine.draft else None
+        self._peers = None
+        if engine.draft is not None and set(args.peers) - set(vllm_peer.NAMES):
+            # A peer has the weights of the checkpoint, whatever we made of ours.
+            target, draft = (_as_stored(role, model, args) for role, model in engine.models.items())
+            self._peers = Peers(target, draft, args.threads)
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        """All that are loaded in this process."""
+        theirs = () if self._peers is None else self._peers.models
+        return (*self._engine.models.values(), *theirs)
 
     def named(self, names: Sequence[str], vllm: vllm_peer.VllmEngine | None) -> list[Contender]:
         """Contenders of these names. vllm: the engine of the one whose name is vLLM's."""
@@ -89,6 +103,13 @@ class Contenders:
         return Output(text.tokens, decoded, text.first_seconds, seconds=text.seconds)
 
 
+def _as_stored(role: str, model: PreTrainedModel, args: argparse.Namespace) -> PreTrainedModel:
+    """A loaded model, once more if its weights are packed."""
+    if not weight_format(model):
+        return model
+    return load_model(getattr(args, role), role, args.dtype, "cpu", None, args.trust_remote_code)
+
+
 class Bench:
     """One benchmark run, lap by lap: who runs now, and the records so far. before: the report that it resumes."""
 
@@ -108,8 +129,8 @@ class Bench:
         self._resumed = 0 if before is None else before.get("resumed", 0) + 1
         self._learned = None if before is None else before.get("learned")
         self._resident_before_loading = resident_before_loading
-        self._weights = memory.weight_bytes(engine.target, engine.draft)
-        memory.make_resident(engine.target, engine.draft)
+        self._weights = memory.weight_bytes(*self._known.models)
+        memory.make_resident(*self._known.models)
         self._machine = describe_machine()
 
     def measured(self, lap: int) -> int:
@@ -268,6 +289,7 @@ class Bench:
             "settings": self._request["options"]
             | {
                 "dtype": str(self.engine.target.dtype).removeprefix("torch."),
+                "weights": {role: weight_format(model) for role, model in self.engine.models.items()},
                 "threads": self.args.threads or torch.get_num_threads(),
             },
             "memory": {

@@ -60,6 +60,10 @@ class Peers:
         # One config each for the whole run: assisted generation keeps an adapted threshold in the draft's.
         self._configs = {model: _plain_config(model) for model in (target, draft)}
 
+    @property
+    def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
+        return self._target, self._draft
+
     def generate(
         self,
         peer: str,

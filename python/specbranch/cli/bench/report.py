@@ -129,7 +129,9 @@ def title(settings: dict[str, Any]) -> str:
     if settings["temperature"] > 0:
         sampling = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
     new_tokens = settings["max_new_tokens"]
-    return f"{settings['dtype']}, threads: {settings['threads']}, new tokens: {new_tokens}, {sampling}"
+    packed = sorted({word for word in settings.get("weights", {}).values() if word})
+    dtype = f"{settings['dtype']} ({', '.join(packed)})" if packed else settings["dtype"]
+    return f"{dtype}, threads: {settings['threads']}, new tokens: {new_tokens}, {sampling}"
 
 
 def tables(rows: Sequence[dict[str, Any]], title: str) -> list[Table]:
