@@ -7,6 +7,7 @@ from recording_device import RecordedGraph
 from tiny import FAMILIES, tiny_model
 
 from specbranch import SpecBranch
+from specbranch.policies.costs import Costs
 
 SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 0.9, "top_k": 12, "top_p": 0.95, "seed": 3}]
 
@@ -20,7 +21,9 @@ def tiny_pair(family: str = "llama", noise: float = 0.003, dtype: torch.dtype = 
     with torch.no_grad():
         for weight in draft.parameters():
             weight.add_(noise * torch.randn(weight.shape, generator=generator))
-    return SpecBranch(target.to(dtype), draft.to(dtype), draft_context="all")  # type: ignore[arg-type]
+    pair = SpecBranch(target.to(dtype), draft.to(dtype), draft_context="all")  # type: ignore[arg-type]
+    pair._costs.default_factory = Costs  # which takes it for a small one: as it is, it would rest
+    return pair
 
 
 def ends_in(graph: RecordedGraph, op: str) -> bool:
