@@ -1,5 +1,6 @@
 """torch's products and activations, however they are called: every row alike, and the values torch's own."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specbranch.runtime import exact
 from specbranch.runtime.rows.functions import ExactFunctions
 
 torch.manual_seed(0)
@@ -111,3 +113,21 @@ def test_long_activations_are_alike_on_any_number_of_threads() -> None:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("width", [64, 96, 4864, 8960, 18944])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_silu_of_many_rows_is_that_of_each_alone(width: int, dtype: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    try:
+        for kind in exact.SHARED_EVENLY:
+            module = kind()
+            for rows, threads in itertools.product((2, 3, 7, 8, 256), (1, 2, 3)):
+                torch.set_num_threads(threads)
+                input = torch.randn(1, rows, width).to(dtype)
+                together = exact._exact_activation(module, input)
+                for row in {0, 1, rows // 2, rows - 1}:
+                    alone = exact._exact_activation(module, input[:, row : row + 1])
+                    assert torch.equal(together[:, row : row + 1], alone), (rows, threads, row)
+    finally:
+        torch.set_num_threads(before)

@@ -8,17 +8,19 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2CLS
+from transformers.activations import ACT2CLS, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 import specbranch_ext  # noqa: F401  (it registers the op)
 from specbranch.runtime.rotary import chooses_by_length, on_one_thread, row_by_row
-from specbranch.runtime.rows.functions import fits_linear
+from specbranch.runtime.rows.functions import fits_linear, in_whole_vectors
 from specbranch.runtime.rows.routes import own_forward, replacement, routed_forward
 
 linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = torch.ops.specbranch.linear.default
 """`specbranch_ext.linear` without the checks of its arguments: `known` has seen to the weights."""
 
+SHARED_EVENLY: set[type[nn.Module]] = {nn.SiLU, SiLUActivation}
+"""Activations whose loop torch shares among threads as in_whole_vectors says."""
 ACTIVATIONS = {entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()}
 
 # Row-major copies of weights that lie otherwise. As many bytes again as those weights have, for as long as the model
@@ -79,9 +81,10 @@ def _exact_copied(module: nn.Linear | Conv1D, weight: Tensor, input: Tensor) -> 
 
 
 def _exact_activation(module: nn.Module, input: Tensor) -> Tensor:
-    """Row by row: torch's vector loop ends in a tail with another exponential, which differs in the last bit."""
+    """Row by row, unless torch's vector loop has no tail: that has another exponential, which differs in the last
+    bit."""
     rows = input.reshape(-1, input.shape[-1])
-    if len(rows) == 1:
-        alone: Tensor = type(module).forward(module, input)
-        return alone
+    if len(rows) == 1 or (type(module) in SHARED_EVENLY and input.is_contiguous() and in_whole_vectors(input)):
+        whole: Tensor = type(module).forward(module, input)
+        return whole
     return torch.stack([type(module).forward(module, row) for row in rows]).view(input.shape)

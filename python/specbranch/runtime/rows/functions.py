@@ -15,6 +15,7 @@ from specbranch_ext import linear
 LINEAR_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VECTOR = 64  # elements: whole iterations of torch's vector loops, in every dtype
 PIECE = 16384  # elements: below what torch shares among threads, whose parts end anywhere
+SHARED = 32768  # elements, at least, for each thread (at::internal::GRAIN_SIZE)
 
 aten = torch.ops.aten
 
@@ -34,6 +35,19 @@ def fits_linear(*tensors: object) -> bool:
             return False
         dtypes.add(tensor.dtype)
     return len(dtypes) == 1 and dtypes.pop() in LINEAR_DTYPES
+
+
+def in_whole_vectors(input: Tensor) -> bool:
+    """Whether torch's loop over a contiguous tensor's elements, and over each of its rows alone, has no tail: rows and
+    what each thread gets are whole iterations."""
+    row, all_rows = input.shape[-1], input.numel()
+    return row % VECTOR == 0 and _part(row) % VECTOR == 0 and _part(all_rows) % VECTOR == 0
+
+
+def _part(elements: int) -> int:
+    """Elements of each thread but the last, as at::parallel_for shares them."""
+    threads = max(1, min(torch.get_num_threads(), -(-elements // SHARED)))
+    return -(-elements // threads)
 
 
 class ExactFunctions(TorchDispatchMode):
