@@ -134,12 +134,16 @@ def test_leading_dimensions():
     assert torch.equal(specbranch_ext.linear(input[3], weight, bias), flat[3])
 
 
-def test_empty():
-    bias = torch.randn(4)
-    assert specbranch_ext.linear(torch.empty(0, 3), torch.empty(4, 3)).shape == (0, 4)
-    assert specbranch_ext.linear(torch.randn(2, 3), torch.empty(0, 3)).shape == (2, 0)
-    for rows in (1, 2, 3, 20):
-        actual = specbranch_ext.linear(torch.empty(rows, 0), torch.empty(4, 0), bias)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty(dtype):
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=dtype)
+
+    bias = torch.randn(4).to(dtype)
+    assert specbranch_ext.linear(empty(0, 3), empty(4, 3)).shape == (0, 4)
+    assert specbranch_ext.linear(torch.randn(2, 3).to(dtype), empty(0, 3)).shape == (2, 0)
+    for rows in (1, 2, 3, 20, 40):
+        actual = specbranch_ext.linear(empty(rows, 0), empty(4, 0), bias)
         assert torch.equal(actual, bias.expand(rows, 4))
 
 

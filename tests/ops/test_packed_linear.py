@@ -96,6 +96,9 @@ def test_leading_dimensions_and_strides() -> None:
         assert torch.equal(packed_linear(input.reshape(*shape, 70), packed), expected.view(*shape, 12))
     assert packed_linear(input[:0], packed).shape == (0, 12)
     assert unpack_rows(packed, torch.empty(0, dtype=torch.int64)).shape == (0, 70)
+    nothing, bias = pack_weight(torch.empty(4, 0, dtype=torch.bfloat16)), torch.randn(4).bfloat16()
+    for rows in (1, 9, 20, 40):
+        assert torch.equal(packed_linear(input[:1, :0].expand(rows, 0), nothing, bias), bias.expand(rows, 4))
 
 
 def bad_calls() -> dict[str, object]:

@@ -114,7 +114,7 @@ void many(const Product<Weights>& p, int threads) {
   thread_local Buffer<float> scratch_sums;
   const int64_t groups = divide_up(p.rows, most_group), row_size = divide_up(p.in, read_in) * read_in;
   const int64_t parts = std::max<int64_t>(1, divide_up(p.in, most_in));
-  const int64_t part = divide_up(divide_up(p.in, parts), line_in) * line_in;  // of `in`
+  const int64_t part = std::max<int64_t>(1, divide_up(divide_up(p.in, parts), line_in)) * line_in;  // of `in`
   threads = static_cast<int>(std::min<int64_t>(threads, divide_up(p.out, many_panel)));
   const int64_t tile_size = many_outputs * part, sums_of_row = many_panel / quad * sums_size;
   Bfloat16* const inputs = scratch.at_least(p.rows * row_size + 32 + threads * tile_size);
