@@ -65,13 +65,13 @@ class Stats:
     """Counts over the rounds of one generation; times in seconds.
 
     target_runner, draft_runner: how their steps ran, "captured" or "eager", and why. target_weights, draft_weights: the
-    format of packed weights, "" for weights as they are. row_dependent: which layers of the
-    target keep texts from being equal to autoregressive decoding to the bit, "" for none. drafted: tokens that ever
-    became tree nodes. verified: drafted tokens that the target scored. accepted: those of them that became part of the
-    text. rolled_back: tokens of a tree's best path (the trunk and its likeliest continuation) thrown away. target_busy
-    and draft_busy: time inside the models, prefill apart. draft_context_tokens: of the prompt, that the draft read; 0
-    where it read none and the text was decoded without it. draft_prefill_seconds: what that took, whenever it was; part
-    of prefill_seconds. plain_token_seconds: of a token without a draft, as measured; 0 where that is not known.
+    format of packed weights, "" for weights as they are. row_dependent: which layers of the target keep texts from
+    being equal to autoregressive decoding to the bit, "" for none. drafted: tokens that ever became tree nodes.
+    verified: drafted tokens that the target scored. accepted: those of them that became part of the text. rolled_back:
+    tokens of a tree's best path (the trunk and its likeliest continuation) thrown away. target_busy and draft_busy:
+    time inside the models, prefill apart. draft_context_tokens: of the prompt, that the draft read; 0 where it read
+    none and the text was decoded without it. draft_prefill_seconds: what that took, whenever it was; part of
+    prefill_seconds. plain_token_seconds: of a token without a draft, as measured; 0 where that is not known.
     """
 
     method: str = ""

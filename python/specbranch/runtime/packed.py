@@ -103,7 +103,7 @@ def pack_model(model: PreTrainedModel, role: str, wanted: object, threads: int |
     """
     option = f"{role}_weights"
     wanted = choice(option, wanted, WEIGHTS)
-    if wanted == "keep":
+    if wanted == "keep" or (wanted == "auto" and build_info()["isa"] != "bf16"):
         return ""
     reason, places = _packable(model)
     if wanted == "lossless":
@@ -112,7 +112,7 @@ def pack_model(model: PreTrainedModel, role: str, wanted: object, threads: int |
         _replace(places, {})
         return "lossless"
     total = sum(weight.nbytes for weight, _ in places)
-    if reason or build_info()["isa"] != "bf16" or total < LEAST:
+    if reason or total < LEAST:
         return ""
     packed = _measured(places, threads)
     if packed is None:
