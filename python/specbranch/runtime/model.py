@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ from specbranch.runtime.rotary import context_length
 from specbranch.runtime.support import check_supported, trying
 from specbranch.runtime.weights import execution_device, unwrapped
 
-PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
+PREFILL_CHUNK = 256  # rows at most: enough to be bound by arithmetic, few enough to keep activations small
+LARGEST_KEPT = 31 << 20  # bytes: glibc's thresholds follow no block above 32 MB
 MOST_TOKENS = 2**62  # no limit
 
 
@@ -33,6 +35,8 @@ class CachedModel:
         self.model = model = unwrapped(model, role)
         self.role = role
         self.device = execution_device(model)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.layers = model.config.get_text_config().num_hidden_layers
         self.vocabulary = model.config.get_text_config().vocab_size
         self.cache = BranchCache(self.layers, 0, self.device)
@@ -154,7 +158,7 @@ class CachedModel:
     def _read(self, tokens: Sequence[int], start: int) -> None:
         """Write the rows of a chain of tokens from row `start` on, which then belong to the prefix."""
         ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
-        for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
+        for chunk in ids.tensor_split(-(-len(tokens) // PREFILL_CHUNK)) if tokens else ():
             behind_gap = start >= self.gap.start
             self.forward(Inputs.chain(chunk, start, self._position(start)), slice(-1, None), behind_gap)
             start += len(chunk)
@@ -223,6 +227,14 @@ class CachedModel:
     def _known(self, tokens: Sequence[int]) -> list[int]:
         """Only a draft with fewer padding ids than the target can meet a token that it lacks; it then guesses worse."""
         return [min(token, self.vocabulary - 1) for token in tokens]
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Have the allocator keep what a layer frees for the next one: glibc's raises its thresholds to the largest block
+    that it has seen freed. Else a prefill's activations may come from fresh pages in every layer, which took up to a
+    seventh of its time."""
+    torch.empty(LARGEST_KEPT, dtype=torch.uint8)  # nobody writes to it, so that it takes no memory
 
 
 def rows_for(tokens: int) -> int:

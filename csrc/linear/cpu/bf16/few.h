@@ -8,8 +8,10 @@
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
 
-constexpr int few_group = 8;             // rows of a tile
-constexpr int most_few = 2 * few_group;  // rows
+// The rows of a tile, by its quads: enough Sums to hide a multiplication's latency, few enough that they, the blocks that
+// are read at once and an input fit 32 registers.
+constexpr int few_group(int quads) { return quads == 4 ? 5 : quads == 3 ? 8 : 14; }
+constexpr int most_few = 2 * few_group(3);  // rows
 
 // Blocks of `quads` quads from output o and element k on, times the inputs at x.
 template <int rows, int quads, typename Weights>
@@ -20,7 +22,7 @@ inline void add_read(Sums (&sums)[rows * quads], const Weights& weights, int64_t
   for (int q = 0; q < quads; ++q) weights.read(o + q * quad, k, blocks[q]);
 #pragma GCC unroll 2
   for (int j = 0; j < read_in / block_in; ++j) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const Input input = load_input(x + r * x_stride + j * block_in);
 #pragma GCC unroll 4
@@ -51,8 +53,7 @@ __attribute__((noinline)) void few_tile(const Product<Weights>& p, const Bfloat1
   p.template finish<rows, quads>(sums, row, o);
 }
 
-// quads: of a tile; enough Sums to hide a multiplication's latency, few enough that they, the blocks that are read at
-// once and an input fit 32 registers. groups: of rows; the second one finds the weights in the caches.
+// quads: of a tile. groups: of rows; the second one finds the weights in the caches, and decodes them again.
 template <int quads, int groups, typename Weights>
 void few_quads(const Product<Weights>& p, int threads) {
   constexpr int width = quads * quad;
@@ -78,7 +79,7 @@ void few_quads(const Product<Weights>& p, int threads) {
         const int64_t after = o + (whole ? width : quad), next = after < end ? after : following;
         for (int64_t g = 0; g < groups; ++g) {
           const int64_t row = group_begin(p.rows, groups, g);
-          with_rows<few_group>(group_begin(p.rows, groups, g + 1) - row, [&](auto rows) {
+          with_rows<few_group(quads)>(group_begin(p.rows, groups, g + 1) - row, [&](auto rows) {
             if (whole) {
               few_tile<rows, quads>(p, edge, row, o, g == 0 ? next : o);
             } else {
@@ -95,10 +96,12 @@ void few_quads(const Product<Weights>& p, int threads) {
 
 template <typename Weights>
 void few(const Product<Weights>& p, int threads) {
-  if (p.rows <= 5) {
+  if (p.rows <= few_group(4)) {
     few_quads<4, 1>(p, threads);
-  } else if (p.rows <= few_group) {
+  } else if (p.rows <= few_group(3)) {
     few_quads<3, 1>(p, threads);
+  } else if (p.rows <= few_group(2)) {
+    few_quads<2, 1>(p, threads);
   } else {
     few_quads<3, 2>(p, threads);
   }

@@ -12,7 +12,8 @@ inline namespace SPECBRANCH_ISA {
 constexpr int many_quads = 4, many_outputs = many_quads * quad;  // of a tile
 constexpr int most_group = 6;                                    // rows of a tile: 24 Sums
 constexpr int64_t most_many = 256;                               // rows per pass: bounds the scratch memory
-constexpr int64_t most_in = 1536;                                // elements of `in` of a tile: at most 48 KB of weights
+constexpr int64_t most_whole = 1536;                             // elements of `in` of a tile that has all of them
+constexpr int64_t most_part = 768;                               // and of one that goes on: 24 KB of weights
 constexpr int64_t many_panel = 4 * many_outputs;                 // outputs that a thread takes at once
 constexpr int64_t tile_step = static_cast<int64_t>(many_quads) * block_size;  // weights of a tile for a block of `in`
 
@@ -113,7 +114,7 @@ void many(const Product<Weights>& p, int threads) {
   thread_local Buffer<Bfloat16> scratch;
   thread_local Buffer<float> scratch_sums;
   const int64_t groups = divide_up(p.rows, most_group), row_size = divide_up(p.in, read_in) * read_in;
-  const int64_t parts = std::max<int64_t>(1, divide_up(p.in, most_in));
+  const int64_t parts = p.in <= most_whole ? 1 : divide_up(p.in, most_part);
   const int64_t part = std::max<int64_t>(1, divide_up(divide_up(p.in, parts), line_in)) * line_in;  // of `in`
   threads = static_cast<int>(std::min<int64_t>(threads, divide_up(p.out, many_panel)));
   const int64_t tile_size = many_outputs * part, sums_of_row = many_panel / quad * sums_size;
