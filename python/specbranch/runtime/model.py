@@ -23,7 +23,7 @@ from specbranch.runtime.rotary import context_length
 from specbranch.runtime.support import check_supported, trying
 from specbranch.runtime.weights import execution_device, unwrapped
 
-PREFILL_CHUNK = 256  # rows at most: enough to be bound by arithmetic, few enough to keep activations small
+PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
 LARGEST_KEPT = 31 << 20  # bytes: glibc's thresholds follow no block above 32 MB
 MOST_TOKENS = 2**62  # no limit
 
@@ -158,7 +158,7 @@ class CachedModel:
     def _read(self, tokens: Sequence[int], start: int) -> None:
         """Write the rows of a chain of tokens from row `start` on, which then belong to the prefix."""
         ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
-        for chunk in ids.tensor_split(-(-len(tokens) // PREFILL_CHUNK)) if tokens else ():
+        for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
             behind_gap = start >= self.gap.start
             self.forward(Inputs.chain(chunk, start, self._position(start)), slice(-1, None), behind_gap)
             start += len(chunk)
