@@ -13,6 +13,7 @@
 #include "core/bits.h"
 #include "linear/cpu/bf16/ahead.h"
 #include "linear/cpu/bf16/quads.h"
+#include "linear/cpu/parallel.h"
 
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
@@ -38,8 +39,34 @@ struct Product {
   }
 };
 
+template <typename Weights, typename Params>
+Product<Weights> product_of(const Weights& weights, const Params& params, int64_t in, int64_t out) {
+  return {weights,
+          params.input.template as<const Bfloat16>(),
+          params.bias.template as<const Bfloat16>(),
+          params.output.template as<Bfloat16>(),
+          rows_of(params.input),
+          in,
+          out,
+          out};
+}
+
 // Rows come in `groups` groups of nearly the same size: the first row of group g.
 inline int64_t group_begin(int64_t rows, int64_t groups, int64_t g) { return rows * g / groups; }
+
+// Calls body(product) for all rows, at most `most` of them at once.
+template <typename Weights, typename Body>
+void for_passes(const Product<Weights>& whole, int64_t most, const Body& body) {
+  const int64_t passes = whole.out == 0 ? 0 : divide_up(whole.rows, most);
+  for (int64_t i = 0; i < passes; ++i) {
+    Product<Weights> p = whole;
+    const int64_t row = group_begin(whole.rows, passes, i);
+    p.rows = group_begin(whole.rows, passes, i + 1) - row;
+    p.input += row * p.in;
+    p.output += row * p.stride;
+    body(p);
+  }
+}
 
 // Calls body(rows as a type) for a number of rows, 1 to `most`, known at run time.
 template <int most, typename Body>
