@@ -29,7 +29,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 # The CPU kernels at one instruction-set level.
 TIDY_FLAGS = -std=c++17 -Icsrc $(shell $(BIN)/python -m pybind11 --includes) -Wall -Wno-psabi -Wno-unknown-pragmas \
 	-DSPECBRANCH_MODULE=_C -DSPECBRANCH_CUDA_REASON='""' -DSPECBRANCH_ISA_NAMES='""' \
-	$(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3 -DSPECBRANCH_ISA=avx2 -DSPECBRANCH_X86)
+	$(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3 -DSPECBRANCH_ISA=avx2 -DSPECBRANCH_X86 -DSPECBRANCH_AMX)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
 .PHONY: demo test nightly quantised lint bench gate sanitize arm clean install
@@ -63,6 +63,8 @@ lint: install
 	$(BIN)/clang-tidy --quiet $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/cpu/*.cpp) -- $(TIDY_FLAGS)
 	$(if $(filter x86_64,$(shell uname -m)),$(BIN)/clang-tidy --quiet $(wildcard csrc/*/cpu/bf16/*.cpp) -- $(TIDY_FLAGS) \
 		-march=x86-64-v4 -mavx512bf16 -mavx512vbmi2 -USPECBRANCH_ISA -DSPECBRANCH_ISA=bf16)
+	$(if $(filter x86_64,$(shell uname -m)),$(BIN)/clang-tidy --quiet $(wildcard csrc/*/cpu/amx/*.cpp) -- $(TIDY_FLAGS) \
+		-march=x86-64-v4 -mavx512bf16 -mavx512vbmi2 -mamx-tile -mamx-bf16 -USPECBRANCH_ISA -DSPECBRANCH_ISA=amx)
 
 gate: install
 	$(BIN)/python scripts/cuda_gate.py

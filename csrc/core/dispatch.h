@@ -16,6 +16,7 @@
   namespace avx512 { void op(const Params&); }                \
   inline void op(const Params& params) {                      \
     switch (isa()) {                                          \
+      case Isa::amx:                                          \
       case Isa::bf16:                                         \
       case Isa::avx512: return avx512::op(params);            \
       case Isa::avx2: return avx2::op(params);                \
@@ -70,16 +71,35 @@
   }
 #endif
 
-// An op without a CUDA kernel, and with one for bfloat16 instructions.
+// The kernel of a cpu/amx/ folder, where this build has one.
+#if defined(SPECBRANCH_AMX)
+#define SPECBRANCH_AMX_KERNEL(op, Params)                     \
+  namespace cpu {                                             \
+  namespace amx { void op(const Params&); }                   \
+  inline bool op##_amx(const Params& params) {                \
+    if (isa() != Isa::amx || params.input.dtype != Dtype::bfloat16) return false; \
+    amx::op(params);                                          \
+    return true;                                              \
+  }                                                           \
+  }
+#else
+#define SPECBRANCH_AMX_KERNEL(op, Params)                     \
+  namespace cpu {                                             \
+  inline bool op##_amx(const Params&) { return false; }       \
+  }
+#endif
+
+// An op without a CUDA kernel, and with those for bfloat16 instructions.
 #if defined(SPECBRANCH_EMULATED)
 #define SPECBRANCH_DISPATCH_CPU_BF16(op, Params)
 #else
 #define SPECBRANCH_DISPATCH_CPU_BF16(op, Params)              \
   SPECBRANCH_CPU_KERNEL(op, Params)                           \
   SPECBRANCH_BF16_KERNEL(op, Params)                          \
+  SPECBRANCH_AMX_KERNEL(op, Params)                           \
   void run_##op(const Params& params) {                       \
     if (params.launch.on_cuda()) fail(#op " has no CUDA kernel: use torch's own"); \
-    if (!cpu::op##_bf16(params)) cpu::op(params);             \
+    if (!cpu::op##_amx(params) && !cpu::op##_bf16(params)) cpu::op(params); \
   }
 #endif
 // clang-format on

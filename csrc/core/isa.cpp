@@ -9,6 +9,10 @@
 #elif defined(__linux__)
 #include <sys/auxv.h>
 #endif
+#if defined(SPECBRANCH_AMX) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace specbranch {
 namespace {
@@ -33,18 +37,38 @@ Isa best_isa() {
   return Isa::baseline;
 }
 
+// Whether this processor, which has the level below, has tiles, and the operating system keeps them and grants them to
+// this process: Linux does when asked, for all threads from then on.
+bool ask_for_amx() {
+#if defined(SPECBRANCH_AMX) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned bf16_bit = 1u << 22, tile_bit = 1u << 24;  // leaf 7, EDX
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & bf16_bit) == 0 || (d & tile_bit) == 0) return false;
+  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c >> 27 & 1) == 0) return false;  // OSXSAVE: XGETBV may be used
+  unsigned kept = 0, high = 0;
+  asm volatile("xgetbv" : "=a"(kept), "=d"(high) : "c"(0));
+  constexpr unsigned config_bit = 17, data_bit = 18;
+  if ((kept >> config_bit & 1) == 0 || (kept >> data_bit & 1) == 0) return false;
+  constexpr long request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, request_permission, static_cast<long>(data_bit)) == 0;
+#else
+  return false;
+#endif
+}
+
 Isa choose_isa() {
   const Isa best = best_isa();
   const char* asked = std::getenv("SPECBRANCH_ISA");
   if (asked == nullptr || *asked == '\0') return best;
-  for (Isa level : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::bf16}) {
+  for (Isa level : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::bf16, Isa::amx}) {
     if (asked == std::string(isa_name(level))) {
-      if (level <= best) return level;
+      if (level <= best || (level == Isa::amx && best == Isa::bf16 && ask_for_amx())) return level;
       throw std::invalid_argument("SPECBRANCH_ISA=" + std::string(asked) + ": this processor or build has only " +
                                   isa_name(best));
     }
   }
-  throw std::invalid_argument("SPECBRANCH_ISA=" + std::string(asked) + ": expected baseline, avx2, avx512 or bf16");
+  throw std::invalid_argument("SPECBRANCH_ISA=" + std::string(asked) +
+                              ": expected baseline, avx2, avx512, bf16 or amx");
 }
 
 }  // namespace
@@ -56,6 +80,7 @@ Isa isa() {
 
 const char* isa_name(Isa level) {
   switch (level) {
+    case Isa::amx: return "amx";
     case Isa::bf16: return "bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";

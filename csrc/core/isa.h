@@ -17,11 +17,13 @@
 namespace specbranch {
 
 // `bf16`: the level before it, and bfloat16 products by the processor's own instructions (AVX512-BF16 and VBMI2 on x86,
-// FEAT_BF16 on Arm). Only the files of a cpu/bf16/ folder are compiled for it.
-enum class Isa { baseline, avx2, avx512, bf16 };
+// FEAT_BF16 on Arm). Only the files of a cpu/bf16/ folder are compiled for it. `amx`: `bf16` of x86 and
+// bfloat16 products in tiles (AMX-TILE, AMX-BF16), for the files of a cpu/amx/ folder.
+enum class Isa { baseline, avx2, avx512, bf16, amx };
 
-// The level in use: the best one this processor has, or a lower one named by the environment variable
-// SPECBRANCH_ISA (read once). Throws std::invalid_argument for a level that cannot run here.
+// The level in use: the best one this processor has, or one named by the environment variable SPECBRANCH_ISA (read
+// once). `amx` is used only when it is named: so far its instructions have been emulated. Throws std::invalid_argument
+// for a level that cannot run here.
 Isa isa();
 const char* isa_name(Isa level);
 
