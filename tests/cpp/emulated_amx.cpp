@@ -1,0 +1,148 @@
+#include "emulated_amx.h"
+
+#include <xmmintrin.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+namespace specbranch::emulated_amx {
+namespace {
+
+constexpr int tiles = 8, most_rows = 16, most_bytes = 64, most_floats = most_bytes / 4;
+
+struct Tile {
+  int rows = 0, bytes = 0;  // bytes of a row
+  alignas(64) unsigned char data[most_rows][most_bytes] = {};
+
+  float* floats(int row) { return reinterpret_cast<float*>(data[row]); }
+};
+
+thread_local Tile file[tiles];
+thread_local bool is_configured = false;
+thread_local int64_t count = 0;
+
+[[noreturn]] void fail(const char* instruction, const char* what) {
+  std::fprintf(stderr, "%s: %s\n", instruction, what);
+  std::abort();
+}
+
+void expect(bool good, const char* instruction, const char* what) {
+  if (!good) fail(instruction, what);
+}
+
+Tile& tile_of(int tile, const char* instruction) {
+  expect(is_configured, instruction, "tiles are not configured");
+  expect(tile >= 0 && tile < tiles, instruction, "no such tile");
+  expect(file[tile].rows > 0 && file[tile].bytes > 0, instruction, "this tile is not configured");
+  return file[tile];
+}
+
+// Subnormal numbers count as 0 and results round to nearest even, whatever the thread's own mode.
+class Mode {
+ public:
+  Mode() : before_(_mm_getcsr()) { _mm_setcsr(0x1F80 | 0x8000 | 0x0040); }
+  ~Mode() { _mm_setcsr(before_); }
+  Mode(const Mode&) = delete;
+  Mode& operator=(const Mode&) = delete;
+
+ private:
+  unsigned before_;
+};
+
+// A row of bfloat16 pairs as float32: the pairs' first and second elements.
+void widen(const unsigned char* from, float* even, float* odd) {
+  for (int i = 0; i < most_floats; ++i) {
+    uint32_t both;
+    std::memcpy(&both, from + 4 * i, sizeof both);
+    const uint32_t low = both << 16, high = both & 0xFFFF0000u;
+    std::memcpy(even + i, &low, sizeof low);
+    std::memcpy(odd + i, &high, sizeof high);
+  }
+}
+
+// Not inlined: its arithmetic stays between the changes of mode.
+__attribute__((noinline)) void add(Tile& sums, const Tile& a, const Tile& b) {
+  const int pairs = a.bytes / 4, columns = sums.bytes / 4;
+  float a_even[most_floats], a_odd[most_floats], b_even[most_rows][most_floats], b_odd[most_rows][most_floats];
+  for (int k = 0; k < pairs; ++k) widen(b.data[k], b_even[k], b_odd[k]);
+  for (int m = 0; m < sums.rows; ++m) {
+    widen(a.data[m], a_even, a_odd);
+    float even[most_floats] = {}, odd[most_floats] = {};
+    for (int k = 0; k < pairs; ++k) {
+      for (int n = 0; n < most_floats; ++n) {
+        even[n] = std::fma(a_even[k], b_even[k][n], even[n]);
+        odd[n] = std::fma(a_odd[k], b_odd[k][n], odd[n]);
+      }
+    }
+    float* const row = sums.floats(m);
+    for (int n = 0; n < columns; ++n) row[n] += even[n] + odd[n];
+  }
+}
+
+}  // namespace
+
+void load_config(const void* config) {
+  const char* const name = "LDTILECFG";
+  unsigned char bytes[64];
+  std::memcpy(bytes, config, sizeof bytes);
+  expect(bytes[0] == 1, name, "palette is not 1");
+  expect(bytes[1] == 0, name, "start_row is not 0");
+  for (int i = 2; i < 16; ++i) expect(bytes[i] == 0, name, "a reserved byte is not 0");
+  for (int i = 0; i < 16; ++i) {
+    uint16_t row_bytes;
+    std::memcpy(&row_bytes, bytes + 16 + 2 * i, sizeof row_bytes);
+    const int rows = bytes[48 + i];
+    if (i >= tiles) {
+      expect(rows == 0 && row_bytes == 0, name, "a tile that there is not");
+      continue;
+    }
+    expect(rows <= most_rows && row_bytes <= most_bytes, name, "a tile is too large");
+    expect((rows == 0) == (row_bytes == 0), name, "a tile has no rows or no columns");
+    file[i] = Tile();
+    file[i].rows = rows;
+    file[i].bytes = row_bytes;
+  }
+  is_configured = true;
+}
+
+void release() {
+  for (Tile& tile : file) tile = Tile();
+  is_configured = false;
+}
+
+void zero(int tile) { std::memset(tile_of(tile, "TILEZERO").data, 0, sizeof(Tile::data)); }
+
+void load(int tile, const void* rows, int64_t stride) {
+  Tile& t = tile_of(tile, "TILELOADD");
+  std::memset(t.data, 0, sizeof t.data);
+  for (int i = 0; i < t.rows; ++i) {
+    std::memcpy(t.data[i], static_cast<const char*>(rows) + i * stride, static_cast<size_t>(t.bytes));
+  }
+}
+
+void store(int tile, void* rows, int64_t stride) {
+  const Tile& t = tile_of(tile, "TILESTORED");
+  for (int i = 0; i < t.rows; ++i) {
+    std::memcpy(static_cast<char*>(rows) + i * stride, t.data[i], static_cast<size_t>(t.bytes));
+  }
+}
+
+void add_products(int sums, int a, int b) {
+  const char* const name = "TDPBF16PS";
+  Tile &c = tile_of(sums, name), &left = tile_of(a, name), &right = tile_of(b, name);
+  expect(sums != a && sums != b && a != b, name, "a tile is named twice");
+  expect(c.bytes % 4 == 0 && left.bytes % 4 == 0 && right.bytes % 4 == 0, name, "a row is no whole number of pairs");
+  expect(c.rows == left.rows, name, "sums and first factor have not the same rows");
+  expect(c.bytes == right.bytes, name, "sums and second factor have not the same columns");
+  expect(left.bytes / 4 == right.rows, name, "the factors' sizes do not match");
+  const Mode mode;
+  add(c, left, right);
+  ++count;
+}
+
+bool configured() { return is_configured; }
+int64_t products() { return count; }
+
+}  // namespace specbranch::emulated_amx

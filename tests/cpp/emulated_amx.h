@@ -1,0 +1,21 @@
+// The tile instructions in software, for processors without them: what they do by Intel's manual (Software Developer's
+// Manual, volume 2; Instruction Set Extensions reference, chapter on AMX). A use that would raise an exception ends the
+// program with a line that says which.
+#pragma once
+
+#include <cstdint>
+
+namespace specbranch::emulated_amx {
+
+void load_config(const void* config);  // LDTILECFG
+void release();                        // TILERELEASE
+void zero(int tile);                   // TILEZERO
+void load(int tile, const void* rows, int64_t stride);
+void store(int tile, void* rows, int64_t stride);
+void add_products(int sums, int a, int b);  // TDPBF16PS
+
+// Whether the calling thread has tiles, and how many products it has added up.
+bool configured();
+int64_t products();
+
+}  // namespace specbranch::emulated_amx
