@@ -175,13 +175,13 @@ def test_a_loaded_model_stays_as_it_is() -> None:
 # ---- auto
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+@pytest.fixture(params=["bf16", "amx"])
+def measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Ratios that `auto` measures, one after the other."""
     ratios: list[float] = []
     monkeypatch.setattr(packed, "_ratio", lambda *arguments: ratios.pop(0))
     monkeypatch.setattr(packed, "LEAST", 0)
-    monkeypatch.setattr(packed, "build_info", lambda: {"isa": "bf16"})
+    monkeypatch.setattr(packed, "build_info", lambda: {"isa": request.param})
     yield ratios
     assert not ratios
 

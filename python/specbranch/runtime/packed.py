@@ -103,7 +103,7 @@ def pack_model(model: PreTrainedModel, role: str, wanted: object, threads: int |
     """
     option = f"{role}_weights"
     wanted = choice(option, wanted, WEIGHTS)
-    if wanted == "keep" or (wanted == "auto" and build_info()["isa"] != "bf16"):
+    if wanted == "keep" or (wanted == "auto" and build_info()["isa"] not in ("bf16", "amx")):
         return ""
     reason, places = _packable(model)
     if wanted == "lossless":
