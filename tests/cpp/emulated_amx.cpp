@@ -1,5 +1,7 @@
 #include "emulated_amx.h"
 
+#include <signal.h>
+#include <ucontext.h>
 #include <xmmintrin.h>
 
 #include <cmath>
@@ -81,7 +83,101 @@ __attribute__((noinline)) void add(Tile& sums, const Tile& a, const Tile& b) {
   }
 }
 
+// The instruction at a fault.
+class Instruction {
+ public:
+  explicit Instruction(ucontext_t& context) : registers_(context.uc_mcontext.gregs) {
+    at_ = reinterpret_cast<const uint8_t*>(registers_[REG_RIP]);
+  }
+
+  // Does it and goes behind it; false if it is none of ours.
+  bool run() {
+    if (at_[0] != 0xC4 || (at_[1] & 0x1F) != 2) return false;  // VEX of three bytes, map 0F38
+    no_x_ = (at_[1] & 0x40) != 0;
+    no_b_ = (at_[1] & 0x20) != 0;
+    const int prefix = at_[2] & 3, vvvv = ~(at_[2] >> 3) & 15, opcode = at_[3];
+    const bool plain = (at_[1] & 0x80) != 0 && (at_[2] & 0x84) == 0;  // no more than 8 tiles, W0, 128 bits
+    mod_ = at_[4] >> 6;
+    rm_ = at_[4] & 7;
+    const int reg = at_[4] >> 3 & 7;
+    at_ += 5;
+    constexpr int none = 0, f3 = 2, f2 = 3;
+    if (!plain) return false;
+    if (opcode == 0x49 && prefix == none && mod_ == 3 && reg == 0 && rm_ == 0) {
+      release();
+    } else if (opcode == 0x49 && prefix == none && mod_ != 3 && reg == 0) {
+      load_config(address());
+    } else if (opcode == 0x49 && prefix == f2 && mod_ == 3 && rm_ == 0) {
+      zero(reg);
+    } else if (opcode == 0x4B && prefix == f2 && mod_ != 3 && rm_ == 4) {
+      char* const rows = address();
+      load(reg, rows, stride_);
+    } else if (opcode == 0x4B && prefix == f3 && mod_ != 3 && rm_ == 4) {
+      char* const rows = address();
+      store(reg, rows, stride_);
+    } else if (opcode == 0x5C && prefix == f3 && mod_ == 3) {
+      add_products(reg, rm_, vvvv);
+    } else {
+      return false;
+    }
+    registers_[REG_RIP] = reinterpret_cast<greg_t>(at_);
+    return true;
+  }
+
+ private:
+  int64_t value_of(int number) const {
+    static const int names[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
+                                  REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
+    return registers_[names[number]];
+  }
+
+  template <typename T>
+  int64_t displacement() {
+    T value;
+    std::memcpy(&value, at_, sizeof value);
+    at_ += sizeof value;
+    return value;
+  }
+
+  // Without the index, which is the stride of an instruction that has rows.
+  char* address() {
+    int base = rm_;
+    if (rm_ == 4) {
+      const int sib = *at_++, index = (sib >> 3 & 7) + (no_x_ ? 0 : 8);
+      base = sib & 7;
+      stride_ = index == 4 ? 0 : value_of(index) << (sib >> 6);
+    }
+    int64_t sum = 0;
+    if (mod_ == 0 && base == 5) {
+      sum = displacement<int32_t>();
+      if (rm_ == 5) sum += reinterpret_cast<int64_t>(at_);
+    } else {
+      sum = value_of(base + (no_b_ ? 0 : 8));
+      if (mod_ == 1) sum += displacement<int8_t>();
+      if (mod_ == 2) sum += displacement<int32_t>();
+    }
+    return reinterpret_cast<char*>(sum);
+  }
+
+  greg_t* registers_;
+  const uint8_t* at_;
+  bool no_x_ = true, no_b_ = true;
+  int mod_ = 0, rm_ = 0;
+  int64_t stride_ = 0;
+};
+
+void on_unknown_instruction(int, siginfo_t*, void* context) {
+  if (!Instruction(*static_cast<ucontext_t*>(context)).run()) signal(SIGILL, SIG_DFL);  // and once more
+}
+
 }  // namespace
+
+void trap() {
+  struct sigaction action = {};
+  action.sa_sigaction = on_unknown_instruction;
+  action.sa_flags = SA_SIGINFO | SA_NODEFER;
+  sigaction(SIGILL, &action, nullptr);
+}
 
 void load_config(const void* config) {
   const char* const name = "LDTILECFG";

@@ -1,11 +1,17 @@
 // The tile instructions in software, for processors without them: what they do by Intel's manual (Software Developer's
 // Manual, volume 2; Instruction Set Extensions reference, chapter on AMX). A use that would raise an exception ends the
 // program with a line that says which.
+//
+// trap() makes them the processor's: an instruction that it does not know interrupts the program, is read and done here,
+// and the program goes on behind it. So the very code that is shipped runs, as the compiler left it.
 #pragma once
 
 #include <cstdint>
 
 namespace specbranch::emulated_amx {
+
+// Also where a processor has tiles: they are granted only to a process that asks.
+void trap();
 
 void load_config(const void* config);  // LDTILECFG
 void release();                        // TILERELEASE

@@ -10,10 +10,6 @@
 #include "core/isa.h"
 #include "core/storage.h"
 
-#if defined(SPECBRANCH_EMULATED_AMX)
-#include "emulated_amx.h"  // of tests/cpp
-#endif
-
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
 
@@ -30,29 +26,6 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 static_assert(sizeof(TileConfig) == 64, "as the instruction has it");
-
-#if defined(SPECBRANCH_EMULATED_AMX)
-
-inline void tile_config(const TileConfig& config) { emulated_amx::load_config(&config); }
-inline void tile_release() { emulated_amx::release(); }
-template <int tile>
-inline void tile_zero() {
-  emulated_amx::zero(tile);
-}
-template <int tile>
-inline void tile_load(const void* rows, int64_t stride) {
-  emulated_amx::load(tile, rows, stride);
-}
-template <int tile>
-inline void tile_store(void* rows, int64_t stride) {
-  emulated_amx::store(tile, rows, stride);
-}
-template <int sums, int a, int b>
-inline void tile_add_products() {
-  emulated_amx::add_products(sums, a, b);
-}
-
-#else
 
 inline void tile_config(const TileConfig& config) { asm volatile("ldtilecfg %0" : : "m"(config) : "memory"); }
 inline void tile_release() { asm volatile("tilerelease" : : : "memory"); }
@@ -78,8 +51,6 @@ template <int sums, int a, int b>
 inline void tile_add_products() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(a), "i"(b));
 }
-
-#endif
 
 // What the tiles are for, up to four of sums: those of weight tile i and input tile j are tile i * inputs + j.
 template <int inputs>
