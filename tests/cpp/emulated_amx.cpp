@@ -23,7 +23,6 @@ struct Tile {
 
 thread_local Tile file[tiles];
 thread_local bool is_configured = false;
-thread_local int64_t count = 0;
 
 [[noreturn]] void fail(const char* instruction, const char* what) {
   std::fprintf(stderr, "%s: %s\n", instruction, what);
@@ -235,10 +234,8 @@ void add_products(int sums, int a, int b) {
   expect(left.bytes / 4 == right.rows, name, "the factors' sizes do not match");
   const Mode mode;
   add(c, left, right);
-  ++count;
 }
 
 bool configured() { return is_configured; }
-int64_t products() { return count; }
 
 }  // namespace specbranch::emulated_amx

@@ -2,8 +2,8 @@
 // Manual, volume 2; Instruction Set Extensions reference, chapter on AMX). A use that would raise an exception ends the
 // program with a line that says which.
 //
-// trap() makes them the processor's: an instruction that it does not know interrupts the program, is read and done here,
-// and the program goes on behind it. So the very code that is shipped runs, as the compiler left it.
+// trap() makes them the processor's: an instruction that it does not know interrupts the program, is done here, and the
+// program goes on behind it. So the very code that is shipped runs, as the compiler left it.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,7 @@ void load(int tile, const void* rows, int64_t stride);
 void store(int tile, void* rows, int64_t stride);
 void add_products(int sums, int a, int b);  // TDPBF16PS
 
-// Whether the calling thread has tiles, and how many products it has added up.
+// Whether the calling thread has tiles.
 bool configured();
-int64_t products();
 
 }  // namespace specbranch::emulated_amx

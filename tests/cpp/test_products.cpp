@@ -46,7 +46,7 @@ struct Level {
 
 std::vector<Level> levels() {
   const std::vector<int64_t> few{1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 17, 19, 40, 300};
-  std::vector<Level> found{{"bf16", cpu::bf16::linear, cpu::bf16::packed_linear, few, few}};
+  std::vector<Level> found{{"bf16", cpu::bf16::linear, cpu::bf16::packed_linear, few, {1, 5, 8, 9, 16, 17, 50}}};
 #if defined(SPECBRANCH_EMULATED_AMX)
   Level amx{"amx, emulated", cpu::amx::linear, cpu::amx::packed_linear, {256, 300, 520}, {1, 16, 17, 32, 33, 48, 70}};
   for (int64_t rows = 1; rows <= 70; ++rows) amx.row_counts.push_back(rows);
@@ -146,6 +146,7 @@ struct Problem {
   template <typename Params>
   void product(void (*run)(const Params&), Params& p, int64_t row, int64_t rows, int threads) {
     for (int64_t i = 0; i < most * out; ++i) output.data[i] = not_a_number;
+    CHECK(row + rows <= most);
     p.launch.threads = threads;
     p.input = tensor(input.data + row * in, Dtype::bfloat16, rows, in);
     if (with_bias) p.bias = tensor(bias.data, Dtype::bfloat16, 1, out);
