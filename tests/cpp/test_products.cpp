@@ -45,8 +45,8 @@ struct Level {
 };
 
 std::vector<Level> levels() {
-  const std::vector<int64_t> few{1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 17, 19, 40, 300};
-  std::vector<Level> found{{"bf16", cpu::bf16::linear, cpu::bf16::packed_linear, few, {1, 5, 8, 9, 16, 17, 50}}};
+  const std::vector<int64_t> few{1, 2, 3, 5, 6, 7, 8, 9, 12, 14, 15, 16, 17, 19, 40, 300};
+  std::vector<Level> found{{"bf16", cpu::bf16::linear, cpu::bf16::packed_linear, few, {1, 5, 8, 9, 14, 16, 17, 50}}};
 #if defined(SPECBRANCH_EMULATED_AMX)
   Level amx{"amx, emulated", cpu::amx::linear, cpu::amx::packed_linear, {256, 300, 520}, {1, 16, 17, 32, 33, 48, 70}};
   for (int64_t rows = 1; rows <= 70; ++rows) amx.row_counts.push_back(rows);
