@@ -16,10 +16,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 2
 
 first_stages=(probe build qwen decoding_tests ops op_tests profile memcheck)
-second_stages=(build qwen_draft_first llama llama_weak qwen_weak deepseek vicuna ncu)
+second_stages=(build amx qwen_draft_first llama llama_weak qwen_weak deepseek vicuna ncu)
 declare -A limits=(
     [probe]=30 [build]=120 [qwen]=110 [decoding_tests]=60 [ops]=50 [op_tests]=60 [profile]=40 [memcheck]=60
-    [qwen_draft_first]=45 [llama]=60 [llama_weak]=50 [qwen_weak]=50 [deepseek]=90 [vicuna]=60 [ncu]=40)
+    [qwen_draft_first]=45 [llama]=60 [llama_weak]=50 [qwen_weak]=50 [deepseek]=90 [vicuna]=60 [ncu]=40
+    [amx]=45)
 
 usage() {
     sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
@@ -137,6 +138,25 @@ ncu() {
         if [ -z "$dry" ]; then kernels=(--kernel-name "regex:$op|attend"); fi
         "${tool[@]}" "${kernels[@]}" "$python" benchmarks/bench_ops.py --quick "${options[@]}" --op $op --seconds 0.01 \
             > "$work/ncu_$op.txt" || return
+    done
+}
+
+# The products of a processor with tiles, which nobody has run on one: a machine with a large GPU often has such.
+amx() {
+    local level levels=(bf16 amx) options=()
+    if ! SPECBRANCH_ISA=amx "$python" -c 'import specbranch_ext; specbranch_ext.build_info()'; then
+        echo "no tiles here"
+        if [ -z "$dry" ]; then return; fi
+        levels=(baseline)
+    fi
+    if [ -n "$dry" ]; then options=(-k test_empty); fi
+    SPECBRANCH_ISA=${levels[-1]} "$python" -m pytest -q -p no:cacheprovider "${options[@]}" \
+        tests/ops/test_linear.py tests/ops/test_packed_linear.py || return
+    options=(--seconds 0.2 --limit-seconds 12)
+    if [ -n "$dry" ]; then options=(--quick --seconds 0.01); fi
+    for level in "${levels[@]}"; do
+        SPECBRANCH_ISA=$level "$python" benchmarks/bench_ops.py --device cpu --op packed_linear "${options[@]}" \
+            --json "$work/products_$level.jsonl" || return
     done
 }
 

@@ -28,7 +28,7 @@ def test_every_stage_runs_at_tiny_sizes(tmp_path: Path) -> None:
     done = on_gpu("--dry-run", "600", str(tmp_path))
     assert done.returncode == 0, done.stdout[-5000:]
     found = stages(tmp_path)
-    assert len(found) == 15
+    assert len(found) == 16
     assert {status for _, status in found.values()} == {"0"}
     with tarfile.open(tmp_path / "results.tar.gz") as archive:
         files = {Path(name).name for name in archive.getnames()}
