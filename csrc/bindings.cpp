@@ -22,6 +22,7 @@
 #include "linear/linear.h"
 #include "linear/pack_weight.h"
 #include "linear/packed_linear.h"
+#include "linear/unpack_rows.h"
 #include "sampling/gumbel_noise.h"
 #include "sampling/verify.h"
 #include "sampling/verify_rejection.h"

@@ -1,4 +1,4 @@
-// Packing and unpacking, on the CPU: done once a load, and for the few rows of an embedding.
+// On the CPU.
 #include "linear/pack_weight.h"
 
 #include <algorithm>
@@ -8,8 +8,6 @@
 
 namespace specbranch {
 namespace {
-
-Lossless layout_of(const PackedWeight& packed) { return {packed.out, packed.in}; }
 
 void check_weight(const Tensor& weight) {
   check_dtype(weight, Dtype::bfloat16);
@@ -47,25 +45,6 @@ std::vector<int64_t> raw_runs(const Tensor& weight, [[maybe_unused]] int threads
 
 }  // namespace
 
-WeightFormat weight_format(const std::string& name) {
-  if (name == "lossless") return WeightFormat::lossless;
-  fail("format: expected lossless, got " + name);
-}
-
-void check_packed(const PackedWeight& weight) {
-  check_dtype(weight.data, Dtype::uint8);
-  check_shape(weight.data, {-1}, "[bytes]");
-  check_contiguous(weight.data);
-  if (weight.data.device != cpu_device) fail("packed: expected a tensor on the CPU");
-  if (weight.out < 0 || weight.in < 0) fail("packed: expected a shape of two sizes of at least 0");
-  const int64_t least = layout_of(weight).raw_offset();
-  if (weight.data.shape[0] < least) {
-    fail("packed: expected at least " + std::to_string(least) + " bytes for [" + std::to_string(weight.out) + ", " +
-         std::to_string(weight.in) + "], got " + std::to_string(weight.data.shape[0]));
-  }
-  if (reinterpret_cast<uintptr_t>(weight.data.data) % 64 != 0) fail("packed: expected memory aligned to 64 bytes");
-}
-
 int64_t packed_bytes(const Tensor& weight, WeightFormat, int threads) {
   check_weight(weight);
   int64_t raw = 0;
@@ -79,7 +58,7 @@ void check_pack_weight(const PackWeightParams& p) {
 }
 
 void run_pack_weight(const PackWeightParams& p) {
-  const Lossless layout = layout_of(p.packed);
+  const Lossless layout{p.packed.out, p.packed.in};
   uint8_t* const data = p.packed.data.as<uint8_t>();
   [[maybe_unused]] const int threads = std::max(p.launch.threads, 1);
   const std::vector<int64_t> counts = raw_runs(p.weight, threads);
@@ -98,39 +77,6 @@ void run_pack_weight(const PackWeightParams& p) {
              [&](int64_t output, int64_t line, const Bfloat16* weights, int64_t count) {
                next += layout.encode(data, output, line, weights, count, next);
              });
-  }
-}
-
-void check_unpack_rows(const UnpackRowsParams& p) {
-  check_packed(p.packed);
-  check_dtype(p.rows, Dtype::int64);
-  check_shape(p.rows, {-1}, "[n]");
-  check_contiguous(p.rows);
-  check_dtype(p.output, Dtype::bfloat16);
-  check_shape(p.output, {p.rows.shape[0], p.packed.in}, "[n, in]");
-  check_contiguous(p.output);
-  for (int64_t i = 0; i < p.rows.shape[0]; ++i) {
-    const int64_t row = p.rows.as<const int64_t>()[i];
-    if (row < 0 || row >= p.packed.out) {
-      fail("rows: expected numbers from 0 to " + std::to_string(p.packed.out - 1) + ", got " + std::to_string(row));
-    }
-  }
-}
-
-void run_unpack_rows(const UnpackRowsParams& p) {
-  const Lossless layout = layout_of(p.packed);
-  const uint8_t* const data = p.packed.data.as<const uint8_t>();
-  const bool small = p.output.shape[0] * p.packed.in < (int64_t{1} << 18);
-  [[maybe_unused]] const int threads = small ? 1 : std::max(p.launch.threads, 1);
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < p.rows.shape[0]; ++i) {
-    Bfloat16* const to = p.output.as<Bfloat16>() + i * p.packed.in;
-    for (int64_t k = 0; k < p.packed.in; k += Lossless::run) {
-      Bfloat16 weights[Lossless::run];
-      layout.decode(data, p.rows.as<const int64_t>()[i], k / Lossless::run, weights);
-      const int64_t count = std::min<int64_t>(Lossless::run, p.packed.in - k);
-      memcpy(to + k, weights, static_cast<size_t>(count) * sizeof(Bfloat16));
-    }
   }
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/tensor.h"
-#include "linear/pack_weight.h"
+#include "linear/packed_weight.h"
 
 namespace specbranch {
 
