@@ -1,6 +1,6 @@
 """Every method, and SpecBranch part by part, replayed over records at the paper's cost ratios, with overlap.
 
-    python benchmarks/replay_table.py benchmarks/records/*.safetensors --out benchmarks/results/replay.json
+    python benchmarks/replay_table.py benchmarks/records/*_t[01].safetensors --out benchmarks/results/replay.json
 
 A target forward takes 1, a draft forward 1 / c whatever its rows (the paper's setting: both models on hardware of their
 own). One line per record, task and ratio; speeds are tokens per target forward's time, so autoregressive decoding is 1.
