@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from bfloat16_weights import SHAPES, bits, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from bfloat16_weights import SHAPES, bits, make
 
 from specbranch_ext import pack_weight, reference, unpack_rows
 

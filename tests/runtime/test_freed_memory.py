@@ -13,8 +13,8 @@ import torch
 from specbranch.runtime.model import keep_freed_memory
 
 class Heap(ctypes.Structure):  # mallinfo2(3)
-    _fields_ = [(name, ctypes.c_size_t) for name in
-                ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 heap = ctypes.CDLL(None).mallinfo2
 heap.restype = Heap
