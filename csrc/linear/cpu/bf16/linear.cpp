@@ -1,44 +1,20 @@
 // linear and packed_linear of bfloat16 with the processor's own instructions for it.
-#include "linear/linear.h"
-
-#include "linear/cpu/bf16/dense.h"
 #include "linear/cpu/bf16/few.h"
-#include "linear/cpu/bf16/lossless.h"
 #include "linear/cpu/bf16/many.h"
+#include "linear/cpu/bf16/run.h"
 #include "linear/cpu/unpacked.h"
-#include "linear/packed_linear.h"
 
 namespace specbranch {
 namespace cpu {
 namespace SPECBRANCH_ISA {
-namespace {
 
-template <typename Weights>
-void run(const Product<Weights>& whole, int threads) {
-  for_passes(whole, most_many, [&](const Product<Weights>& p) {
-    const int some = threads_for(p.rows, p.in, p.out, threads);
-    if (p.rows <= most_few) {
-      few(p, some);
-    } else {
-      many(p, some);
-    }
-  });
-}
-
-}  // namespace
-
-void linear(const LinearParams& params) {
-  const Tensor& w = params.weight;
-  const int64_t out = w.shape[0], in = w.shape[1];
-  run(product_of(Dense{w.as<const Bfloat16>(), w.stride[0], out, in}, params, in, out), params.launch.threads);
-}
+void linear(const LinearParams& params) { run_dense(params); }
 
 void packed_linear(const PackedLinearParams& params) {
-  const int64_t out = params.weight.out, in = params.weight.in;
 #if defined(__AVX512BF16__)
-  const LosslessWeights weights{params.weight.data.as<const uint8_t>(), {out, in}};
-  run(product_of(weights, params, in, out), params.launch.threads);
+  run_lossless(params);
 #else
+  const int64_t out = params.weight.out, in = params.weight.in;
   for_unpacked(params, [&](const Bfloat16* weights, int64_t stride, int64_t begin, int64_t count) {
     Product<Dense> p = product_of(Dense{weights, stride, count, in}, params, in, out);
     p.output += begin;
