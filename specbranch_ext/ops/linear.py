@@ -40,8 +40,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     On the CPU each element is one float32 sum in a fixed order, rounded once, whatever the number of rows, the row's
     place and the number of threads. So tokens verified together get bit for bit the values that they get one by one,
     and speculative decoding loses nothing to rounding (torch picks another kernel, with other rounding, for another
-    number of rows). A weight is read once for up to 6 rows, in place, and widened to float32 in registers: a forward of
-    6 rows in bfloat16 costs little more than one of 1 row. Tensors on other devices go to
+    number of rows). A weight is read once for up to 6 rows (14 with a processor's bfloat16 instructions), in place: a
+    forward of 6 rows in bfloat16 costs little more than one of 1 row. Tensors on other devices go to
     `torch.nn.functional.linear`, without that promise and with its gradient.
 
     Args:

@@ -10,8 +10,8 @@ inline namespace SPECBRANCH_ISA {
 
 // The rows of a tile, by its quads: enough Sums to hide a multiplication's latency, few enough that they, the blocks that
 // are read at once and an input fit 32 registers.
-constexpr int few_group(int quads) { return quads == 4 ? 5 : quads == 3 ? 8 : 14; }
-constexpr int most_few = 2 * few_group(3);  // rows
+constexpr int few_group(int quads) { return quads == 4 ? 5 : quads == 3 ? 7 : 14; }
+constexpr int most_few = 16;  // rows
 
 // Blocks of `quads` quads from output o and element k on, times the inputs at x.
 template <int rows, int quads, typename Weights>
@@ -103,7 +103,7 @@ void few(const Product<Weights>& p, int threads) {
   } else if (p.rows <= few_group(2)) {
     few_quads<2, 1>(p, threads);
   } else {
-    few_quads<3, 2>(p, threads);
+    few_quads<2, 2>(p, threads);
   }
 }
 
