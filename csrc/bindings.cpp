@@ -20,6 +20,7 @@
 #include "core/isa.h"
 #include "core/python_tensor.h"
 #include "linear/linear.h"
+#include "linear/pack_blocks.h"
 #include "linear/pack_weight.h"
 #include "linear/packed_linear.h"
 #include "linear/unpack_rows.h"
@@ -165,8 +166,8 @@ void linear(Object input, Object weight, Object bias, Object output, int64_t han
   run_linear(params);
 }
 
-PackedWeight packed_weight(Object data, const std::string& format, int64_t out, int64_t in) {
-  return {weight_format(format), out, in, tensor(data, "packed")};
+PackedWeight packed_weight(Object data, const std::string& format, const std::string& kind, int64_t out, int64_t in) {
+  return {weight_format(format), arithmetic(kind), out, in, tensor(data, "packed")};
 }
 
 int64_t bytes_when_packed(Object weight, const std::string& format, int64_t threads) {
@@ -179,27 +180,39 @@ int64_t bytes_when_packed(Object weight, const std::string& format, int64_t thre
 void pack_weight(Object weight, const std::string& format, Object packed, int64_t handle) {
   PackWeightParams params{{}, tensor(weight, "weight"), {}};
   check_shape(params.weight, {-1, -1}, "[out, in]");
-  params.packed = packed_weight(packed, format, params.weight.shape[0], params.weight.shape[1]);
+  params.packed = packed_weight(packed, format, "exact", params.weight.shape[0], params.weight.shape[1]);
   params.launch = launch_on({&params.weight, &params.packed.data}, handle);
   check_pack_weight(params);
   py::gil_scoped_release unlocked;
   run_pack_weight(params);
 }
 
-void unpack_rows(Object packed, const std::string& format, int64_t out, int64_t in, Object rows, Object output,
-                 int64_t handle) {
-  UnpackRowsParams params{{}, packed_weight(packed, format, out, in), tensor(rows, "rows"), tensor(output, "output")};
+void pack_blocks(Object blocks, const std::string& format, const std::string& kind, Object packed, int64_t handle) {
+  PackBlocksParams params{{}, tensor(blocks, "blocks"), {}};
+  check_shape(params.blocks, {-1, -1}, "[out, bytes of a row]");
+  const int64_t in = weights_of_blocks(params.blocks.shape[1], weight_format(format));
+  params.packed = packed_weight(packed, format, kind, params.blocks.shape[0], in);
+  params.launch = launch_on({&params.blocks, &params.packed.data}, handle);
+  check_pack_blocks(params);
+  py::gil_scoped_release unlocked;
+  run_pack_blocks(params);
+}
+
+void unpack_rows(Object packed, const std::string& format, const std::string& kind, int64_t out, int64_t in,
+                 Object rows, Object output, int64_t handle) {
+  UnpackRowsParams params{
+      {}, packed_weight(packed, format, kind, out, in), tensor(rows, "rows"), tensor(output, "output")};
   params.launch = launch_on({&params.packed.data, &params.rows, &params.output}, handle);
   check_unpack_rows(params);
   py::gil_scoped_release unlocked;
   run_unpack_rows(params);
 }
 
-void packed_linear(Object input, Object packed, const std::string& format, int64_t out, Object bias, Object output,
-                   int64_t handle) {
+void packed_linear(Object input, Object packed, const std::string& format, const std::string& kind, int64_t out,
+                   Object bias, Object output, int64_t handle) {
   PackedLinearParams params{{}, tensor(input, "input"), {}, {}, tensor(output, "output")};
   if (params.input.dims < 1) fail("input: expected shape [..., in], got []");
-  params.weight = packed_weight(packed, format, out, params.input.shape[params.input.dims - 1]);
+  params.weight = packed_weight(packed, format, kind, out, params.input.shape[params.input.dims - 1]);
   if (!bias.is_none()) params.bias = tensor(bias, "bias");
   params.launch = launch_on({&params.input, &params.weight.data, &params.bias, &params.output}, handle);
   check_packed_linear(params);
@@ -317,6 +330,13 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
   m.def("linear", &specbranch::linear);
   m.def("packed_bytes", &specbranch::bytes_when_packed);
   m.def("pack_weight", &specbranch::pack_weight);
+  m.def("weights_of_blocks", [](int64_t row_bytes, const std::string& format) {
+    return specbranch::weights_of_blocks(row_bytes, specbranch::weight_format(format));
+  });
+  m.def("packed_blocks_bytes", [](int64_t out, int64_t in, const std::string& format, const std::string& kind) {
+    return specbranch::packed_blocks_bytes(out, in, specbranch::weight_format(format), specbranch::arithmetic(kind));
+  });
+  m.def("pack_blocks", &specbranch::pack_blocks);
   m.def("unpack_rows", &specbranch::unpack_rows);
   m.def("packed_linear", &specbranch::packed_linear);
 #endif

@@ -27,12 +27,14 @@ Isa best_isa() {
   // Not named by older compilers' __builtin_cpu_supports: leaf 7, bit 5 of EAX of its second part.
   unsigned a = 0, b = 0, c = 0, d = 0;
   const bool dot_products = __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 5 & 1) != 0;
-  if (avx512 && dot_products && __builtin_cpu_supports("avx512vbmi2")) return Isa::bf16;
+  const bool bytes = __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                     __builtin_cpu_supports("avx512vnni");
+  if (avx512 && dot_products && bytes) return Isa::bf16;
   if (avx512) return Isa::avx512;
   if (avx2) return Isa::avx2;
 #elif defined(SPECBRANCH_ARM_BF16) && defined(__linux__)
-  constexpr unsigned long bf16_bit = 1ul << 14;  // HWCAP2_BF16
-  if ((getauxval(AT_HWCAP2) & bf16_bit) != 0) return Isa::bf16;
+  constexpr unsigned long bf16_bit = 1ul << 14, dot_bit = 1ul << 20;  // HWCAP2_BF16, HWCAP_ASIMDDP
+  if ((getauxval(AT_HWCAP2) & bf16_bit) != 0 && (getauxval(AT_HWCAP) & dot_bit) != 0) return Isa::bf16;
 #endif
   return Isa::baseline;
 }

@@ -45,8 +45,9 @@ std::vector<int64_t> raw_runs(const Tensor& weight, [[maybe_unused]] int threads
 
 }  // namespace
 
-int64_t packed_bytes(const Tensor& weight, WeightFormat, int threads) {
+int64_t packed_bytes(const Tensor& weight, WeightFormat format, int threads) {
   check_weight(weight);
+  if (format != WeightFormat::lossless) fail("format: expected lossless: other formats round, see quantize_weight");
   int64_t raw = 0;
   for (const int64_t count : raw_runs(weight, threads)) raw += count;
   return Lossless{weight.shape[0], weight.shape[1]}.raw_offset() + raw * Lossless::raw_bytes;

@@ -1,12 +1,25 @@
 #include "linear/packed_weight.h"
 
 #include "linear/lossless.h"
+#include "linear/packed_blocks.h"
 
 namespace specbranch {
 
 WeightFormat weight_format(const std::string& name) {
   if (name == "lossless") return WeightFormat::lossless;
-  fail("format: expected lossless, got " + name);
+  if (name == "q8_0") return WeightFormat::q8_0;
+  if (name == "q4_0") return WeightFormat::q4_0;
+  if (name == "q4_k") return WeightFormat::q4_k;
+  if (name == "q5_0") return WeightFormat::q5_0;
+  if (name == "q5_k") return WeightFormat::q5_k;
+  if (name == "q6_k") return WeightFormat::q6_k;
+  fail("format: expected one of lossless, q8_0, q4_0, q4_k, q5_0, q5_k, q6_k, got " + name);
+}
+
+Arithmetic arithmetic(const std::string& name) {
+  if (name == "exact") return Arithmetic::exact;
+  if (name == "fast") return Arithmetic::fast;
+  fail("arithmetic: expected exact or fast, got " + name);
 }
 
 void check_packed(const PackedWeight& weight) {
@@ -15,7 +28,18 @@ void check_packed(const PackedWeight& weight) {
   check_contiguous(weight.data);
   if (weight.data.device != cpu_device) fail("packed: expected a tensor on the CPU");
   if (weight.out < 0 || weight.in < 0) fail("packed: expected a shape of two sizes of at least 0");
-  const int64_t least = Lossless{weight.out, weight.in}.raw_offset();
+  int64_t least = 0;
+  if (weight.format == WeightFormat::lossless) {
+    if (weight.arithmetic != Arithmetic::exact) fail("arithmetic: expected exact for lossless weights, got fast");
+    least = Lossless{weight.out, weight.in}.raw_offset();
+  } else {
+    const PackedBlocks layout(weight);
+    if (weight.in % layout.format.weights != 0) {
+      fail("packed: expected a multiple of " + std::to_string(layout.format.weights) + " weights in a row, got " +
+           std::to_string(weight.in));
+    }
+    least = layout.bytes();
+  }
   if (weight.data.shape[0] < least) {
     fail("packed: expected at least " + std::to_string(least) + " bytes for [" + std::to_string(weight.out) + ", " +
          std::to_string(weight.in) + "], got " + std::to_string(weight.data.shape[0]));

@@ -1,4 +1,4 @@
-// A weight in fewer bytes, and the formats that there are.
+// A weight in fewer bytes, and the formats and arithmetics that there are.
 #pragma once
 
 #include <string>
@@ -7,13 +7,20 @@
 
 namespace specbranch {
 
-enum class WeightFormat { lossless };  // linear/lossless.h
+// lossless: linear/lossless.h. The others: blocks as GGUF files have them, linear/block_format.h.
+enum class WeightFormat { lossless, q8_0, q4_0, q4_k, q5_0, q5_k, q6_k };
 
-// Throws std::invalid_argument for a name that is none.
+// What a product over packed weights computes. exact: bit for bit what `linear` gives for the weight unpacked to
+// bfloat16. fast: inputs are rounded to 8 bits, and integers are multiplied (linear/cpu/fast.h).
+enum class Arithmetic { exact, fast };
+
+// Both throw std::invalid_argument for a name that is none.
 WeightFormat weight_format(const std::string& name);
+Arithmetic arithmetic(const std::string& name);
 
 struct PackedWeight {
   WeightFormat format = WeightFormat::lossless;
+  Arithmetic arithmetic = Arithmetic::exact;
   int64_t out = 0, in = 0;
   Tensor data;  // uint8 [bytes], contiguous, aligned to 64 bytes
 };

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "linear/lossless.h"
+#include "linear/packed_blocks.h"
 
 namespace specbranch {
 
@@ -23,21 +24,32 @@ void check_unpack_rows(const UnpackRowsParams& p) {
   }
 }
 
-void run_unpack_rows(const UnpackRowsParams& p) {
-  const Lossless layout{p.packed.out, p.packed.in};
+namespace {
+
+template <typename Layout>
+void unpack(const UnpackRowsParams& p, const Layout& layout) {
   const uint8_t* const data = p.packed.data.as<const uint8_t>();
   const bool small = p.output.shape[0] * p.packed.in < (int64_t{1} << 18);
   [[maybe_unused]] const int threads = small ? 1 : std::max(p.launch.threads, 1);
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < p.rows.shape[0]; ++i) {
     Bfloat16* const to = p.output.as<Bfloat16>() + i * p.packed.in;
-    for (int64_t k = 0; k < p.packed.in; k += Lossless::run) {
-      Bfloat16 weights[Lossless::run];
-      layout.decode(data, p.rows.as<const int64_t>()[i], k / Lossless::run, weights);
-      const int64_t count = std::min<int64_t>(Lossless::run, p.packed.in - k);
+    for (int64_t k = 0; k < p.packed.in; k += Layout::run) {
+      Bfloat16 weights[Layout::run];
+      layout.decode(data, p.rows.as<const int64_t>()[i], k / Layout::run, weights);
+      const int64_t count = std::min<int64_t>(Layout::run, p.packed.in - k);
       memcpy(to + k, weights, static_cast<size_t>(count) * sizeof(Bfloat16));
     }
   }
+}
+
+}  // namespace
+
+void run_unpack_rows(const UnpackRowsParams& p) {
+  if (p.packed.format == WeightFormat::lossless) return unpack(p, Lossless{p.packed.out, p.packed.in});
+  with_block_format(p.packed.format, [&](auto format) {
+    unpack(p, PackedBlocks(format, width_of(p.packed.arithmetic), p.packed.out, p.packed.in));
+  });
 }
 
 }  // namespace specbranch

@@ -11,6 +11,7 @@ from .draft_sample import DraftSample, draft_sample
 from .gumbel_noise import gumbel_noise
 from .kv_commit import kv_commit
 from .linear import linear
+from .pack_blocks import pack_blocks
 from .pack_weight import pack_weight
 from .packed_linear import packed_linear
 from .tree_attention import tree_attention
@@ -28,6 +29,7 @@ __all__ = [
     "gumbel_noise",
     "kv_commit",
     "linear",
+    "pack_blocks",
     "pack_weight",
     "packed_linear",
     "tree_attention",

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..packed import FORMATS, PackedWeight
+from ..packed import PackedWeight
 from . import _library
 from ._checks import checked
 
@@ -14,7 +14,7 @@ def pack_weight(weight: Tensor, format: str = "lossless") -> PackedWeight:
 
     Args:
         weight: bfloat16 [out, in] on the CPU, last dimension contiguous. It is only read.
-        format: see PackedWeight.
+        format: "lossless".
 
     Returns:
         The packed weight, in memory of its own.
@@ -22,8 +22,8 @@ def pack_weight(weight: Tensor, format: str = "lossless") -> PackedWeight:
     Raises:
         ValueError: the weight has another shape, dtype, stride or device, or there is no such format.
     """
-    if format not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if format != "lossless":
+        raise ValueError(f"format: expected lossless, got {format!r}; quantize_weight rounds to others")
     threads = torch.get_num_threads()
     data = torch.empty(_library.core.packed_bytes(weight, format, threads), dtype=torch.uint8)
     _library.core.pack_weight(weight, format, data, threads)

@@ -8,21 +8,23 @@ from ._checks import checked, describe
 from ._library import register
 
 
-def _output(packed: Tensor, format: str, size_out: int, size_in: int, rows: Tensor) -> Tensor:
+def _output(packed: Tensor, format: str, arithmetic: str, size_out: int, size_in: int, rows: Tensor) -> Tensor:
     if rows.dim() != 1:
         raise ValueError(f"rows: expected shape [n], got {describe(rows)}")
     return packed.new_empty((rows.shape[0], size_in), dtype=torch.bfloat16)
 
 
-_op = register("unpack_rows(Tensor packed, str format, int size_out, int size_in, Tensor rows) -> Tensor", _output)
+_op = register(
+    "unpack_rows(Tensor packed, str format, str arithmetic, int size_out, int size_in, Tensor rows) -> Tensor", _output
+)
 
 
 @checked
 def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
-    """Rows of a packed weight, bit for bit those that were packed: an embedding's look-up.
+    """Rows of a packed weight, bit for bit those that were packed (of blocks: in bfloat16): an embedding's look-up.
 
     Args:
-        weight: what `pack_weight` returned.
+        weight: what `pack_weight` or `pack_blocks` returned.
         rows: int64 [n], contiguous, numbers of rows in any order.
 
     Returns:
@@ -31,5 +33,5 @@ def unpack_rows(weight: PackedWeight, rows: Tensor) -> Tensor:
     Raises:
         ValueError: a tensor has another shape, dtype or device, or there is no such row.
     """
-    output: Tensor = _op(weight.data, weight.format, *weight.shape, rows)
+    output: Tensor = _op(weight.data, weight.format, weight.arithmetic, *weight.shape, rows)
     return output

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..packed import PackedWeight
+from .blocks import FORMATS, parse, width_of
 
 RUN, HALF, QUAD, PAGE = 32, 16, 4, 16  # weights of a run and of half of one, outputs of a quad, lines of a page
 TOPS, LINE = 64, 192  # bytes of a page's tops and of a line
@@ -11,8 +12,11 @@ RAW, ZERO = 255, 15  # the top of a run that is kept raw; the code of exponent 0
 
 
 def unpack_weight(weight: PackedWeight) -> Tensor:
-    """All rows of a packed weight, bfloat16 [out, in]; see csrc/linear/lossless.h for how they lie."""
+    """All rows of a packed weight, bfloat16 [out, in]; csrc/linear/lossless.h and packed_blocks.h say how they lie."""
     size_out, size_in = weight.shape
+    if weight.format in FORMATS:
+        blocks = FORMATS[weight.format]
+        return parse(weight.data, blocks, width_of(weight.arithmetic), size_out, size_in).weight(blocks)
     lines, quads = -(-size_in // RUN), -(-size_out // QUAD)
     pages = -(-lines // PAGE)
     quad_bytes = pages * TOPS + lines * LINE

@@ -61,7 +61,7 @@ def bad_calls() -> dict[str, object]:
         "weight: expected bfloat16, got float32": lambda: pack_weight(weight.float()),
         r"weight: expected shape \[out, in\]": lambda: pack_weight(weight[0]),
         "weight: expected stride 1": lambda: pack_weight(weight.T),
-        "format: expected one of lossless, got 'int3'": lambda: pack_weight(weight, "int3"),
+        "format: expected lossless, got 'q8_0'": lambda: pack_weight(weight, "q8_0"),
         "rows: expected numbers from 0 to 3, got 4": lambda: unpack_rows(packed, torch.tensor([1, 4])),
         "rows: expected int64": lambda: unpack_rows(packed, torch.tensor([1], dtype=torch.int32)),
     }
@@ -76,5 +76,5 @@ def test_bad_input(message: str) -> None:
 def test_registration() -> None:
     packed = pack_weight(make(12, 40))
     torch.library.opcheck(
-        torch.ops.specbranch.unpack_rows.default, (packed.data, "lossless", 12, 40, torch.tensor([3, 1]))
+        torch.ops.specbranch.unpack_rows.default, (packed.data, "lossless", "exact", 12, 40, torch.tensor([3, 1]))
     )

@@ -72,7 +72,9 @@ def test_bad_input(message: str) -> None:
 def test_registration() -> None:
     packed = pack_weight(make(12, 40).nan_to_num(0, 0, 0))
     input = torch.randn(5, 40).bfloat16()
-    torch.library.opcheck(torch.ops.specbranch.packed_linear.default, (input, packed.data, "lossless", 12, None))
+    torch.library.opcheck(
+        torch.ops.specbranch.packed_linear.default, (input, packed.data, "lossless", "exact", 12, None)
+    )
 
 
 def test_compile() -> None:

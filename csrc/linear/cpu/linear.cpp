@@ -12,6 +12,7 @@
 #include "core/bits.h"
 #include "core/cpu/memory.h"
 #include "core/cpu/simd.h"
+#include "linear/cpu/fast.h"
 #include "linear/cpu/parallel.h"
 #include "linear/cpu/unpacked.h"
 
@@ -300,6 +301,7 @@ void linear(const LinearParams& p) {
 }
 
 void packed_linear(const PackedLinearParams& params) {
+  if (params.weight.arithmetic == Arithmetic::fast) return fast(params);
   for_unpacked(params, [&](const Bfloat16* weights, int64_t stride, int64_t begin, int64_t count) {
     Problem<Bfloat16> p{};
     p.input = params.input.as<const Bfloat16>();

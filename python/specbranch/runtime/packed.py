@@ -45,18 +45,20 @@ class _Packed(nn.Module):
     def __init__(self, weight: PackedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.register_buffer("packed", weight.data)
-        self.format, self.shape = weight.format, weight.shape
+        self.format, self.arithmetic, self.shape = weight.format, weight.arithmetic, weight.shape
         self.bias = bias
 
     def extra_repr(self) -> str:
-        return f"shape={self.shape}, format={self.format!r}, bias={self.bias is not None}"
+        return (
+            f"shape={self.shape}, format={self.format!r}, arithmetic={self.arithmetic!r}, bias={self.bias is not None}"
+        )
 
 
 class PackedLinear(_Packed):
     """nn.Linear over a packed weight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        output: Tensor = _multiply(input, self.packed, self.format, self.shape[0], self.bias)
+        output: Tensor = _multiply(input, self.packed, self.format, self.arithmetic, self.shape[0], self.bias)
         return output
 
 
@@ -64,7 +66,7 @@ class PackedEmbedding(_Packed):
     """nn.Embedding over the packed weight of the output layer that it shares."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows: Tensor = _rows(self.packed, self.format, *self.shape, input.flatten())
+        rows: Tensor = _rows(self.packed, self.format, self.arithmetic, *self.shape, input.flatten())
         return rows.view(*input.shape, self.shape[1])
 
 

@@ -28,12 +28,12 @@ struct ManyTile {
   bool last() const { return k_end == product.in; }
 
   template <int rows>
-  void begin(Sums (&sums)[rows * many_quads], const float* waiting) const {
+  __attribute__((always_inline)) void begin(Sums (&sums)[rows * many_quads], const float* waiting) const {
 #pragma GCC unroll 32
     for (int i = 0; i < rows * many_quads; ++i) sums[i] = first() ? no_sums() : load_sums(waiting + i * sums_size);
   }
   template <int rows>
-  void end(const Sums (&sums)[rows * many_quads], float* waiting, int64_t row) const {
+  __attribute__((always_inline)) void end(const Sums (&sums)[rows * many_quads], float* waiting, int64_t row) const {
     if (last()) return product.template finish<rows, many_quads>(sums, row, o);
 #pragma GCC unroll 32
     for (int i = 0; i < rows * many_quads; ++i) store_sums(waiting + i * sums_size, sums[i]);

@@ -28,9 +28,13 @@ struct Product {
 
   // Rows from `row` on have their sums, `quads` of them each from output o on; outputs beyond the last are left out.
   template <int count, int quads>
-  void finish(const Sums (&sums)[count * quads], int64_t row, int64_t o) const {
+  __attribute__((always_inline)) void finish(const Sums (&sums)[count * quads], int64_t row, int64_t o) const {
     float totals[quad * (divide_up(count * quads, 4) * 4)];
-    store_totals(sums, totals);
+    // A copy: of an array whose elements are taken by number the compiler stores each when it changes.
+    Sums last[count * quads];
+#pragma GCC unroll 64
+    for (int i = 0; i < count * quads; ++i) last[i] = sums[i];
+    store_totals(last, totals);
     const int64_t outputs = std::min<int64_t>(quads * quad, out - o);
     for (int r = 0; r < count; ++r) {
       store_outputs(output + (row + r) * stride + o, totals + r * quads * quad, bias == nullptr ? nullptr : bias + o,

@@ -67,7 +67,7 @@ inline void read_rows(const Bfloat16* row, int64_t stride, Block (&blocks)[read_
 // The four outputs' totals, sums after sums: (0 + 1) + (2 + 3) of an output's. Writes whole vectors: 16 floats for up
 // to four sums.
 template <int count>
-inline void store_totals(const Sums (&sums)[count], float* totals) {
+__attribute__((always_inline)) inline void store_totals(const Sums (&sums)[count], float* totals) {
   const auto halves = [](Sums a, Sums b) {
     return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
   };
@@ -75,8 +75,8 @@ inline void store_totals(const Sums (&sums)[count], float* totals) {
   constexpr int last = count - 1;
 #pragma GCC unroll 8
   for (int i = 0; i < count; i += 4) {
-    const Sums &a = sums[i], &b = sums[i + 1 < last ? i + 1 : last];
-    const Sums &c = sums[i + 2 < last ? i + 2 : last], &d = sums[i + 3 < last ? i + 3 : last];
+    const Sums a = sums[i], b = sums[i + 1 < last ? i + 1 : last];
+    const Sums c = sums[i + 2 < last ? i + 2 : last], d = sums[i + 3 < last ? i + 3 : last];
     _mm512_storeu_ps(totals + quad * i, _mm512_permutexvar_ps(order, halves(halves(a, b), halves(c, d))));
   }
 }
@@ -151,7 +151,7 @@ inline void read_rows(const Bfloat16* row, int64_t stride, Block (&blocks)[read_
 
 // The four outputs' totals, sums after sums.
 template <int count>
-inline void store_totals(const Sums (&sums)[count], float* totals) {
+__attribute__((always_inline)) inline void store_totals(const Sums (&sums)[count], float* totals) {
   for (int i = 0; i < count; ++i) vst1q_f32(totals + quad * i, sums[i]);
 }
 

@@ -1,0 +1,258 @@
+// Blocks of weights in the exact arithmetic: decoded to the bfloat16 values that `linear` would read, a part of 16
+// outputs at a time, which stays in the first-level cache while all rows meet it.
+#pragma once
+
+#include <atomic>
+
+#include "core/cpu/memory.h"
+#include "linear/cpu/bf16/many.h"
+#include "linear/packed_blocks.h"
+#include "linear/packed_linear.h"
+
+namespace specbranch {
+inline namespace SPECBRANCH_ISA {
+
+#if defined(__AVX512BF16__)
+
+constexpr int64_t decoded_in = 512;        // elements of `in` that are decoded at once, whole blocks
+constexpr int64_t most_blocks_rows = 256;  // rows per pass
+
+// Four outputs' weights of one run.
+template <WeightFormat format>
+struct QuadDecoder {
+  static constexpr BlockFormat blocks = block_format(format);
+  static constexpr int page_runs = 8, halves = PackedBlocks::run / blocks.scaled;
+
+  // The scales of a page of up to eight runs: [run, half, output], and the minima [run, output].
+  struct Page {
+    alignas(64) float scale[page_runs * halves * quad], minimum[page_runs * quad];
+  };
+
+  __attribute__((always_inline)) static void read_page(const PackedBlocks& layout, const uint8_t* group, int64_t first,
+                                                       int64_t runs, Page& page) {
+    if constexpr (blocks.nested()) {
+      const uint8_t* const head = group + first / page_runs * layout.head_bytes();
+      const auto of_quad = [&](int64_t offset) {
+        __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(head + offset));
+        return _mm512_broadcast_f32x4(_mm_cvtph_ps(bits));
+      };
+      const __m512 d = of_quad(0);
+      const uint8_t* const bytes = head + layout.d_bytes();
+      if constexpr (blocks.minimum) {
+        // A run's four scales, then its four minima.
+        const __m512 dmin = of_quad(2 * quad);
+        const __m512 both = _mm512_mask_blend_ps(0xF0F0, d, dmin);
+        for (int i = 0; i < 4; ++i) {
+          const __m128i two = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * i));
+          const __m512 v = _mm512_mul_ps(both, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(two)));
+          _mm_store_ps(page.scale + 8 * i, _mm512_castps512_ps128(v));
+          _mm_store_ps(page.minimum + 8 * i, _mm512_extractf32x4_ps(v, 1));
+          _mm_store_ps(page.scale + 8 * i + 4, _mm512_extractf32x4_ps(v, 2));
+          _mm_store_ps(page.minimum + 8 * i + 4, _mm512_extractf32x4_ps(v, 3));
+        }
+      } else {
+        for (int i = 0; i < 4; ++i) {
+          const __m128i scales = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + 16 * i));
+          _mm512_store_ps(page.scale + 16 * i, _mm512_mul_ps(d, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(scales))));
+        }
+      }
+    } else {
+      for (int64_t i = 0; i < runs; ++i) {
+        const __m128i d = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group + (first + i) * layout.head_bytes()));
+        _mm_store_ps(page.scale + quad * i, _mm_cvtph_ps(d));
+      }
+    }
+  }
+
+  // Run n, the i-th of its page: four blocks, `tile_step` apart.
+  __attribute__((always_inline)) static void decode(const PackedBlocks& layout, const uint8_t* group, int64_t n,
+                                                    int64_t i, const Page& page, Bfloat16* to) {
+    const uint8_t* const codes = group + layout.codes_offset() + n * layout.codes_bytes();
+    const uint8_t* const tops = group + layout.tops_offset() + n * layout.tops_bytes();
+    if constexpr (blocks.bits <= 5) {
+      __m512i low[2], high[2];
+      read_table(page, i, 0, low[0], high[0]);
+      if constexpr (blocks.bits == 5) read_table(page, i, 16, low[1], high[1]);
+      const __m512i both = _mm512_load_si512(codes), mask = _mm512_set1_epi8(15);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const __m512i code = _mm512_and_si512(h == 0 ? both : _mm512_srli_epi16(both, 4), mask);
+        __m512i l = _mm512_shuffle_epi8(low[0], code), u = _mm512_shuffle_epi8(high[0], code);
+        if constexpr (blocks.bits == 5) {
+          uint64_t bits;
+          memcpy(&bits, tops + 8 * h, sizeof bits);
+          l = _mm512_mask_blend_epi8(bits, l, _mm512_shuffle_epi8(low[1], code));
+          u = _mm512_mask_blend_epi8(bits, u, _mm512_shuffle_epi8(high[1], code));
+        }
+        store_block(to + 2 * h * tile_step, _mm512_unpacklo_epi8(l, u));
+        store_block(to + (2 * h + 1) * tile_step, _mm512_unpackhi_epi8(l, u));
+      }
+    } else {
+      __m512 scale[2];
+      if constexpr (halves == 1) read_scales(page.scale + quad * i, scale);
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        if constexpr (halves == 2) read_scales(page.scale + quad * (2 * i + h), scale);
+        __m512i code;
+        if constexpr (blocks.bits == 6) {
+          const __m512i both = _mm512_load_si512(codes);
+          const __m512i two = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tops)));
+          const __m512i moved = h == 0 ? _mm512_sllv_epi64(two, _mm512_set_epi64(2, 2, 2, 2, 4, 4, 4, 4))
+                                       : _mm512_srlv_epi64(two, _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0));
+          const __m512i nibbles = h == 0 ? both : _mm512_srli_epi16(both, 4);
+          code = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
+          code = _mm512_or_si512(code, _mm512_and_si512(moved, _mm512_set1_epi8(48)));
+          code = _mm512_sub_epi8(code, _mm512_set1_epi8(blocks.zero));
+        } else {
+          code = _mm512_load_si512(codes + 64 * h);
+        }
+        const auto weights = [&](__m128i four, __m512 by) {
+          return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(four)), by);
+        };
+        const __m512 a = weights(_mm512_castsi512_si128(code), scale[0]);
+        const __m512 b = weights(_mm512_extracti32x4_epi32(code, 1), scale[1]);
+        const __m512 c = weights(_mm512_extracti32x4_epi32(code, 2), scale[0]);
+        const __m512 d = weights(_mm512_extracti32x4_epi32(code, 3), scale[1]);
+        store_block(to + 2 * h * tile_step, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        store_block(to + (2 * h + 1) * tile_step, (__m512i)_mm512_cvtne2ps_pbh(d, c));
+      }
+    }
+  }
+
+ private:
+  // The 16 weights that codes from `first` on stand for, of each output in 16 bytes: their lower and upper bytes.
+  __attribute__((always_inline)) static void read_table(const Page& page, int64_t i, int first, __m512i& low,
+                                                        __m512i& high) {
+    const __m512 count = _mm512_add_ps(_mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                       _mm512_set1_ps(static_cast<float>(first - blocks.zero)));
+    const auto of_output = [&](int o) {
+      const __m512 product = _mm512_mul_ps(count, _mm512_set1_ps(page.scale[quad * i + o]));  // exact
+      return blocks.minimum ? _mm512_sub_ps(product, _mm512_set1_ps(page.minimum[quad * i + o])) : product;
+    };
+    const __m512i a = (__m512i)_mm512_cvtne2ps_pbh(of_output(1), of_output(0));
+    const __m512i b = (__m512i)_mm512_cvtne2ps_pbh(of_output(3), of_output(2));
+    const __m512i even =
+        _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88,
+                        86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40,
+                        38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    low = _mm512_permutex2var_epi8(a, even, b);
+    high = _mm512_permutex2var_epi8(a, _mm512_or_si512(even, _mm512_set1_epi8(1)), b);
+  }
+
+  // Of outputs 0 and 1, and of 2 and 3, each eight times.
+  __attribute__((always_inline)) static void read_scales(const float* four, __m512 (&scale)[2]) {
+    const __m512 all = _mm512_broadcast_f32x4(_mm_load_ps(four));
+    scale[0] = _mm512_permutexvar_ps(_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), all);
+    scale[1] = _mm512_permutexvar_ps(_mm512_set_epi32(3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 2), all);
+  }
+};
+
+template <WeightFormat kind>
+struct BlockWeights {
+  static constexpr WeightFormat format = kind;
+  const uint8_t* data;
+  PackedBlocks layout;
+  int64_t group_bytes = layout.group_bytes();
+};
+
+// The elements [k, k_end) of 16 outputs from o on, to [blocks, quads, a block]. next: the tile that is asked for
+// meanwhile.
+template <WeightFormat format>
+__attribute__((noinline)) void decode_tile(const BlockWeights<format>& weights, int64_t o, int64_t k, int64_t k_end,
+                                           Bfloat16* to, int64_t next) {
+  using Decoder = QuadDecoder<format>;
+  const PackedBlocks layout(format, quad, weights.layout.out, weights.layout.in);
+  const int64_t runs = layout.runs(), tile_bytes = many_quads * weights.group_bytes;
+  const int64_t lines = tile_bytes / PackedBlocks::line;
+  const uint8_t* const ahead = weights.data + next / quad * weights.group_bytes;
+  for (int64_t n = k / PackedBlocks::run; n < k_end / PackedBlocks::run; n += Decoder::page_runs) {
+    const int64_t count = std::min<int64_t>(Decoder::page_runs, k_end / PackedBlocks::run - n);
+    for (int q = 0; q < many_quads; ++q) {
+      const uint8_t* const group = weights.data + (o / quad + q) * weights.group_bytes;
+      typename Decoder::Page page;
+      Decoder::read_page(layout, group, n, count, page);
+      // The same share of the next tile as this is of its own.
+      const int64_t first = (n * many_quads + q * count) * lines / (runs * many_quads);
+      const int64_t last = (n * many_quads + (q + 1) * count) * lines / (runs * many_quads);
+      for (int64_t i = first; i < last; ++i) __builtin_prefetch(ahead + i * PackedBlocks::line, 0, 2);
+      Bfloat16* const decoded = to + (n * PackedBlocks::run - k) / block_in * tile_step + q * block_size;
+      for (int64_t i = 0; i < count; ++i) {
+        Decoder::decode(layout, group, n + i, i, page, decoded + i * (PackedBlocks::run / block_in) * tile_step);
+      }
+    }
+  }
+}
+
+// Rows [row, row + rows) times a decoded part of `in`; the sums wait in between.
+template <int rows, typename Weights>
+__attribute__((noinline)) void multiply_decoded(const ManyTile<Weights>& tile, float* waiting, const Bfloat16* x,
+                                                int64_t row) {
+  Sums sums[rows * many_quads];
+  tile.template begin<rows>(sums, waiting);
+  const Bfloat16* packed = tile.packed;
+  for (int64_t k = tile.k; k < tile.k_end; k += block_in) {
+    add_packed<rows>(sums, packed, x);
+    packed += tile_step;
+    x += rows * block_in;
+  }
+  tile.template end<rows>(sums, waiting, row);
+}
+
+template <typename Weights>
+void blocks_product(const Product<Weights>& p, int threads) {
+  thread_local Buffer<Bfloat16> scratch;
+  thread_local Buffer<float> scratch_sums;
+  const int64_t groups = divide_up(p.rows, most_group);
+  const int64_t tile_size = many_outputs * decoded_in, sums_of_row = many_quads * sums_size;
+  Bfloat16* const inputs = scratch.at_least(p.rows * p.in + 32 + threads * tile_size);
+  Bfloat16* const decoded = inputs + divide_up(p.rows * p.in, 32) * 32;
+  float* const sums = scratch_sums.at_least(threads * p.rows * sums_of_row);
+#pragma omp parallel for schedule(static) num_threads(threads) if (p.rows * p.in > 65536)
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t row = group_begin(p.rows, groups, g);
+    pack_inputs(p, inputs + row * p.in, row, group_begin(p.rows, groups, g + 1) - row);
+  }
+  // As for few rows: long panels read memory in long runs, short ones keep the threads busy to the end.
+  const int64_t tiles = std::max<int64_t>(1, std::min<int64_t>(6, p.out / (32 * threads * many_outputs)));
+  const int64_t panel = tiles * many_outputs;
+  std::atomic<int64_t> next_panel{0}, next_thread{0};
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t thread = next_thread++;
+    Bfloat16* const packed = decoded + thread * tile_size;
+    float* const all_sums = sums + thread * p.rows * sums_of_row;
+    int64_t begin = next_panel++ * panel;
+    while (begin < p.out) {
+      const int64_t following = next_panel++ * panel, end = std::min(begin + panel, p.out);
+      for (int64_t o = begin; o < end; o += many_outputs) {
+        const int64_t after = o + many_outputs < end ? o + many_outputs : following, next = after < p.out ? after : o;
+        for (int64_t k = 0; k == 0 || k < p.in; k += decoded_in) {
+          const ManyTile<Weights> tile{p, o, k, std::min(k + decoded_in, p.in), packed};
+          decode_tile(p.weights, o, tile.k, tile.k_end, packed, next);
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t row = group_begin(p.rows, groups, g), rows = group_begin(p.rows, groups, g + 1) - row;
+            with_rows<most_group>(rows, [&](auto count) {
+              multiply_decoded<count>(tile, all_sums + row * sums_of_row, inputs + row * p.in + k * rows, row);
+            });
+          }
+        }
+      }
+      begin = following;
+    }
+  }
+}
+
+inline void run_blocks(const PackedLinearParams& params) {
+  const int64_t out = params.weight.out, in = params.weight.in;
+  with_block_format(params.weight.format, [&](auto format) {
+    const BlockWeights<format> weights{params.weight.data.as<const uint8_t>(), PackedBlocks(params.weight)};
+    for_passes(product_of(weights, params, in, out), most_blocks_rows, [&](const Product<BlockWeights<format>>& p) {
+      blocks_product(p, threads_for(p.rows, in, out, params.launch.threads));
+    });
+  });
+}
+
+#endif
+
+}  // namespace SPECBRANCH_ISA
+}  // namespace specbranch

@@ -1,0 +1,353 @@
+// Products over blocks of weights in the fast arithmetic: inputs in 8 bits, products of integers.
+//
+// A row's inputs are rounded 32 at a time: q = round(x (127 / largest)), and their scale is largest / 127. A run of
+// weights, 32 along `in`, with codes c, their zero z, scale s and minimum m, then adds to an output, in float32:
+//   y = fma(float(sum of (c - z) q), s scale, y), for each scale that the run has
+//   y = fma(-m, scale (sum of q), y),             where there are minima
+// Runs come one after the other, so a row has the same bits whatever rows and threads there are, and as integers are
+// exact, at every level. A row with an infinity or NaN gets NaN.
+//
+// 16 outputs lie in the lanes of a register (linear/packed_blocks.h). At every instruction-set level a run's codes are
+// unpacked once for up to `fast_rows` rows.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstring>
+
+#include "core/bits.h"
+#include "core/cpu/memory.h"
+#include "core/cpu/simd.h"
+#include "linear/cpu/parallel.h"
+#include "linear/packed_blocks.h"
+#include "linear/packed_linear.h"
+
+#if defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+namespace specbranch {
+inline namespace SPECBRANCH_ISA {
+
+typedef uint8_t CodeVec __attribute__((vector_size(4 * simd_width)));  // four codes of each output
+typedef uint8_t ByteVec __attribute__((vector_size(simd_width)));
+
+#if defined(__AVX512F__)
+constexpr int fast_rows = 8;
+#else
+constexpr int fast_rows = 4;
+#endif
+constexpr int64_t fast_pass = 256;  // rows, which bounds the scratch memory
+
+// What the codes of a format are made before they are multiplied: signed, where the instructions take signed ones.
+template <WeightFormat format>
+struct FastCodes {
+#if defined(__ARM_FEATURE_DOTPROD)
+  static constexpr bool is_signed = block_format(format).bits == 8;
+#else
+  static constexpr bool is_signed = false;
+#endif
+  static constexpr int zero = block_format(format).zero - (is_signed ? 128 : 0);
+};
+
+// sum + the products of four codes and four inputs (a word of them), in every lane.
+template <int bits>
+inline IntVec add_products(IntVec sum, CodeVec codes, int32_t inputs) {
+#if defined(__AVX512VNNI__)
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(inputs));
+#elif defined(__AVX512BW__)
+  const __m512i x = _mm512_set1_epi32(inputs), c = (__m512i)codes;
+  const auto pairs = [&](__m512i part, short factor) {
+    return _mm512_madd_epi16(_mm512_maddubs_epi16(part, x), _mm512_set1_epi16(factor));
+  };
+  if constexpr (bits < 8) return (IntVec)_mm512_add_epi32((__m512i)sum, pairs(c, 1));
+  // Products of 8 bits would not fit 16.
+  const __m512i low = _mm512_set1_epi8(15);
+  const __m512i upper = pairs(_mm512_and_si512(_mm512_srli_epi16(c, 4), low), 16);
+  return (IntVec)_mm512_add_epi32(_mm512_add_epi32((__m512i)sum, upper), pairs(_mm512_and_si512(c, low), 1));
+#elif defined(__AVX2__)
+  const __m256i x = _mm256_set1_epi32(inputs), c = (__m256i)codes;
+  const auto pairs = [&](__m256i part, short factor) {
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(part, x), _mm256_set1_epi16(factor));
+  };
+  if constexpr (bits < 8) return (IntVec)_mm256_add_epi32((__m256i)sum, pairs(c, 1));
+  const __m256i low = _mm256_set1_epi8(15);
+  const __m256i upper = pairs(_mm256_and_si256(_mm256_srli_epi16(c, 4), low), 16);
+  return (IntVec)_mm256_add_epi32(_mm256_add_epi32((__m256i)sum, upper), pairs(_mm256_and_si256(c, low), 1));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (IntVec)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, vreinterpretq_s8_s32(vdupq_n_s32(inputs)));
+#else
+  for (int i = 0; i < 4; ++i) {
+    const int32_t x = static_cast<int8_t>(static_cast<uint32_t>(inputs) >> 8 * i);
+    sum += (IntVec)((UintVec)codes >> 8 * i & 255u) * x;
+  }
+  return sum;
+#endif
+}
+
+inline FloatVec fused(FloatVec a, FloatVec b, FloatVec c) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (FloatVec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (FloatVec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  for (int i = 0; i < simd_width; ++i) c[i] = std::fma(a[i], b[i], c[i]);
+  return c;
+#endif
+}
+
+// ---- Inputs
+
+// Rows [rows, in] in 8 bits. scales: [rows, runs, 2], a run's scale and that times the sum of its inputs; sums: [rows,
+// in / 16] of inputs.
+struct FastInputs {
+  int64_t in, runs;
+  int8_t* codes;
+  float* scales;
+  int32_t* sums;
+
+  void round_row(const Bfloat16* from, int64_t row) const {
+    constexpr int vectors = PackedBlocks::run / simd_width;
+    for (int64_t n = 0; n < runs; ++n) {
+      FloatVec x[vectors], largest{}, odd{};
+      for (int i = 0; i < vectors; ++i) {
+        x[i] = load(from + n * PackedBlocks::run + i * simd_width);
+        largest = max(largest, (FloatVec)((UintVec)x[i] & 0x7FFFFFFFu));
+        odd += x[i] * broadcast(0.0f);
+      }
+      const float most = reduce_max(largest), check = reduce_sum(odd);
+      const float factor = most < 1e-30f ? 0.0f : 127.0f / most;
+      int8_t* const to = codes + row * in + n * PackedBlocks::run;
+      int32_t sum[2] = {0, 0};
+      for (int i = 0; i < vectors; ++i) {
+        // The sum's last bits are the nearest integer, ties to even.
+        const IntVec whole = (IntVec)(x[i] * broadcast(factor) + broadcast(12582912.0f)) - 0x4B400000;
+        for (int lane = 0; lane < simd_width; ++lane) {
+          const int8_t code = static_cast<int8_t>(whole[lane]);
+          to[i * simd_width + lane] = code;
+          sum[i * simd_width / PackedBlocks::half] += code;
+        }
+      }
+      const float scale = check != check ? check : most < 1e-30f ? 0.0f : most / 127.0f;
+      float* const both = scales + (row * runs + n) * 2;
+      both[0] = scale;
+      both[1] = scale * static_cast<float>(sum[0] + sum[1]);
+      memcpy(sums + (row * runs + n) * 2, sum, sizeof sum);
+    }
+  }
+};
+
+// ---- Tiles
+
+// A run's weights: codes of four elements at a time, and their scales.
+template <WeightFormat format>
+struct FastRun {
+  static constexpr BlockFormat blocks = block_format(format);
+  static constexpr int parts = PackedBlocks::run / 4, halves = PackedBlocks::run / blocks.scaled;
+
+  CodeVec codes[parts];
+  FloatVec scale[halves], minimum;
+
+  __attribute__((always_inline)) void read(const PackedBlocks& layout, const uint8_t* group, int64_t n, int lane) {
+    const uint8_t* const head = group + n / layout.block_runs() * layout.head_bytes();
+    const FloatVec d = half_floats(head + 2 * lane);
+    if constexpr (blocks.nested()) {
+      const uint8_t* const scales = head + layout.d_bytes() + n % layout.block_runs() * layout.scales_bytes() + lane;
+      for (int h = 0; h < halves; ++h) scale[h] = d * byte_floats(scales + h * layout.width);
+      if constexpr (blocks.minimum) {
+        minimum = half_floats(head + 2 * (layout.width + lane)) * byte_floats(scales + halves * layout.width);
+      }
+    } else {
+      scale[0] = d;
+    }
+    const uint8_t* const code = group + layout.codes_offset() + n * layout.codes_bytes() + 4 * lane;
+    const uint8_t* const top = group + layout.tops_offset() + n * layout.tops_bytes() + 4 * lane;
+    constexpr int64_t register_bytes = 64;
+    if constexpr (blocks.bits == 8) {
+#pragma GCC unroll 8
+      for (int i = 0; i < parts; ++i) codes[i] = load_unaligned<CodeVec>(code + i * register_bytes);
+      if constexpr (FastCodes<format>::is_signed) {
+        for (int i = 0; i < parts; ++i) codes[i] ^= 128;
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < parts / 2; ++i) {
+        const UintVec both = load_unaligned<UintVec>(code + i * register_bytes);
+        codes[i] = (CodeVec)(both & 0x0F0F0F0Fu);
+        codes[i + parts / 2] = (CodeVec)(both >> 4 & 0x0F0F0F0Fu);
+      }
+    }
+    if constexpr (blocks.bits == 5) {
+      const UintVec bit = load_unaligned<UintVec>(top);
+#pragma GCC unroll 8
+      for (int i = 0; i < parts; ++i) {
+        codes[i] |= (CodeVec)((i <= 4 ? bit << (4 - i) : bit >> (i - 4)) & 0x10101010u);
+      }
+    }
+    if constexpr (blocks.bits == 6) {
+      const UintVec bits[2] = {load_unaligned<UintVec>(top), load_unaligned<UintVec>(top + register_bytes)};
+#pragma GCC unroll 8
+      for (int i = 0; i < parts; ++i) {
+        const UintVec two = bits[i / 4];
+        const int place = i % 4 * 2;
+        codes[i] |= (CodeVec)((place <= 4 ? two << (4 - place) : two >> (place - 4)) & 0x30303030u);
+      }
+    }
+  }
+
+ private:
+  static FloatVec half_floats(const uint8_t* p) {
+    Float16 halves[simd_width];
+    memcpy(halves, p, sizeof halves);
+    return load(halves);
+  }
+  static FloatVec byte_floats(const uint8_t* p) {
+    const ByteVec bytes = load_unaligned<ByteVec>(p);
+    typedef int8_t SignedVec __attribute__((vector_size(simd_width)));
+    const IntVec wide =
+        blocks.minimum ? __builtin_convertvector(bytes, IntVec) : __builtin_convertvector((SignedVec)bytes, IntVec);
+    return __builtin_convertvector(wide, FloatVec);
+  }
+};
+
+struct FastProduct {
+  PackedBlocks layout;
+  const uint8_t* weights;
+  FastInputs inputs;
+  const Bfloat16* bias;  // [out] or null
+  Bfloat16* output;      // [rows, out]
+  int64_t rows;
+};
+
+// Rounds to nearest, ties to even.
+inline HalfBits rounded(FloatVec y) {
+  const UintVec bits = (UintVec)y;
+  const IntVec nan = (IntVec)((bits & 0x7FFFFFFFu) > 0x7F800000u);
+  const UintVec near = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  return __builtin_convertvector((UintVec)select(nan, broadcast(int32_t{0x7FC0}), (IntVec)near), HalfBits);
+}
+
+// A group's outputs in `rows` rows. next: weights that are asked for meanwhile, as many bytes as a group has.
+template <WeightFormat format, int rows>
+__attribute__((noinline)) void fast_tile(const FastProduct& p, int64_t group, int64_t row, const uint8_t* next) {
+  using Weights = FastRun<format>;
+  const PackedBlocks layout(format, width_of(Arithmetic::fast), p.layout.out, p.layout.in);
+  const uint8_t* const data = p.weights + group * layout.group_bytes();
+  const FastInputs& in = p.inputs;
+  const int64_t runs = in.runs, fetched = runs == 0 ? 0 : divide_up(layout.group_bytes(), runs * PackedBlocks::line);
+  for (int lane = 0; lane < layout.width; lane += simd_width) {
+    FloatVec y[rows] = {};
+    for (int64_t n = 0; n < runs; ++n) {
+      if (lane == 0) {
+        for (int64_t i = 0; i < fetched; ++i) __builtin_prefetch(next + (n * fetched + i) * PackedBlocks::line);
+      }
+      Weights run;
+      run.read(layout, data, n, lane);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const int8_t* const codes = in.codes + (row + r) * in.in + n * PackedBlocks::run;
+        const float* const scales = in.scales + ((row + r) * runs + n) * 2;
+        const int32_t* const sums = in.sums + ((row + r) * runs + n) * 2;
+#pragma GCC unroll 2
+        for (int h = 0; h < Weights::halves; ++h) {
+          constexpr int parts = Weights::parts / Weights::halves;
+          IntVec sum{};
+          if constexpr (FastCodes<format>::zero != 0) {
+            sum = broadcast(-FastCodes<format>::zero * (Weights::halves == 2 ? sums[h] : sums[0] + sums[1]));
+          }
+#pragma GCC unroll 8
+          for (int i = 0; i < parts; ++i) {
+            int32_t inputs;
+            memcpy(&inputs, codes + (h * parts + i) * 4, sizeof inputs);
+            sum = add_products<Weights::blocks.bits>(sum, run.codes[h * parts + i], inputs);
+          }
+          y[r] = fused(__builtin_convertvector(sum, FloatVec), run.scale[h] * broadcast(scales[0]), y[r]);
+        }
+        if constexpr (Weights::blocks.minimum) y[r] = fused(-run.minimum, broadcast(scales[1]), y[r]);
+      }
+    }
+    const int64_t o = group * layout.width + lane, count = std::min<int64_t>(simd_width, layout.out - o);
+    if (count <= 0) return;
+    FloatVec bias{};
+    if (p.bias != nullptr) {
+      Bfloat16 from[simd_width] = {};
+      memcpy(from, p.bias + o, static_cast<size_t>(count) * sizeof(Bfloat16));
+      bias = load(from);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const HalfBits bits = rounded(p.bias == nullptr ? y[r] : y[r] + bias);
+      Bfloat16* const to = p.output + (row + r) * layout.out + o;
+      if (count == simd_width) {
+        store_unaligned(to, bits);
+      } else {
+        memcpy(to, &bits, static_cast<size_t>(count) * sizeof(Bfloat16));
+      }
+    }
+  }
+}
+
+template <WeightFormat format, int rows = fast_rows>
+void fast_tiles(const FastProduct& p, int64_t group, int64_t row, int64_t count, const uint8_t* next) {
+  if constexpr (rows > 1) {
+    if (count < rows) return fast_tiles<format, rows - 1>(p, group, row, count, next);
+  }
+  fast_tile<format, rows>(p, group, row, next);
+}
+
+// ---- The product
+
+template <WeightFormat format>
+void fast_product(FastProduct p, const Bfloat16* input, int threads) {
+  thread_local Buffer<int8_t> codes;
+  thread_local Buffer<float> scales;
+  thread_local Buffer<int32_t> sums;
+  const int64_t in = p.layout.in, runs = p.layout.runs(), groups = p.layout.groups();
+  p.inputs = {in, runs, codes.at_least(p.rows * in), scales.at_least(p.rows * runs * 2),
+              sums.at_least(p.rows * runs * 2)};
+  threads = threads_for(p.rows, in, p.layout.out, threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (p.rows * in > 65536)
+  for (int64_t row = 0; row < p.rows; ++row) p.inputs.round_row(input + row * in, row);
+
+  // Panels are handed out one by one, since the draft may be running on one of the cores, and one ahead, since a group
+  // asks for the next one's weights.
+  const int64_t panel = std::max<int64_t>(1, std::min<int64_t>(p.rows > fast_rows ? 4 : 8, groups / (32 * threads)));
+  const int64_t row_groups = divide_up(p.rows, fast_rows), group_bytes = p.layout.group_bytes();
+  std::atomic<int64_t> next_panel{0};
+#pragma omp parallel num_threads(threads)
+  {
+    int64_t begin = next_panel++ * panel;
+    while (begin < groups) {
+      const int64_t following = next_panel++ * panel, end = std::min(begin + panel, groups);
+      for (int64_t g = 0; g < row_groups; ++g) {
+        const int64_t row = p.rows * g / row_groups, count = p.rows * (g + 1) / row_groups - row;
+        for (int64_t group = begin; group < end; ++group) {
+          const int64_t next = g > 0 ? group : group + 1 < end ? group + 1 : std::min(following, groups - 1);
+          fast_tiles<format>(p, group, row, count, p.weights + next * group_bytes);
+        }
+      }
+      begin = following;
+    }
+  }
+}
+
+inline void fast(const PackedLinearParams& params) {
+  const int64_t rows = rows_of(params.input), in = params.weight.in, out = params.weight.out;
+  const Bfloat16* const input = params.input.as<const Bfloat16>();
+  Bfloat16* const output = params.output.as<Bfloat16>();
+  const int64_t passes = out == 0 ? 0 : divide_up(rows, fast_pass);
+  for (int64_t i = 0; i < passes; ++i) {
+    const int64_t begin = rows * i / passes;
+    const FastProduct p{
+        PackedBlocks(params.weight), params.weight.data.as<const uint8_t>(), {}, params.bias.as<const Bfloat16>(),
+        output + begin * out,        rows * (i + 1) / passes - begin};
+    with_block_format(params.weight.format,
+                      [&](auto format) { fast_product<format>(p, input + begin * in, params.launch.threads); });
+  }
+}
+
+}  // namespace SPECBRANCH_ISA
+}  // namespace specbranch
