@@ -23,6 +23,7 @@
 #include "linear/pack_blocks.h"
 #include "linear/pack_weight.h"
 #include "linear/packed_linear.h"
+#include "linear/quantize_weight.h"
 #include "linear/unpack_rows.h"
 #include "sampling/gumbel_noise.h"
 #include "sampling/verify.h"
@@ -198,6 +199,15 @@ void pack_blocks(Object blocks, const std::string& format, const std::string& ki
   run_pack_blocks(params);
 }
 
+void quantize_weight(Object weight, const std::string& format, Object blocks, int64_t handle) {
+  int64_t odd_row = -1;
+  QuantizeWeightParams params{{}, tensor(weight, "weight"), weight_format(format), tensor(blocks, "blocks"), &odd_row};
+  params.launch = launch_on({&params.weight, &params.blocks}, handle);
+  check_quantize_weight(params);
+  py::gil_scoped_release unlocked;
+  run_quantize_weight(params);
+}
+
 void unpack_rows(Object packed, const std::string& format, const std::string& kind, int64_t out, int64_t in,
                  Object rows, Object output, int64_t handle) {
   UnpackRowsParams params{
@@ -337,6 +347,7 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
     return specbranch::packed_blocks_bytes(out, in, specbranch::weight_format(format), specbranch::arithmetic(kind));
   });
   m.def("pack_blocks", &specbranch::pack_blocks);
+  m.def("quantize_weight", &specbranch::quantize_weight);
   m.def("unpack_rows", &specbranch::unpack_rows);
   m.def("packed_linear", &specbranch::packed_linear);
 #endif

@@ -14,6 +14,7 @@ from .linear import linear
 from .pack_blocks import pack_blocks
 from .pack_weight import pack_weight
 from .packed_linear import packed_linear
+from .quantize_weight import quantize_weight
 from .tree_attention import tree_attention
 from .unpack_rows import unpack_rows
 from .verify import Verification, verify
@@ -32,6 +33,7 @@ __all__ = [
     "pack_blocks",
     "pack_weight",
     "packed_linear",
+    "quantize_weight",
     "tree_attention",
     "unpack_rows",
     "verify",
