@@ -113,6 +113,8 @@ class SpecBranch:
         trust_remote_code: bool = False,
         target_weights: str = "auto",
         draft_weights: str = "auto",
+        target_arithmetic: str | None = None,
+        draft_arithmetic: str | None = None,
         method: str = "specbranch",
         overlap: bool | str | None = "auto",
         draft_context: str | None = "auto",
@@ -123,29 +125,32 @@ class SpecBranch:
         priority: str = "target",
         **options: object,
     ) -> SpecBranch:
-        """Load a pair: directories, hub names, "bundled" for the pair in this package, or loaded models.
+        """Load a pair: directories, GGUF files, hub names, "bundled" for the pair in this package, or loaded models.
 
         dtype: "auto" (the checkpoint's own), "bfloat16", "float16", "float32" or a torch dtype. device: of both models;
         draft_device: of the draft, if it has one of its own. device_map: spreads the target over devices instead, as
         transformers does. trust_remote_code: run the code that a checkpoint comes with; without it, one that needs its
         own code is refused. target_weights, draft_weights: how weights are kept in memory: "keep" (as they are),
         "lossless" (bfloat16 in 12 bits, with the same values and so the same text, on the CPU) or "auto": lossless
-        where a measurement at load shows that it is faster; a loaded model's are always kept. The rest is as for the
-        constructor.
+        where a measurement at load shows that it is faster; a loaded model's are always kept, and a GGUF file's stay in
+        its blocks. target_arithmetic, draft_arithmetic: of products over such blocks: "exact" (their values as
+        bfloat16) or "fast" (activations in 8 bits); None is exact for the target, fast for the draft. The rest is as
+        for the constructor.
 
         Raises SpecBranchError when a checkpoint cannot be loaded, when its weights are not those of its configuration
-        or cannot be kept as asked for, and when the vocabularies differ.
+        or cannot be kept or multiplied as asked for, and when the vocabularies differ.
         """
         trust = flag("trust_remote_code", trust_remote_code)
         own_tokenizer = tokenizer if tokenizer is not None else load_tokenizer(target, "target", trust)
         if draft is not None:
             check_vocabularies(own_tokenizer, load_tokenizer(draft, "draft", trust))
         threads = count("threads", threads)
-        target_model = load_model(target, "target", dtype, device, device_map, trust)
+        target_model = load_model(target, "target", dtype, device, device_map, trust, target_arithmetic)
         pack_loaded(target, target_model, "target", target_weights, threads)
         draft_model = None
         if draft is not None:
-            draft_model = load_model(draft, "draft", dtype, draft_device or device, None, trust)
+            place = draft_device or device
+            draft_model = load_model(draft, "draft", dtype, place, None, trust, draft_arithmetic)
             pack_loaded(draft, draft_model, "draft", draft_weights, threads)
         return cls(
             target_model,

@@ -323,11 +323,11 @@ def test_code_of_a_checkpoint_runs_when_it_is_trusted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target": 5}, "target is 5; expected a directory, a hub name or a model"),
+        ({"target": 5}, "target is 5; expected a directory, a GGUF file, a hub name"),
         ({"target": ""}, "target is ''; expected a directory"),
         ({"target": b"bundled"}, "target is b'bundled'; expected a directory"),
         ({"draft": ["bundled"]}, "draft is .*; expected a directory"),
-        ({"target": str(bundled.path("target") / "config.json")}, "expected the directory of a checkpoint, not a file"),
+        ({"target": str(bundled.path("target") / "config.json")}, "expected the directory of a checkpoint or a file"),
         ({"target": "x" * 5000}, "target x+: "),
         ({"dtype": 5}, "dtype 5; expected one of auto"),
         ({"dtype": torch.int8}, "dtype torch.int8; expected one of auto"),

@@ -12,20 +12,23 @@ from typing import Any
 from specbranch.cli.messages import complain
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.excerpt import check_draft_context
-from specbranch.runtime.choices import DTYPES, PRIORITIES, WEIGHTS
+from specbranch.runtime.choices import ARITHMETIC_OF, ARITHMETICS, DTYPES, PRIORITIES, WEIGHTS
 from specbranch.text.generation_config import sampling
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 SAMPLING = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+MODEL = "DIR|GGUF|NAME"  # what names a model
 OVERLAP: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 
 
 def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None:
-    parser.add_argument("--target", required=True, metavar="DIR|NAME", help='the model; "bundled" is the tiny one')
+    parser.add_argument(
+        "--target", required=True, metavar=MODEL, help='the model: a checkpoint or a file; "bundled" is the tiny one'
+    )
     parser.add_argument(
         "--draft",
         required=draft_required,
-        metavar="DIR|NAME",
+        metavar=MODEL,
         help="the small model that drafts; its vocabulary must be the target's"
         + ("" if draft_required else " (not needed by --method autoregressive)"),
     )
@@ -60,6 +63,13 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
             help=f"how the {role}'s weights are kept: as they are, or bfloat16 in 12 bits with the same values (CPU); "
             "auto measures (default: %(default)s)",
         )
+    for role, usual in ARITHMETIC_OF.items():
+        parser.add_argument(
+            f"--{role}-arithmetic",
+            choices=ARITHMETICS,
+            help=f"how the {role} multiplies by the blocks of a GGUF file: by their values as bfloat16, or with "
+            f"activations in 8 bits (default: {usual})",
+        )
     add_trust(parser)
     parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
@@ -92,6 +102,8 @@ def check_devices(args: argparse.Namespace) -> None:
         raise ValueError("--draft-device has no effect without --draft")
     if args.draft_weights != "auto" and args.draft is None:
         raise ValueError("--draft-weights has no effect without --draft")
+    if args.draft_arithmetic is not None and args.draft is None:
+        raise ValueError("--draft-arithmetic has no effect without --draft")
     if (
         args.device is not None
         and args.device_map is not None

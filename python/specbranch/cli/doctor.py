@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from specbranch.cli.arguments import add_trust, device
+from specbranch.cli.arguments import MODEL, add_trust, device
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import FAILURE, one_line
 from specbranch.cli.models import configured, loaded
@@ -25,10 +25,10 @@ OUTPUTS = ()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target",
-        metavar="DIR|NAME",
+        metavar=MODEL,
         help="the model to examine (default: the bundled pair); without --load by its configuration alone",
     )
-    parser.add_argument("--draft", metavar="DIR|NAME", help="a draft to examine")
+    parser.add_argument("--draft", metavar=MODEL, help="a draft to examine")
     parser.add_argument(
         "--load",
         nargs="?",

@@ -39,6 +39,8 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
         trust_remote_code=args.trust_remote_code,
         target_weights=args.target_weights,
         draft_weights=args.draft_weights,
+        target_arithmetic=args.target_arithmetic,
+        draft_arithmetic=args.draft_arithmetic,
         cuda_graphs=args.cuda_graphs,
         priority=args.priority,
         overlap=OVERLAP[args.overlap],

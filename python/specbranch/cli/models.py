@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.loading import load_pair, quiet_libraries
 from specbranch.cli.messages import one_line
 from specbranch.core.errors import SpecBranchError, SpecBranchWarning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPT = 8  # tokens, and as many new ones with each method
 
@@ -17,6 +20,7 @@ def configured(source: str, role: str, trust_remote_code: bool) -> tuple[str, st
     by its configuration alone."""
     quiet_libraries()
     try:
+        from specbranch.runtime.checkpoint import is_gguf
         from specbranch.runtime.graphs.probe import why_not_captured
         from specbranch.runtime.loading import without_weights
         from specbranch.runtime.support import check_supported
@@ -32,6 +36,8 @@ def configured(source: str, role: str, trust_remote_code: bool) -> tuple[str, st
     except SpecBranchError as error:
         return captured, one_line(error)
     try:
+        if is_gguf(source):
+            raise SpecBranchError("weights of a GGUF file run on the CPU")
         check_supported(model, role, on="cuda")
     except SpecBranchError as error:
         return f"refused on CUDA: {one_line(error)}", None
@@ -53,7 +59,15 @@ def loaded(target: str, draft: str | None, device: str, trust_remote_code: bool)
     ours = (each.message for each in said if isinstance(each.message, SpecBranchWarning))
     return {
         "device": device,
-        "weights": [str(model.dtype).removeprefix("torch.") for model in engine.pair.models],
+        "weights": [_weights(model) for model in engine.pair.models],
         "warnings": list(dict.fromkeys(map(str, ours))),
         "same_tokens": plain.tokens == last.tokens,
     }
+
+
+def _weights(model: PreTrainedModel) -> str:
+    """Their dtype, and the format of those that are packed."""
+    from specbranch.runtime.packed import weight_format
+
+    dtype, packed = str(model.dtype).removeprefix("torch."), weight_format(model)
+    return f"{dtype} ({packed})" if packed else dtype

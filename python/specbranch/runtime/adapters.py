@@ -12,7 +12,7 @@ from transformers.utils.import_utils import is_peft_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.checkpoint import ADAPTER_CONFIG, adapter_fault, check_weights, json_fault
+from specbranch.runtime.checkpoint import ADAPTER_CONFIG, adapter_fault, check_weights, is_gguf, json_fault
 from specbranch.runtime.sources import loading, named, resolve
 
 
@@ -34,6 +34,8 @@ def base_of_adapter(name: str, role: str) -> str | None:
         base = json.loads(path.read_bytes()).get("base_model_name_or_path")
         if not isinstance(base, str) or not base:
             raise SpecBranchError(f"{path}: has no base_model_name_or_path")
+        if is_gguf(base):
+            raise SpecBranchError(f"its base {base} is a GGUF file; expected a checkpoint, which can take layers")
         if not is_peft_available():
             raise SpecBranchError("an adapter needs the package peft, which is not installed")
     return resolve(base, role)

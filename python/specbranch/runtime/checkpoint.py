@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,24 @@ ADAPTER_CONFIG = ADAPTER_CONFIG_NAME
 ADAPTER_WEIGHTS = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 PICKLE = b"\x80"  # how a file of torch's begins that is no archive
 NAMED = 5  # tensors in a message
+MOST_LAYERS = 10_000  # more are a mistake, and would be made one by one before anything else says so
 
 # Tensors of checkpoints that change nothing of a text: buffers that models make themselves, predictors of further
 # tokens, and the value heads of training.
 SPARE = re.compile(r"rotary_emb\.inv_freq$|masked_bias$|position_ids$|(cos|sin)_cached$|(^|\.)mtp(_|\.)|^v_head\.")
 
 
+def is_gguf(name: str) -> bool:
+    """Whether a name is that of a GGUF file, there or not; a directory may have such a name too."""
+    return name.lower().endswith(".gguf") and not os.path.isdir(name)
+
+
 def folder_of(name: str) -> Path | None:
-    """Where the files of a directory or hub name are on this machine, as far as they are."""
+    """Where the files of a directory or hub name are on this machine, as far as they are; a GGUF file has no others."""
     if os.path.isdir(name):
         return Path(name)
+    if is_gguf(name):
+        return None
     try:
         config = cached_file(name, CONFIG_NAME, local_files_only=True)
     except (OSError, ValueError):
@@ -141,18 +149,31 @@ def check_weights(
     mismatched = {name: (tuple(found), tuple(wanted)) for name, found, wanted in info.get("mismatched_keys", ())}
     missing = set(info.get("missing_keys", ())) - mismatched.keys()
     unexpected = {name for name in info.get("unexpected_keys", ()) if not _is_spare(name, model)}
-    kind = type(model).__name__
+    if faults := faults_of(type(model).__name__, missing, mismatched, unexpected, config):
+        where = _file_of(folder, sorted(missing or mismatched or unexpected)[0])
+        raise SpecBranchError(f"{where}: {faults}")
+
+
+def faults_of(
+    kind: str,
+    missing: Collection[str],
+    mismatched: Mapping[str, tuple[Sequence[int], Sequence[int]]],
+    unexpected: Collection[str],
+    source: str,
+) -> str:
+    """What is wrong with the tensors of a model's class, in words; "" for nothing.
+
+    mismatched: the shapes that they have, and those that `source` says.
+    """
     faults = []
     if missing:
         faults.append(f"lacks {_some(missing)} of {kind}")
     if mismatched:
         shapes = (f"{name} {list(found)} instead of {list(wanted)}" for name, (found, wanted) in mismatched.items())
-        faults.append(f"has {_some(shapes)} as {config} says")
+        faults.append(f"has {_some(shapes)} as {source} says")
     if unexpected:
         faults.append(f"has {_some(unexpected)}, for which {kind} has no place")
-    if faults:
-        where = _file_of(folder, sorted(missing or mismatched or unexpected)[0])
-        raise SpecBranchError(f"{where}: {'; '.join(faults)}")
+    return "; ".join(faults)
 
 
 def _is_spare(name: str, model: PreTrainedModel) -> bool:

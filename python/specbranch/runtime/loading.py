@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,29 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from specbranch.core.checks import shown
+from specbranch.core.checks import choice, shown
 from specbranch.core.errors import SpecBranchError
+from specbranch.runtime import gguf
 from specbranch.runtime.adapters import add_adapter, base_of_adapter
 from specbranch.runtime.checkpoint import (
     ADAPTER_CONFIG,
     GENERATION_CONFIG,
+    MOST_LAYERS,
     TOKENIZER_CONFIG,
     adapter_fault,
     check_weights,
     folder_of,
+    is_gguf,
     json_fault,
     tokenizer_fault,
     weights_fault,
 )
-from specbranch.runtime.choices import DTYPES
+from specbranch.runtime.choices import ARITHMETIC_OF, ARITHMETICS, DTYPES
+from specbranch.runtime.gguf_file import GgufFile, read_header
+from specbranch.runtime.packed import weight_format
 from specbranch.runtime.sources import loading, named, resolve
 
 GIB = 2**30
-MOST_LAYERS = 10_000  # more are a mistake, and would be made one by one before anything else says so
 
 ModelSource = str | os.PathLike[str] | PreTrainedModel
 
@@ -47,6 +53,9 @@ def check_loaded(target: object, draft: object, hrad: object) -> None:
 def load_config(source: str | os.PathLike[str], role: str, trust_remote_code: bool = False) -> Any:
     """The configuration of a checkpoint. Raises SpecBranchError when it cannot be used."""
     name = resolve(source, role)
+    if is_gguf(name):
+        with _gguf(name, role) as file:
+            return gguf.config_of(file)
     with loading(name, role):
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         layers = getattr(config.get_text_config(), "num_hidden_layers", 1)
@@ -66,16 +75,27 @@ def load_model(
     device: str | torch.device,
     device_map: str | dict[str, int | str] | None = None,
     trust_remote_code: bool = False,
+    arithmetic: str | None = None,
 ) -> PreTrainedModel:
     """A causal language model on `device`, or spread as `device_map` says; a loaded one is taken as it is.
 
-    Raises SpecBranchError when there is no such checkpoint, when it is not a causal language model, and when its
-    weights are not those of its configuration.
+    arithmetic: of products over a GGUF file's blocks; None: the usual one of the role.
+
+    Raises SpecBranchError when there is no such checkpoint, when it is not a causal language model, when its weights
+    are not those of its configuration, and when it has none for the arithmetic that is asked for.
     """
+    if arithmetic is not None:
+        arithmetic = choice(f"{role}_arithmetic", arithmetic, ARITHMETICS)
     if isinstance(source, nn.Module):  # peft's models are no PreTrainedModel
+        if arithmetic == "fast":
+            raise _no_blocks(role, f"{role} is a loaded model, which stays as it is")
         return source
     wanted, place = _dtype(dtype), _device(device)
     name = resolve(source, role)
+    if is_gguf(name):
+        return _load_gguf(name, role, wanted, place, device_map, arithmetic)
+    if arithmetic == "fast":
+        raise _no_blocks(role, f"{name} has no weights in blocks")
     base = base_of_adapter(name, role)
     model = _load_whole(name if base is None else base, role, wanted, device_map, trust_remote_code)
     if base is not None:
@@ -91,6 +111,38 @@ def load_model(
         if isinstance(error, SpecBranchError):
             raise
         raise SpecBranchError(f"device {str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _gguf(name: str, role: str) -> Iterator[GgufFile]:
+    """The header of a GGUF file, in a context in which errors name the file."""
+    with loading(name, role), named(name, role):
+        yield read_header(name)
+
+
+def _load_gguf(
+    name: str,
+    role: str,
+    dtype: Any,
+    device: torch.device,
+    device_map: str | dict[str, int | str] | None,
+    arithmetic: str | None,
+) -> PreTrainedModel:
+    with _gguf(name, role) as file:
+        if device_map is not None or device.type != "cpu":
+            place = f"device {device}" if device_map is None else f"device_map {shown(device_map)}"
+            raise SpecBranchError(f"packed weights run on the CPU, not with {place}")
+        if dtype not in ("auto", torch.bfloat16):
+            found = str(dtype).removeprefix("torch.")
+            raise SpecBranchError(f"dtype {found}; expected auto or bfloat16 for a GGUF file")
+        model = gguf.load(file, arithmetic or ARITHMETIC_OF[role])
+    if arithmetic == "fast" and not weight_format(model):
+        raise _no_blocks(role, f"{name} has no weights in blocks")
+    return model
+
+
+def _no_blocks(role: str, reason: str) -> SpecBranchError:
+    return SpecBranchError(f"{role}_arithmetic is 'fast', but {reason}")
 
 
 def _load_whole(
@@ -153,6 +205,9 @@ def without_weights(source: str | os.PathLike[str], role: str, trust_remote_code
     Raises SpecBranchError for a configuration that cannot be used and for a file of weights that cannot be read.
     """
     own = resolve(source, role)
+    if is_gguf(own):
+        with _gguf(own, role) as file:
+            return gguf.without_values(file)
     base = base_of_adapter(own, role)
     if base is not None and (at_fault := adapter_fault(Path(own))):
         raise SpecBranchError(f"{role} {own}: {at_fault}")
@@ -167,7 +222,7 @@ def without_weights(source: str | os.PathLike[str], role: str, trust_remote_code
 
 
 def load_tokenizer(source: ModelSource, role: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a checkpoint; None for a loaded model that has none.
+    """The tokenizer beside a checkpoint, or in a GGUF file; None for a loaded model that has none.
 
     Raises SpecBranchError when there is none, or one without a vocabulary.
     """
@@ -176,6 +231,9 @@ def load_tokenizer(source: ModelSource, role: str, trust_remote_code: bool = Fal
     if not name:
         return None
     try:
+        if is_gguf(name):
+            with loading(name, role, tokenizer_fault, "its tokenizer "), named(name, role):
+                return gguf.tokenizer_of(read_header(name))
         if (Path(name) / ADAPTER_CONFIG).is_file() and not (Path(name) / TOKENIZER_CONFIG).is_file():
             name = base_of_adapter(name, role) or name  # an adapter need not have one
         with loading(name, role, tokenizer_fault, "its tokenizer "):

@@ -63,7 +63,7 @@ class PackedLinear(_Packed):
 
 
 class PackedEmbedding(_Packed):
-    """nn.Embedding over the packed weight of the output layer that it shares."""
+    """nn.Embedding over a packed weight: its own, or that of the output layer."""
 
     def forward(self, input: Tensor) -> Tensor:
         rows: Tensor = _rows(self.packed, self.format, self.arithmetic, *self.shape, input.flatten())
@@ -80,19 +80,23 @@ class Place:
 
 
 def weight_format(model: nn.Module) -> str:
-    """The format of a model's packed weights, "" for a model without."""
-    return next((module.format for module in model.modules() if isinstance(module, _Packed)), "")
+    """The format of a model's packed weights, "" for a model without; several as in q4_k+q6_k."""
+    return "+".join(sorted({module.format for module in model.modules() if isinstance(module, _Packed)}))
 
 
 def pack_loaded(source: object, model: PreTrainedModel, role: str, wanted: object, threads: int | None = None) -> None:
-    """Pack the weights of what was loaded from `source`; see pack_model. A source that is a model keeps its own.
+    """Pack the weights of what was loaded from `source`; see pack_model. A source that is a model keeps its own, and so
+    does a file whose weights are packed.
 
-    Raises SpecBranchError as pack_model does, and for "lossless" where the source is a model.
+    Raises SpecBranchError as pack_model does, and for "lossless" where weights are kept.
     """
-    if not isinstance(source, nn.Module):
+    kept = f"{role} is a loaded model, which stays as it is" if isinstance(source, nn.Module) else ""
+    if not kept and (format := weight_format(model)):
+        kept = f"weights of {source} stay in its blocks ({format})"
+    if not kept:
         pack_model(model, role, wanted, threads)
     elif choice(f"{role}_weights", wanted, WEIGHTS) == "lossless":
-        raise SpecBranchError(f"{role}_weights is 'lossless', but {role} is a loaded model, which stays as it is")
+        raise SpecBranchError(f"{role}_weights is 'lossless', but {kept}")
 
 
 def pack_model(model: PreTrainedModel, role: str, wanted: object, threads: int | None = None) -> str:
@@ -129,7 +133,7 @@ def _packable(model: PreTrainedModel) -> tuple[str, list[tuple[Tensor, list[Plac
         return f"packed weights run on the CPU, not on {model.device}", []
     if model.dtype != torch.bfloat16:
         return f"expected weights of bfloat16, found {str(model.dtype).removeprefix('torch.')}", []
-    holders = _holders(model)
+    holders = holders_of(model)
     places = [(weight, where) for weight, where in holders if _fits(weight, where)]
     if not places:
         return f"{type(model).__name__} has no linear layer with a weight of its own that can be packed", []
@@ -138,7 +142,7 @@ def _packable(model: PreTrainedModel) -> tuple[str, list[tuple[Tensor, list[Plac
     return "", places
 
 
-def _holders(model: nn.Module) -> list[tuple[Tensor, list[Place]]]:
+def holders_of(model: nn.Module) -> list[tuple[Tensor, list[Place]]]:
     """Every parameter with all modules that hold it, in the order of the model."""
     found: defaultdict[int, list[Place]] = defaultdict(list)
     weights: dict[int, Tensor] = {}
@@ -182,10 +186,10 @@ def _dry_run(model: PreTrainedModel, packed: set[int]) -> str:
         return ""  # it asks for values, packed or not
     by_name = dict(twin.named_parameters(remove_duplicate=False))
     fitting = {id(by_name[name]) for name in names if name in by_name}
-    for weight, places in _holders(twin):
+    for weight, places in holders_of(twin):
         if id(weight) in fitting:
             data = torch.empty(0, dtype=torch.uint8, device="meta")
-            _put(places, PackedWeight(data, (weight.shape[0], weight.shape[1]), "lossless"))
+            put(places, PackedWeight(data, (weight.shape[0], weight.shape[1]), "lossless"))
     try:
         probe(twin)
     except Exception as error:
@@ -193,7 +197,8 @@ def _dry_run(model: PreTrainedModel, packed: set[int]) -> str:
     return ""
 
 
-def _put(places: Sequence[Place], packed: PackedWeight) -> None:
+def put(places: Sequence[Place], packed: PackedWeight) -> None:
+    """Replace the modules that hold a weight by such that hold it packed, with the biases that they have by now."""
     for place in places:
         kind = PackedLinear if isinstance(place.module, nn.Linear) else PackedEmbedding
         module = kind(packed, getattr(place.module, "bias", None))
@@ -204,7 +209,7 @@ def _put(places: Sequence[Place], packed: PackedWeight) -> None:
 def _replace(places: Sequence[tuple[Tensor, list[Place]]], packed: dict[int, PackedWeight]) -> None:
     """Put packed weights in place of the others, one by one, so that never much of both is held."""
     for weight, where in places:
-        _put(where, packed.get(id(weight)) or pack_weight(weight.detach()))
+        put(where, packed.get(id(weight)) or pack_weight(weight.detach()))
         for place in where:
             place.module._parameters.clear()
 

@@ -11,18 +11,20 @@ from pathlib import Path
 from specbranch import bundled
 from specbranch.core.checks import shown
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.checkpoint import ADAPTER_CONFIG, folder_of, weights_fault
+from specbranch.runtime.checkpoint import ADAPTER_CONFIG, folder_of, is_gguf, weights_fault
 
 LONGEST_REASON = 300
 
 
 def resolve(source: str | os.PathLike[str], role: str) -> str:
-    """The directory or hub name that `source` means; "bundled" is the pair in this package.
+    """The directory, GGUF file or hub name that `source` means; "bundled" is the pair in this package.
 
     Raises SpecBranchError for a path that is not there.
     """
     if not isinstance(source, (str, os.PathLike)) or not (name := os.fspath(source)) or not isinstance(name, str):
-        raise SpecBranchError(f"{role} is {shown(source)}; expected a directory, a hub name or a model of transformers")
+        raise SpecBranchError(
+            f"{role} is {shown(source)}; expected a directory, a GGUF file, a hub name or a model of transformers"
+        )
     if name == "bundled":
         return str(bundled.path(role))
     path = Path(name).expanduser()
@@ -31,10 +33,14 @@ def resolve(source: str | os.PathLike[str], role: str) -> str:
             if not any((path / file).is_file() for file in ("config.json", ADAPTER_CONFIG)):
                 raise SpecBranchError(f"{role} {name}: the directory has no config.json, so it is no checkpoint")
             return str(path)
+        if path.exists() and is_gguf(name):
+            return str(path)
         if path.exists():
-            raise SpecBranchError(f"{role} {name}: expected the directory of a checkpoint, not a file")
+            raise SpecBranchError(f"{role} {name}: expected the directory of a checkpoint or a file named *.gguf")
     except OSError as error:
         raise SpecBranchError(f"{role} {name}: {error.strerror or error}") from error
+    if is_gguf(name):
+        raise SpecBranchError(f"{role} {name}: there is no such file")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise SpecBranchError(f"{role} {name}: there is no such directory")
     return name

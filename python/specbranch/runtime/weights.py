@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def unwrapped(model: nn.Module, role: str) -> PreTrainedModel:
 
 def parameters_of_forward(model: PreTrainedModel) -> int:
     """How many parameters a forward multiplies with, roughly: all but an embedding that is only looked up, and of
-    experts those that a token chooses."""
+    experts those that a token chooses. Packed weights count as what they stand for."""
     config = model.config.get_text_config()
     chosen, experts = (
         next((count for name in names if isinstance(count := getattr(config, name, None), int)), 1)
@@ -36,17 +37,20 @@ def parameters_of_forward(model: PreTrainedModel) -> int:
     )
     looked_up = model.get_input_embeddings()
     output = model.get_output_embeddings()
-    spare = set() if looked_up is output else {id(weight) for weight in looked_up.parameters()}
+    spare = set() if looked_up is output else {key for key, _, _ in _sizes(looked_up)}
     if output is not None:
-        spare -= {id(weight) for weight in output.parameters()}
-    return max(
-        1,
-        sum(
-            weight.numel() * chosen // experts if ".experts." in name else weight.numel()
-            for name, weight in model.named_parameters()
-            if id(weight) not in spare
-        ),
-    )
+        spare -= {key for key, _, _ in _sizes(output)}
+    sizes = {key: size * chosen // experts if ".experts." in name else size for key, name, size in _sizes(model)}
+    return max(1, sum(size for key, size in sizes.items() if key not in spare))
+
+
+def _sizes(module: nn.Module) -> Iterator[tuple[int, str, int]]:
+    """Of every weight what tells it from others, its name, and the number of parameters. Some come several times."""
+    for name, weight in module.named_parameters():
+        yield id(weight), name, weight.numel()
+    for name, inner in module.named_modules():
+        if isinstance(packed := getattr(inner, "packed", None), torch.Tensor):  # see packed.py
+            yield id(packed), name, prod(inner.shape)
 
 
 def execution_device(model: PreTrainedModel) -> torch.device:

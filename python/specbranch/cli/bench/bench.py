@@ -21,6 +21,7 @@ from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
 from specbranch.core.errors import SpecBranchError
 from specbranch.policies.methods import METHODS
+from specbranch.runtime.checkpoint import is_gguf
 from specbranch.runtime.loading import load_model
 from specbranch.runtime.packed import weight_format
 from specbranch.runtime.sources import resolve
@@ -104,8 +105,8 @@ class Contenders:
 
 
 def _as_stored(role: str, model: PreTrainedModel, args: argparse.Namespace) -> PreTrainedModel:
-    """A loaded model, once more if its weights are packed."""
-    if not weight_format(model):
+    """A loaded model, once more if its weights are packed, unless they are stored so."""
+    if not weight_format(model) or is_gguf(getattr(args, role)):
         return model
     return load_model(getattr(args, role), role, args.dtype, "cpu", None, args.trust_remote_code)
 

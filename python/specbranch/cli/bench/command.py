@@ -162,3 +162,6 @@ def _check_vllm(args: argparse.Namespace) -> None:
         for name in ("device", "draft_device", "device_map"):
             if getattr(args, name) not in (None, "cpu"):
                 raise ValueError(f"--peers vllm runs on the CPU, not with {flag(name)} {getattr(args, name)}")
+        for name in (args.target, args.draft):
+            if name.lower().endswith(".gguf"):
+                raise ValueError(f"--peers vllm needs checkpoints, not the GGUF file {name}")
