@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specbranch.cli.arguments import sampling_options
-from specbranch.cli.bench import memory, report, vllm_peer
+from specbranch.cli.bench import memory, process, report, vllm_peer
 from specbranch.cli.bench.peers import Peers, PeerText
 from specbranch.cli.machine import describe_machine
 from specbranch.cli.messages import complain, one_line
@@ -148,7 +148,7 @@ class Bench:
             with suppress(SpecBranchError):
                 lengths.append(len(encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)))
         target, args = self.engine.target, self.args
-        needed = max(lengths) + args.max_new_tokens + vllm_peer.ROOM
+        needed = max(lengths) + args.max_new_tokens + process.ROOM
         positions = min(needed, getattr(target.config.get_text_config(), "max_position_embeddings", needed))
         stop = target.generation_config.eos_token_id
         vllm = vllm_peer.VllmEngine(
