@@ -47,7 +47,9 @@ options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
 variables = [name for name in os.environ if name.startswith("LLAMA_")]
 note(server=os.getpid(), options=options, variables=variables)
 if FAULT == "start":
-    sys.exit("warming up\\nerror: this is no model")
+    sys.exit("0.00.1 I it warms up\\n0.00.2 E load:   this is no model\\n0.00.3 E exiting due to an error")
+if FAULT == "option":
+    sys.exit("error: invalid argument: --fit")
 asked = {"health": 0, "text": 0}
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -293,7 +295,8 @@ def test_what_it_refuses_is_an_error_of_that_prompt(bench, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        ("start", "it ended: error: this is no model"),
+        ("start", "it ended: load: this is no model (its log: "),
+        ("option", "it ended: error: invalid argument: --fit (its log: "),
         ("talks", "its answer cannot be understood"),
         ("nonsense", "its answer cannot be understood"),
         ("remembers", "tokens of the prompt"),

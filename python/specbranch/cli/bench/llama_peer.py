@@ -10,6 +10,7 @@ import argparse
 import http.client
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -30,8 +31,10 @@ DRAFTED_TOKENS = {"llama.cpp-plain": 0, "llama.cpp-4": 4, "llama.cpp-8": 8}  # a
 NAMES = tuple(DRAFTED_TOKENS)
 SUFFIX = ".gguf"
 
-# Runs a command, and kills its whole group once nobody holds standard input any more: the server would live on.
-_GUARD = 'exec 3<&0; "$@" 3<&- & server=$!; (read -r _ <&3; kill -9 0) & wait "$server"'
+# Runs a command, and kills its whole group once nobody holds standard input any more: the server would live on. Asked
+# to end, it waits for the command, which is asked too.
+_GUARD = 'exec 3<&0; trap : TERM; "$@" 3<&- & server=$!; (read -r _ <&3; kill -9 0) & wait "$server"; wait "$server"'
+_ERROR = re.compile(r"^[\d.]+ E (.+)", re.MULTILINE)  # a line of the server's log
 
 
 def versions() -> dict[str, str]:
@@ -122,7 +125,7 @@ class LlamaServer(PeerProcess):
         try:
             status, answer = self._request("POST", "/completion", _completion(ids, **options))
         except (OSError, http.client.HTTPException):
-            raise self._ended(last_line(self._said())) from None
+            raise self._ended(self._cause()) from None
         except ValueError:
             raise self._nonsense() from None
         match answer:
@@ -155,7 +158,14 @@ class LlamaServer(PeerProcess):
                 if self._request("GET", "/health")[0] == http.HTTPStatus.OK:
                     return
             time.sleep(0.05)
-        raise self._ended(last_line(self._said()))
+        raise self._ended(self._cause())
+
+    def _cause(self) -> str:
+        """The first error in the log since the last question, as the last says only that there was one; else its last
+        line."""
+        said = self._said()
+        found = _ERROR.search(said)
+        return found[1] if found else last_line(said)
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, Any]:
         """The status, and the JSON of the answer."""
