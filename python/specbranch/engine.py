@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 import warnings
 from collections import defaultdict
@@ -25,6 +26,7 @@ from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy
 from specbranch.policies.policy import Policy
 from specbranch.policies.reading import AtOnce, Lengths, Reading, WhenItPays
+from specbranch.runtime.choices import SELF, draft_of
 from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
 from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
 from specbranch.runtime.packed import pack_loaded, weight_format
@@ -130,28 +132,34 @@ class SpecBranch:
         dtype: "auto" (the checkpoint's own), "bfloat16", "float16", "float32" or a torch dtype. device: of both models;
         draft_device: of the draft, if it has one of its own. device_map: spreads the target over devices instead, as
         transformers does. trust_remote_code: run the code that a checkpoint comes with; without it, one that needs its
-        own code is refused. target_weights, draft_weights: how weights are kept in memory: "keep" (as they are),
-        "lossless" (bfloat16 in 12 bits, with the same values and so the same text, on the CPU) or "auto": lossless
-        where a measurement at load shows that it is faster; a loaded model's are always kept, and a GGUF file's stay in
-        its blocks. target_arithmetic, draft_arithmetic: of products over such blocks: "exact" (their values as
-        bfloat16) or "fast" (activations in 8 bits); None is exact for the target, fast for the draft. The rest is as
-        for the constructor.
+        own code is refused. target_weights, draft_weights: how weights are kept in memory: "keep" (as they are); on the
+        CPU "lossless" (bfloat16 in 12 bits, with the same values and so the same text), "int8" and "int4" (rounded,
+        which changes a target's text, and never a draft's); or "auto": of a target lossless where a measurement at load
+        shows that it is faster, of a draft 4 bits. A loaded model's are always kept, and a GGUF file's stay in its
+        blocks. draft "self": the target once more, its weights in 4 bits. target_arithmetic, draft_arithmetic: of
+        products over blocks, of 8 or 4 bits or a file's: "exact" (their values as bfloat16) or "fast" (activations in 8
+        bits); None is exact for the target, fast for the draft. The rest is as for the constructor.
 
         Raises SpecBranchError when a checkpoint cannot be loaded, when its weights are not those of its configuration
         or cannot be kept or multiplied as asked for, and when the vocabularies differ.
         """
         trust = flag("trust_remote_code", trust_remote_code)
+        if not isinstance(target, (str, os.PathLike)) and draft == SELF:
+            raise SpecBranchError(
+                "draft is 'self', but target is a loaded model: expected one that can be loaded again"
+            )
+        draft, draft_weights = draft_of(target, draft, draft_weights)
         own_tokenizer = tokenizer if tokenizer is not None else load_tokenizer(target, "target", trust)
         if draft is not None:
             check_vocabularies(own_tokenizer, load_tokenizer(draft, "draft", trust))
         threads = count("threads", threads)
         target_model = load_model(target, "target", dtype, device, device_map, trust, target_arithmetic)
-        pack_loaded(target, target_model, "target", target_weights, threads)
+        pack_loaded(target, target_model, "target", target_weights, target_arithmetic, threads)
         draft_model = None
         if draft is not None:
             place = draft_device or device
             draft_model = load_model(draft, "draft", dtype, place, None, trust, draft_arithmetic)
-            pack_loaded(draft, draft_model, "draft", draft_weights, threads)
+            pack_loaded(draft, draft_model, "draft", draft_weights, draft_arithmetic, threads)
         return cls(
             target_model,
             draft_model,

@@ -13,8 +13,8 @@ QUANTIZED = {"q8_0": 34, "q4_0": 18}  # bytes of 32 weights
 def quantize_weight(weight: Tensor, format: str) -> Tensor:
     """Round a weight to blocks as GGUF files have them, for `pack_blocks`.
 
-    q8_0 keeps a weight to within the 254th part of the largest of its block. q4_0 keeps the 16 evenly spaced values that
-    leave a block's least square error among several spacings.
+    q8_0 keeps a weight to within the 254th part of the largest of its block. q4_0 keeps, of several ways to space 16
+    values evenly, the one that leaves the least square error in a block.
 
     Args:
         weight: bfloat16 [out, in] on the CPU, last dimension contiguous, `in` a multiple of 32. It is only read.

@@ -19,7 +19,7 @@ import pytest
 
 from specbranch import bundled
 from specbranch.cli import main as cli
-from specbranch.cli.bench import report, vllm_peer
+from specbranch.cli.bench import process, report, vllm_peer
 from specbranch.cli.bench.command import laps
 from specbranch.cli.bench.vllm_peer import NAMES, PYTHON, VllmEngine
 from specbranch.text.encoding import encode
@@ -165,7 +165,7 @@ def test_figures_arrive_and_what_was_asked_for_them(bench, capsys, notes, tmp_pa
         assert engine["generation_config"] == "vllm"
         assert engine["enable_prefix_caching"] is False
         assert engine["dtype"] == "float32"
-        assert longest + 8 < engine["max_model_len"] <= longest + 8 + vllm_peer.ROOM
+        assert longest + 8 < engine["max_model_len"] <= longest + 8 + process.ROOM
     requests = [note for note in said if "prompt" in note]
     assert len(requests) == 4 * 3  # a warm-up each
     stop = bundled_pair.target.generation_config.eos_token_id

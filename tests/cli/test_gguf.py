@@ -98,6 +98,6 @@ def test_options_that_do_not_fit(
 
 def test_arithmetic_without_blocks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     run = ["generate", *pair(folder, ""), *GENERATE]
-    assert "has no weights in blocks" in failure(capsys, *run, "--draft-arithmetic", "fast")
+    assert "are not in blocks" in failure(capsys, *run, "--draft-arithmetic", "fast")
     alone = ["generate", "--target", str(folder / "target"), "--method", "autoregressive", *GENERATE]
     assert "--draft-arithmetic has no effect without --draft" in failure(capsys, *alone, "--draft-arithmetic", "fast")

@@ -14,6 +14,7 @@ from specbranch import SpecBranch, SpecBranchError
 from specbranch.runtime import packed, support
 from specbranch.runtime.identity import identify
 from specbranch.runtime.packed import PackedEmbedding, PackedLinear, pack_model, weight_format
+from specbranch_ext import pack_blocks, quantize_weight, unpack_rows
 
 
 @pytest.fixture
@@ -158,18 +159,92 @@ def test_a_model_that_asks_for_a_layers_weight_is_not_packed(monkeypatch: pytest
     assert weight_format(model) == ""
 
 
-@pytest.mark.parametrize("value", ["int8", None, 3, True, ""])
+@pytest.mark.parametrize("value", ["int3", None, 3, True, ""])
 def test_unknown_words(value: object) -> None:
-    with pytest.raises(SpecBranchError, match=r"^draft_weights is .*; expected one of auto, keep, lossless$"):
+    with pytest.raises(
+        SpecBranchError, match=r"^draft_weights is .*; expected one of auto, keep, lossless, int8, int4$"
+    ):
         SpecBranch.from_pretrained("bundled", "bundled", draft_weights=value)  # type: ignore[arg-type]
 
 
 def test_a_loaded_model_stays_as_it_is() -> None:
     model = tiny_model("llama", 0, torch.bfloat16)
-    with pytest.raises(SpecBranchError, match=r"^target_weights is 'lossless', but target is a loaded model"):
-        SpecBranch.from_pretrained(model, target_weights="lossless")
+    for word in ("lossless", "int8", "int4"):
+        with pytest.raises(SpecBranchError, match=rf"^target_weights is '{word}', but target is a loaded model"):
+            SpecBranch.from_pretrained(model, target_weights=word)
+    with pytest.raises(
+        SpecBranchError, match=r"^target_arithmetic is 'fast', but the weights of the loaded target are"
+    ):
+        SpecBranch.from_pretrained(model, target_arithmetic="fast")
     SpecBranch.from_pretrained(model)
     assert weight_format(model) == ""
+
+
+# ---- 8 and 4 bits
+
+
+@pytest.mark.parametrize(("word", "format"), [("int8", "q8_0"), ("int4", "q4_0")])
+def test_rounded_weights_are_those_of_a_rounded_checkpoint(word: str, format: str) -> None:
+    """A target's: exact products over them are those over their values."""
+    model, twin = (tiny_model("llama", 0, torch.bfloat16, intermediate_size=64) for _ in range(2))
+    assert pack_model(model, "target", word) == weight_format(model) == format
+    for name, weight in twin.named_parameters():
+        if weight.dim() == 2 and ("proj" in name or "lm_head" in name):
+            blocks = quantize_weight(weight.detach(), format)
+            weight.data = unpack_rows(pack_blocks(blocks, format), torch.arange(len(weight)))
+    prompt = [5, 3, 8, 1, 9]
+    ours, others = (SpecBranch(each).generate(prompt, max_new_tokens=20).tokens for each in (model, twin))
+    assert ours == others
+
+
+@pytest.mark.parametrize("word", ["int8", "int4"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_rounded_draft_changes_no_text(word: str, temperature: float) -> None:
+    engine = SpecBranch.from_pretrained("bundled", "bundled", dtype="bfloat16", draft_weights=word)
+    assert weight_format(engine.models["draft"]) == {"int8": "q8_0", "int4": "q4_0"}[word]
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": temperature, "seed": 7}
+    for method in ("speculative", "specbranch"):
+        text = engine.generate("def add(a, b):", method=method, **options)
+        assert text.tokens == engine.generate("def add(a, b):", method="autoregressive", **options).tokens
+
+
+@pytest.mark.parametrize(("arithmetic", "expected"), [(None, "fast"), ("exact", "exact"), ("fast", "fast")])
+def test_the_arithmetic_of_a_rounded_draft(arithmetic: str | None, expected: str) -> None:
+    model = tiny_model("llama", 0, torch.bfloat16)
+    pack_model(model, "draft", "int4", arithmetic)
+    assert {module.arithmetic for module in model.modules() if isinstance(module, PackedLinear)} == {expected}
+
+
+def test_a_target_drafts_for_itself() -> None:
+    engine = SpecBranch.from_pretrained("bundled", "self", dtype="bfloat16")
+    assert weight_format(engine.models["target"]) in ("", "lossless")
+    assert weight_format(engine.models["draft"]) == "q4_0"
+    text = engine.generate("def add(a, b):", max_new_tokens=40, method="speculative", temperature=0)
+    plain = engine.generate("def add(a, b):", max_new_tokens=40, method="autoregressive", temperature=0)
+    assert text.tokens == plain.tokens
+    assert text.stats.accepted > 0
+    with pytest.raises(SpecBranchError, match=r"^draft is 'self', but target is a loaded model"):
+        SpecBranch.from_pretrained(engine.models["target"], "self")
+
+
+def test_rows_that_are_no_whole_blocks_are_kept() -> None:
+    model = tiny_model("llama", 0, torch.bfloat16, intermediate_size=48)
+    pack_model(model, "draft", "int4")
+    layer = model.model.layers[0].mlp
+    assert isinstance(layer.up_proj, PackedLinear)
+    assert type(layer.down_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "bf16", "amx"])
+def test_auto_rounds_a_large_draft(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_measured", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr(packed, "build_info", lambda: {"isa": isa})
+    model = tiny_model("llama", 0, torch.bfloat16)
+    assert pack_model(model, "draft", "auto") == ""  # a small one stays in the caches
+    monkeypatch.setattr(packed, "LEAST", 0)
+    assert pack_model(model, "draft", "auto") == "q4_0"
+    monkeypatch.setattr(packed, "build_info", lambda: {"isa": "baseline"})
+    assert pack_model(tiny_model("llama", 0, torch.bfloat16), "draft", "auto") == ""
 
 
 # ---- auto
@@ -206,7 +281,6 @@ def test_auto_keeps_what_is_small_and_what_has_no_instructions(monkeypatch: pyte
 def test_the_measurement_runs() -> None:
     model = tiny_model("llama", 0, torch.bfloat16)
     before = torch.get_num_threads()
-    _, places = packed._packable(model)
-    found = packed._measured(places, 1)
-    assert found is None or len(found) == len(places)
+    places, _ = packed._packable(model, "lossless")
+    assert len(packed._measured(places, 1)) in (0, len(places))
     assert torch.get_num_threads() == before

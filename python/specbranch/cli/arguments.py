@@ -29,7 +29,7 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
         "--draft",
         required=draft_required,
         metavar=MODEL,
-        help="the small model that drafts; its vocabulary must be the target's"
+        help="the small model that drafts; its vocabulary must be the target's; self: the target's weights in 4 bits"
         + ("" if draft_required else " (not needed by --method autoregressive)"),
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
@@ -55,20 +55,20 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
         default="target",
         help="on one GPU: the model whose work goes first (default: %(default)s)",
     )
-    for role in ("target", "draft"):
+    for role, automatic in (("target", "lossless if that is faster"), ("draft", "4 bits, which change no text")):
         parser.add_argument(
             f"--{role}-weights",
             choices=WEIGHTS,
             default="auto",
-            help=f"how the {role}'s weights are kept: as they are, or bfloat16 in 12 bits with the same values (CPU); "
-            "auto measures (default: %(default)s)",
+            help=f"how the {role}'s weights are kept, on the CPU: as they are, with the same values in 12 bits, or "
+            f"rounded to 8 or 4 bits; auto: {automatic} (default: %(default)s)",
         )
     for role, usual in ARITHMETIC_OF.items():
         parser.add_argument(
             f"--{role}-arithmetic",
             choices=ARITHMETICS,
-            help=f"how the {role} multiplies by the blocks of a GGUF file: by their values as bfloat16, or with "
-            f"activations in 8 bits (default: {usual})",
+            help=f"how the {role} multiplies by weights in blocks (8 or 4 bits, GGUF): by their values as bfloat16, or "
+            f"with activations in 8 bits (default: {usual})",
         )
     add_trust(parser)
     parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's)")

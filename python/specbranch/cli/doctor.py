@@ -17,6 +17,7 @@ from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import FAILURE, one_line
 from specbranch.cli.models import configured, loaded
 from specbranch.cli.terminal import output_console
+from specbranch.runtime.choices import draft_of
 
 HELP = "report what is installed and what can run here"
 OUTPUTS = ()
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.draft is not None and args.target is None:
         raise ValueError("--draft needs --target")
-    findings = examine(args.target, args.draft, args.load, args.trust_remote_code)
+    draft, _ = draft_of(args.target, args.draft, "auto")
+    findings = examine(args.target, draft, args.load, args.trust_remote_code)
     if args.json:
         print(json.dumps(findings, indent=1))
     else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from specbranch.cli.arguments import OVERLAP, check_devices
 from specbranch.cli.drafting import drafting_options
 from specbranch.cli.terminal import status
+from specbranch.runtime.choices import draft_of
 
 if TYPE_CHECKING:
     from specbranch import SpecBranch
@@ -29,6 +30,7 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
     Raises ValueError for devices that nothing runs on.
     """
     check_devices(args)
+    args.draft, args.draft_weights = draft_of(args.target, args.draft, args.draft_weights)
     return load_pair(
         args.target,
         args.draft,

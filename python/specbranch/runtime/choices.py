@@ -1,8 +1,19 @@
 """What can be chosen by name when a pair is loaded. Imports nothing, so that `specbranch --help` is quick."""
 
+from typing import Any
+
 DTYPES = ("auto", "bfloat16", "float16", "float32")  # of weights; auto: as the checkpoint stores them
 PRIORITIES = ("target", "draft", "none")  # the model whose work goes first where both share a GPU
 ROUNDS = "rounds.safetensors"  # what a predictor was trained on, in its directory
-WEIGHTS = ("auto", "keep", "lossless")  # how a loaded checkpoint's weights are kept
-ARITHMETICS = ("exact", "fast")  # of products over a GGUF file's blocks: over their values, or activations in 8 bits
+WEIGHTS = ("auto", "keep", "lossless", "int8", "int4")  # how a loaded checkpoint's weights are kept
+SELF = "self"  # as a draft: the target once more
+ARITHMETICS = ("exact", "fast")  # of products over blocks of weights: over their values, or with activations in 8 bits
 ARITHMETIC_OF = {"target": "exact", "draft": "fast"}  # where none is chosen
+
+
+def draft_of(target: Any, draft: Any, weights: str) -> tuple[Any, str]:
+    """The draft that is meant, and how its weights are kept: of the target's own where nothing else is said in 4 bits,
+    unless a file has them in blocks."""
+    if draft != SELF:
+        return draft, weights
+    return target, "int4" if weights == "auto" and not str(target).lower().endswith(".gguf") else weights

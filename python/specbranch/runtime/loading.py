@@ -33,7 +33,6 @@ from specbranch.runtime.checkpoint import (
 )
 from specbranch.runtime.choices import ARITHMETIC_OF, ARITHMETICS, DTYPES
 from specbranch.runtime.gguf_file import GgufFile, read_header
-from specbranch.runtime.packed import weight_format
 from specbranch.runtime.sources import loading, named, resolve
 
 GIB = 2**30
@@ -81,21 +80,17 @@ def load_model(
 
     arithmetic: of products over a GGUF file's blocks; None: the usual one of the role.
 
-    Raises SpecBranchError when there is no such checkpoint, when it is not a causal language model, when its weights
-    are not those of its configuration, and when it has none for the arithmetic that is asked for.
+    Raises SpecBranchError when there is no such checkpoint, when it is not a causal language model, and when its
+    weights are not those of its configuration.
     """
     if arithmetic is not None:
         arithmetic = choice(f"{role}_arithmetic", arithmetic, ARITHMETICS)
     if isinstance(source, nn.Module):  # peft's models are no PreTrainedModel
-        if arithmetic == "fast":
-            raise _no_blocks(role, f"{role} is a loaded model, which stays as it is")
         return source
     wanted, place = _dtype(dtype), _device(device)
     name = resolve(source, role)
     if is_gguf(name):
         return _load_gguf(name, role, wanted, place, device_map, arithmetic)
-    if arithmetic == "fast":
-        raise _no_blocks(role, f"{name} has no weights in blocks")
     base = base_of_adapter(name, role)
     model = _load_whole(name if base is None else base, role, wanted, device_map, trust_remote_code)
     if base is not None:
@@ -135,14 +130,7 @@ def _load_gguf(
         if dtype not in ("auto", torch.bfloat16):
             found = str(dtype).removeprefix("torch.")
             raise SpecBranchError(f"dtype {found}; expected auto or bfloat16 for a GGUF file")
-        model = gguf.load(file, arithmetic or ARITHMETIC_OF[role])
-    if arithmetic == "fast" and not weight_format(model):
-        raise _no_blocks(role, f"{name} has no weights in blocks")
-    return model
-
-
-def _no_blocks(role: str, reason: str) -> SpecBranchError:
-    return SpecBranchError(f"{role}_arithmetic is 'fast', but {reason}")
+        return gguf.load(file, arithmetic or ARITHMETIC_OF[role])
 
 
 def _load_whole(

@@ -1,8 +1,9 @@
-"""A model's weights in fewer bytes: its linear layers over packed weights (specbranch_ext.pack_weight).
+"""A model's weights in fewer bytes: its linear layers over packed weights (specbranch_ext.PackedWeight).
 
 A step of a few rows is as fast as its weights come from memory. A model that was loaded for us may keep them packed:
-its modules are replaced once, at load, and what they compute does not change by a bit ("lossless"). A model that
-somebody hands over stays as it is.
+its modules are replaced once, at load. What they compute does not change by a bit ("lossless"), or the weights are
+rounded first ("int8", "int4"), which a draft may be without changing a text. A model that somebody hands over stays as
+it is.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ from transformers import PreTrainedModel
 
 from specbranch.core.checks import choice
 from specbranch.core.errors import SpecBranchError
-from specbranch.runtime.choices import WEIGHTS
+from specbranch.runtime.choices import ARITHMETIC_OF, ARITHMETICS, WEIGHTS
 from specbranch.runtime.masks import probe
 from specbranch.runtime.rows.functions import is_plain
 from specbranch.runtime.support import meta_twin
-from specbranch_ext import PackedWeight, build_info, linear, pack_weight, packed_linear
+from specbranch_ext import PackedWeight, build_info, linear, pack_blocks, pack_weight, packed_linear, quantize_weight
+from specbranch_ext.packed import BLOCKS
 
 SAMPLE = 512 << 20  # bytes of weights that are measured: more than caches hold
 SAMPLE_ROWS = (1, 4)  # of a draft's step and of a verification
 ROUNDS = 3
 WORTH_IT = 0.97  # of the time over the weights as they were
 LEAST = 64 << 20  # bytes: what is smaller may stay in the caches
+BFLOAT16_LEVELS = ("bf16", "amx")
+FORMAT_OF = {"int8": "q8_0", "int4": "q4_0"}
+AUTO_DRAFT = "int4"
+BLOCK = 32  # weights
 
 _multiply = torch.ops.specbranch.packed_linear.default
 _rows = torch.ops.specbranch.unpack_rows.default
@@ -84,62 +90,100 @@ def weight_format(model: nn.Module) -> str:
     return "+".join(sorted({module.format for module in model.modules() if isinstance(module, _Packed)}))
 
 
-def pack_loaded(source: object, model: PreTrainedModel, role: str, wanted: object, threads: int | None = None) -> None:
+def pack_loaded(
+    source: object,
+    model: PreTrainedModel,
+    role: str,
+    wanted: object,
+    arithmetic: str | None = None,
+    threads: int | None = None,
+) -> None:
     """Pack the weights of what was loaded from `source`; see pack_model. A source that is a model keeps its own, and so
     does a file whose weights are packed.
 
-    Raises SpecBranchError as pack_model does, and for "lossless" where weights are kept.
+    Raises SpecBranchError as pack_model does, where weights are kept that shall be packed, and for the fast arithmetic
+    where no weights are in blocks.
     """
+    if arithmetic is not None:
+        arithmetic = choice(f"{role}_arithmetic", arithmetic, ARITHMETICS)
     kept = f"{role} is a loaded model, which stays as it is" if isinstance(source, nn.Module) else ""
     if not kept and (format := weight_format(model)):
         kept = f"weights of {source} stay in its blocks ({format})"
     if not kept:
-        pack_model(model, role, wanted, threads)
-    elif choice(f"{role}_weights", wanted, WEIGHTS) == "lossless":
-        raise SpecBranchError(f"{role}_weights is 'lossless', but {kept}")
+        pack_model(model, role, wanted, arithmetic, threads)
+    elif (word := choice(f"{role}_weights", wanted, WEIGHTS)) not in ("auto", "keep"):
+        raise SpecBranchError(f"{role}_weights is {word!r}, but {kept}")
+    if arithmetic == "fast" and not any(is_in_blocks(module) for module in model.modules()):
+        reason = f"the weights of {f'the loaded {role}' if isinstance(source, nn.Module) else source}"
+        raise SpecBranchError(
+            f"{role}_arithmetic is 'fast', but {reason} are not in blocks (int8, int4, of a GGUF file)"
+        )
 
 
-def pack_model(model: PreTrainedModel, role: str, wanted: object, threads: int | None = None) -> str:
+def is_in_blocks(module: nn.Module) -> bool:
+    """Whether it holds a weight that is packed in blocks."""
+    return isinstance(module, _Packed) and module.format in BLOCKS
+
+
+def pack_model(
+    model: PreTrainedModel, role: str, wanted: object, arithmetic: str | None = None, threads: int | None = None
+) -> str:
     """Pack the weights of a model that nobody else holds; returns their format, "" if they stay as they are.
 
-    wanted: "keep"; "lossless"; "auto": lossless where a measurement shows that it pays, on a CPU with bfloat16
-    instructions. threads: that the model will run with.
+    wanted: "keep"; "lossless"; "int8" and "int4", which round to blocks of 8 and 4 bits; "auto": of a draft, whose
+    weights change no text, AUTO_DRAFT where the processor has instructions for it, of a target lossless where it has
+    those for bfloat16 and a measurement shows that it pays. arithmetic: of products over blocks, None for the role's
+    usual one. threads: that the model will run with.
 
-    Raises SpecBranchError for another word, and when "lossless" is asked for and the model has no weights for it.
+    Raises SpecBranchError for another word, and when the model has no weights for what is asked for.
     """
     option = f"{role}_weights"
     wanted = choice(option, wanted, WEIGHTS)
-    if wanted == "keep" or (wanted == "auto" and build_info()["isa"] not in ("bf16", "amx")):
+    automatic = wanted == "auto"
+    if automatic:
+        wanted = AUTO_DRAFT if role == "draft" and arithmetic != "exact" else "lossless"
+        isa = build_info()["isa"]
+        if isa not in BFLOAT16_LEVELS and (wanted == "lossless" or isa == "baseline"):
+            return ""
+    if wanted == "keep":
         return ""
-    reason, places = _packable(model)
-    if wanted == "lossless":
-        if reason:
-            raise SpecBranchError(f"{option} is 'lossless', but {reason}")
-        _replace(places, {})
-        return "lossless"
-    total = sum(weight.nbytes for weight, _ in places)
-    if reason or total < LEAST:
-        return ""
-    packed = _measured(places, threads)
-    if packed is None:
-        return ""
-    _replace(places, packed)
-    return "lossless"
+    places, reason = _packable(model, wanted)
+    if reason:
+        if automatic:
+            return ""
+        raise SpecBranchError(f"{option} is {wanted!r}, but {reason}")
+    sample: dict[int, PackedWeight] = {}
+    if automatic:
+        if sum(weight.nbytes for weight, _ in places) < LEAST:
+            return ""
+        if wanted == "lossless":
+            sample = _measured(places, threads)
+            if not sample:
+                return ""
+    _replace(places, sample, wanted, arithmetic or ARITHMETIC_OF[role])
+    return weight_format(model)
 
 
-def _packable(model: PreTrainedModel) -> tuple[str, list[tuple[Tensor, list[Place]]]]:
-    """Why nothing can be packed ("": something can), and each weight that can, with the modules that hold it."""
+def _pack(weight: Tensor, word: str, arithmetic: str) -> PackedWeight:
+    if word == "lossless":
+        return pack_weight(weight)
+    format = FORMAT_OF[word]
+    packed: PackedWeight = pack_blocks(quantize_weight(weight, format), format, arithmetic)
+    return packed
+
+
+def _packable(model: PreTrainedModel, word: str) -> tuple[list[tuple[Tensor, list[Place]]], str]:
+    """Each weight that can be packed, with the modules that hold it, and why none can ("": some can)."""
     if model.device.type != "cpu":
-        return f"packed weights run on the CPU, not on {model.device}", []
+        return [], f"packed weights run on the CPU, not on {model.device}"
     if model.dtype != torch.bfloat16:
-        return f"expected weights of bfloat16, found {str(model.dtype).removeprefix('torch.')}", []
-    holders = holders_of(model)
-    places = [(weight, where) for weight, where in holders if _fits(weight, where)]
+        return [], f"expected weights of bfloat16, found {str(model.dtype).removeprefix('torch.')}"
+    places = [(weight, where) for weight, where in holders_of(model) if _fits(weight, where, word)]
     if not places:
-        return f"{type(model).__name__} has no linear layer with a weight of its own that can be packed", []
+        return [], f"{type(model).__name__} has no linear layer with a weight of its own that can be packed"
     if problem := _dry_run(model, {id(weight) for weight, _ in places}):
-        return f"{type(model).__name__} does not run with packed weights: {problem}", []
-    return "", places
+        return [], f"{type(model).__name__} does not run with packed weights: {problem}"
+    return places, ""
 
 
 def holders_of(model: nn.Module) -> list[tuple[Tensor, list[Place]]]:
@@ -155,7 +199,7 @@ def holders_of(model: nn.Module) -> list[tuple[Tensor, list[Place]]]:
     return [(weights[key], places) for key, places in found.items()]
 
 
-def _fits(weight: Tensor, places: Sequence[Place]) -> bool:
+def _fits(weight: Tensor, places: Sequence[Place], word: str) -> bool:
     """Whether a linear layer multiplies by it, and nothing but linear layers and embeddings holds it."""
     kinds = [type(place.module) for place in places]
     return (
@@ -163,6 +207,7 @@ def _fits(weight: Tensor, places: Sequence[Place]) -> bool:
         and weight.dtype == torch.bfloat16
         and weight.dim() == 2
         and weight.stride(1) == 1
+        and (word == "lossless" or weight.shape[1] % BLOCK == 0)
         and nn.Linear in kinds
         and all(_is_simple(place) and place.module.weight is weight for place in places)
     )
@@ -206,17 +251,19 @@ def put(places: Sequence[Place], packed: PackedWeight) -> None:
         setattr(place.parent, place.name, module)
 
 
-def _replace(places: Sequence[tuple[Tensor, list[Place]]], packed: dict[int, PackedWeight]) -> None:
+def _replace(
+    places: Sequence[tuple[Tensor, list[Place]]], packed: dict[int, PackedWeight], word: str, arithmetic: str
+) -> None:
     """Put packed weights in place of the others, one by one, so that never much of both is held."""
     for weight, where in places:
-        put(where, packed.get(id(weight)) or pack_weight(weight.detach()))
+        put(where, packed.get(id(weight)) or _pack(weight.detach(), word, arithmetic))
         for place in where:
             place.module._parameters.clear()
 
 
 @torch.inference_mode()
-def _measured(places: Sequence[tuple[Tensor, list[Place]]], threads: int | None) -> dict[int, PackedWeight] | None:
-    """A sample of the weights, packed, if products over them are faster so."""
+def _measured(places: Sequence[tuple[Tensor, list[Place]]], threads: int | None) -> dict[int, PackedWeight]:
+    """A sample of the weights, packed, if products over them are faster so; else nothing."""
     sample: list[Tensor] = []
     for weight, _ in places:
         if sum(each.nbytes for each in sample) < SAMPLE:
@@ -229,7 +276,7 @@ def _measured(places: Sequence[tuple[Tensor, list[Place]]], threads: int | None)
     finally:
         torch.set_num_threads(before)
     if sqrt(ratios[0] * ratios[1]) > WORTH_IT:
-        return None
+        return {}
     return {id(weight): each for (weight, _), each in zip(places, packed, strict=False)}
 
 

@@ -1,11 +1,11 @@
-"""Measuring: our methods, transformers' own and vLLM, on the same prompts, interleaved."""
+"""Measuring: our methods, transformers' own, vLLM and llama.cpp, on the same prompts, interleaved."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specbranch.cli.arguments import sampling_options
-from specbranch.cli.bench import memory, report, vllm_peer
+from specbranch.cli.bench import llama_peer, memory, report, vllm_peer
 from specbranch.cli.bench.peers import Peers, PeerText
+from specbranch.cli.bench.process import ROOM, PeerProcess
 from specbranch.cli.machine import describe_machine
 from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from specbranch import SpecBranch
 
 WARM_UP_TOKENS = 16
+IN_A_PROCESS = (*vllm_peer.NAMES, *llama_peer.NAMES)  # peers that have one of their own
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,11 @@ class Contenders:
 
     def __init__(self, engine: SpecBranch, args: argparse.Namespace) -> None:
         self._engine, self._greedy = engine, args.temperature == 0
+        self._llama_comparable = self._greedy and llama_peer.has_our_weights(args)
         self._options = sampling_options(args)
         del self._options["max_new_tokens"]
         self._peers = None
-        if engine.draft is not None and set(args.peers) - set(vllm_peer.NAMES):
+        if engine.draft is not None and set(args.peers) - set(IN_A_PROCESS):
             # A peer has the weights of the checkpoint, whatever we made of ours.
             target, draft = (_as_stored(role, model, args) for role, model in engine.models.items())
             self._peers = Peers(target, draft, args.threads)
@@ -78,20 +81,20 @@ class Contenders:
         theirs = () if self._peers is None else self._peers.models
         return (*self._engine.models.values(), *theirs)
 
-    def named(self, names: Sequence[str], vllm: vllm_peer.VllmEngine | None) -> list[Contender]:
-        """Contenders of these names. vllm: the engine of the one whose name is vLLM's."""
-        return [self._named(name, vllm) for name in names]
+    def named(self, names: Sequence[str], processes: Mapping[str, PeerProcess]) -> list[Contender]:
+        """Contenders of these names. processes: of those that have one, by name."""
+        return [self._named(name, processes) for name in names]
 
-    def _named(self, name: str, vllm: vllm_peer.VllmEngine | None) -> Contender:
+    def _named(self, name: str, processes: Mapping[str, PeerProcess]) -> Contender:
         if name in METHODS:
             return Contender(name, partial(self._of_method, name), comparable=True)
-        if name in vllm_peer.NAMES:
-            assert vllm is not None
-            write = vllm.generate
+        comparable = self._llama_comparable if name in llama_peer.NAMES else self._greedy  # else they draw other noise
+        if name in IN_A_PROCESS:
+            write = processes[name].generate
         else:
             assert self._peers is not None
             write = partial(self._peers.generate, name)
-        return Contender(name, partial(self._of_peer, write), comparable=self._greedy)  # else they draw other noise
+        return Contender(name, partial(self._of_peer, write), comparable)
 
     def _of_method(self, name: str, ids: list[int], new_tokens: int) -> Output:
         generation = self._engine.generate(ids, max_new_tokens=new_tokens, method=name, **self._options)
@@ -138,8 +141,8 @@ class Bench:
         """How many measurements of a lap there are."""
         return sum(report.lap(record) == lap for record in self.records)
 
-    def start_vllm(self, name: str, prompts: Sequence[Prompt], progress: Progress) -> vllm_peer.VllmEngine:
-        """vLLM with our models, for texts as long as those of these prompts become.
+    def start(self, name: str, prompts: Sequence[Prompt], progress: Progress) -> PeerProcess:
+        """The process of a peer that has one, for texts as long as those of these prompts become.
 
         Raises ChildProcessError if it does not start, and if it cannot do what is asked.
         """
@@ -148,9 +151,18 @@ class Bench:
         for prompt in prompts:
             with suppress(SpecBranchError):
                 lengths.append(len(encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)))
+        needed = max(lengths) + self.args.max_new_tokens + ROOM
+        config = self.engine.target.config.get_text_config()
+        positions = min(needed, getattr(config, "max_position_embeddings", needed))
+        threads = self.args.threads or torch.get_num_threads()
+        if name in llama_peer.NAMES:
+            models = llama_peer.models(self.args)
+            return llama_peer.LlamaServer(name, models, positions=positions, threads=threads)
+        return self._start_vllm(name, prompts, positions, threads)
+
+    def _start_vllm(self, name: str, prompts: Sequence[Prompt], positions: int, threads: int) -> vllm_peer.VllmEngine:
+        """vLLM with our models."""
         target, args = self.engine.target, self.args
-        needed = max(lengths) + args.max_new_tokens + vllm_peer.ROOM
-        positions = min(needed, getattr(target.config.get_text_config(), "max_position_embeddings", needed))
         stop = target.generation_config.eos_token_id
         vllm = vllm_peer.VllmEngine(
             name,
@@ -163,7 +175,7 @@ class Bench:
                 "trust_remote_code": args.trust_remote_code,
                 "seed": args.seed,
             },
-            cores=vllm_peer.cores(args.threads or torch.get_num_threads()),
+            cores=vllm_peer.cores(threads),
             stop=stop if isinstance(stop, list) else [] if stop is None else [stop],
         )
         if args.temperature > 0 and (ids := self._first_usable(prompts)):
@@ -180,15 +192,21 @@ class Bench:
         names: Sequence[str],
         prompts: Sequence[Prompt],
         progress: Progress,
-        vllm: vllm_peer.VllmEngine | None = None,
+        processes: Mapping[str, PeerProcess],
     ) -> None:
         """Who runs now, and a short run of everybody, on the first prompt that can be used, before anything is timed. A
-        resumed run then knows what its engine had learned."""
-        self.lap, self.contenders = lap, self._known.named(names, vllm)
+        process that cannot do even that is reported and ended, and the others go on. A resumed run then knows what its
+        engine had learned."""
+        self.lap, self.contenders = lap, self._known.named(names, processes)
         ids = self._first_usable(prompts)
-        for contender in self.contenders if ids else ():
+        for contender in list(self.contenders) if ids else ():
             progress.next(f"warm-up: {contender.name}")
-            contender.generate(ids, min(WARM_UP_TOKENS, self.args.max_new_tokens))
+            try:
+                contender.generate(ids, min(WARM_UP_TOKENS, self.args.max_new_tokens))
+            except ChildProcessError as error:
+                complain(f"error: {contender.name}: {one_line(error)}")
+                processes[contender.name].close()
+                self.contenders.remove(contender)
             progress.done()
         if self._learned is not None:
             self.engine._calibrator.restore(self._learned)
@@ -299,9 +317,14 @@ class Bench:
                 "peak_resident_bytes": max(peaks) if peaks else None,
             },
             "rows": report.summarize(self.records),
+            "notes": self._notes(),
             "learned": self._learned,
             "records": self.records,
         }
+
+    def _notes(self) -> list[str]:
+        is_there = any(record["name"] in llama_peer.NAMES and record["error"] is None for record in self.records)
+        return llama_peer.notes(self.args) if is_there else []
 
 
 def _record(contender: Contender, prompt: Prompt, lap: int) -> report.Record:

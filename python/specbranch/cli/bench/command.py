@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from specbranch.cli import files
 from specbranch.cli.arguments import add_models, add_prompts, add_sampling, flag, names
-from specbranch.cli.bench import plot, report, resume, vllm_peer
+from specbranch.cli.bench import llama_peer, plot, report, resume, vllm_peer
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
 from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
@@ -18,15 +18,16 @@ from specbranch.text.prompts import Prompt, read_all
 
 if TYPE_CHECKING:
     from specbranch.cli.bench.bench import Bench
+    from specbranch.cli.bench.process import PeerProcess
 
-HELP = "compare methods, and transformers' own generation or vLLM, on the same prompts"
+HELP = "compare methods, and transformers' own generation, vLLM or llama.cpp, on the same prompts"
 OUTPUTS = (
     files.Output("json", "a report of specbranch bench", read_back=True),  # resume.read_report looks
     files.Output("plot", "a picture of specbranch bench", plot.is_plot),
 )
 DEFAULT_METHODS = (DEFAULT_METHOD, report.REFERENCE)
 PEERS = ("greedy", "assisted", "prompt-lookup")  # of Peers.generate
-VLLM = {"vllm": vllm_peer.NAMES}  # one name for all of them
+PROCESSES = {"vllm": vllm_peer.NAMES, "llama.cpp": llama_peer.NAMES}  # one name for all of each
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,13 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peers",
-        type=names((*PEERS, *vllm_peer.NAMES), none=True, groups=VLLM),
+        type=names((*PEERS, *vllm_peer.NAMES, *llama_peer.NAMES), none=True, groups=PROCESSES),
         default=PEERS,
         metavar="LIST",
         help=f"comma-separated: transformers' own generation ({', '.join(PEERS)}), vLLM's without and with the draft "
-        f"({', '.join(vllm_peer.NAMES)}; vllm for all; {vllm_peer.PYTHON} is the Python that has it); or none "
+        f"({', '.join(vllm_peer.NAMES)}; vllm for all; {vllm_peer.PYTHON} is the Python that has it), llama.cpp's "
+        f"({', '.join(llama_peer.NAMES)}; llama.cpp for all; needs {llama_peer.PROGRAM} on the PATH); or none "
         f"(default: {','.join(PEERS)})",
     )
+    for role in ("target", "draft"):
+        parser.add_argument(
+            f"--llama-{role}",
+            metavar=f"FILE{llama_peer.SUFFIX}",
+            help=f"what llama.cpp runs as the {role} (default: --{role}, if that is such a file)",
+        )
     add_sampling(parser)
     add_hrad(parser)
     parser.add_argument(
@@ -67,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fresh and args.json is None:
         raise ValueError("--fresh needs --json: without a file nothing is kept")
     check_used(args, methods(args))
-    _check_vllm(args)
+    _check_processes(args)
     prompts = read_all(args.prompts, args.limit)
     if args.plot is not None:
         plot.check(args.plot)
@@ -105,18 +113,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_lap(bench: Bench, lap: int, contenders: list[str], prompts: list[Prompt], bar: Progress) -> None:
-    """Measure contenders over all prompts. A vLLM that does not start is reported, and the others go on."""
-    vllm = next((name for name in contenders if name in vllm_peer.NAMES), None)
+    """Measure contenders over all prompts. A process that does not start is reported, and the others go on."""
+    from specbranch.cli.bench.bench import IN_A_PROCESS
+
     with ExitStack() as stack:
-        try:
-            engine = None if vllm is None else stack.enter_context(bench.start_vllm(vllm, prompts, bar))
-            bench.begin_lap(lap, contenders, prompts, bar, engine)
-        except ChildProcessError as error:
-            complain(f"error: {vllm}: {one_line(error)}")
-            stack.close()
-            if lap:  # the others are there for its sake
-                return
-            bench.begin_lap(lap, [name for name in contenders if name != vllm], prompts, bar)
+        processes: dict[str, PeerProcess] = {}
+        able = list(contenders)
+        for name in (name for name in contenders if name in IN_A_PROCESS):
+            try:
+                processes[name] = stack.enter_context(bench.start(name, prompts, bar))
+            except ChildProcessError as error:
+                complain(f"error: {name}: {one_line(error)}")
+                able.remove(name)
+        if lap and not processes:  # the others are there for its sake
+            return
+        bench.begin_lap(lap, able, prompts, bar, processes)
+        if lap and not any(contender.name in processes for contender in bench.contenders):
+            return
         for number, prompt in enumerate(prompts):
             bench.measure(prompt, number, bar)
             if bench.args.json is not None:
@@ -132,6 +145,8 @@ def _show(args: argparse.Namespace, result: dict[str, Any], wanted: int) -> int:
                 console.print()
             console.print(table)
         for line in report.difference_lines(result["rows"]):
+            print(line)
+        for line in result.get("notes", ()):
             print(line)
         if args.plot is not None:
             plot.plot(args.plot, result["rows"], title)
@@ -150,18 +165,24 @@ def methods(args: argparse.Namespace) -> list[str]:
 
 def laps(args: argparse.Namespace) -> list[list[str]]:
     """Who runs in each pass over the prompts: everybody in the first, but of vLLM's engines one, as several seldom fit
-    into memory. The others have a lap each, together with what speeds are divided by."""
+    into memory (llama.cpp's servers share most of theirs). The others have a lap each, together with what speeds are
+    divided by."""
     engines = [peer for peer in args.peers if peer in vllm_peer.NAMES]
     first = [*methods(args), *(peer for peer in args.peers if peer not in engines), *engines[:1]]
     bases = [name for name in first if name in (report.BASELINE, report.REFERENCE)]
     return [first, *([*bases, engine] for engine in engines[1:])]
 
 
-def _check_vllm(args: argparse.Namespace) -> None:
-    if set(args.peers) & set(vllm_peer.NAMES):
-        for name in ("device", "draft_device", "device_map"):
-            if getattr(args, name) not in (None, "cpu"):
-                raise ValueError(f"--peers vllm runs on the CPU, not with {flag(name)} {getattr(args, name)}")
-        for name in (args.target, args.draft):
-            if name.lower().endswith(".gguf"):
-                raise ValueError(f"--peers vllm needs checkpoints, not the GGUF file {name}")
+def _check_processes(args: argparse.Namespace) -> None:
+    for word, peers in PROCESSES.items():
+        if set(args.peers) & set(peers):
+            for name in ("device", "draft_device", "device_map"):
+                if getattr(args, name) not in (None, "cpu"):
+                    raise ValueError(f"--peers {word} runs on the CPU, not with {flag(name)} {getattr(args, name)}")
+            for model in (args.target, args.draft):
+                if word == "vllm" and model.lower().endswith(".gguf"):
+                    raise ValueError(f"--peers vllm needs checkpoints, not the GGUF file {model}")
+        elif word == "llama.cpp":
+            for name in ("llama_target", "llama_draft"):
+                if getattr(args, name) is not None:
+                    raise ValueError(f"{flag(name)} is for --peers llama.cpp")

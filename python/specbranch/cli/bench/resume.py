@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from specbranch.cli.bench import vllm_peer
+from specbranch.cli.bench import llama_peer, vllm_peer
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.text.prompts import Prompt
 
@@ -21,11 +21,14 @@ _ELSEWHERE = ("argv", "command", "json", "plot", "fresh", "trust_remote_code")
 def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What must be the same for all measurements of a file: options as given, texts, machine and versions.
 
-    Raises ValueError where a peer of vLLM is asked for and cannot be.
+    Raises ValueError where a peer of vLLM or llama.cpp is asked for and cannot be.
     """
     machine, versions = describe_machine(), describe_versions()
     if any(peer in vllm_peer.NAMES for peer in args.peers):
         versions |= vllm_peer.versions()
+    if any(peer in llama_peer.NAMES for peer in args.peers):
+        llama_peer.models(args)
+        versions |= llama_peer.versions()
     texts = json.dumps([asdict(prompt) for prompt in prompts])
     options = {key: value for key, value in vars(args).items() if key not in _ELSEWHERE}
     asked: dict[str, Any] = {

@@ -10,16 +10,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.bench.vllm_worker import GRACE, kill, members
+from specbranch.cli.bench.process import PeerProcess, last_line
 
 if TYPE_CHECKING:
     from specbranch.cli.bench.peers import PeerText
@@ -28,7 +25,6 @@ PYTHON = "SPECBRANCH_VLLM_PYTHON"
 WORKER = Path(__file__).with_name("vllm_worker.py")
 SPECULATIVE_TOKENS = {"vllm-plain": 0, "vllm-2": 2, "vllm-4": 4, "vllm-6": 6}  # by name
 NAMES = tuple(SPECULATIVE_TOKENS)
-ROOM = 16  # positions behind the last token, so that drafting is not cut short there
 LEAST_CACHE = 1 << 28  # bytes
 
 _ERROR = re.compile(r"(?:^|\] |\) )((?:\w+\.)*\w*(?:Error|Exception): .+)")  # behind the prefix of vLLM's log, if any
@@ -45,15 +41,15 @@ def versions() -> dict[str, str | None]:
         found: dict[str, str | None] = json.loads(done.stdout)
         version = found["vllm"]
     except (ValueError, TypeError, KeyError):
-        said = _last_line(done.stderr) or f"it ended with status {done.returncode}"
+        said = last_line(done.stderr) or f"it ended with status {done.returncode}"
         raise ValueError(f"{PYTHON}: {command[0]} does not run as a Python: {said}") from None
     if version is None:
         raise ValueError(f"{PYTHON}: {command[0]} has no vllm")
     return found
 
 
-class VllmEngine:
-    """One engine, from the start of its process until `close`, which a with statement does.
+class VllmEngine(PeerProcess):
+    """One engine.
 
     setup: as the worker's `Engine` takes it; cores: those that it computes on. stop: the tokens that end a text. Raises
     ChildProcessError where the engine does not start, and then keeps its log.
@@ -61,20 +57,8 @@ class VllmEngine:
 
     def __init__(self, name: str, setup: Mapping[str, Any], *, cores: Sequence[int], stop: Sequence[int]) -> None:
         self._stop = list(stop)
-        handle, path = tempfile.mkstemp(prefix=f"specbranch-{name}-", suffix=".log")
-        self._log, self._read = Path(path), 0
-        self._failed, self._useless = False, ""  # useless: why nothing more can be asked
-        try:
-            self._process = subprocess.Popen(
-                [_python(), str(WORKER)],
-                env=_environment({"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=handle,
-                start_new_session=True,  # a group to be ended together, and Ctrl-C is for us alone
-            )
-        finally:
-            os.close(handle)
+        environment = _environment({"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))})
+        super().__init__(name, [_python(), str(WORKER)], environment, answers=True)
         try:
             if self._ask({**setup, "speculative_tokens": SPECULATIVE_TOKENS[name]}) != {"ready": True}:
                 raise self._nonsense()
@@ -82,17 +66,8 @@ class VllmEngine:
             self.close()
             raise
 
-    def __enter__(self) -> VllmEngine:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def generate(self, ids: Sequence[int], **options: Any) -> PeerText:
-        """What vLLM writes; options: as for `Peers.generate`. Seconds are those of the request, measured beside vLLM.
-
-        Raises ChildProcessError for what vLLM refuses, an engine that has ended, and an answer that cannot be.
-        """
+        """As `PeerProcess.generate`. Seconds are those of the request, measured beside vLLM."""
         from specbranch.cli.bench.peers import PeerText
 
         answer = self._ask({"ids": list(ids), "stop": self._stop, **options})
@@ -120,44 +95,17 @@ class VllmEngine:
             found = str(error)
         raise self._failure(f"this vLLM does not sample as asked; tried with --top-k 1: {found}")
 
-    def close(self) -> None:
-        """End the engine and every process that it started. Its log stays where something went wrong."""
-        group = self._process.pid  # its own, as it was started in a session
-        try:
-            for number in (signal.SIGCONT, signal.SIGTERM):
-                _signal(group, number)
-            self._wait(GRACE)
-            kill(members(group))
-            self._wait(1)
-        finally:
-            _signal(group, signal.SIGKILL)
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                with suppress(OSError):  # what nobody has read
-                    assert pipe is not None
-                    pipe.close()
-            if not self._failed:
-                self._log.unlink(missing_ok=True)
-
-    def _wait(self, seconds: float) -> None:
-        """Until every process has ended, for so many seconds at most."""
-        until = time.monotonic() + seconds
-        while (self._process.poll() is None or members(self._process.pid)) and time.monotonic() < until:
-            time.sleep(0.05)
-
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self._useless:
-            raise ChildProcessError(self._useless)
+        self._begin()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._read = self._log.stat().st_size
         line = b""
         with suppress(OSError):  # nobody is there: the empty line says so
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         if not line:
-            raise self._end(f"it ended: {self._cause() or 'without a word'}")
+            raise self._ended(self._cause())
         try:
             answer = json.loads(line)
         except ValueError:
@@ -171,25 +119,10 @@ class VllmEngine:
     def _cause(self, error: str = "") -> str:
         """The first error in the log since the last question, as the one that vLLM raises says only that there was one;
         else that error, or the last line. Of what it only warns of nothing ended."""
-        with self._log.open("rb") as log:
-            log.seek(self._read)
-            said = log.read().decode(errors="replace")
+        said = self._said()
         lines = (line for line in said.splitlines() if " WARNING " not in line)
         named = next((match[1] for line in lines if (match := _ERROR.search(line))), None)
-        return named or error or _last_line(said)
-
-    def _nonsense(self) -> ChildProcessError:
-        return self._end("its answer cannot be understood")
-
-    def _end(self, reason: str) -> ChildProcessError:
-        error = self._failure(reason)
-        self._useless = str(error)
-        return error
-
-    def _failure(self, reason: str) -> ChildProcessError:
-        self._failed = True
-        log = "" if str(self._log) in reason else f" (its log: {self._log})"
-        return ChildProcessError(" ".join(reason.split()) + log)
+        return named or error or last_line(said)
 
 
 def cores(threads: int) -> list[int]:
@@ -221,12 +154,3 @@ def _environment(more: Mapping[str, str]) -> dict[str, str]:
     """Ours without what leads a Python to our packages. Nothing is asked of the network: the models are here."""
     ours = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return {**ours, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", **more}
-
-
-def _signal(group: int, number: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):  # macOS forbids it where only a zombie is left
-        os.killpg(group, number)
-
-
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
