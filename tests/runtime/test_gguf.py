@@ -80,8 +80,7 @@ def test_files_of_several_kinds(tmp_path: Path) -> None:
     assert [name for name in values if not torch.equal(values[name], weights[name])] == []
     assert type(found.model.layers[0].self_attn.q_proj) is type(found.model.layers[1].mlp.down_proj) is nn.Linear
     assert found.model.layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16
-    if weight_format(found) != "lossless":
-        assert weight_format(found) == "q4_k+q5_k+q6_k"
+    assert weight_format(found) == "q4_k+q5_k+q6_k"
 
 
 def test_a_shared_weight_is_held_once(tmp_path: Path) -> None:

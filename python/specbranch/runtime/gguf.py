@@ -141,7 +141,7 @@ def _rope(file: GgufFile, theta: float, width: int) -> dict[str, Any]:
     if tensor.kind != "F32" or tensor.shape != (width // 2,):
         raise SpecBranchError(f"{FREQUENCIES} is {tensor.kind} {list(tensor.shape)}; expected F32 [{width // 2}]")
     with file.path.open("rb") as opened:
-        factors = _read(opened, tensor).double()
+        factors = _read(opened, tensor, torch.empty(tensor.nbytes, dtype=torch.uint8)).double()
     factor = float(factors.max())
     if torch.equal(factors, torch.ones_like(factors)):
         return plain
@@ -209,13 +209,14 @@ def load(file: GgufFile, arithmetic: str) -> PreTrainedModel:
     model = without_values(file)
     _fill_buffers(model)
     matched = sorted(_matched(file, model), key=lambda match: match.packed)  # biases before the layers that take them
+    buffer = torch.empty(max(match.tensor.nbytes for match in matched), dtype=torch.uint8)  # one, or the heap has gaps
     with file.path.open("rb") as opened:
         for match in matched:
-            data = _in_order(match.tensor, _read(opened, match.tensor), model)
+            data = _in_order(match.tensor, _read(opened, match.tensor, buffer), model)
             if match.packed:
                 put(match.places, _pack(match.tensor, data, arithmetic))
             else:
-                _fill(match, nn.Parameter(data.to(torch.bfloat16)))
+                _fill(match, nn.Parameter(data.to(torch.bfloat16, copy=True)))
     return model
 
 
@@ -264,9 +265,9 @@ def _matched(file: GgufFile, model: PreTrainedModel) -> list[Match]:
     return found
 
 
-def _read(opened: BinaryIO, tensor: GgufTensor) -> Tensor:
-    """Its values in the file's type, or the bytes of its blocks, [out, bytes of a row]."""
-    data = torch.empty(tensor.nbytes, dtype=torch.uint8)
+def _read(opened: BinaryIO, tensor: GgufTensor, buffer: Tensor) -> Tensor:
+    """Its values in the file's type, or the bytes of its blocks, [out, bytes of a row], at the buffer's beginning."""
+    data = buffer[: tensor.nbytes]
     opened.seek(tensor.offset)
     if opened.readinto(data.numpy()) != tensor.nbytes:  # type: ignore[attr-defined]
         raise SpecBranchError(f"not a whole file: it ends within {tensor.name}")
