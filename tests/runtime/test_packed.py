@@ -193,7 +193,8 @@ def test_rounded_weights_are_those_of_a_rounded_checkpoint(word: str, format: st
             blocks = quantize_weight(weight.detach(), format)
             weight.data = unpack_rows(pack_blocks(blocks, format), torch.arange(len(weight)))
     prompt = [5, 3, 8, 1, 9]
-    ours, others = (SpecBranch(each).generate(prompt, max_new_tokens=20).tokens for each in (model, twin))
+    options: dict[str, Any] = {"max_new_tokens": 20, "method": "autoregressive", "temperature": 0}
+    ours, others = (SpecBranch(each).generate(prompt, **options).tokens for each in (model, twin))
     assert ours == others
 
 
