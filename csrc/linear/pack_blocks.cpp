@@ -65,9 +65,8 @@ void read_run(const uint8_t* block, int64_t r, Run& run) {
   }
 }
 
-template <WeightFormat format>
-void pack(const PackBlocksParams& p) {
-  const PackedBlocks layout(format, width_of(p.packed.arithmetic), p.packed.out, p.packed.in);
+template <WeightFormat format, int width>
+void pack(const PackBlocksParams& p, const PackedBlocks<format, width>& layout) {
   uint8_t* const data = p.packed.data.as<uint8_t>();
   [[maybe_unused]] const int threads = std::max(p.launch.threads, 1);
   std::atomic<int64_t> bad{-1};
@@ -79,7 +78,7 @@ void pack(const PackBlocksParams& p) {
       const uint8_t* const row = p.blocks.as<const uint8_t>() + output * p.blocks.stride[0];
       for (int64_t number = 0; number < layout.runs(); ++number) {
         Run run{};
-        read_run<format>(row + number / layout.block_runs() * layout.format.bytes, number % layout.block_runs(), run);
+        read_run<format>(row + number / layout.block_runs * layout.format.bytes, number % layout.block_runs, run);
         if (!is_finite(run.d) || !is_finite(run.dmin)) bad = output;
         layout.put(data, output, number, run);
       }
@@ -101,7 +100,9 @@ int64_t weights_of_blocks(int64_t row_bytes, WeightFormat format) {
 }
 
 int64_t packed_blocks_bytes(int64_t out, int64_t in, WeightFormat format, Arithmetic arithmetic) {
-  return PackedBlocks(format, width_of(arithmetic), out, in).bytes();
+  int64_t bytes = 0;
+  with_packed_blocks(format, arithmetic, out, in, [&](auto layout) { bytes = layout.bytes(); });
+  return bytes;
 }
 
 void check_pack_blocks(const PackBlocksParams& p) {
@@ -114,7 +115,7 @@ void check_pack_blocks(const PackBlocksParams& p) {
 }
 
 void run_pack_blocks(const PackBlocksParams& p) {
-  with_block_format(p.packed.format, [&](auto format) { pack<format>(p); });
+  with_packed_blocks(p.packed, [&](auto layout) { pack(p, layout); });
 }
 
 }  // namespace specbranch

@@ -24,57 +24,55 @@ inline namespace SPECBRANCH_ISA {
 
 constexpr int width_of(Arithmetic arithmetic) { return arithmetic == Arithmetic::fast ? 16 : 4; }
 
+constexpr int run_size = 32, half_run = 16;  // weights of an output that lie together
+constexpr int most_width = 16;
+
 // 32 weights of an output. scale: of its halves.
 struct Run {
-  uint8_t codes[32];
+  uint8_t codes[run_size];
   Float16 d, dmin;
   uint8_t scale[2], minimum;
 };
 
+template <WeightFormat kind, int width_>
 struct PackedBlocks {
-  static constexpr int run = 32, half = 16, most_width = 16, line = 64;
+  static constexpr BlockFormat format = block_format(kind);
+  static constexpr int width = width_, run = run_size, half = half_run, line = 64;
+  static constexpr int block_runs = format.weights / run;
+  static constexpr int halves = run / format.scaled;  // of a run that have a scale each
+  static constexpr int64_t d_bytes = 2 * width * (format.minimum ? 2 : 1);
+  static constexpr int64_t scales_bytes = format.nested() ? width * (halves + (format.minimum ? 1 : 0)) : 0;
+  static constexpr int64_t head_bytes = d_bytes + block_runs * scales_bytes;
+  static constexpr int64_t tops_bytes = format.bits == 5 ? width * 4 : format.bits == 6 ? width * 8 : 0;
+  static constexpr int64_t codes_bytes = width * (format.bits == 8 ? run : half);
 
-  BlockFormat format;
-  int width;
   int64_t out, in;
 
-  constexpr PackedBlocks(WeightFormat format, int width, int64_t out, int64_t in)
-      : format(block_format(format)), width(width), out(out), in(in) {}
-  explicit PackedBlocks(const PackedWeight& weight)
-      : PackedBlocks(weight.format, width_of(weight.arithmetic), weight.out, weight.in) {}
-
-  constexpr int64_t runs() const { return in / run; }
+  int64_t runs() const { return in / run; }
   // Padded with weights of 0, to a whole number of the widest ones.
-  constexpr int64_t groups() const { return divide_up(out, most_width) * (most_width / width); }
-  constexpr int block_runs() const { return format.weights / run; }
-  constexpr int halves() const { return run / format.scaled; }  // of a run that have a scale each
-  constexpr int64_t d_bytes() const { return 2 * width * (format.minimum ? 2 : 1); }
-  constexpr int64_t scales_bytes() const { return format.nested() ? width * (halves() + (format.minimum ? 1 : 0)) : 0; }
-  constexpr int64_t head_bytes() const { return d_bytes() + block_runs() * scales_bytes(); }
-  constexpr int64_t tops_bytes() const { return format.bits == 5 ? width * 4 : format.bits == 6 ? width * 8 : 0; }
-  constexpr int64_t codes_bytes() const { return width * (format.bits == 8 ? run : half); }
-  constexpr int64_t tops_offset() const { return whole_lines(in / format.weights * head_bytes()); }
-  constexpr int64_t codes_offset() const { return tops_offset() + whole_lines(runs() * tops_bytes()); }
-  constexpr int64_t group_bytes() const { return codes_offset() + whole_lines(runs() * codes_bytes()); }
-  constexpr int64_t bytes() const { return groups() * group_bytes(); }
+  int64_t groups() const { return divide_up(out, most_width) * (most_width / width); }
+  int64_t tops_offset() const { return whole_lines(in / format.weights * head_bytes); }
+  int64_t codes_offset() const { return tops_offset() + whole_lines(runs() * tops_bytes); }
+  int64_t group_bytes() const { return codes_offset() + whole_lines(runs() * codes_bytes); }
+  int64_t bytes() const { return groups() * group_bytes(); }
 
   // Writes a run of an output into data of zeros, `bytes()` of them.
   void put(uint8_t* data, int64_t output, int64_t number, const Run& from) const {
     uint8_t* const group = data + output / width * group_bytes();
     const int64_t o = output % width;
-    uint8_t* const head = group + number / block_runs() * head_bytes();
+    uint8_t* const head = group + number / block_runs * head_bytes;
     memcpy(head + 2 * o, &from.d, sizeof from.d);
     if (format.minimum) memcpy(head + 2 * (width + o), &from.dmin, sizeof from.dmin);
     if (format.nested()) {
-      uint8_t* const scales = head + d_bytes() + number % block_runs() * scales_bytes() + o;
-      for (int h = 0; h < halves(); ++h) scales[h * width] = from.scale[h];
-      if (format.minimum) scales[halves() * width] = from.minimum;
+      uint8_t* const scales = head + d_bytes + number % block_runs * scales_bytes + o;
+      for (int h = 0; h < halves; ++h) scales[h * width] = from.scale[h];
+      if (format.minimum) scales[halves * width] = from.minimum;
     }
-    uint8_t* const codes = group + codes_offset() + number * codes_bytes();
-    uint8_t* const tops = group + tops_offset() + number * tops_bytes();
+    uint8_t* const codes = group + codes_offset() + number * codes_bytes;
+    uint8_t* const tops = group + tops_offset() + number * tops_bytes;
     for (int e = 0; e < run; ++e) {
       const Place place = place_of(static_cast<int>(o), e);
-      const int code = from.codes[e] ^ flipped();
+      const int code = from.codes[e] ^ flipped;
       codes[place.codes] |= static_cast<uint8_t>(format.bits == 8 ? code : (code & 15) << place.shift);
       if (format.bits == 5 || format.bits == 6) {
         tops[place.tops] |= static_cast<uint8_t>(code >> 4 << place.tops_shift);
@@ -86,21 +84,21 @@ struct PackedBlocks {
   void decode(const uint8_t* data, int64_t output, int64_t number, Bfloat16* weights) const {
     const uint8_t* const group = data + output / width * group_bytes();
     const int64_t o = output % width;
-    const uint8_t* const head = group + number / block_runs() * head_bytes();
-    const uint8_t* const scales = head + d_bytes() + number % block_runs() * scales_bytes() + o;
+    const uint8_t* const head = group + number / block_runs * head_bytes;
+    const uint8_t* const scales = head + d_bytes + number % block_runs * scales_bytes + o;
     const float d = half_float(head + 2 * o);
     float minimum = 0.0f;
-    if (format.minimum) minimum = half_float(head + 2 * (width + o)) * static_cast<float>(scales[halves() * width]);
-    const uint8_t* const codes = group + codes_offset() + number * codes_bytes();
-    const uint8_t* const tops = group + tops_offset() + number * tops_bytes();
+    if (format.minimum) minimum = half_float(head + 2 * (width + o)) * static_cast<float>(scales[halves * width]);
+    const uint8_t* const codes = group + codes_offset() + number * codes_bytes;
+    const uint8_t* const tops = group + tops_offset() + number * tops_bytes;
     for (int e = 0; e < run; ++e) {
       const Place place = place_of(static_cast<int>(o), e);
       int code = format.bits == 8 ? codes[place.codes] : codes[place.codes] >> place.shift & 15;
       if (format.bits == 5) code |= (tops[place.tops] >> place.tops_shift & 1) << 4;
       if (format.bits == 6) code |= (tops[place.tops] >> place.tops_shift & 3) << 4;
-      code = (code ^ flipped()) - format.zero;
+      code = (code ^ flipped) - format.zero;
       float scale = d;
-      if (format.nested()) scale *= scale_of(scales[halves() == 2 ? e / half * width : 0]);
+      if (format.nested()) scale *= scale_of(scales[halves == 2 ? e / half * width : 0]);
       store(weights + e, scale * static_cast<float>(code) - minimum);
     }
   }
@@ -117,12 +115,12 @@ struct PackedBlocks {
     return to_float(half);
   }
   // Those of formats without minima are signed.
-  float scale_of(uint8_t scale) const { return format.minimum ? scale : static_cast<int8_t>(scale); }
+  static float scale_of(uint8_t scale) { return format.minimum ? scale : static_cast<int8_t>(scale); }
   // Four outputs' codes of 8 bits are signed: a register of them is widened with its signs.
-  constexpr int flipped() const { return format.bits == 8 && width == 4 ? 128 : 0; }
+  static constexpr int flipped = format.bits == 8 && width == 4 ? 128 : 0;
 
   // Where an element's code lies among those of its run.
-  constexpr Place place_of(int o, int e) const {
+  static constexpr Place place_of(int o, int e) {
     const int h = e / half, i = e % half;
     if (width == 4) {
       const int natural = o * half + i, split = i / 8 * 32 + o * 8 + i % 8;
@@ -142,6 +140,22 @@ struct PackedBlocks {
     }
   }
 };
+
+// Calls body(layout) for a weight of blocks.
+template <typename Body>
+void with_packed_blocks(WeightFormat format, Arithmetic arithmetic, int64_t out, int64_t in, const Body& body) {
+  with_block_format(format, [&](auto kind) {
+    if (arithmetic == Arithmetic::fast) {
+      body(PackedBlocks<kind, width_of(Arithmetic::fast)>{out, in});
+    } else {
+      body(PackedBlocks<kind, width_of(Arithmetic::exact)>{out, in});
+    }
+  });
+}
+template <typename Body>
+void with_packed_blocks(const PackedWeight& weight, const Body& body) {
+  with_packed_blocks(weight.format, weight.arithmetic, weight.out, weight.in, body);
+}
 
 }  // namespace SPECBRANCH_ISA
 }  // namespace specbranch

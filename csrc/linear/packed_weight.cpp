@@ -33,12 +33,13 @@ void check_packed(const PackedWeight& weight) {
     if (weight.arithmetic != Arithmetic::exact) fail("arithmetic: expected exact for lossless weights, got fast");
     least = Lossless{weight.out, weight.in}.raw_offset();
   } else {
-    const PackedBlocks layout(weight);
-    if (weight.in % layout.format.weights != 0) {
-      fail("packed: expected a multiple of " + std::to_string(layout.format.weights) + " weights in a row, got " +
-           std::to_string(weight.in));
-    }
-    least = layout.bytes();
+    with_packed_blocks(weight, [&](auto layout) {
+      if (layout.in % layout.format.weights != 0) {
+        fail("packed: expected a multiple of " + std::to_string(layout.format.weights) + " weights in a row, got " +
+             std::to_string(layout.in));
+      }
+      least = layout.bytes();
+    });
   }
   if (weight.data.shape[0] < least) {
     fail("packed: expected at least " + std::to_string(least) + " bytes for [" + std::to_string(weight.out) + ", " +

@@ -12,11 +12,11 @@ void check_quantize_weight(const QuantizeWeightParams& p) {
   check_shape(p.weight, {-1, -1}, "[out, in]");
   check_last_dim_contiguous(p.weight);
   if (p.weight.device != cpu_device) fail("weight: expected a tensor on the CPU");
-  if (p.weight.shape[1] % PackedBlocks::run != 0) {
+  if (p.weight.shape[1] % run_size != 0) {
     fail("weight: expected rows of a multiple of 32 weights, got " + std::to_string(p.weight.shape[1]));
   }
   check_dtype(p.blocks, Dtype::uint8);
-  check_shape(p.blocks, {p.weight.shape[0], p.weight.shape[1] / PackedBlocks::run * block_format(p.format).bytes},
+  check_shape(p.blocks, {p.weight.shape[0], p.weight.shape[1] / run_size * block_format(p.format).bytes},
               "[out, bytes of a row]");
   check_contiguous(p.blocks);
 }

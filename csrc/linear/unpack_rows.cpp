@@ -47,9 +47,7 @@ void unpack(const UnpackRowsParams& p, const Layout& layout) {
 
 void run_unpack_rows(const UnpackRowsParams& p) {
   if (p.packed.format == WeightFormat::lossless) return unpack(p, Lossless{p.packed.out, p.packed.in});
-  with_block_format(p.packed.format, [&](auto format) {
-    unpack(p, PackedBlocks(format, width_of(p.packed.arithmetic), p.packed.out, p.packed.in));
-  });
+  with_packed_blocks(p.packed, [&](auto layout) { unpack(p, layout); });
 }
 
 }  // namespace specbranch

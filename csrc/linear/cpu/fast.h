@@ -31,10 +31,9 @@ namespace specbranch {
 inline namespace SPECBRANCH_ISA {
 
 typedef uint8_t CodeVec __attribute__((vector_size(4 * simd_width)));  // four codes of each output
-typedef uint8_t ByteVec __attribute__((vector_size(simd_width)));
 
 #if defined(__AVX512F__)
-constexpr int fast_rows = 8;
+constexpr int fast_rows = 12;
 #else
 constexpr int fast_rows = 4;
 #endif
@@ -51,12 +50,17 @@ struct FastCodes {
   static constexpr int zero = block_format(format).zero - (is_signed ? 128 : 0);
 };
 
-// sum + the products of four codes and four inputs (a word of them), in every lane.
+// sum + the products of four codes and the four inputs at `four`, in every lane.
 template <int bits>
-inline IntVec add_products(IntVec sum, CodeVec codes, int32_t inputs) {
+inline IntVec add_products(IntVec sum, CodeVec codes, const int8_t* four) {
 #if defined(__AVX512VNNI__)
-  return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(inputs));
-#elif defined(__AVX512BW__)
+  // The compiler would broadcast the inputs by an instruction of their own.
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*reinterpret_cast<const int8_t (*)[4]>(four)));
+  return sum;
+#else
+  int32_t inputs;
+  memcpy(&inputs, four, sizeof inputs);
+#if defined(__AVX512BW__)
   const __m512i x = _mm512_set1_epi32(inputs), c = (__m512i)codes;
   const auto pairs = [&](__m512i part, short factor) {
     return _mm512_madd_epi16(_mm512_maddubs_epi16(part, x), _mm512_set1_epi16(factor));
@@ -84,6 +88,7 @@ inline IntVec add_products(IntVec sum, CodeVec codes, int32_t inputs) {
   }
   return sum;
 #endif
+#endif
 }
 
 inline FloatVec fused(FloatVec a, FloatVec b, FloatVec c) {
@@ -110,17 +115,17 @@ struct FastInputs {
   int32_t* sums;
 
   void round_row(const Bfloat16* from, int64_t row) const {
-    constexpr int vectors = PackedBlocks::run / simd_width;
+    constexpr int vectors = run_size / simd_width;
     for (int64_t n = 0; n < runs; ++n) {
       FloatVec x[vectors], largest{}, odd{};
       for (int i = 0; i < vectors; ++i) {
-        x[i] = load(from + n * PackedBlocks::run + i * simd_width);
+        x[i] = load(from + n * run_size + i * simd_width);
         largest = max(largest, (FloatVec)((UintVec)x[i] & 0x7FFFFFFFu));
         odd += x[i] * broadcast(0.0f);
       }
       const float most = reduce_max(largest), check = reduce_sum(odd);
       const float factor = most < 1e-30f ? 0.0f : 127.0f / most;
-      int8_t* const to = codes + row * in + n * PackedBlocks::run;
+      int8_t* const to = codes + row * in + n * run_size;
       int32_t sum[2] = {0, 0};
       for (int i = 0; i < vectors; ++i) {
         // The sum's last bits are the nearest integer, ties to even.
@@ -128,7 +133,7 @@ struct FastInputs {
         for (int lane = 0; lane < simd_width; ++lane) {
           const int8_t code = static_cast<int8_t>(whole[lane]);
           to[i * simd_width + lane] = code;
-          sum[i * simd_width / PackedBlocks::half] += code;
+          sum[i * simd_width / half_run] += code;
         }
       }
       const float scale = check != check ? check : most < 1e-30f ? 0.0f : most / 127.0f;
@@ -142,20 +147,25 @@ struct FastInputs {
 
 // ---- Tiles
 
+template <WeightFormat format>
+using FastLayout = PackedBlocks<format, width_of(Arithmetic::fast)>;
+constexpr int64_t fast_line = 64;  // bytes of a cache line
+
 // A run's weights: codes of four elements at a time, and their scales.
 template <WeightFormat format>
 struct FastRun {
-  static constexpr BlockFormat blocks = block_format(format);
-  static constexpr int parts = PackedBlocks::run / 4, halves = PackedBlocks::run / blocks.scaled;
+  using Layout = FastLayout<format>;
+  static constexpr BlockFormat blocks = Layout::format;
+  static constexpr int parts = run_size / 4, halves = Layout::halves;
 
   CodeVec codes[parts];
   FloatVec scale[halves], minimum;
 
-  __attribute__((always_inline)) void read(const PackedBlocks& layout, const uint8_t* group, int64_t n, int lane) {
-    const uint8_t* const head = group + n / layout.block_runs() * layout.head_bytes();
+  __attribute__((always_inline)) void read(const Layout& layout, const uint8_t* group, int64_t n, int lane) {
+    const uint8_t* const head = group + n / layout.block_runs * layout.head_bytes;
     const FloatVec d = half_floats(head + 2 * lane);
     if constexpr (blocks.nested()) {
-      const uint8_t* const scales = head + layout.d_bytes() + n % layout.block_runs() * layout.scales_bytes() + lane;
+      const uint8_t* const scales = head + layout.d_bytes + n % layout.block_runs * layout.scales_bytes + lane;
       for (int h = 0; h < halves; ++h) scale[h] = d * byte_floats(scales + h * layout.width);
       if constexpr (blocks.minimum) {
         minimum = half_floats(head + 2 * (layout.width + lane)) * byte_floats(scales + halves * layout.width);
@@ -163,8 +173,8 @@ struct FastRun {
     } else {
       scale[0] = d;
     }
-    const uint8_t* const code = group + layout.codes_offset() + n * layout.codes_bytes() + 4 * lane;
-    const uint8_t* const top = group + layout.tops_offset() + n * layout.tops_bytes() + 4 * lane;
+    const uint8_t* const code = group + layout.codes_offset() + n * layout.codes_bytes + 4 * lane;
+    const uint8_t* const top = group + layout.tops_offset() + n * layout.tops_bytes + 4 * lane;
     constexpr int64_t register_bytes = 64;
     if constexpr (blocks.bits == 8) {
 #pragma GCC unroll 8
@@ -204,17 +214,27 @@ struct FastRun {
     memcpy(halves, p, sizeof halves);
     return load(halves);
   }
+  // Those of formats without minima are signed.
   static FloatVec byte_floats(const uint8_t* p) {
-    const ByteVec bytes = load_unaligned<ByteVec>(p);
-    typedef int8_t SignedVec __attribute__((vector_size(simd_width)));
-    const IntVec wide =
-        blocks.minimum ? __builtin_convertvector(bytes, IntVec) : __builtin_convertvector((SignedVec)bytes, IntVec);
-    return __builtin_convertvector(wide, FloatVec);
+#if defined(__AVX512F__)
+    const __m128i bytes = load_unaligned<__m128i>(p);
+    return (FloatVec)_mm512_cvtepi32_ps(blocks.minimum ? _mm512_cvtepu8_epi32(bytes) : _mm512_cvtepi8_epi32(bytes));
+#elif defined(__AVX2__)
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return (FloatVec)_mm256_cvtepi32_ps(blocks.minimum ? _mm256_cvtepu8_epi32(bytes) : _mm256_cvtepi8_epi32(bytes));
+#else
+    FloatVec values;
+    for (int i = 0; i < simd_width; ++i) {
+      values[i] = static_cast<float>(blocks.minimum ? int{p[i]} : int{static_cast<int8_t>(p[i])});
+    }
+    return values;
+#endif
   }
 };
 
+template <WeightFormat format>
 struct FastProduct {
-  PackedBlocks layout;
+  FastLayout<format> layout;
   const uint8_t* weights;
   FastInputs inputs;
   const Bfloat16* bias;  // [out] or null
@@ -232,23 +252,24 @@ inline HalfBits rounded(FloatVec y) {
 
 // A group's outputs in `rows` rows. next: weights that are asked for meanwhile, as many bytes as a group has.
 template <WeightFormat format, int rows>
-__attribute__((noinline)) void fast_tile(const FastProduct& p, int64_t group, int64_t row, const uint8_t* next) {
+__attribute__((noinline)) void fast_tile(const FastProduct<format>& p, int64_t group, int64_t row,
+                                         const uint8_t* next) {
   using Weights = FastRun<format>;
-  const PackedBlocks layout(format, width_of(Arithmetic::fast), p.layout.out, p.layout.in);
+  const FastLayout<format> layout = p.layout;
   const uint8_t* const data = p.weights + group * layout.group_bytes();
   const FastInputs& in = p.inputs;
-  const int64_t runs = in.runs, fetched = runs == 0 ? 0 : divide_up(layout.group_bytes(), runs * PackedBlocks::line);
+  const int64_t runs = in.runs, fetched = runs == 0 ? 0 : divide_up(layout.group_bytes(), runs * fast_line);
   for (int lane = 0; lane < layout.width; lane += simd_width) {
     FloatVec y[rows] = {};
     for (int64_t n = 0; n < runs; ++n) {
       if (lane == 0) {
-        for (int64_t i = 0; i < fetched; ++i) __builtin_prefetch(next + (n * fetched + i) * PackedBlocks::line);
+        for (int64_t i = 0; i < fetched; ++i) __builtin_prefetch(next + (n * fetched + i) * fast_line);
       }
       Weights run;
       run.read(layout, data, n, lane);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const int8_t* const codes = in.codes + (row + r) * in.in + n * PackedBlocks::run;
+        const int8_t* const codes = in.codes + (row + r) * in.in + n * run_size;
         const float* const scales = in.scales + ((row + r) * runs + n) * 2;
         const int32_t* const sums = in.sums + ((row + r) * runs + n) * 2;
 #pragma GCC unroll 2
@@ -260,9 +281,7 @@ __attribute__((noinline)) void fast_tile(const FastProduct& p, int64_t group, in
           }
 #pragma GCC unroll 8
           for (int i = 0; i < parts; ++i) {
-            int32_t inputs;
-            memcpy(&inputs, codes + (h * parts + i) * 4, sizeof inputs);
-            sum = add_products<Weights::blocks.bits>(sum, run.codes[h * parts + i], inputs);
+            sum = add_products<Weights::blocks.bits>(sum, run.codes[h * parts + i], codes + (h * parts + i) * 4);
           }
           y[r] = fused(__builtin_convertvector(sum, FloatVec), run.scale[h] * broadcast(scales[0]), y[r]);
         }
@@ -277,7 +296,7 @@ __attribute__((noinline)) void fast_tile(const FastProduct& p, int64_t group, in
       memcpy(from, p.bias + o, static_cast<size_t>(count) * sizeof(Bfloat16));
       bias = load(from);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < rows; ++r) {
       const HalfBits bits = rounded(p.bias == nullptr ? y[r] : y[r] + bias);
       Bfloat16* const to = p.output + (row + r) * layout.out + o;
@@ -291,7 +310,7 @@ __attribute__((noinline)) void fast_tile(const FastProduct& p, int64_t group, in
 }
 
 template <WeightFormat format, int rows = fast_rows>
-void fast_tiles(const FastProduct& p, int64_t group, int64_t row, int64_t count, const uint8_t* next) {
+void fast_tiles(const FastProduct<format>& p, int64_t group, int64_t row, int64_t count, const uint8_t* next) {
   if constexpr (rows > 1) {
     if (count < rows) return fast_tiles<format, rows - 1>(p, group, row, count, next);
   }
@@ -301,7 +320,7 @@ void fast_tiles(const FastProduct& p, int64_t group, int64_t row, int64_t count,
 // ---- The product
 
 template <WeightFormat format>
-void fast_product(FastProduct p, const Bfloat16* input, int threads) {
+void fast_product(FastProduct<format> p, const Bfloat16* input, int threads) {
   thread_local Buffer<int8_t> codes;
   thread_local Buffer<float> scales;
   thread_local Buffer<int32_t> sums;
@@ -341,11 +360,15 @@ inline void fast(const PackedLinearParams& params) {
   const int64_t passes = out == 0 ? 0 : divide_up(rows, fast_pass);
   for (int64_t i = 0; i < passes; ++i) {
     const int64_t begin = rows * i / passes;
-    const FastProduct p{
-        PackedBlocks(params.weight), params.weight.data.as<const uint8_t>(), {}, params.bias.as<const Bfloat16>(),
-        output + begin * out,        rows * (i + 1) / passes - begin};
-    with_block_format(params.weight.format,
-                      [&](auto format) { fast_product<format>(p, input + begin * in, params.launch.threads); });
+    with_block_format(params.weight.format, [&](auto format) {
+      const FastProduct<format> p{{out, in},
+                                  params.weight.data.as<const uint8_t>(),
+                                  {},
+                                  params.bias.as<const Bfloat16>(),
+                                  output + begin * out,
+                                  rows * (i + 1) / passes - begin};
+      fast_product(p, input + begin * in, params.launch.threads);
+    });
   }
 }
 

@@ -14,7 +14,7 @@ namespace cpu {
 namespace SPECBRANCH_ISA {
 namespace {
 
-constexpr int run = PackedBlocks::run, half = PackedBlocks::half;
+constexpr int run = run_size, half = half_run;
 constexpr float rounding = 12582912.0f;  // added and taken away: the nearest integer, ties to even
 
 constexpr int vectors = run / simd_width;

@@ -41,7 +41,7 @@ void for_unpacked(const PackedLinearParams& p, const Layout& layout, const Body&
 template <typename Body>
 void for_unpacked(const PackedLinearParams& p, const Body& body) {
   if (p.weight.format == WeightFormat::lossless) return for_unpacked(p, Lossless{p.weight.out, p.weight.in}, body);
-  for_unpacked(p, PackedBlocks(p.weight), body);
+  with_packed_blocks(p.weight, [&](auto layout) { for_unpacked(p, layout, body); });
 }
 
 }  // namespace SPECBRANCH_ISA

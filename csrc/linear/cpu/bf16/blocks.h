@@ -20,24 +20,25 @@ constexpr int64_t most_blocks_rows = 256;  // rows per pass
 // Four outputs' weights of one run.
 template <WeightFormat format>
 struct QuadDecoder {
-  static constexpr BlockFormat blocks = block_format(format);
-  static constexpr int page_runs = 8, halves = PackedBlocks::run / blocks.scaled;
+  using Layout = PackedBlocks<format, quad>;
+  static constexpr BlockFormat blocks = Layout::format;
+  static constexpr int page_runs = 8, halves = Layout::halves;
 
   // The scales of a page of up to eight runs: [run, half, output], and the minima [run, output].
   struct Page {
     alignas(64) float scale[page_runs * halves * quad], minimum[page_runs * quad];
   };
 
-  __attribute__((always_inline)) static void read_page(const PackedBlocks& layout, const uint8_t* group, int64_t first,
+  __attribute__((always_inline)) static void read_page(const Layout& layout, const uint8_t* group, int64_t first,
                                                        int64_t runs, Page& page) {
     if constexpr (blocks.nested()) {
-      const uint8_t* const head = group + first / page_runs * layout.head_bytes();
+      const uint8_t* const head = group + first / page_runs * layout.head_bytes;
       const auto of_quad = [&](int64_t offset) {
         __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(head + offset));
         return _mm512_broadcast_f32x4(_mm_cvtph_ps(bits));
       };
       const __m512 d = of_quad(0);
-      const uint8_t* const bytes = head + layout.d_bytes();
+      const uint8_t* const bytes = head + layout.d_bytes;
       if constexpr (blocks.minimum) {
         // A run's four scales, then its four minima.
         const __m512 dmin = of_quad(2 * quad);
@@ -58,17 +59,17 @@ struct QuadDecoder {
       }
     } else {
       for (int64_t i = 0; i < runs; ++i) {
-        const __m128i d = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group + (first + i) * layout.head_bytes()));
+        const __m128i d = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group + (first + i) * layout.head_bytes));
         _mm_store_ps(page.scale + quad * i, _mm_cvtph_ps(d));
       }
     }
   }
 
   // Run n, the i-th of its page: four blocks, `tile_step` apart.
-  __attribute__((always_inline)) static void decode(const PackedBlocks& layout, const uint8_t* group, int64_t n,
-                                                    int64_t i, const Page& page, Bfloat16* to) {
-    const uint8_t* const codes = group + layout.codes_offset() + n * layout.codes_bytes();
-    const uint8_t* const tops = group + layout.tops_offset() + n * layout.tops_bytes();
+  __attribute__((always_inline)) static void decode(const Layout& layout, const uint8_t* group, int64_t n, int64_t i,
+                                                    const Page& page, Bfloat16* to) {
+    const uint8_t* const codes = group + layout.codes_offset() + n * layout.codes_bytes;
+    const uint8_t* const tops = group + layout.tops_offset() + n * layout.tops_bytes;
     if constexpr (blocks.bits <= 5) {
       __m512i low[2], high[2];
       read_table(page, i, 0, low[0], high[0]);
@@ -151,7 +152,7 @@ template <WeightFormat kind>
 struct BlockWeights {
   static constexpr WeightFormat format = kind;
   const uint8_t* data;
-  PackedBlocks layout;
+  PackedBlocks<kind, quad> layout;
   int64_t group_bytes = layout.group_bytes();
 };
 
@@ -161,12 +162,12 @@ template <WeightFormat format>
 __attribute__((noinline)) void decode_tile(const BlockWeights<format>& weights, int64_t o, int64_t k, int64_t k_end,
                                            Bfloat16* to, int64_t next) {
   using Decoder = QuadDecoder<format>;
-  const PackedBlocks layout(format, quad, weights.layout.out, weights.layout.in);
+  const typename Decoder::Layout layout = weights.layout;
   const int64_t runs = layout.runs(), tile_bytes = many_quads * weights.group_bytes;
-  const int64_t lines = tile_bytes / PackedBlocks::line;
+  const int64_t lines = tile_bytes / cache_line;
   const uint8_t* const ahead = weights.data + next / quad * weights.group_bytes;
-  for (int64_t n = k / PackedBlocks::run; n < k_end / PackedBlocks::run; n += Decoder::page_runs) {
-    const int64_t count = std::min<int64_t>(Decoder::page_runs, k_end / PackedBlocks::run - n);
+  for (int64_t n = k / run_size; n < k_end / run_size; n += Decoder::page_runs) {
+    const int64_t count = std::min<int64_t>(Decoder::page_runs, k_end / run_size - n);
     for (int q = 0; q < many_quads; ++q) {
       const uint8_t* const group = weights.data + (o / quad + q) * weights.group_bytes;
       typename Decoder::Page page;
@@ -174,10 +175,10 @@ __attribute__((noinline)) void decode_tile(const BlockWeights<format>& weights, 
       // The same share of the next tile as this is of its own.
       const int64_t first = (n * many_quads + q * count) * lines / (runs * many_quads);
       const int64_t last = (n * many_quads + (q + 1) * count) * lines / (runs * many_quads);
-      for (int64_t i = first; i < last; ++i) __builtin_prefetch(ahead + i * PackedBlocks::line, 0, 2);
-      Bfloat16* const decoded = to + (n * PackedBlocks::run - k) / block_in * tile_step + q * block_size;
+      for (int64_t i = first; i < last; ++i) __builtin_prefetch(ahead + i * cache_line, 0, 3);
+      Bfloat16* const decoded = to + (n * run_size - k) / block_in * tile_step + q * block_size;
       for (int64_t i = 0; i < count; ++i) {
-        Decoder::decode(layout, group, n + i, i, page, decoded + i * (PackedBlocks::run / block_in) * tile_step);
+        Decoder::decode(layout, group, n + i, i, page, decoded + i * (run_size / block_in) * tile_step);
       }
     }
   }
@@ -201,12 +202,8 @@ __attribute__((noinline)) void multiply_decoded(const ManyTile<Weights>& tile, f
 template <typename Weights>
 void blocks_product(const Product<Weights>& p, int threads) {
   thread_local Buffer<Bfloat16> scratch;
-  thread_local Buffer<float> scratch_sums;
-  const int64_t groups = divide_up(p.rows, most_group);
-  const int64_t tile_size = many_outputs * decoded_in, sums_of_row = many_quads * sums_size;
-  Bfloat16* const inputs = scratch.at_least(p.rows * p.in + 32 + threads * tile_size);
-  Bfloat16* const decoded = inputs + divide_up(p.rows * p.in, 32) * 32;
-  float* const sums = scratch_sums.at_least(threads * p.rows * sums_of_row);
+  const int64_t groups = divide_up(p.rows, most_group), sums_of_row = many_quads * sums_size;
+  Bfloat16* const inputs = scratch.at_least(p.rows * p.in);
 #pragma omp parallel for schedule(static) num_threads(threads) if (p.rows * p.in > 65536)
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t row = group_begin(p.rows, groups, g);
@@ -215,12 +212,14 @@ void blocks_product(const Product<Weights>& p, int threads) {
   // As for few rows: long panels read memory in long runs, short ones keep the threads busy to the end.
   const int64_t tiles = std::max<int64_t>(1, std::min<int64_t>(6, p.out / (32 * threads * many_outputs)));
   const int64_t panel = tiles * many_outputs;
-  std::atomic<int64_t> next_panel{0}, next_thread{0};
+  std::atomic<int64_t> next_panel{0};
 #pragma omp parallel num_threads(threads)
   {
-    const int64_t thread = next_thread++;
-    Bfloat16* const packed = decoded + thread * tile_size;
-    float* const all_sums = sums + thread * p.rows * sums_of_row;
+    // Each thread's own: where they lie side by side, one core's prefetcher takes lines that another one writes.
+    thread_local Buffer<Bfloat16> tile_buffer;
+    thread_local Buffer<float> sums_buffer;
+    Bfloat16* const packed = tile_buffer.at_least(many_outputs * decoded_in);
+    float* const all_sums = sums_buffer.at_least(p.rows * sums_of_row);
     int64_t begin = next_panel++ * panel;
     while (begin < p.out) {
       const int64_t following = next_panel++ * panel, end = std::min(begin + panel, p.out);
@@ -245,7 +244,7 @@ void blocks_product(const Product<Weights>& p, int threads) {
 inline void run_blocks(const PackedLinearParams& params) {
   const int64_t out = params.weight.out, in = params.weight.in;
   with_block_format(params.weight.format, [&](auto format) {
-    const BlockWeights<format> weights{params.weight.data.as<const uint8_t>(), PackedBlocks(params.weight)};
+    const BlockWeights<format> weights{params.weight.data.as<const uint8_t>(), {out, in}};
     for_passes(product_of(weights, params, in, out), most_blocks_rows, [&](const Product<BlockWeights<format>>& p) {
       blocks_product(p, threads_for(p.rows, in, out, params.launch.threads));
     });

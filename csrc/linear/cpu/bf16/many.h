@@ -112,16 +112,13 @@ void pack_inputs(const Product<Weights>& p, Bfloat16* to, int64_t row, int64_t r
 template <typename Weights>
 void many(const Product<Weights>& p, int threads) {
   thread_local Buffer<Bfloat16> scratch;
-  thread_local Buffer<float> scratch_sums;
   const int64_t groups = divide_up(p.rows, most_group), row_size = divide_up(p.in, read_in) * read_in;
   const int64_t parts = p.in <= most_whole ? 1 : divide_up(p.in, most_part);
   const int64_t part = std::max<int64_t>(1, divide_up(divide_up(p.in, parts), line_in)) * line_in;  // of `in`
   threads = static_cast<int>(std::min<int64_t>(threads, divide_up(p.out, many_panel)));
   const int64_t tile_size = many_outputs * part, sums_of_row = many_panel / quad * sums_size;
-  Bfloat16* const inputs = scratch.at_least(p.rows * row_size + 32 + threads * tile_size);
-  Bfloat16* const tiles = inputs + divide_up(p.rows * row_size, 32) * 32;
-  float* const sums = scratch_sums.at_least(threads * p.rows * sums_of_row);
-  std::atomic<int64_t> next_panel{0}, next_thread{0};
+  Bfloat16* const inputs = scratch.at_least(p.rows * row_size);
+  std::atomic<int64_t> next_panel{0};
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
@@ -129,14 +126,18 @@ void many(const Product<Weights>& p, int threads) {
       const int64_t row = group_begin(p.rows, groups, g);
       pack_inputs(p, inputs + row * row_size, row, group_begin(p.rows, groups, g + 1) - row);
     }
-    const int64_t thread = next_thread++;
+    // Each thread's own: where they lie side by side, one core's prefetcher takes lines that another one writes.
+    thread_local Buffer<Bfloat16> tile_buffer;
+    thread_local Buffer<float> sums_buffer;
+    Bfloat16* const packed = tile_buffer.at_least(tile_size);
+    float* const sums = sums_buffer.at_least(p.rows * sums_of_row);
     int64_t begin = next_panel++ * many_panel;
     while (begin < p.out) {
       const int64_t following = next_panel++ * many_panel, end = std::min(begin + many_panel, p.out);
       for (int64_t k = 0; k == 0 || k < p.in; k += part) {
         const int64_t k_end = std::min(k + part, p.in);
         for (int64_t o = begin; o < end; o += many_outputs) {
-          const ManyTile<Weights> tile{p, o, k, k_end, tiles + thread * tile_size};
+          const ManyTile<Weights> tile{p, o, k, k_end, packed};
           // What is read next: this panel's next tile, or its next part of `in`, or the next panel.
           int64_t next = o + many_outputs, next_k = k;
           if (next >= end) {
@@ -148,8 +149,7 @@ void many(const Product<Weights>& p, int threads) {
           const int64_t fetches = divide_up(many_outputs * line_in, groups * cache_line / 2);
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t row = group_begin(p.rows, groups, g), rows = group_begin(p.rows, groups, g + 1) - row;
-            float* const waiting =
-                sums + thread * p.rows * sums_of_row + row * sums_of_row + (o - begin) / quad * sums_size * rows;
+            float* const waiting = sums + row * sums_of_row + (o - begin) / quad * sums_size * rows;
             const Bfloat16* const x = inputs + row * row_size + k * rows;
             with_rows<most_group>(rows, [&](auto count) {
               if (g == 0) {
