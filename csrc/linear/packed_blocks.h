@@ -72,7 +72,7 @@ struct PackedBlocks {
     uint8_t* const tops = group + tops_offset() + number * tops_bytes;
     for (int e = 0; e < run; ++e) {
       const Place place = place_of(static_cast<int>(o), e);
-      const int code = from.codes[e] ^ flipped;
+      const int code = from.codes[e];
       codes[place.codes] |= static_cast<uint8_t>(format.bits == 8 ? code : (code & 15) << place.shift);
       if (format.bits == 5 || format.bits == 6) {
         tops[place.tops] |= static_cast<uint8_t>(code >> 4 << place.tops_shift);
@@ -96,7 +96,7 @@ struct PackedBlocks {
       int code = format.bits == 8 ? codes[place.codes] : codes[place.codes] >> place.shift & 15;
       if (format.bits == 5) code |= (tops[place.tops] >> place.tops_shift & 1) << 4;
       if (format.bits == 6) code |= (tops[place.tops] >> place.tops_shift & 3) << 4;
-      code = (code ^ flipped) - format.zero;
+      code -= format.zero;
       float scale = d;
       if (format.nested()) scale *= scale_of(scales[halves == 2 ? e / half * width : 0]);
       store(weights + e, scale * static_cast<float>(code) - minimum);
@@ -116,17 +116,18 @@ struct PackedBlocks {
   }
   // Those of formats without minima are signed.
   static float scale_of(uint8_t scale) { return format.minimum ? scale : static_cast<int8_t>(scale); }
-  // Four outputs' codes of 8 bits are signed: a register of them is widened with its signs.
-  static constexpr int flipped = format.bits == 8 && width == 4 ? 128 : 0;
 
   // Where an element's code lies among those of its run.
   static constexpr Place place_of(int o, int e) {
     const int h = e / half, i = e % half;
     if (width == 4) {
-      const int natural = o * half + i, split = i / 8 * 32 + o * 8 + i % 8;
+      // One output's bytes of 4 bits lie together. The others' lie so that unpacking them twice gives words of 32 bits
+      // of outputs 0 and 1, elements 0 to 7; then of outputs 2 and 3; then of elements 8 to 15.
+      const int natural = o * half + i;
+      const int split = (o % 2 * 2 + i % 8 / 4) * 16 + (i / 8 * 2 + o / 2) * 4 + i % 4;
       switch (format.bits) {
         case 4: return {natural, 4 * h, 0, 0};
-        case 5: return {natural, 4 * h, h * 8 + natural / 8, natural % 8};
+        case 5: return {split, 4 * h, h * 8 + split / 8, split % 8};
         case 6: return {split, 4 * h, split % 32, split / 32 * 2 + 4 * h};
         default: return {h * 64 + split, 0, 0, 0};
       }

@@ -127,10 +127,11 @@ def places(bits: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h, i = e // HALF, e % HALF
     none = torch.zeros_like(o)
     if width == 4:
-        natural, split = o * HALF + i, i // 8 * 32 + o * 8 + i % 8
+        natural = o * HALF + i
+        split = (o % 2 * 2 + i % 8 // 4) * 16 + (i // 8 * 2 + o // 2) * 4 + i % 4
         return {
             4: (natural, 4 * h, none, none),
-            5: (natural, 4 * h, h * 8 + natural // 8, natural % 8),
+            5: (split, 4 * h, h * 8 + split // 8, split % 8),
             6: (split, 4 * h, split % 32, split // 32 * 2 + 4 * h),
             8: (h * 64 + split, none, none, none),
         }[bits]
@@ -172,8 +173,7 @@ def write(parts: Parts, blocks: Blocks, width: int) -> Tensor:
             small.append(grouped(parts.minima).reshape(groups, count, per, -1))
         head.append((torch.cat(small, -1) & 255).to(torch.uint8).flatten(2))
     low, shift, top, top_shift = places(blocks.bits, width)
-    codes = parts.codes ^ 128 if blocks.bits == 8 and width == 4 else parts.codes
-    codes = functional.pad(codes, padding)
+    codes = functional.pad(parts.codes, padding)
     codes[size_out:] = 0
     each = codes.view(groups, width, runs, RUN).transpose(1, 2).reshape(groups, runs, -1)
     code_bytes, top_bytes = sizes(blocks, width)
@@ -221,8 +221,6 @@ def parse(data: Tensor, blocks: Blocks, width: int, size_out: int, size_in: int)
     if top_bytes:
         mask = (1 << blocks.bits - 4) - 1
         codes = codes | (planes[1].reshape(groups, runs, top_bytes)[..., top].int() >> top_shift & mask) << 4
-    if blocks.bits == 8 and width == 4:
-        codes = codes ^ 128
     codes = codes.view(groups, runs, width, RUN).permute(0, 2, 1, 3).reshape(groups * width, -1)[:size_out]
     return Parts(codes, d, dmin, scales, minima)
 

@@ -70,50 +70,39 @@ struct QuadDecoder {
                                                     const Page& page, Bfloat16* to) {
     const uint8_t* const codes = group + layout.codes_offset() + n * layout.codes_bytes;
     const uint8_t* const tops = group + layout.tops_offset() + n * layout.tops_bytes;
-    if constexpr (blocks.bits <= 5) {
-      __m512i low[2], high[2];
-      read_table(page, i, 0, low[0], high[0]);
-      if constexpr (blocks.bits == 5) read_table(page, i, 16, low[1], high[1]);
+    if constexpr (blocks.bits == 4) {
+      const Table table = read_table(page, i);
       const __m512i both = _mm512_load_si512(codes), mask = _mm512_set1_epi8(15);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
         const __m512i code = _mm512_and_si512(h == 0 ? both : _mm512_srli_epi16(both, 4), mask);
-        __m512i l = _mm512_shuffle_epi8(low[0], code), u = _mm512_shuffle_epi8(high[0], code);
-        if constexpr (blocks.bits == 5) {
-          uint64_t bits;
-          memcpy(&bits, tops + 8 * h, sizeof bits);
-          l = _mm512_mask_blend_epi8(bits, l, _mm512_shuffle_epi8(low[1], code));
-          u = _mm512_mask_blend_epi8(bits, u, _mm512_shuffle_epi8(high[1], code));
-        }
-        store_block(to + 2 * h * tile_step, _mm512_unpacklo_epi8(l, u));
-        store_block(to + (2 * h + 1) * tile_step, _mm512_unpackhi_epi8(l, u));
+        const __m512i low = _mm512_shuffle_epi8(table.low, code), high = _mm512_shuffle_epi8(table.high, code);
+        store_block(to + 2 * h * tile_step, _mm512_unpacklo_epi8(low, high));
+        store_block(to + (2 * h + 1) * tile_step, _mm512_unpackhi_epi8(low, high));
       }
     } else {
-      __m512 scale[2];
-      if constexpr (halves == 1) read_scales(page.scale + quad * i, scale);
 #pragma GCC unroll 2
       for (int h = 0; h < 2; ++h) {
-        if constexpr (halves == 2) read_scales(page.scale + quad * (2 * i + h), scale);
-        __m512i code;
-        if constexpr (blocks.bits == 6) {
-          const __m512i both = _mm512_load_si512(codes);
-          const __m512i two = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tops)));
-          const __m512i moved = h == 0 ? _mm512_sllv_epi64(two, _mm512_set_epi64(2, 2, 2, 2, 4, 4, 4, 4))
-                                       : _mm512_srlv_epi64(two, _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0));
-          const __m512i nibbles = h == 0 ? both : _mm512_srli_epi16(both, 4);
-          code = _mm512_and_si512(nibbles, _mm512_set1_epi8(15));
-          code = _mm512_or_si512(code, _mm512_and_si512(moved, _mm512_set1_epi8(48)));
-          code = _mm512_sub_epi8(code, _mm512_set1_epi8(blocks.zero));
-        } else {
-          code = _mm512_load_si512(codes + 64 * h);
+        const int64_t of_half = halves == 2 ? 2 * i + h : i;
+        const __m512 scale[2] = {of_two(page.scale + quad * of_half, 0), of_two(page.scale + quad * of_half, 1)};
+        __m512 minimum[2];
+        if constexpr (blocks.minimum) {
+          for (int j = 0; j < 2; ++j) minimum[j] = of_two(page.minimum + quad * i, j);
         }
-        const auto weights = [&](__m128i four, __m512 by) {
-          return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(four)), by);
+        // Words that a code is the lowest byte of are the float32 2^23 + code.
+        const __m512i code = read_codes(codes, tops, h), two_23 = _mm512_set1_epi16(0x4B00);
+        const __m512i zeros = _mm512_setzero_si512();
+        const __m512i low = _mm512_unpacklo_epi8(code, zeros), high = _mm512_unpackhi_epi8(code, zeros);
+        const auto weights = [&](__m512i words, int j) {
+          const __m512 count = _mm512_sub_ps(_mm512_castsi512_ps(words), _mm512_set1_ps(8388608.0f + blocks.zero));
+          // Products are exact, so that a fused subtraction rounds as one of its own.
+          if constexpr (blocks.minimum) return _mm512_fmsub_ps(count, scale[j], minimum[j]);
+          return _mm512_mul_ps(count, scale[j]);
         };
-        const __m512 a = weights(_mm512_castsi512_si128(code), scale[0]);
-        const __m512 b = weights(_mm512_extracti32x4_epi32(code, 1), scale[1]);
-        const __m512 c = weights(_mm512_extracti32x4_epi32(code, 2), scale[0]);
-        const __m512 d = weights(_mm512_extracti32x4_epi32(code, 3), scale[1]);
+        const __m512 a = weights(_mm512_unpacklo_epi16(low, two_23), 0),
+                     b = weights(_mm512_unpackhi_epi16(low, two_23), 1);
+        const __m512 c = weights(_mm512_unpacklo_epi16(high, two_23), 0),
+                     d = weights(_mm512_unpackhi_epi16(high, two_23), 1);
         store_block(to + 2 * h * tile_step, (__m512i)_mm512_cvtne2ps_pbh(b, a));
         store_block(to + (2 * h + 1) * tile_step, (__m512i)_mm512_cvtne2ps_pbh(d, c));
       }
@@ -121,14 +110,40 @@ struct QuadDecoder {
   }
 
  private:
-  // The 16 weights that codes from `first` on stand for, of each output in 16 bytes: their lower and upper bytes.
-  __attribute__((always_inline)) static void read_table(const Page& page, int64_t i, int first, __m512i& low,
-                                                        __m512i& high) {
-    const __m512 count = _mm512_add_ps(_mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                       _mm512_set1_ps(static_cast<float>(first - blocks.zero)));
+  // A run's codes of one half, a byte each.
+  __attribute__((always_inline)) static __m512i read_codes(const uint8_t* codes, const uint8_t* tops, int h) {
+    if constexpr (blocks.bits == 8) return _mm512_load_si512(codes + 64 * h);
+    const __m512i both = _mm512_load_si512(codes);
+    const __m512i low = _mm512_and_si512(h == 0 ? both : _mm512_srli_epi16(both, 4), _mm512_set1_epi8(15));
+    if constexpr (blocks.bits == 5) {
+      uint64_t bits;
+      memcpy(&bits, tops + 8 * h, sizeof bits);
+      return _mm512_mask_add_epi8(low, bits, low, _mm512_set1_epi8(16));
+    }
+    const __m512i two = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(tops)));
+    const __m512i moved = h == 0 ? _mm512_sllv_epi64(two, _mm512_set_epi64(2, 2, 2, 2, 4, 4, 4, 4))
+                                 : _mm512_srlv_epi64(two, _mm512_set_epi64(2, 2, 2, 2, 0, 0, 0, 0));
+    return _mm512_or_si512(low, _mm512_and_si512(moved, _mm512_set1_epi8(48)));
+  }
+
+  // The numbers of outputs 0 and 1 (or of 2 and 3), each eight times, of four.
+  __attribute__((always_inline)) static __m512 of_two(const float* four, int second) {
+    const __m512 all = _mm512_broadcast_f32x4(_mm_load_ps(four));
+    const __m512i first = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    return _mm512_permutexvar_ps(second == 0 ? first : _mm512_add_epi32(first, _mm512_set1_epi32(2)), all);
+  }
+
+  // The 16 weights that codes of 4 bits stand for, of each output in 16 bytes: their lower and upper bytes.
+  struct Table {
+    __m512i low, high;
+  };
+  __attribute__((always_inline)) static Table read_table(const Page& page, int64_t i) {
+    const __m512 count = _mm512_sub_ps(_mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                       _mm512_set1_ps(static_cast<float>(blocks.zero)));
     const auto of_output = [&](int o) {
-      const __m512 product = _mm512_mul_ps(count, _mm512_set1_ps(page.scale[quad * i + o]));  // exact
-      return blocks.minimum ? _mm512_sub_ps(product, _mm512_set1_ps(page.minimum[quad * i + o])) : product;
+      const __m512 scale = _mm512_set1_ps(page.scale[quad * i + o]);
+      if constexpr (blocks.minimum) return _mm512_fmsub_ps(count, scale, _mm512_set1_ps(page.minimum[quad * i + o]));
+      return _mm512_mul_ps(count, scale);
     };
     const __m512i a = (__m512i)_mm512_cvtne2ps_pbh(of_output(1), of_output(0));
     const __m512i b = (__m512i)_mm512_cvtne2ps_pbh(of_output(3), of_output(2));
@@ -136,15 +151,8 @@ struct QuadDecoder {
         _mm512_set_epi8(126, 124, 122, 120, 118, 116, 114, 112, 110, 108, 106, 104, 102, 100, 98, 96, 94, 92, 90, 88,
                         86, 84, 82, 80, 78, 76, 74, 72, 70, 68, 66, 64, 62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40,
                         38, 36, 34, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    low = _mm512_permutex2var_epi8(a, even, b);
-    high = _mm512_permutex2var_epi8(a, _mm512_or_si512(even, _mm512_set1_epi8(1)), b);
-  }
-
-  // Of outputs 0 and 1, and of 2 and 3, each eight times.
-  __attribute__((always_inline)) static void read_scales(const float* four, __m512 (&scale)[2]) {
-    const __m512 all = _mm512_broadcast_f32x4(_mm_load_ps(four));
-    scale[0] = _mm512_permutexvar_ps(_mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0), all);
-    scale[1] = _mm512_permutexvar_ps(_mm512_set_epi32(3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 2), all);
+    return {_mm512_permutex2var_epi8(a, even, b),
+            _mm512_permutex2var_epi8(a, _mm512_or_si512(even, _mm512_set1_epi8(1)), b)};
   }
 };
 
