@@ -17,6 +17,18 @@ Float16 half_at(const uint8_t* p) {
 
 bool is_finite(Float16 half) { return (half.bits & 0x7C00) != 0x7C00; }
 
+Float16 minus(Float16 half) { return {static_cast<uint16_t>(half.bits ^ 0x8000)}; }
+
+// 16 bytes of the first half's codes and the second's.
+void read_four_bits(const uint8_t* from, Run& run) {
+  for (int e = 0; e < run_size; ++e) run.codes[e] = from[e % half_run] >> (e / half_run * 4) & 15;
+}
+
+// A fifth bit of each.
+void add_tops(const uint8_t* from, Run& run) {
+  for (int e = 0; e < run_size; ++e) run.codes[e] |= static_cast<uint8_t>((from[e / 8] >> (e % 8) & 1) << 4);
+}
+
 // The 6 bits each of the scale and minimum of run r, of a block's 12 bytes.
 void read_six_bits(const uint8_t* from, int64_t r, Run& run) {
   if (r < 4) {
@@ -36,13 +48,20 @@ void read_run(const uint8_t* block, int64_t r, Run& run) {
     for (int e = 0; e < 32; ++e) run.codes[e] = block[2 + e] ^ 128;
   } else if constexpr (format == WeightFormat::q4_0) {
     run.d = half_at(block);
-    for (int e = 0; e < 32; ++e) run.codes[e] = block[2 + e % 16] >> (e / 16 * 4) & 15;
+    read_four_bits(block + 2, run);
+  } else if constexpr (format == WeightFormat::q4_1) {
+    run.d = half_at(block);
+    run.dmin = minus(half_at(block + 2));
+    read_four_bits(block + 4, run);
   } else if constexpr (format == WeightFormat::q5_0) {
     run.d = half_at(block);
-    for (int e = 0; e < 32; ++e) {
-      const int top = block[2 + e / 8] >> (e % 8) & 1;
-      run.codes[e] = static_cast<uint8_t>((block[6 + e % 16] >> (e / 16 * 4) & 15) | top << 4);
-    }
+    read_four_bits(block + 6, run);
+    add_tops(block + 2, run);
+  } else if constexpr (format == WeightFormat::q5_1) {
+    run.d = half_at(block);
+    run.dmin = minus(half_at(block + 2));
+    read_four_bits(block + 8, run);
+    add_tops(block + 4, run);
   } else if constexpr (format == WeightFormat::q4_k || format == WeightFormat::q5_k) {
     run.d = half_at(block);
     run.dmin = half_at(block + 2);

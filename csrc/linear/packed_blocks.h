@@ -88,7 +88,8 @@ struct PackedBlocks {
     const uint8_t* const scales = head + d_bytes + number % block_runs * scales_bytes + o;
     const float d = half_float(head + 2 * o);
     float minimum = 0.0f;
-    if (format.minimum) minimum = half_float(head + 2 * (width + o)) * static_cast<float>(scales[halves * width]);
+    if (format.minimum) minimum = half_float(head + 2 * (width + o));
+    if (format.minimum && format.nested()) minimum *= static_cast<float>(scales[halves * width]);
     const uint8_t* const codes = group + codes_offset() + number * codes_bytes;
     const uint8_t* const tops = group + tops_offset() + number * tops_bytes;
     for (int e = 0; e < run; ++e) {

@@ -9,11 +9,13 @@ WeightFormat weight_format(const std::string& name) {
   if (name == "lossless") return WeightFormat::lossless;
   if (name == "q8_0") return WeightFormat::q8_0;
   if (name == "q4_0") return WeightFormat::q4_0;
+  if (name == "q4_1") return WeightFormat::q4_1;
   if (name == "q4_k") return WeightFormat::q4_k;
   if (name == "q5_0") return WeightFormat::q5_0;
+  if (name == "q5_1") return WeightFormat::q5_1;
   if (name == "q5_k") return WeightFormat::q5_k;
   if (name == "q6_k") return WeightFormat::q6_k;
-  fail("format: expected one of lossless, q8_0, q4_0, q4_k, q5_0, q5_k, q6_k, got " + name);
+  fail("format: expected one of lossless, q8_0, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k, got " + name);
 }
 
 Arithmetic arithmetic(const std::string& name) {

@@ -8,7 +8,7 @@
 namespace specbranch {
 
 // lossless: linear/lossless.h. The others: blocks as GGUF files have them, linear/block_format.h.
-enum class WeightFormat { lossless, q8_0, q4_0, q4_k, q5_0, q5_k, q6_k };
+enum class WeightFormat { lossless, q8_0, q4_0, q4_1, q4_k, q5_0, q5_1, q5_k, q6_k };
 
 // What a product over packed weights computes. exact: bit for bit what `linear` gives for the weight unpacked to
 // bfloat16. fast: inputs are rounded to 8 bits, and integers are multiplied (linear/cpu/fast.h).

@@ -34,7 +34,9 @@ class Blocks:
 FORMATS = {
     "q8_0": Blocks(8, 32, 32, 34, 128),
     "q4_0": Blocks(4, 32, 32, 18, 8),
+    "q4_1": Blocks(4, 32, 32, 20, 0, minimum=True),
     "q5_0": Blocks(5, 32, 32, 22, 16),
+    "q5_1": Blocks(5, 32, 32, 24, 0, minimum=True),
     "q4_k": Blocks(4, 32, 256, 144, 0, minimum=True),
     "q5_k": Blocks(5, 32, 256, 176, 0, minimum=True),
     "q6_k": Blocks(6, 16, 256, 210, 32),
@@ -58,9 +60,10 @@ class Parts:
         scale = self.d.float().repeat_interleave(repeat, 1)
         if self.scales is not None:
             scale = scale * self.scales.float()
-        if self.dmin is None or self.minima is None:
+        if self.dmin is None:
             return scale, None
-        return scale, self.dmin.float().repeat_interleave(blocks.weights // RUN, 1) * self.minima.float()
+        minimum = self.dmin.float().repeat_interleave(blocks.weights // RUN, 1)
+        return scale, minimum if self.minima is None else minimum * self.minima.float()
 
     def weight(self, blocks: Blocks) -> Tensor:
         """bfloat16 [out, in]."""
@@ -93,11 +96,12 @@ def read(data: Tensor, format: str) -> Parts:
 
     if format == "q8_0":
         return Parts(whole(block[..., 2:].int() ^ 128), _half(block[..., :2])[..., 0])
-    if format == "q4_0":
-        return Parts(whole(_bits(block[..., 2:], 4)), _half(block[..., :2])[..., 0])
-    if format == "q5_0":
-        tops = _bits(block[..., 2:6], 1).transpose(-1, -2)
-        return Parts(whole(_bits(block[..., 6:], 4).flatten(-2) | tops.flatten(-2) << 4), _half(block[..., :2])[..., 0])
+    if blocks.weights == RUN:
+        codes = _bits(block[..., -16:], 4).flatten(-2)
+        if blocks.bits == 5:
+            codes = codes | _bits(block[..., -20:-16], 1).transpose(-1, -2).flatten(-2) << 4
+        dmin = -_half(block[..., 2:4])[..., 0] if blocks.minimum else None
+        return Parts(whole(codes), _half(block[..., :2])[..., 0], dmin)
     if format == "q6_k":
         low = _bits(block[..., :128].reshape(size_out, count, 2, 2, RUN), 4).transpose(-2, -3)  # [.., 2, 2 nibbles, 2]
         tops = _bits(block[..., 128:192].reshape(size_out, count, 2, RUN), 2)

@@ -355,8 +355,8 @@ TENSORS: dict[str, tuple[Callable[..., object], str]] = {
         r"has blk\.0\.attn_q\.weight \[32, 64\] instead of \[32, 32\] as its",
     ),
     "other blocks": (
-        changed(QUERIES, "Q4_1"),
-        r"blk\.0\.attn_q\.weight is Q4_1; expected one of Q8_0, .*, F32, F16, BF16$",
+        changed(QUERIES, "Q2_K"),
+        r"blk\.0\.attn_q\.weight is Q2_K; expected one of Q8_0, .*, F32, F16, BF16$",
     ),
     "integers": (integers, r"blk\.1\.ffn_down\.weight is I32; expected one of"),
     "infinite scales": (infinite, r"blk\.1\.ffn_down\.weight: "),

@@ -7,14 +7,17 @@ from torch import Tensor
 
 from specbranch_ext.reference.blocks import FORMATS
 
+# Where a block has numbers of float16.
 SCALES = {
     "q8_0": (0,),
     "q4_0": (0,),
+    "q4_1": (0, 2),
     "q5_0": (0,),
+    "q5_1": (0, 2),
     "q4_k": (0, 2),
     "q5_k": (0, 2),
     "q6_k": (208,),
-}  # offsets of float16
+}
 
 
 def make_blocks(format: str, size_out: int, size_in: int) -> Tensor:

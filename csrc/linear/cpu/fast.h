@@ -172,6 +172,7 @@ struct FastRun {
       }
     } else {
       scale[0] = d;
+      if constexpr (blocks.minimum) minimum = half_floats(head + 2 * (layout.width + lane));
     }
     const uint8_t* const code = group + layout.codes_offset() + n * layout.codes_bytes + 4 * lane;
     const uint8_t* const top = group + layout.tops_offset() + n * layout.tops_bytes + 4 * lane;

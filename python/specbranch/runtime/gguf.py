@@ -34,7 +34,7 @@ from specbranch.runtime.gguf_file import GgufFile, GgufTensor
 from specbranch.runtime.packed import Place, holders_of, put
 from specbranch_ext import PackedWeight, pack_blocks
 
-BLOCKS = ("Q8_0", "Q4_0", "Q4_K", "Q5_0", "Q5_K", "Q6_K")  # that pack_blocks takes, under their names in lower case
+BLOCKS = ("Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K")  # that pack_blocks takes, under their names in lower case
 VALUES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 

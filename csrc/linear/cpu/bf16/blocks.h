@@ -59,8 +59,12 @@ struct QuadDecoder {
       }
     } else {
       for (int64_t i = 0; i < runs; ++i) {
-        const __m128i d = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(group + (first + i) * layout.head_bytes));
-        _mm_store_ps(page.scale + quad * i, _mm_cvtph_ps(d));
+        const uint8_t* const head = group + (first + i) * layout.head_bytes;
+        const auto floats = [&](int64_t offset) {
+          return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(head + offset)));
+        };
+        _mm_store_ps(page.scale + quad * i, floats(0));
+        if constexpr (blocks.minimum) _mm_store_ps(page.minimum + quad * i, floats(2 * quad));
       }
     }
   }
