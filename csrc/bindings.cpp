@@ -89,6 +89,11 @@ py::dict build_info() {
   info["compiler"] = __VERSION__;
   info["isa_levels"] = py::str(SPECBRANCH_ISA_NAMES).attr("split")(",");
   info["isa"] = isa_name(isa());
+#ifdef SPECBRANCH_X86
+  info["exact_blocks"] = isa() == Isa::bf16;
+#else
+  info["exact_blocks"] = false;
+#endif
 #ifdef SPECBRANCH_WITH_CUDA
   info["cuda"] = true;
   info["cuda_compiler"] = SPECBRANCH_CUDA_COMPILER;

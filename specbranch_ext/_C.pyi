@@ -12,6 +12,7 @@ class BuildInfo(TypedDict, total=False):
     compiler: str
     isa_levels: list[str]
     isa: str
+    exact_blocks: bool
     cuda: bool
     cuda_reason: str
     cuda_compiler: str

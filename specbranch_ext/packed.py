@@ -4,7 +4,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-BLOCKS = ("q8_0", "q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k")  # of GGUF files, as the gguf package names them
+BLOCKS = (
+    "q8_0",
+    "q4_0",
+    "q4_1",
+    "q4_k",
+    "q5_0",
+    "q5_1",
+    "q5_k",
+    "q6_k",
+)  # of GGUF files, as the gguf package names them
 FORMATS = ("lossless", *BLOCKS)
 ARITHMETICS = ("exact", "fast")
 

@@ -14,9 +14,11 @@ LEVELS = ["baseline", "avx2", "avx512", "bf16", "amx"]
 HERE = Path(specbranch_ext.__file__).parent
 
 SAMPLE = """
+import sys
 import torch
-from specbranch_ext import build_info, draft_sample, linear, pack_weight, packed_linear, reference
-from specbranch_ext import tree_attention, verify
+from specbranch_ext import build_info, draft_sample, linear, pack_blocks, pack_weight, packed_linear, quantize_weight
+from specbranch_ext import reference, tree_attention, verify
+from specbranch_ext.packed import BLOCKS
 
 generator = torch.Generator().manual_seed(0)
 for vocabulary in (37, 10_007):
@@ -42,6 +44,17 @@ for rows, size_in, size_out in ((1, 40, 30), (9, 1100, 21), (30, 96, 130)):
         assert torch.equal(together, torch.cat([linear(row[None], w.to(dtype)) for row in x.to(dtype)]))
         if dtype == torch.bfloat16:
             assert torch.equal(together, packed_linear(x.to(dtype), pack_weight(w.to(dtype))))
+sys.path.insert(0, "support")
+from gguf_blocks import decoded, make_blocks
+for format in BLOCKS:
+    blocks = make_blocks(format, 37, 512)
+    x = torch.randn(13, 512, generator=generator).bfloat16()
+    exact, fast = (pack_blocks(blocks, format, arithmetic) for arithmetic in ("exact", "fast"))
+    assert torch.equal(packed_linear(x, exact), linear(x, decoded(blocks, format)))
+    assert torch.equal(packed_linear(x, fast), reference.packed_linear(x, fast))
+for format in ("q8_0", "q4_0"):
+    w = torch.randn(19, 96, generator=generator).bfloat16()
+    assert torch.equal(quantize_weight(w, format), reference.quantize_weight(w, format))
 print(build_info()["isa"])
 """
 

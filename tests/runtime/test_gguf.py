@@ -21,6 +21,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 import specbranch_ext
 from specbranch import SpecBranch, SpecBranchError, SpecBranchWarning, bundled
 from specbranch.runtime import gguf as loader
+from specbranch.runtime import packed as packed_module
 from specbranch.runtime.gguf_file import read_header
 from specbranch.runtime.identity import identify
 from specbranch.runtime.loading import load_config, load_model, load_tokenizer, without_weights
@@ -28,7 +29,7 @@ from specbranch.runtime.packed import PackedEmbedding, PackedLinear, pack_loaded
 from specbranch.runtime.weights import parameters_of_forward
 from specbranch.text.prompts import read_prompts
 
-KINDS = ("Q8_0", "Q4_0", "Q5_0", "Q4_K", "Q5_K", "Q6_K")
+KINDS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.05}  # blocks of 256
 QUERIES, NORM, DOWN = "blk.0.attn_q.weight", "blk.0.attn_norm.weight", "blk.1.ffn_down.weight"
 
@@ -355,8 +356,8 @@ TENSORS: dict[str, tuple[Callable[..., object], str]] = {
         r"has blk\.0\.attn_q\.weight \[32, 64\] instead of \[32, 32\] as its",
     ),
     "other blocks": (
-        changed(QUERIES, "Q2_K"),
-        r"blk\.0\.attn_q\.weight is Q2_K; expected one of Q8_0, .*, F32, F16, BF16$",
+        changed(QUERIES, "MXFP4"),
+        r"blk\.0\.attn_q\.weight is MXFP4; expected one of Q8_0, .*, F32, F16, BF16$",
     ),
     "integers": (integers, r"blk\.1\.ffn_down\.weight is I32; expected one of"),
     "infinite scales": (infinite, r"blk\.1\.ffn_down\.weight: "),
@@ -518,3 +519,14 @@ def test_arithmetic_is_for_blocks(folder: Path, tmp_path: Path, monkeypatch: pyt
         with pytest.raises(SpecBranchError, match=line):
             pack_loaded(path, load(path, arithmetic="fast"), "target", "auto", "fast")
     assert load_model(model, "target", "auto", "cpu", arithmetic="exact") is model
+
+
+def test_without_kernels_for_exact_products_weights_are_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / "target.gguf"
+    kept = SpecBranch(load(path, arithmetic="exact")).generate([3, 1, 4], max_new_tokens=12, method="autoregressive")
+    info = {**specbranch_ext.build_info(), "exact_blocks": False}
+    monkeypatch.setattr(packed_module, "build_info", lambda: info)
+    model, fast = load(path, arithmetic="exact"), load(path, arithmetic="fast")
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert not any(type(module) is nn.Linear for module in fast.modules())
+    assert SpecBranch(model).generate([3, 1, 4], max_new_tokens=12, method="autoregressive").tokens == kept.tokens

@@ -120,6 +120,13 @@ def pack_loaded(
         )
 
 
+def is_quick(weight: PackedWeight) -> bool:
+    """Whether products over it are no slower here than over its values in bfloat16."""
+    if weight.format == "lossless" or weight.arithmetic == "fast":
+        return True
+    return bool(build_info()["exact_blocks"])
+
+
 def is_in_blocks(module: nn.Module) -> bool:
     """Whether it holds a weight that is packed in blocks."""
     return isinstance(module, _Packed) and module.format in BLOCKS
