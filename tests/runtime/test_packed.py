@@ -236,6 +236,14 @@ def test_rows_that_are_no_whole_blocks_are_kept() -> None:
     assert type(layer.down_proj) is nn.Linear
 
 
+def test_an_embedding_that_shares_a_rounded_weight_keeps_its_own() -> None:
+    model: Any = tiny_model("qwen2", 0, torch.bfloat16, tie_word_embeddings=True)
+    before = model.get_input_embeddings().weight.clone()
+    pack_model(model, "draft", "int4")
+    assert isinstance(model.get_output_embeddings(), PackedLinear)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "bf16", "amx"])
 def test_auto_rounds_a_large_draft(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_measured", lambda *arguments: pytest.fail("measured"))

@@ -261,8 +261,12 @@ def put(places: Sequence[Place], packed: PackedWeight) -> None:
 def _replace(
     places: Sequence[tuple[Tensor, list[Place]]], packed: dict[int, PackedWeight], word: str, arithmetic: str
 ) -> None:
-    """Put packed weights in place of the others, one by one, so that never much of both is held."""
-    for weight, where in places:
+    """Put packed weights in place of the others, one by one, so that never much of both is held.
+
+    An embedding that shares a weight keeps it as it was before rounding: its rows are only looked up.
+    """
+    for weight, holders in places:
+        where = [place for place in holders if word == "lossless" or isinstance(place.module, nn.Linear)]
         put(where, packed.get(id(weight)) or _pack(weight.detach(), word, arithmetic))
         for place in where:
             place.module._parameters.clear()
