@@ -62,7 +62,7 @@ lint: install
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 	$(BIN)/clang-tidy --quiet $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/cpu/*.cpp) -- $(TIDY_FLAGS)
 	$(if $(filter x86_64,$(shell uname -m)),$(BIN)/clang-tidy --quiet $(wildcard csrc/*/cpu/bf16/*.cpp) -- $(TIDY_FLAGS) \
-		-march=x86-64-v4 -mavx512bf16 -mavx512vbmi2 -USPECBRANCH_ISA -DSPECBRANCH_ISA=bf16)
+		-march=x86-64-v4 -mavx512bf16 -mavx512vbmi -mavx512vbmi2 -mavx512vnni -USPECBRANCH_ISA -DSPECBRANCH_ISA=bf16)
 	$(if $(filter x86_64,$(shell uname -m)),$(BIN)/clang-tidy --quiet $(wildcard csrc/*/cpu/amx/*.cpp) -- $(TIDY_FLAGS) \
 		-march=x86-64-v4 -mavx512bf16 -mavx512vbmi2 -mamx-tile -mamx-bf16 -USPECBRANCH_ISA -DSPECBRANCH_ISA=amx)
 

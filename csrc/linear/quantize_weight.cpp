@@ -21,6 +21,7 @@ void check_quantize_weight(const QuantizeWeightParams& p) {
   check_contiguous(p.blocks);
 }
 
+#ifndef SPECBRANCH_EMULATED  // which has CUDA's kernels only
 SPECBRANCH_CPU_KERNEL(quantize_weight, QuantizeWeightParams)
 
 void run_quantize_weight(const QuantizeWeightParams& params) {
@@ -30,5 +31,6 @@ void run_quantize_weight(const QuantizeWeightParams& params) {
          " has others");
   }
 }
+#endif
 
 }  // namespace specbranch

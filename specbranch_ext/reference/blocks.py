@@ -161,7 +161,7 @@ def write(parts: Parts, blocks: Blocks, width: int) -> Tensor:
 
     def grouped(part: Tensor) -> Tensor:
         """[out, n] to [groups, n, width]."""
-        return functional.pad(part, padding).view(groups, width, -1).transpose(1, 2)
+        return functional.pad(part, padding).view(groups, width, part.shape[1]).transpose(1, 2)
 
     def as_bytes(part: Tensor) -> Tensor:
         return part.contiguous().view(torch.uint8)
@@ -172,9 +172,9 @@ def write(parts: Parts, blocks: Blocks, width: int) -> Tensor:
     if parts.dmin is not None:
         head.append(as_bytes(grouped(parts.dmin).half()))
     if parts.scales is not None:
-        small = [grouped(parts.scales).reshape(groups, count, per, -1)]
+        small = [grouped(parts.scales).reshape(groups, count, per, RUN // blocks.scaled * width)]
         if parts.minima is not None:
-            small.append(grouped(parts.minima).reshape(groups, count, per, -1))
+            small.append(grouped(parts.minima).reshape(groups, count, per, width))
         head.append((torch.cat(small, -1) & 255).to(torch.uint8).flatten(2))
     low, shift, top, top_shift = places(blocks.bits, width)
     codes = functional.pad(parts.codes, padding)
@@ -208,15 +208,15 @@ def parse(data: Tensor, blocks: Blocks, width: int, size_out: int, size_in: int)
 
     def each(part: Tensor) -> Tensor:
         """[groups, n, width] to [out, n]."""
-        return part.transpose(1, 2).reshape(groups * width, -1)[:size_out]
+        return part.transpose(1, 2).reshape(groups * width, part.shape[1])[:size_out]
 
-    head = planes[0].reshape(groups, count, -1)
+    head = planes[0].reshape(groups, count, d_bytes + per * scale_bytes)
     d = each(_half(head[..., : 2 * width]))
     dmin = each(_half(head[..., 2 * width : d_bytes])) if blocks.minimum else None
     scales = minima = None
     if blocks.nested:
         small = head[..., d_bytes:].reshape(groups, runs, halves + blocks.minimum, width).int()
-        scale = small[:, :, :halves].reshape(groups, -1, width)
+        scale = small[:, :, :halves].reshape(groups, runs * halves, width)
         scales = each(scale if blocks.minimum else (scale ^ 128) - 128)
         minima = each(small[:, :, halves]) if blocks.minimum else None
     low, shift, top, top_shift = (place.flatten() for place in places(blocks.bits, width))
@@ -225,7 +225,7 @@ def parse(data: Tensor, blocks: Blocks, width: int, size_out: int, size_in: int)
     if top_bytes:
         mask = (1 << blocks.bits - 4) - 1
         codes = codes | (planes[1].reshape(groups, runs, top_bytes)[..., top].int() >> top_shift & mask) << 4
-    codes = codes.view(groups, runs, width, RUN).permute(0, 2, 1, 3).reshape(groups * width, -1)[:size_out]
+    codes = codes.view(groups, runs, width, RUN).permute(0, 2, 1, 3).reshape(groups * width, size_in)[:size_out]
     return Parts(codes, d, dmin, scales, minima)
 
 

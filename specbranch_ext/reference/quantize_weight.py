@@ -6,7 +6,9 @@ from torch import Tensor
 
 def quantize_weight(weight: Tensor, format: str) -> Tensor:
     """As `specbranch_ext.quantize_weight`, to the byte."""
-    blocks = weight.float().view(weight.shape[0], -1, 32)
+    blocks = weight.float().view(weight.shape[0], weight.shape[1] // 32, 32)
+    if not blocks.numel():
+        return torch.empty(blocks.shape[0], blocks.shape[1] * (34 if format == "q8_0" else 18), dtype=torch.uint8)
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     if format == "q8_0":
         scale = extreme.abs() / 127

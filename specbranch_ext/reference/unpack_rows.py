@@ -15,6 +15,8 @@ def unpack_weight(weight: PackedWeight) -> Tensor:
     """All rows of a packed weight, bfloat16 [out, in]; csrc/linear/lossless.h and packed_blocks.h say how they lie."""
     size_out, size_in = weight.shape
     if weight.format in FORMATS:
+        if not size_out * size_in:
+            return torch.empty(weight.shape, dtype=torch.bfloat16)
         blocks = FORMATS[weight.format]
         return parse(weight.data, blocks, width_of(weight.arithmetic), size_out, size_in).weight(blocks)
     lines, quads = -(-size_in // RUN), -(-size_out // QUAD)

@@ -14,6 +14,7 @@ LEVELS = ["baseline", "avx2", "avx512", "bf16", "amx"]
 HERE = Path(specbranch_ext.__file__).parent
 
 SAMPLE = """
+import os
 import sys
 import torch
 from specbranch_ext import build_info, draft_sample, linear, pack_blocks, pack_weight, packed_linear, quantize_weight
@@ -44,7 +45,7 @@ for rows, size_in, size_out in ((1, 40, 30), (9, 1100, 21), (30, 96, 130)):
         assert torch.equal(together, torch.cat([linear(row[None], w.to(dtype)) for row in x.to(dtype)]))
         if dtype == torch.bfloat16:
             assert torch.equal(together, packed_linear(x.to(dtype), pack_weight(w.to(dtype))))
-sys.path.insert(0, "support")
+sys.path.insert(0, os.environ["SUPPORT"])
 from gguf_blocks import decoded, make_blocks
 for format in BLOCKS:
     blocks = make_blocks(format, 37, 512)
@@ -83,7 +84,7 @@ def test_every_level_equals_the_reference(level):
     chosen = specbranch_ext.build_info()["isa"]
     if level == chosen:
         pytest.skip("the other tests run this level")
-    result = run(SAMPLE, SPECBRANCH_ISA=level)
+    result = run(SAMPLE, SPECBRANCH_ISA=level, SUPPORT=str(Path(__file__).parents[1] / "support"))
     missing = f"SPECBRANCH_ISA={level}: this processor or build has only"
     if level == "amx":  # chosen only when it is asked for, so it may be there
         assert result.stdout.split() == [level] or missing in result.stderr

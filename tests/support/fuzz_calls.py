@@ -10,6 +10,7 @@ from fuzz_values import (
     LAYOUTS,
     ODD,
     Ancestors,
+    Blocks,
     Bytes,
     Call,
     Doubles,
@@ -19,6 +20,10 @@ from fuzz_values import (
     Packed,
 )
 from hypothesis import strategies as st
+
+from specbranch_ext.ops.quantize_weight import QUANTIZED
+from specbranch_ext.packed import ARITHMETICS
+from specbranch_ext.reference.blocks import FORMATS
 
 Draw = Any
 
@@ -177,6 +182,18 @@ def pack_weight(draw: Draw) -> dict[str, Any]:
     return {"weight": Floats(shape, draw(one_of([*FILLS, *BAD_FILLS])), "bfloat16", draw(one_of(LAYOUTS)), draw(SEEDS))}
 
 
+def pack_blocks(draw: Draw) -> dict[str, Any]:
+    format = draw(one_of(sorted(FORMATS)))
+    shape = (draw(one_of([0, 1, 4, 5, 16, 17, 33])), FORMATS[format].weights * draw(st.integers(0, 3)))
+    return {"blocks": Blocks(format, shape, draw(SEEDS)), "format": format, "arithmetic": draw(one_of(ARITHMETICS))}
+
+
+def quantize_weight(draw: Draw) -> dict[str, Any]:
+    shape = (draw(one_of([0, 1, 2, 5, 17])), 32 * draw(st.integers(0, 5)))
+    weight = Floats(shape, draw(one_of(["normal", "zero", "large"])), "bfloat16", draw(one_of(LAYOUTS)), draw(SEEDS))
+    return {"weight": weight, "format": draw(one_of(sorted(QUANTIZED)))}
+
+
 def unpack_rows(draw: Draw) -> dict[str, Any]:
     shape = (draw(one_of([1, 2, 5, 16, 33])), draw(one_of([0, 1, 31, 32, 33, *WIDTHS, 600])))
     weight = Floats(shape, draw(one_of([*FILLS, *BAD_FILLS])), "bfloat16", "plain", draw(SEEDS))
@@ -214,10 +231,10 @@ OPS = {
     op.__name__: op
     for op in (
         *(verify, draft_sample, verify_rejection, gumbel_noise, tree_attention, kv_commit, ancestor_mask),
-        *(linear, pack_weight, unpack_rows, packed_linear),
+        *(linear, pack_weight, pack_blocks, quantize_weight, unpack_rows, packed_linear),
     )
 }
-CPU_ONLY = {"linear", "pack_weight", "unpack_rows", "packed_linear"}
+CPU_ONLY = {"linear", "pack_weight", "pack_blocks", "quantize_weight", "unpack_rows", "packed_linear"}
 
 
 @st.composite

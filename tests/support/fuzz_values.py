@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf_blocks import make_blocks
 from torch import Tensor
 
 from specbranch_ext import pack_weight, reference
@@ -73,6 +74,19 @@ class Packed:
 
     def make(self) -> Any:
         return pack_weight(self.weight.make().contiguous())
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of quantised weights [out, weights]."""
+
+    format: str
+    shape: tuple[int, int]
+    seed: int = 0
+
+    def make(self) -> Tensor:
+        torch.manual_seed(self.seed)
+        return make_blocks(self.format, *self.shape)
 
 
 @dataclass(frozen=True)
@@ -226,6 +240,8 @@ EXAMPLES = [
     Call("tree_attention", {**_CACHE, **_ATTENTION}),
     Call("linear", {"input": _LOGITS, "weight": Floats((3, 5)), "bias": Floats((3,))}),
     Call("pack_weight", {"weight": _WEIGHT, "format": "lossless"}),
+    Call("pack_blocks", {"blocks": Blocks("q8_0", (3, 32)), "format": "q8_0", "arithmetic": "fast"}),
+    Call("quantize_weight", {"weight": Floats((3, 32), dtype="bfloat16"), "format": "q4_0"}),
     Call("unpack_rows", {"weight": Packed(_WEIGHT), "rows": _ROWS}),
     Call("packed_linear", {"input": _ROW, "weight": Packed(_WEIGHT), "bias": Floats((3,), dtype="bfloat16")}),
     Call("kv_commit", {"buffers": [Floats((1, 4, 3))], "rows": _ROWS, "start": 1}),

@@ -28,7 +28,7 @@ def make_blocks(format: str, size_out: int, size_in: int) -> Tensor:
     for offset in SCALES[format]:
         scales = torch.randn(data.shape[:2]) * 0.01
         scales[:: max(1, size_out // 3)] *= 30
-        scales[size_out // 2] = 0
+        scales[size_out // 2 : size_out // 2 + 1] = 0
         data[..., offset : offset + 2] = scales.half()[..., None].view(torch.uint8)
     return data.flatten(1)
 
