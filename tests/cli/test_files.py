@@ -36,6 +36,8 @@ WRITING = {
 FILES = [name for name in WRITING if name != "train-hrad --out"]
 RESUMED = ("bench --json", "record --out")
 READ = (
+    "--llama-target",
+    "--llama-draft",
     "--target",
     "--draft",
     "--prompts",
