@@ -1,6 +1,7 @@
 """pack_blocks, and what is multiplied by and read of packed blocks: every format, in both arithmetics."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,24 +44,26 @@ def test_weights_are_those_of_the_gguf_package(format: str, size_out: int, size_
     assert torch.equal(packed.data, reference.pack_blocks(blocks, format, arithmetic).data)
 
 
-def row_counts_and_threads() -> list[tuple[int, int]]:
-    return [*itertools.product((1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 40), (1, 3)), (300, 2)]
+def check_rows(input: Tensor, packed: PackedWeight, bias: Tensor, expect: Callable[[Tensor | None], Tensor]) -> None:
+    """The first rows, however many and on however many threads, have the bits of `expect(bias)`, which has all."""
+    before = torch.get_num_threads()
+    try:
+        for b in (None, bias):
+            expected = expect(b)
+            for rows, threads in [*itertools.product((1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 40), (1, 3)), (300, 2)]:
+                torch.set_num_threads(threads)
+                ours = packed_linear(input[:rows], packed, b)
+                assert torch.equal(bits(ours), bits(expected[:rows])), (rows, threads)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("format", "size_out", "size_in"), cases())
 def test_exact_products_have_the_bits_of_linear(format: str, size_out: int, size_in: int) -> None:
     blocks = make_blocks(format, size_out, size_in)
-    packed, weight = pack_blocks(blocks, format), decoded(blocks, format)
+    weight = decoded(blocks, format)
     input, bias = torch.randn(300, size_in).bfloat16(), torch.randn(size_out).bfloat16()
-    before = torch.get_num_threads()
-    try:
-        for rows, threads in row_counts_and_threads():
-            torch.set_num_threads(threads)
-            for b in (None, bias):
-                ours = packed_linear(input[:rows], packed, b)
-                assert torch.equal(bits(ours), bits(linear(input[:rows], weight, b))), (rows, threads)
-    finally:
-        torch.set_num_threads(before)
+    check_rows(input, pack_blocks(blocks, format), bias, lambda b: linear(input, weight, b))
 
 
 @pytest.mark.parametrize(("format", "size_out", "size_in"), cases())
@@ -70,16 +73,7 @@ def test_fast_products_have_the_bits_of_the_reference(format: str, size_out: int
     input, bias = torch.randn(300, size_in).bfloat16(), torch.randn(size_out).bfloat16()
     input[3, : size_in // 2] = 0
     input[5] *= 1e-35
-    expected = {b is None: reference.packed_linear(input, packed, b) for b in (None, bias)}
-    before = torch.get_num_threads()
-    try:
-        for rows, threads in row_counts_and_threads():
-            torch.set_num_threads(threads)
-            for b in (None, bias):
-                ours = packed_linear(input[:rows], packed, b)
-                assert torch.equal(bits(ours), bits(expected[b is None][:rows])), (rows, threads)
-    finally:
-        torch.set_num_threads(before)
+    check_rows(input, packed, bias, lambda b: reference.packed_linear(input, packed, b))
 
 
 @pytest.mark.parametrize("format", BLOCKS)
