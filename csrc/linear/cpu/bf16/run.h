@@ -4,6 +4,7 @@
 #include "linear/cpu/bf16/dense.h"
 #include "linear/cpu/bf16/lossless.h"
 #include "linear/cpu/bf16/product.h"
+#include "linear/cpu/unpacked.h"
 #include "linear/linear.h"
 #include "linear/packed_linear.h"
 
@@ -26,6 +27,18 @@ inline void run_dense(const LinearParams& params) {
   const Tensor& w = params.weight;
   const int64_t out = w.shape[0], in = w.shape[1];
   run(product_of(Dense{w.as<const Bfloat16>(), w.stride[0], out, in}, params, in, out), params.launch.threads);
+}
+
+// Where no kernel reads the weights packed.
+inline void run_unpacked(const PackedLinearParams& params) {
+  const int64_t out = params.weight.out, in = params.weight.in;
+  for_unpacked(params, [&](const Bfloat16* weights, int64_t stride, int64_t begin, int64_t count) {
+    Product<Dense> p = product_of(Dense{weights, stride, count, in}, params, in, out);
+    p.output += begin;
+    if (p.bias != nullptr) p.bias += begin;
+    p.out = count;
+    run(p, 1);
+  });
 }
 
 #if defined(__AVX512BF16__)
