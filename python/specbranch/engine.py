@@ -29,7 +29,8 @@ from specbranch.policies.reading import AtOnce, Lengths, Reading, WhenItPays
 from specbranch.runtime.choices import SELF, draft_of
 from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
 from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
-from specbranch.runtime.packed import pack_loaded, weight_format
+from specbranch.runtime.packed import weight_format
+from specbranch.runtime.packing import pack_loaded
 from specbranch.runtime.pair import Pair, Slot
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.detokenizer import TextBuilder

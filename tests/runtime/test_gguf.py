@@ -21,11 +21,12 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 import specbranch_ext
 from specbranch import SpecBranch, SpecBranchError, SpecBranchWarning, bundled
 from specbranch.runtime import gguf as loader
-from specbranch.runtime import packed as packed_module
+from specbranch.runtime import quicker
 from specbranch.runtime.gguf_file import read_header
 from specbranch.runtime.identity import identify
 from specbranch.runtime.loading import load_config, load_model, load_tokenizer, without_weights
-from specbranch.runtime.packed import PackedEmbedding, PackedLinear, pack_loaded, weight_format
+from specbranch.runtime.packed import PackedEmbedding, PackedLinear, weight_format
+from specbranch.runtime.packing import pack_loaded
 from specbranch.runtime.weights import parameters_of_forward
 from specbranch.text.prompts import read_prompts
 
@@ -521,12 +522,34 @@ def test_arithmetic_is_for_blocks(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert load_model(model, "target", "auto", "cpu", arithmetic="exact") is model
 
 
-def test_without_kernels_for_exact_products_weights_are_expanded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = folder / "target.gguf"
-    kept = SpecBranch(load(path, arithmetic="exact")).generate([3, 1, 4], max_new_tokens=12, method="autoregressive")
-    info = {**specbranch_ext.build_info(), "exact_blocks": False}
-    monkeypatch.setattr(packed_module, "build_info", lambda: info)
-    model, fast = load(path, arithmetic="exact"), load(path, arithmetic="fast")
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
-    assert not any(type(module) is nn.Linear for module in fast.modules())
-    assert SpecBranch(model).generate([3, 1, 4], max_new_tokens=12, method="autoregressive").tokens == kept.tokens
+@pytest.mark.parametrize("times", [{"q4_0": 0.9, "q8_0": 1.2}, {"q4_0": 1.1, "q8_0": 1.0}])
+def test_blocks_that_are_slower_than_their_values_are_expanded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: dict[str, float]
+) -> None:
+    """Where the processor has no instructions for exact products, and of each format by itself."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, model_of(tie_word_embeddings=True), lambda name: "Q4_0" if "ffn" in name else "Q8_0")
+    kept = load(path, arithmetic="exact")
+
+    def text(model: PreTrainedModel) -> list[int]:
+        return SpecBranch(model).generate([3, 1, 4], max_new_tokens=12, method="autoregressive").tokens
+
+    expected = text(kept)
+    linears = {name: module for name, module in kept.named_modules() if isinstance(module, PackedLinear)}
+    monkeypatch.setattr(quicker, "_time_over_dense", lambda dense, packed, threads: times[packed[0].format])
+    monkeypatch.setattr(quicker, "LEAST", 0)
+
+    def packed_as(weights: str, arithmetic: str, exact_blocks: bool = False) -> dict[str, nn.Module]:
+        info = {**specbranch_ext.build_info(), "exact_blocks": exact_blocks}
+        monkeypatch.setattr(quicker, "build_info", lambda: info)
+        model = load(path, arithmetic=arithmetic)
+        pack_loaded(path, model, "target", weights, arithmetic)
+        if arithmetic == "exact":
+            assert text(model) == expected
+        assert isinstance(model.get_input_embeddings(), PackedEmbedding)
+        return {name: model.get_submodule(name) for name in linears}
+
+    for name, module in packed_as("auto", "exact").items():
+        assert isinstance(module, nn.Linear) == (times[linears[name].format] > 1)
+    for options in (("keep", "exact"), ("auto", "fast"), ("auto", "exact", True)):
+        assert all(isinstance(module, PackedLinear) for module in packed_as(*options).values())

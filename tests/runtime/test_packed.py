@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specbranch import SpecBranch, SpecBranchError
-from specbranch.runtime import packed, support
+from specbranch.runtime import packing, quicker, support
 from specbranch.runtime.identity import identify
-from specbranch.runtime.packed import PackedEmbedding, PackedLinear, pack_model, weight_format
+from specbranch.runtime.packed import PackedEmbedding, PackedLinear, weight_format
+from specbranch.runtime.packing import pack_model
 from specbranch_ext import pack_blocks, quantize_weight, unpack_rows
 
 
@@ -32,7 +33,7 @@ def engine(folders: dict[str, str], **options: Any) -> SpecBranch:
     models = {}
     for role, folder in folders.items():
         models[role] = load_model(folder, role, "auto", "cpu")
-        packed.pack_loaded(folder, models[role], role, options.get(f"{role}_weights", "keep"))
+        packing.pack_loaded(folder, models[role], role, options.get(f"{role}_weights", "keep"))
     return SpecBranch(models["target"], models["draft"])
 
 
@@ -152,7 +153,7 @@ def test_a_model_that_asks_for_a_layers_weight_is_not_packed(monkeypatch: pytest
         made.model.layers[0].mlp = Nosy().to("meta", dtype)
         return made
 
-    monkeypatch.setattr(packed, "meta_twin", nosy_twin)
+    monkeypatch.setattr(packing, "meta_twin", nosy_twin)
     model = nosy_model()
     with pytest.raises(SpecBranchError, match="LlamaForCausalLM does not run with packed weights: 'PackedLinear'"):
         pack_model(model, "draft", "lossless")
@@ -246,13 +247,13 @@ def test_an_embedding_that_shares_a_rounded_weight_keeps_its_own() -> None:
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512", "bf16", "amx"])
 def test_auto_rounds_a_large_draft(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_measured", lambda *arguments: pytest.fail("measured"))
-    monkeypatch.setattr(packed, "build_info", lambda: {"isa": isa})
+    monkeypatch.setattr(packing, "packed_sample", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr(packing, "build_info", lambda: {"isa": isa})
     model = tiny_model("llama", 0, torch.bfloat16)
     assert pack_model(model, "draft", "auto") == ""  # a small one stays in the caches
-    monkeypatch.setattr(packed, "LEAST", 0)
+    monkeypatch.setattr(packing, "LEAST", 0)
     assert pack_model(model, "draft", "auto") == "q4_0"
-    monkeypatch.setattr(packed, "build_info", lambda: {"isa": "baseline"})
+    monkeypatch.setattr(packing, "build_info", lambda: {"isa": "baseline"})
     assert pack_model(tiny_model("llama", 0, torch.bfloat16), "draft", "auto") == ""
 
 
@@ -263,9 +264,9 @@ def test_auto_rounds_a_large_draft(isa: str, monkeypatch: pytest.MonkeyPatch) ->
 def measured(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     """Ratios that `auto` measures, one after the other."""
     ratios: list[float] = []
-    monkeypatch.setattr(packed, "_ratio", lambda *arguments: ratios.pop(0))
-    monkeypatch.setattr(packed, "LEAST", 0)
-    monkeypatch.setattr(packed, "build_info", lambda: {"isa": request.param})
+    monkeypatch.setattr(quicker, "_ratio", lambda *arguments: ratios.pop(0))
+    monkeypatch.setattr(packing, "LEAST", 0)
+    monkeypatch.setattr(packing, "build_info", lambda: {"isa": request.param})
     yield ratios
     assert not ratios
 
@@ -279,17 +280,17 @@ def test_auto_packs_where_that_is_faster(measured: list[float]) -> None:
 
 
 def test_auto_keeps_what_is_small_and_what_has_no_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_measured", lambda *arguments: pytest.fail("measured"))
+    monkeypatch.setattr(packing, "packed_sample", lambda *arguments: pytest.fail("measured"))
     model = tiny_model("llama", 0, torch.bfloat16)
     assert pack_model(model, "target", "auto") == ""
-    monkeypatch.setattr(packed, "LEAST", 0)
-    monkeypatch.setattr(packed, "build_info", lambda: {"isa": "avx512"})
+    monkeypatch.setattr(packing, "LEAST", 0)
+    monkeypatch.setattr(packing, "build_info", lambda: {"isa": "avx512"})
     assert pack_model(model, "target", "auto") == ""
 
 
 def test_the_measurement_runs() -> None:
     model = tiny_model("llama", 0, torch.bfloat16)
     before = torch.get_num_threads()
-    places, _ = packed._packable(model, "lossless")
-    assert len(packed._measured(places, 1)) in (0, len(places))
+    weights = [weight for weight, _ in packing._packable(model, "lossless")[0]]
+    assert len(quicker.packed_sample(weights, 1)) in (0, len(weights))
     assert torch.get_num_threads() == before

@@ -31,8 +31,8 @@ from specbranch.core.checks import number, shown, whole
 from specbranch.core.errors import SpecBranchError, SpecBranchWarning
 from specbranch.runtime.checkpoint import MOST_LAYERS, faults_of
 from specbranch.runtime.gguf_file import GgufFile, GgufTensor
-from specbranch.runtime.packed import Place, holders_of, is_quick, put
-from specbranch_ext import PackedWeight, pack_blocks, unpack_rows
+from specbranch.runtime.packed import Place, holders_of, put
+from specbranch_ext import PackedWeight, pack_blocks
 
 BLOCKS = (
     "Q8_0",
@@ -212,9 +212,8 @@ def without_values(file: GgufFile) -> PreTrainedModel:
 def load(file: GgufFile, arithmetic: str) -> PreTrainedModel:
     """The model, weights that are in blocks packed. arithmetic: of these; see specbranch_ext.pack_blocks.
 
-    Holds no more than what is made, and one tensor. Where no kernel of this processor reads blocks for exact products,
-    what is multiplied is expanded to bfloat16. Raises SpecBranchError as `without_values` does, for weights that are no
-    numbers, and for a file that became shorter.
+    Holds no more than what is made, and one tensor. Raises SpecBranchError as `without_values` does, for weights that
+    are no numbers, and for a file that became shorter.
     """
     model = without_values(file)
     _fill_buffers(model)
@@ -224,11 +223,7 @@ def load(file: GgufFile, arithmetic: str) -> PreTrainedModel:
         for match in matched:
             data = _in_order(match.tensor, _read(opened, match.tensor, buffer), model)
             if match.packed:
-                packed = _pack(match.tensor, data, arithmetic)
-                if match.multiplied and not is_quick(packed):
-                    _fill(match, nn.Parameter(unpack_rows(packed, torch.arange(packed.shape[0]))))
-                else:
-                    put(match.places, packed)
+                put(match.places, _pack(match.tensor, data, arithmetic))
             else:
                 _fill(match, nn.Parameter(data.to(torch.bfloat16, copy=True)))
     return model
@@ -245,10 +240,6 @@ class Match:
     @property
     def packed(self) -> bool:
         return self.tensor.kind in BLOCKS
-
-    @property
-    def multiplied(self) -> bool:
-        return any(type(place.module) is nn.Linear for place in self.places)
 
 
 def _matched(file: GgufFile, model: PreTrainedModel) -> list[Match]:

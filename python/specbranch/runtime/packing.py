@@ -1,0 +1,180 @@
+"""A model's weights in fewer bytes: its linear layers over packed weights.
+
+A step of a few rows is as fast as its weights come from memory. A model that was loaded for us may keep them packed:
+its modules are replaced once, at load. What they compute does not change by a bit ("lossless"), or the weights are
+rounded first ("int8", "int4"), which a draft may be without changing a text. A model that somebody hands over stays as
+it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specbranch.core.checks import choice
+from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.choices import ARITHMETIC_OF, ARITHMETICS, WEIGHTS
+from specbranch.runtime.masks import probe
+from specbranch.runtime.packed import Place, holders_of, is_in_blocks, put, weight_format
+from specbranch.runtime.quicker import LEAST, expand_slow, packed_sample
+from specbranch.runtime.rows.functions import is_plain
+from specbranch.runtime.support import meta_twin
+from specbranch_ext import PackedWeight, build_info, pack_blocks, pack_weight, quantize_weight
+
+BFLOAT16_LEVELS = ("bf16", "amx")
+FORMAT_OF = {"int8": "q8_0", "int4": "q4_0"}
+AUTO_DRAFT = "int4"
+BLOCK = 32  # weights
+
+
+def pack_loaded(
+    source: object,
+    model: PreTrainedModel,
+    role: str,
+    wanted: object,
+    arithmetic: str | None = None,
+    threads: int | None = None,
+) -> None:
+    """Pack the weights of what was loaded from `source`; see pack_model. A source that is a model keeps its own. A
+    file's stay in its blocks, but with "auto" those that are faster here as bfloat16 values become such.
+
+    Raises SpecBranchError as pack_model does, where weights are kept that shall be packed, and for the fast arithmetic
+    where no weights are in blocks.
+    """
+    if arithmetic is not None:
+        arithmetic = choice(f"{role}_arithmetic", arithmetic, ARITHMETICS)
+    kept = f"{role} is a loaded model, which stays as it is" if isinstance(source, nn.Module) else ""
+    if not kept and (format := weight_format(model)):
+        kept = f"weights of {source} stay in its blocks ({format})"
+    if not kept:
+        pack_model(model, role, wanted, arithmetic, threads)
+    elif (word := choice(f"{role}_weights", wanted, WEIGHTS)) not in ("auto", "keep"):
+        raise SpecBranchError(f"{role}_weights is {word!r}, but {kept}")
+    elif word == "auto" and not isinstance(source, nn.Module):
+        expand_slow(model, threads)
+    if arithmetic == "fast" and not any(is_in_blocks(module) for module in model.modules()):
+        reason = f"the weights of {f'the loaded {role}' if isinstance(source, nn.Module) else source}"
+        raise SpecBranchError(
+            f"{role}_arithmetic is 'fast', but {reason} are not in blocks (int8, int4, of a GGUF file)"
+        )
+
+
+def pack_model(
+    model: PreTrainedModel, role: str, wanted: object, arithmetic: str | None = None, threads: int | None = None
+) -> str:
+    """Pack the weights of a model that nobody else holds; returns their format, "" if they stay as they are.
+
+    wanted: "keep"; "lossless"; "int8" and "int4", which round to blocks of 8 and 4 bits; "auto": of a draft, whose
+    weights change no text, AUTO_DRAFT where the processor has instructions for it, of a target lossless where it has
+    those for bfloat16 and a measurement shows that it pays. arithmetic: of products over blocks, None for the role's
+    usual one. threads: that the model will run with.
+
+    Raises SpecBranchError for another word, and when the model has no weights for what is asked for.
+    """
+    option = f"{role}_weights"
+    wanted = choice(option, wanted, WEIGHTS)
+    automatic = wanted == "auto"
+    if automatic:
+        wanted = AUTO_DRAFT if role == "draft" and arithmetic != "exact" else "lossless"
+        isa = build_info()["isa"]
+        if isa not in BFLOAT16_LEVELS and (wanted == "lossless" or isa == "baseline"):
+            return ""
+    if wanted == "keep":
+        return ""
+    places, reason = _packable(model, wanted)
+    if reason:
+        if automatic:
+            return ""
+        raise SpecBranchError(f"{option} is {wanted!r}, but {reason}")
+    sample: dict[int, PackedWeight] = {}
+    if automatic:
+        if sum(weight.nbytes for weight, _ in places) < LEAST:
+            return ""
+        if wanted == "lossless":
+            sample = packed_sample([weight for weight, _ in places], threads)
+            if not sample:
+                return ""
+    _replace(places, sample, wanted, arithmetic or ARITHMETIC_OF[role])
+    return weight_format(model)
+
+
+def _pack(weight: Tensor, word: str, arithmetic: str) -> PackedWeight:
+    if word == "lossless":
+        return pack_weight(weight)
+    format = FORMAT_OF[word]
+    packed: PackedWeight = pack_blocks(quantize_weight(weight, format), format, arithmetic)
+    return packed
+
+
+def _packable(model: PreTrainedModel, word: str) -> tuple[list[tuple[Tensor, list[Place]]], str]:
+    """Each weight that can be packed, with the modules that hold it, and why none can ("": some can)."""
+    if model.device.type != "cpu":
+        return [], f"packed weights run on the CPU, not on {model.device}"
+    if model.dtype != torch.bfloat16:
+        return [], f"expected weights of bfloat16, found {str(model.dtype).removeprefix('torch.')}"
+    places = [(weight, where) for weight, where in holders_of(model) if _fits(weight, where, word)]
+    if not places:
+        return [], f"{type(model).__name__} has no linear layer with a weight of its own that can be packed"
+    if problem := _dry_run(model, {id(weight) for weight, _ in places}):
+        return [], f"{type(model).__name__} does not run with packed weights: {problem}"
+    return places, ""
+
+
+def _fits(weight: Tensor, places: Sequence[Place], word: str) -> bool:
+    """Whether a linear layer multiplies by it, and nothing but linear layers and embeddings holds it."""
+    kinds = [type(place.module) for place in places]
+    return (
+        is_plain(weight)
+        and weight.dtype == torch.bfloat16
+        and weight.dim() == 2
+        and weight.stride(1) == 1
+        and (word == "lossless" or weight.shape[1] % BLOCK == 0)
+        and nn.Linear in kinds
+        and all(_is_simple(place) and place.module.weight is weight for place in places)
+    )
+
+
+def _is_simple(place: Place) -> bool:
+    module = place.module
+    if not place.name or "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
+        return False
+    return type(module) is nn.Linear or (type(module) is nn.Embedding and module.max_norm is None)
+
+
+def _dry_run(model: PreTrainedModel, packed: set[int]) -> str:
+    """What a model without values raises once its weights are packed, in one line; "" for nothing."""
+    names = {name for name, weight in model.named_parameters(remove_duplicate=False) if id(weight) in packed}
+    twin = meta_twin(model, torch.bfloat16)
+    twin.tie_weights()
+    try:
+        probe(twin)
+    except Exception:
+        return ""  # it asks for values, packed or not
+    by_name = dict(twin.named_parameters(remove_duplicate=False))
+    fitting = {id(by_name[name]) for name in names if name in by_name}
+    for weight, places in holders_of(twin):
+        if id(weight) in fitting:
+            data = torch.empty(0, dtype=torch.uint8, device="meta")
+            put(places, PackedWeight(data, (weight.shape[0], weight.shape[1]), "lossless"))
+    try:
+        probe(twin)
+    except Exception as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
+
+
+def _replace(
+    places: Sequence[tuple[Tensor, list[Place]]], packed: dict[int, PackedWeight], word: str, arithmetic: str
+) -> None:
+    """Put packed weights in place of the others, one by one, so that never much of both is held.
+
+    An embedding that shares a weight keeps it as it was before rounding: its rows are only looked up.
+    """
+    for weight, holders in places:
+        where = [place for place in holders if word == "lossless" or isinstance(place.module, nn.Linear)]
+        put(where, packed.get(id(weight)) or _pack(weight.detach(), word, arithmetic))
+        for place in where:
+            place.module._parameters.clear()
