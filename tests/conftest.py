@@ -11,11 +11,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import implementations
 import pytest
 import torch
+from gguf_files import write_pair
 from transformers.utils import logging
 
 from specbranch import SpecBranch
@@ -75,6 +77,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def bundled_pair() -> SpecBranch:
     """The bundled target and draft in float32. The draft reads every prompt, whether or not that pays here."""
     return SpecBranch.from_pretrained("bundled", draft="bundled", dtype="float32", draft_context="all")
+
+
+@pytest.fixture(scope="session")
+def gguf_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with target.gguf and draft.gguf, and the checkpoints target and draft: see write_pair."""
+    folder = tmp_path_factory.mktemp("pair")
+    write_pair(folder)
+    return folder
 
 
 @pytest.fixture(scope="module", params=implementations.NAMES)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from gguf_files import write_pair
 
 from specbranch.cli import main as cli
 
@@ -15,11 +14,10 @@ SHORT = ["--max-new-tokens", "4", "--limit", "1", "--threads", "1"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pair")
-    write_pair(folder)
-    (folder / "p.jsonl").write_text(json.dumps({"id": "a", "prompt": "def f(x):"}) + "\n")
-    return folder
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("prompts") / "p.jsonl"
+    path.write_text(json.dumps({"id": "a", "prompt": "def f(x):"}) + "\n")
+    return str(path)
 
 
 def pair(folder: Path, end: str = ".gguf") -> list[str]:
@@ -33,25 +31,25 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return said.err
 
 
-def test_generate(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_generate(capsys: pytest.CaptureFixture[str], gguf_pair: Path) -> None:
     found = []
     for end, options in ((".gguf", []), (".gguf", ["--draft-arithmetic", "exact", "--dtype", "bfloat16"]), ("", [])):
-        assert cli.main(["generate", *pair(folder, end), *GENERATE, *options, "--json"]) == 0
+        assert cli.main(["generate", *pair(gguf_pair, end), *GENERATE, *options, "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out))
     assert found[0]["tokens"] == found[1]["tokens"] == found[2]["tokens"]
     assert found[0]["finish_reason"] == found[2]["finish_reason"]
     assert found[0]["stats"]["target_weights"]
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
-    assert cli.main(["doctor", "--json", *pair(folder), "--load"]) == 0
+def test_doctor(capsys: pytest.CaptureFixture[str], gguf_pair: Path, tmp_path: Path) -> None:
+    assert cli.main(["doctor", "--json", *pair(gguf_pair), "--load"]) == 0
     findings = json.loads(capsys.readouterr().out)
     assert findings["cuda_graphs"]["target"] == "refused on CUDA: weights of a GGUF file run on the CPU"
     assert [weights.split(" (")[0] for weights in findings["loaded"]["weights"]] == ["bfloat16", "bfloat16"]
     assert all(weights.endswith(")") for weights in findings["loaded"]["weights"])
     assert findings["loaded"]["same_tokens"]
     path = tmp_path / "half.gguf"
-    path.write_bytes((folder / "target.gguf").read_bytes()[:1_000_000])
+    path.write_bytes((gguf_pair / "target.gguf").read_bytes()[:1_000_000])
     assert cli.main(["doctor", "--json", "--target", str(path)]) == 1
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert problem.startswith(f"target {path}: not a whole file: ")
@@ -59,9 +57,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
     assert said == f"specbranch: error: {problem}\n"
 
 
-def test_bench_and_its_peers(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_bench_and_its_peers(capsys: pytest.CaptureFixture[str], gguf_pair: Path, prompts: str, tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    run = ["bench", *pair(folder), "--prompts", str(folder / "p.jsonl"), *SHORT]
+    run = ["bench", *pair(gguf_pair), "--prompts", prompts, *SHORT]
     assert cli.main([*run, "--json", str(out)]) == 0
     capsys.readouterr()
     report = json.loads(out.read_text())
@@ -73,9 +71,9 @@ def test_bench_and_its_peers(capsys: pytest.CaptureFixture[str], folder: Path, t
     assert "--peers vllm needs checkpoints, not the GGUF file" in line
 
 
-def test_record_and_plan(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+def test_record_and_plan(capsys: pytest.CaptureFixture[str], gguf_pair: Path, prompts: str, tmp_path: Path) -> None:
     out = str(tmp_path / "r.safetensors")
-    assert cli.main(["record", *pair(folder), "--prompts", str(folder / "p.jsonl"), "--out", out, *SHORT]) == 0
+    assert cli.main(["record", *pair(gguf_pair), "--prompts", prompts, "--out", out, *SHORT]) == 0
     capsys.readouterr()
     assert cli.main(["plan", out]) == 0
     assert "specbranch" in capsys.readouterr().out
@@ -91,13 +89,13 @@ def test_record_and_plan(capsys: pytest.CaptureFixture[str], folder: Path, tmp_p
     ],
 )
 def test_options_that_do_not_fit(
-    capsys: pytest.CaptureFixture[str], folder: Path, options: list[str], line: str
+    capsys: pytest.CaptureFixture[str], gguf_pair: Path, options: list[str], line: str
 ) -> None:
-    assert line in failure(capsys, "generate", *pair(folder), *GENERATE, *options)
+    assert line in failure(capsys, "generate", *pair(gguf_pair), *GENERATE, *options)
 
 
-def test_arithmetic_without_blocks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    run = ["generate", *pair(folder, ""), *GENERATE]
+def test_arithmetic_without_blocks(capsys: pytest.CaptureFixture[str], gguf_pair: Path) -> None:
+    run = ["generate", *pair(gguf_pair, ""), *GENERATE]
     assert "are not in blocks" in failure(capsys, *run, "--draft-arithmetic", "fast")
-    alone = ["generate", "--target", str(folder / "target"), "--method", "autoregressive", *GENERATE]
+    alone = ["generate", "--target", str(gguf_pair / "target"), "--method", "autoregressive", *GENERATE]
     assert "--draft-arithmetic has no effect without --draft" in failure(capsys, *alone, "--draft-arithmetic", "fast")

@@ -9,15 +9,30 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+from tiny import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from specbranch import bundled
+from specbranch.runtime.loading import load_model
 from specbranch.runtime.packed import PackedEmbedding, PackedLinear
 
 Array = np.ndarray[Any, Any]
 # A writer's calls before it writes, and a change of the tensors: by their names in the file, type and data.
 Edit = Callable[[GGUFWriter, dict[str, tuple[str, Array]]], object]
+
+
+def model_of(family: str = "llama", **overrides: Any) -> PreTrainedModel:
+    model = tiny_model(family, 0, torch.float32, **{"intermediate_size": 64, **overrides})
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1:  # biases of nothing and norms of ones would hide a mistake
+                weight.add_(torch.randn_like(weight) * (0.1 if "norm" in name else 0.02))
+    return model
+
+
+def load(path: Path, **options: Any) -> PreTrainedModel:
+    return load_model(path, "target", "auto", "cpu", **options)
 
 
 def write_gguf(
