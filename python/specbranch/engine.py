@@ -136,10 +136,11 @@ class SpecBranch:
         own code is refused. target_weights, draft_weights: how weights are kept in memory: "keep" (as they are); on the
         CPU "lossless" (bfloat16 in 12 bits, with the same values and so the same text), "int8" and "int4" (rounded,
         which changes a target's text, and never a draft's); or "auto": of a target lossless where a measurement at load
-        shows that it is faster, of a draft 4 bits. A loaded model's are always kept, and a GGUF file's stay in its
-        blocks. draft "self": the target once more, its weights in 4 bits. target_arithmetic, draft_arithmetic: of
-        products over blocks, of 8 or 4 bits or a file's: "exact" (their values as bfloat16) or "fast" (activations in 8
-        bits); None is exact for the target, fast for the draft. The rest is as for the constructor.
+        shows that it is faster, of a draft 4 bits. A loaded model's are always kept. A GGUF file's stay in its blocks,
+        but a draft's may be rounded on, and "auto" takes bfloat16 where that is faster. draft "self": the target once
+        more, its weights in 4 bits. target_arithmetic, draft_arithmetic: of products over blocks, of 8 or 4 bits or a
+        file's: "exact" (their values as bfloat16) or "fast" (activations in 8 bits); None is exact for the target, fast
+        for the draft. The rest is as for the constructor.
 
         Raises SpecBranchError when a checkpoint cannot be loaded, when its weights are not those of its configuration
         or cannot be kept or multiplied as asked for, and when the vocabularies differ.

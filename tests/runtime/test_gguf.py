@@ -17,7 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 import specbranch_ext
 from specbranch import SpecBranch, SpecBranchError, SpecBranchWarning, bundled
 from specbranch.runtime import gguf as loader
-from specbranch.runtime import quicker
+from specbranch.runtime import packing, quicker
 from specbranch.runtime.gguf_file import read_header
 from specbranch.runtime.identity import identify
 from specbranch.runtime.loading import load_model, load_tokenizer
@@ -309,3 +309,37 @@ def test_blocks_that_are_slower_than_their_values_are_expanded(
         assert isinstance(module, nn.Linear) == (times[linears[name].format] > 1)
     for options in (("keep", "exact"), ("auto", "fast"), ("auto", "exact", True)):
         assert all(isinstance(module, PackedLinear) for module in packed_as(*options).values())
+
+
+def test_a_drafts_blocks_may_be_rounded_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "tiny.gguf"
+    kinds = {"attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q5_0", "attn_output": "Q5_1"}
+    write_gguf(path, model_of(tie_word_embeddings=True), lambda name: kinds.get(name.split(".")[-2], "Q8_0"))
+
+    def formats(role: str, weights: str, arithmetic: str = "fast") -> dict[str, str]:
+        model = load_model(path, role, "auto", "cpu", arithmetic=arithmetic)
+        embedding = model.get_input_embeddings()
+        before = {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
+        pack_loaded(path, model, role, weights, arithmetic)
+        assert model.get_input_embeddings() is embedding
+        found = {}
+        for name, module in before.items():
+            after: Any = model.get_submodule(name)
+            found[name.split(".")[-1]] = after.format
+            expected = module.packed_weight
+            if after.format != module.format:
+                rounded = specbranch_ext.quantize_weight(module.values(), after.format)
+                expected = specbranch_ext.pack_blocks(rounded, after.format, arithmetic)
+            assert after.arithmetic == arithmetic
+            assert torch.equal(after.packed, expected.data)
+        assert texts(model)
+        return found
+
+    whole = formats("draft", "keep")
+    assert whole["q_proj"] == "q4_0"
+    assert whole["up_proj"] == "q8_0"
+    assert formats("draft", "auto") == whole  # a small one stays in the caches
+    monkeypatch.setattr(packing, "LEAST", 0)
+    assert set(formats("draft", "auto").values()) == {"q4_0"}
+    assert formats("draft", "auto", "exact") == formats("target", "auto") == whole
+    assert set(formats("draft", "int4", "exact").values()) == {"q4_0"}

@@ -12,8 +12,8 @@ ARITHMETIC_OF = {"target": "exact", "draft": "fast"}  # where none is chosen
 
 
 def draft_of(target: Any, draft: Any, weights: str) -> tuple[Any, str]:
-    """The draft that is meant, and how its weights are kept: of the target's own where nothing else is said in 4 bits,
-    unless a file has them in blocks."""
+    """The draft that is meant, and how its weights are kept: of the target's own in 4 bits where nothing else is said;
+    a file's blocks may have no more already."""
     if draft != SELF:
         return draft, weights
     return target, "int4" if weights == "auto" and not str(target).lower().endswith(".gguf") else weights

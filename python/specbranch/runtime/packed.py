@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class Place:
 
     parent: nn.Module
     name: str
-    module: nn.Module
+    module: Any  # an nn.Module
 
 
 def weight_format(model: nn.Module) -> str:
@@ -98,7 +99,7 @@ def places_of(model: nn.Module) -> Iterator[Place]:
 def put(places: Sequence[Place], packed: PackedWeight) -> None:
     """Replace the modules that hold a weight by such that hold it packed, with the biases that they have by now."""
     for place in places:
-        kind = PackedLinear if isinstance(place.module, nn.Linear) else PackedEmbedding
+        kind = PackedLinear if isinstance(place.module, (nn.Linear, PackedLinear)) else PackedEmbedding
         module = kind(packed, getattr(place.module, "bias", None))
         module.train(place.module.training)
         setattr(place.parent, place.name, module)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,7 +19,7 @@ from specbranch.core.checks import choice
 from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.choices import ARITHMETIC_OF, ARITHMETICS, WEIGHTS
 from specbranch.runtime.masks import probe
-from specbranch.runtime.packed import Place, holders_of, is_in_blocks, put, weight_format
+from specbranch.runtime.packed import PackedLinear, Place, holders_of, is_in_blocks, places_of, put, weight_format
 from specbranch.runtime.quicker import LEAST, expand_slow, packed_sample
 from specbranch.runtime.rows.functions import is_plain
 from specbranch.runtime.support import meta_twin
@@ -39,27 +40,66 @@ def pack_loaded(
     threads: int | None = None,
 ) -> None:
     """Pack the weights of what was loaded from `source`; see pack_model. A source that is a model keeps its own. A
-    file's stay in its blocks, but with "auto" those that are faster here as bfloat16 values become such.
+    file's that are in blocks stay there, but a draft's may be rounded on, to fewer bits ("auto": as of a checkpoint),
+    and with "auto" what is faster here as bfloat16 values becomes such.
 
     Raises SpecBranchError as pack_model does, where weights are kept that shall be packed, and for the fast arithmetic
     where no weights are in blocks.
     """
+    word = choice(f"{role}_weights", wanted, WEIGHTS)
     if arithmetic is not None:
         arithmetic = choice(f"{role}_arithmetic", arithmetic, ARITHMETICS)
-    kept = f"{role} is a loaded model, which stays as it is" if isinstance(source, nn.Module) else ""
-    if not kept and (format := weight_format(model)):
-        kept = f"weights of {source} stay in its blocks ({format})"
-    if not kept:
-        pack_model(model, role, wanted, arithmetic, threads)
-    elif (word := choice(f"{role}_weights", wanted, WEIGHTS)) not in ("auto", "keep"):
-        raise SpecBranchError(f"{role}_weights is {word!r}, but {kept}")
-    elif word == "auto" and not isinstance(source, nn.Module):
+    given, format = isinstance(source, nn.Module), weight_format(model)
+    meant = _automatic(role, arithmetic) if word == "auto" else word
+    if given:
+        if word not in ("auto", "keep"):
+            raise SpecBranchError(f"{role}_weights is {word!r}, but {role} is a loaded model, which stays as it is")
+    elif not format:
+        pack_model(model, role, word, arithmetic, threads)
+    elif role == "draft" and meant in FORMAT_OF:
+        if not _round_blocks(model, meant, arithmetic or ARITHMETIC_OF[role], word == "auto") and word != "auto":
+            raise SpecBranchError(f"{role}_weights is {word!r}, but weights of {source} have no more bits ({format})")
+    elif word == "auto":
         expand_slow(model, threads)
+    elif word != "keep":
+        raise SpecBranchError(f"{role}_weights is {word!r}, but weights of {source} stay in its blocks ({format})")
     if arithmetic == "fast" and not any(is_in_blocks(module) for module in model.modules()):
-        reason = f"the weights of {f'the loaded {role}' if isinstance(source, nn.Module) else source}"
+        reason = f"the weights of {f'the loaded {role}' if given else source}"
         raise SpecBranchError(
             f"{role}_arithmetic is 'fast', but {reason} are not in blocks (int8, int4, of a GGUF file)"
         )
+
+
+def _automatic(role: str, arithmetic: str | None) -> str:
+    """The word that "auto" stands for: of a draft, whose weights change no text, AUTO_DRAFT where the processor has
+    instructions for it, of a target "lossless" where it has those for bfloat16; else "keep"."""
+    isa = build_info()["isa"]
+    if role == "draft" and arithmetic != "exact":
+        return "keep" if isa == "baseline" else AUTO_DRAFT
+    return "lossless" if isa in BFLOAT16_LEVELS else "keep"
+
+
+def _round_blocks(model: nn.Module, word: str, arithmetic: str, automatic: bool) -> bool:
+    """Round weights in blocks of more bits; returns whether there are any. automatic: only a model's that is too large
+    for caches."""
+    places = [
+        place for place in places_of(model) if isinstance(place.module, PackedLinear) and is_in_blocks(place.module)
+    ]
+    if automatic and sum(2 * out * size for out, size in (place.module.shape for place in places)) < LEAST:
+        return False
+    larger = [place for place in places if _bits(place.module.format) > _bits(FORMAT_OF[word])]
+    del places
+    found = bool(larger)
+    while larger:  # one by one, so that never much of both is held
+        place = larger.pop()
+        put([place], _pack(place.module.values(), word, arithmetic))
+    return found
+
+
+def _bits(format: str) -> float:
+    """Of a weight in blocks."""
+    weights, size = GGML_QUANT_SIZES[GGMLQuantizationType[format.upper()]]
+    return 8 * size / weights
 
 
 def pack_model(
@@ -67,10 +107,9 @@ def pack_model(
 ) -> str:
     """Pack the weights of a model that nobody else holds; returns their format, "" if they stay as they are.
 
-    wanted: "keep"; "lossless"; "int8" and "int4", which round to blocks of 8 and 4 bits; "auto": of a draft, whose
-    weights change no text, AUTO_DRAFT where the processor has instructions for it, of a target lossless where it has
-    those for bfloat16 and a measurement shows that it pays. arithmetic: of products over blocks, None for the role's
-    usual one. threads: that the model will run with.
+    wanted: "keep"; "lossless"; "int8" and "int4", which round to blocks of 8 and 4 bits; "auto": see _automatic; a
+    small draft stays as it is, and a target is packed where a measurement shows that it pays. arithmetic: of products
+    over blocks, None for the role's usual one. threads: that the model will run with.
 
     Raises SpecBranchError for another word, and when the model has no weights for what is asked for.
     """
@@ -78,10 +117,7 @@ def pack_model(
     wanted = choice(option, wanted, WEIGHTS)
     automatic = wanted == "auto"
     if automatic:
-        wanted = AUTO_DRAFT if role == "draft" and arithmetic != "exact" else "lossless"
-        isa = build_info()["isa"]
-        if isa not in BFLOAT16_LEVELS and (wanted == "lossless" or isa == "baseline"):
-            return ""
+        wanted = _automatic(role, arithmetic)
     if wanted == "keep":
         return ""
     places, reason = _packable(model, wanted)
