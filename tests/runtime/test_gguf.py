@@ -340,6 +340,7 @@ def test_a_drafts_blocks_may_be_rounded_on(tmp_path: Path, monkeypatch: pytest.M
     assert whole["up_proj"] == "q8_0"
     assert formats("draft", "auto") == whole  # a small one stays in the caches
     monkeypatch.setattr(packing, "LEAST", 0)
+    monkeypatch.setattr(packing, "ROWS_AT_ONCE", 16)
     assert set(formats("draft", "auto").values()) == {"q4_0"}
     assert formats("draft", "auto", "exact") == formats("target", "auto") == whole
     assert set(formats("draft", "int4", "exact").values()) == {"q4_0"}

@@ -32,9 +32,10 @@ class _Packed(nn.Module):
     def packed_weight(self) -> PackedWeight:
         return PackedWeight(self.packed, self.shape, self.format, self.arithmetic)
 
-    def values(self) -> Tensor:
-        """The weight in bfloat16."""
-        weight: Tensor = unpack_rows(self.packed_weight, torch.arange(self.shape[0]))
+    def values(self, begin: int = 0, end: int | None = None) -> Tensor:
+        """Rows of the weight in bfloat16."""
+        rows = torch.arange(begin, self.shape[0] if end is None else min(end, self.shape[0]))
+        weight: Tensor = unpack_rows(self.packed_weight, rows)
         return weight
 
     def extra_repr(self) -> str:

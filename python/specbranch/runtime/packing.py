@@ -29,6 +29,7 @@ BFLOAT16_LEVELS = ("bf16", "amx")
 FORMAT_OF = {"int8": "q8_0", "int4": "q4_0"}
 AUTO_DRAFT = "int4"
 BLOCK = 32  # weights
+ROWS_AT_ONCE = 4096  # whole groups of outputs in any layout
 
 
 def pack_loaded(
@@ -92,8 +93,17 @@ def _round_blocks(model: nn.Module, word: str, arithmetic: str, automatic: bool)
     found = bool(larger)
     while larger:  # one by one, so that never much of both is held
         place = larger.pop()
-        put([place], _pack(place.module.values(), word, arithmetic))
+        put([place], _rounded(place.module, word, arithmetic))
     return found
+
+
+def _rounded(module: PackedLinear, word: str, arithmetic: str) -> PackedWeight:
+    """Its weight in blocks of fewer bits: some rows at a time, whose bytes lie one behind the other."""
+    pieces = [
+        _pack(module.values(begin, begin + ROWS_AT_ONCE), word, arithmetic).data
+        for begin in range(0, module.shape[0], ROWS_AT_ONCE)
+    ]
+    return PackedWeight(torch.cat(pieces), module.shape, FORMAT_OF[word], arithmetic)
 
 
 def _bits(format: str) -> float:
