@@ -307,6 +307,7 @@ def test_blocks_that_are_slower_than_their_values_are_expanded(
 
     for name, module in packed_as("auto", "exact").items():
         assert isinstance(module, nn.Linear) == (times[linears[name].format] > 1)
+        assert not any(weight.is_inference() for weight in module.parameters())  # which others could not use
     for options in (("keep", "exact"), ("auto", "fast"), ("auto", "exact", True)):
         assert all(isinstance(module, PackedLinear) for module in packed_as(*options).values())
 

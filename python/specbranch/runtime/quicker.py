@@ -36,7 +36,7 @@ def packed_sample(weights: Sequence[Tensor], threads: int | None) -> dict[int, P
     return {id(weight): each for weight, each in zip(weights, packed, strict=False)}
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def expand_slow(model: nn.Module, threads: int | None) -> None:
     """Replace weights in blocks, for exact products, by their values in bfloat16 where these are faster.
 
