@@ -102,9 +102,8 @@ class BlockDecoder {
             for (int i = 0; i < parts; ++i) code[i] = read_codes(codes, tops, h, (odd * 2 + q) * half_run + i * lanes);
             words[q] = rounded(code, scale, minimum);
           }
-          store_half(to + odd * stride + h * half_run, (Words)__builtin_shufflevector(words[0], words[1], 0, 4, 2, 6));
-          store_half(to + (odd + 2) * stride + h * half_run,
-                     (Words)__builtin_shufflevector(words[0], words[1], 1, 5, 3, 7));
+          store_half(to + odd * stride + h * half_run, __builtin_shufflevector(words[0], words[1], 0, 4, 2, 6));
+          store_half(to + (odd + 2) * stride + h * half_run, __builtin_shufflevector(words[0], words[1], 1, 5, 3, 7));
         }
       }
     }

@@ -1,5 +1,5 @@
-// Blocks of weights in the exact arithmetic: decoded to the bfloat16 values that `linear` would read, a part of 16
-// outputs at a time, which stays in the first-level cache while all rows meet it.
+// Blocks of weights in the exact arithmetic: decoded to the bfloat16 values that `linear` would read. A few rows meet them
+// in the registers; for more of them a part of 16 outputs at a time stays in the first-level cache while all rows meet it.
 #pragma once
 
 #include <atomic>
@@ -16,6 +16,7 @@ inline namespace SPECBRANCH_ISA {
 
 constexpr int64_t decoded_in = 512;        // elements of `in` that are decoded at once, whole blocks
 constexpr int64_t most_blocks_rows = 256;  // rows per pass
+constexpr int most_at_once = 3;            // rows that meet weights as they are decoded: their sums fit the registers
 
 // Four outputs' weights of one run.
 template <WeightFormat format>
@@ -69,9 +70,10 @@ struct QuadDecoder {
     }
   }
 
-  // Run n, the i-th of its page: four blocks, `tile_step` apart.
+  // Run n, the i-th of its page: calls put(number, block) for its four blocks in their order.
+  template <typename Put>
   __attribute__((always_inline)) static void decode(const Layout& layout, const uint8_t* group, int64_t n, int64_t i,
-                                                    const Page& page, Bfloat16* to) {
+                                                    const Page& page, const Put& put) {
     const uint8_t* const codes = group + layout.codes_offset() + n * layout.codes_bytes;
     const uint8_t* const tops = group + layout.tops_offset() + n * layout.tops_bytes;
     if constexpr (blocks.bits == 4) {
@@ -81,8 +83,8 @@ struct QuadDecoder {
       for (int h = 0; h < 2; ++h) {
         const __m512i code = _mm512_and_si512(h == 0 ? both : _mm512_srli_epi16(both, 4), mask);
         const __m512i low = _mm512_shuffle_epi8(table.low, code), high = _mm512_shuffle_epi8(table.high, code);
-        store_block(to + 2 * h * tile_step, _mm512_unpacklo_epi8(low, high));
-        store_block(to + (2 * h + 1) * tile_step, _mm512_unpackhi_epi8(low, high));
+        put(2 * h, _mm512_unpacklo_epi8(low, high));
+        put(2 * h + 1, _mm512_unpackhi_epi8(low, high));
       }
     } else {
 #pragma GCC unroll 2
@@ -107,8 +109,8 @@ struct QuadDecoder {
                      b = weights(_mm512_unpackhi_epi16(low, two_23), 1);
         const __m512 c = weights(_mm512_unpacklo_epi16(high, two_23), 0),
                      d = weights(_mm512_unpackhi_epi16(high, two_23), 1);
-        store_block(to + 2 * h * tile_step, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-        store_block(to + (2 * h + 1) * tile_step, (__m512i)_mm512_cvtne2ps_pbh(d, c));
+        put(2 * h, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+        put(2 * h + 1, (__m512i)_mm512_cvtne2ps_pbh(d, c));
       }
     }
   }
@@ -160,40 +162,89 @@ struct QuadDecoder {
   }
 };
 
+// The lines of a tile, which are asked for a few at a time.
+struct TileAhead {
+  const uint8_t* line;
+  int64_t left;
+
+  __attribute__((always_inline)) void fetch(int64_t most) {
+    const int64_t count = std::min(most, left);
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(line + i * cache_line, 0, 3);
+    line += count * cache_line;
+    left -= count;
+  }
+};
+
 template <WeightFormat kind>
 struct BlockWeights {
   static constexpr WeightFormat format = kind;
   const uint8_t* data;
   PackedBlocks<kind, quad> layout;
   int64_t group_bytes = layout.group_bytes();
+
+  const uint8_t* tile(int64_t o) const { return data + o / quad * group_bytes; }
+  int64_t tile_lines() const { return many_quads * group_bytes / cache_line; }
+  // Lines to be fetched for so many runs of a quad, if the next tile is to be there behind this one.
+  int64_t fetches(int64_t runs) const {
+    return divide_up(tile_lines() * runs, std::max<int64_t>(1, layout.runs() * many_quads));
+  }
+  TileAhead ahead(int64_t o) const { return {tile(o), tile_lines()}; }
 };
 
-// The elements [k, k_end) of 16 outputs from o on, to [blocks, quads, a block]. next: the tile that is asked for
-// meanwhile.
+// The elements [k, k_end) of 16 outputs from o on, to [blocks, quads, a block].
 template <WeightFormat format>
 __attribute__((noinline)) void decode_tile(const BlockWeights<format>& weights, int64_t o, int64_t k, int64_t k_end,
-                                           Bfloat16* to, int64_t next) {
+                                           Bfloat16* to, TileAhead& ahead) {
   using Decoder = QuadDecoder<format>;
   const typename Decoder::Layout layout = weights.layout;
-  const int64_t runs = layout.runs(), tile_bytes = many_quads * weights.group_bytes;
-  const int64_t lines = tile_bytes / cache_line;
-  const uint8_t* const ahead = weights.data + next / quad * weights.group_bytes;
+  const int64_t fetches = weights.fetches(Decoder::page_runs);
   for (int64_t n = k / run_size; n < k_end / run_size; n += Decoder::page_runs) {
     const int64_t count = std::min<int64_t>(Decoder::page_runs, k_end / run_size - n);
     for (int q = 0; q < many_quads; ++q) {
-      const uint8_t* const group = weights.data + (o / quad + q) * weights.group_bytes;
+      const uint8_t* const group = weights.tile(o) + q * weights.group_bytes;
       typename Decoder::Page page;
       Decoder::read_page(layout, group, n, count, page);
-      // The same share of the next tile as this is of its own.
-      const int64_t first = (n * many_quads + q * count) * lines / (runs * many_quads);
-      const int64_t last = (n * many_quads + (q + 1) * count) * lines / (runs * many_quads);
-      for (int64_t i = first; i < last; ++i) __builtin_prefetch(ahead + i * cache_line, 0, 3);
+      ahead.fetch(fetches);
       Bfloat16* const decoded = to + (n * run_size - k) / block_in * tile_step + q * block_size;
       for (int64_t i = 0; i < count; ++i) {
-        Decoder::decode(layout, group, n + i, i, page, decoded + i * (run_size / block_in) * tile_step);
+        Decoder::decode(layout, group, n + i, i, page, [&](int j, Block block) {
+          store_block(decoded + (i * (run_size / block_in) + j) * tile_step, block);
+        });
       }
     }
   }
+}
+
+// All of `in` of 16 outputs from o on, which meet a few rows as they are decoded. x: [blocks, rows, 8].
+template <int rows, WeightFormat format>
+__attribute__((noinline)) void multiply_tile(const Product<BlockWeights<format>>& p, int64_t o, const Bfloat16* x,
+                                             TileAhead ahead) {
+  using Decoder = QuadDecoder<format>;
+  const typename Decoder::Layout layout = p.weights.layout;
+  const uint8_t* const groups = p.weights.tile(o);
+  const int64_t group_bytes = p.weights.group_bytes, fetches = p.weights.fetches(many_quads);
+  Sums sums[rows * many_quads];
+#pragma GCC unroll 32
+  for (Sums& each : sums) each = no_sums();
+  for (int64_t n = 0; n < layout.runs(); n += Decoder::page_runs) {
+    const int64_t count = std::min<int64_t>(Decoder::page_runs, layout.runs() - n);
+    typename Decoder::Page pages[many_quads];
+    for (int q = 0; q < many_quads; ++q) Decoder::read_page(layout, groups + q * group_bytes, n, count, pages[q]);
+    for (int64_t i = 0; i < count; ++i) {
+      ahead.fetch(fetches);
+#pragma GCC unroll 4
+      for (int q = 0; q < many_quads; ++q) {
+        Decoder::decode(layout, groups + q * group_bytes, n + i, i, pages[q], [&](int j, Block block) {
+#pragma GCC unroll 4
+          for (int r = 0; r < rows; ++r) {
+            add_products(sums[r * many_quads + q], block, load_input(x + (j * rows + r) * block_in));
+          }
+        });
+      }
+      x += run_size * rows;
+    }
+  }
+  p.template finish<rows, many_quads>(sums, 0, o);
 }
 
 // Rows [row, row + rows) times a decoded part of `in`; the sums wait in between.
@@ -237,9 +288,14 @@ void blocks_product(const Product<Weights>& p, int threads) {
       const int64_t following = next_panel++ * panel, end = std::min(begin + panel, p.out);
       for (int64_t o = begin; o < end; o += many_outputs) {
         const int64_t after = o + many_outputs < end ? o + many_outputs : following, next = after < p.out ? after : o;
+        if (p.rows <= most_at_once) {
+          with_rows<most_at_once>(p.rows, [&](auto rows) { multiply_tile<rows>(p, o, inputs, p.weights.ahead(next)); });
+          continue;
+        }
+        TileAhead ahead = p.weights.ahead(next);
         for (int64_t k = 0; k == 0 || k < p.in; k += decoded_in) {
           const ManyTile<Weights> tile{p, o, k, std::min(k + decoded_in, p.in), packed};
-          decode_tile(p.weights, o, tile.k, tile.k_end, packed, next);
+          decode_tile(p.weights, o, tile.k, tile.k_end, packed, ahead);
           for (int64_t g = 0; g < groups; ++g) {
             const int64_t row = group_begin(p.rows, groups, g), rows = group_begin(p.rows, groups, g + 1) - row;
             with_rows<most_group>(rows, [&](auto count) {
