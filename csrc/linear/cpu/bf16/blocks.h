@@ -16,7 +16,7 @@ inline namespace SPECBRANCH_ISA {
 
 constexpr int64_t decoded_in = 512;        // elements of `in` that are decoded at once, whole blocks
 constexpr int64_t most_blocks_rows = 256;  // rows per pass
-constexpr int most_at_once = 3;            // rows that meet weights as they are decoded: their sums fit the registers
+constexpr int most_at_once = 4;            // rows that meet weights as they are decoded
 
 // Four outputs' weights of one run.
 template <WeightFormat format>
@@ -215,36 +215,45 @@ __attribute__((noinline)) void decode_tile(const BlockWeights<format>& weights, 
   }
 }
 
-// All of `in` of 16 outputs from o on, which meet a few rows as they are decoded. x: [blocks, rows, 8].
-template <int rows, WeightFormat format>
-__attribute__((noinline)) void multiply_tile(const Product<BlockWeights<format>>& p, int64_t o, const Bfloat16* x,
-                                             TileAhead ahead) {
+// All of `in` of some quads from o on, which meet a few rows as they are decoded. x: [blocks, rows, 8].
+template <int rows, int quads, WeightFormat format>
+__attribute__((noinline)) void multiply_quads(const Product<BlockWeights<format>>& p, int64_t o, const Bfloat16* x,
+                                              TileAhead& next) {
   using Decoder = QuadDecoder<format>;
   const typename Decoder::Layout layout = p.weights.layout;
   const uint8_t* const groups = p.weights.tile(o);
-  const int64_t group_bytes = p.weights.group_bytes, fetches = p.weights.fetches(many_quads);
-  Sums sums[rows * many_quads];
+  const int64_t group_bytes = p.weights.group_bytes, fetches = p.weights.fetches(quads);
+  TileAhead ahead = next;
+  Sums sums[rows * quads];
 #pragma GCC unroll 32
   for (Sums& each : sums) each = no_sums();
   for (int64_t n = 0; n < layout.runs(); n += Decoder::page_runs) {
     const int64_t count = std::min<int64_t>(Decoder::page_runs, layout.runs() - n);
-    typename Decoder::Page pages[many_quads];
-    for (int q = 0; q < many_quads; ++q) Decoder::read_page(layout, groups + q * group_bytes, n, count, pages[q]);
+    typename Decoder::Page pages[quads];
+    for (int q = 0; q < quads; ++q) Decoder::read_page(layout, groups + q * group_bytes, n, count, pages[q]);
     for (int64_t i = 0; i < count; ++i) {
       ahead.fetch(fetches);
 #pragma GCC unroll 4
-      for (int q = 0; q < many_quads; ++q) {
+      for (int q = 0; q < quads; ++q) {
         Decoder::decode(layout, groups + q * group_bytes, n + i, i, pages[q], [&](int j, Block block) {
 #pragma GCC unroll 4
           for (int r = 0; r < rows; ++r) {
-            add_products(sums[r * many_quads + q], block, load_input(x + (j * rows + r) * block_in));
+            add_products(sums[r * quads + q], block, load_input(x + (j * rows + r) * block_in));
           }
         });
       }
       x += run_size * rows;
     }
   }
-  p.template finish<rows, many_quads>(sums, 0, o);
+  p.template finish<rows, quads>(sums, 0, o);
+  next = ahead;
+}
+
+template <int rows, WeightFormat format>
+void multiply_tile(const Product<BlockWeights<format>>& p, int64_t o, const Bfloat16* x, TileAhead ahead) {
+  constexpr int quads = rows <= 3 ? 4 : 2;  // whose sums and weights fit the registers
+  const int64_t end = std::min(o + many_outputs, p.out);
+  for (; o < end; o += quads * quad) multiply_quads<rows, quads>(p, o, x, ahead);
 }
 
 // Rows [row, row + rows) times a decoded part of `in`; the sums wait in between.
