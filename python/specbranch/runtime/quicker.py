@@ -58,6 +58,7 @@ def expand_slow(model: nn.Module, threads: int | None) -> None:
 
 
 def _is_slow(modules: Sequence[Any], threads: int | None) -> bool:
+    """Whether products over a sample of packed layers' weights take longer than over their values."""
     dense: list[Tensor] = []
     for module in modules:
         if sum(each.nbytes for each in dense) < BLOCKS_SAMPLE:
