@@ -348,9 +348,11 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
   m.def("weights_of_blocks", [](int64_t row_bytes, const std::string& format) {
     return specbranch::weights_of_blocks(row_bytes, specbranch::weight_format(format));
   });
-  m.def("packed_blocks_bytes", [](int64_t out, int64_t in, const std::string& format, const std::string& kind) {
-    return specbranch::packed_blocks_bytes(out, in, specbranch::weight_format(format), specbranch::arithmetic(kind));
+  m.def("packed_rows_bytes", [](int64_t out, int64_t in, const std::string& format, const std::string& kind) {
+    return specbranch::packed_rows_bytes(out, in, specbranch::weight_format(format), specbranch::arithmetic(kind));
   });
+  m.def("packed_group",
+        [](const std::string& format) { return specbranch::packed_group(specbranch::weight_format(format)); });
   m.def("pack_blocks", &specbranch::pack_blocks);
   m.def("quantize_weight", &specbranch::quantize_weight);
   m.def("unpack_rows", &specbranch::unpack_rows);

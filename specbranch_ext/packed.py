@@ -1,8 +1,14 @@
 """Weights in fewer bytes: what packed weights are, for all formats."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+from . import _C as _core
+
+_C: Any = _core
 
 BLOCKS = (
     "q8_0",
@@ -49,8 +55,40 @@ class PackedWeight:
     def nbytes(self) -> int:
         return self.data.nbytes
 
+    def split(self, sizes: Sequence[int]) -> list["PackedWeight"]:
+        """Packed weights of so many outputs each, one behind the other, in this one's memory.
+
+        Raises:
+            ValueError: the sizes are not all of the outputs, or one of them but the last is no multiple of
+                `group(format)`.
+        """
+        whole = group(self.format)
+        if sum(sizes) != self.shape[0] or min(sizes) < 0 or any(size % whole for size in sizes[:-1]):
+            raise ValueError(
+                f"sizes: expected multiples of {whole} and a rest, {self.shape[0]} together, got {list(sizes)}"
+            )
+        parts, begin = [], 0
+        for size in sizes:
+            end = begin + rows_bytes(size, self.shape[1], self.format, self.arithmetic)
+            data = self.data[begin:] if self.format == "lossless" else self.data[begin:end]  # raw runs lie at the end
+            parts.append(PackedWeight(data, (size, self.shape[1]), self.format, self.arithmetic))
+            begin = end
+        return parts
+
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {self.format!r}")
         if self.arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic: expected one of {', '.join(ARITHMETICS)}, got {self.arithmetic!r}")
+
+
+def group(format: str) -> int:
+    """Outputs that packed weights of a format keep together."""
+    size: int = _C.packed_group(format)
+    return size
+
+
+def rows_bytes(size_out: int, size_in: int, format: str, arithmetic: str) -> int:
+    """Bytes that so many outputs take, less the raw runs of lossless ones, which lie behind all of them."""
+    size: int = _C.packed_rows_bytes(size_out, size_in, format, arithmetic)
+    return size

@@ -12,8 +12,8 @@
 //             [2, output, 16]  sign and mantissa of 16 elements, the first and the second half; the mantissa in the
 //                              upper 7 bits, the sign in the lowest
 //             [output, 16]     exponents: the first half's in the lower 4 bits, the second half's in the upper ones
-// Behind all quads lie the raw runs, 64 bytes each; the first four bytes of such a run's signs and mantissas count
-// which it is.
+// Behind all quads lie the raw runs, 64 bytes each; the first four bytes of such a run's signs and mantissas say where, in
+// units of 64 bytes from its line on. So quads from any one on are a packed weight too, of fewer outputs.
 #pragma once
 
 #include <cstdint>
@@ -79,9 +79,10 @@ struct Lossless {
     memset(halves[1], 0, half);
     memset(code, top == raw_top ? 0 : 255, half);  // zeros behind the last weight
     if (top == raw_top) {
-      const uint32_t index = static_cast<uint32_t>(raw);
-      memcpy(halves[0], &index, sizeof index);
-      uint8_t* const to = data + raw_offset() + raw * raw_bytes;
+      const int64_t place = raw_offset() + raw * raw_bytes;
+      const uint32_t distance = static_cast<uint32_t>((place - line_offset(output, line)) / raw_bytes);
+      memcpy(halves[0], &distance, sizeof distance);
+      uint8_t* const to = data + place;
       memset(to, 0, raw_bytes);
       memcpy(to, weights, static_cast<size_t>(count) * sizeof(Bfloat16));
       return true;
@@ -100,9 +101,9 @@ struct Lossless {
     const uint8_t* const halves[2] = {data + half_offset(output, line, 0), data + half_offset(output, line, 1)};
     const unsigned top = data[top_offset(output, line)];
     if (top == raw_top) {
-      uint32_t index;
-      memcpy(&index, halves[0], sizeof index);
-      memcpy(weights, data + raw_offset() + index * raw_bytes, raw_bytes);
+      uint32_t distance;
+      memcpy(&distance, halves[0], sizeof distance);
+      memcpy(weights, data + line_offset(output, line) + distance * raw_bytes, raw_bytes);
       return;
     }
     const uint8_t* const code = data + codes(output, line);

@@ -118,12 +118,6 @@ int64_t weights_of_blocks(int64_t row_bytes, WeightFormat format) {
   return row_bytes / blocks.bytes * blocks.weights;
 }
 
-int64_t packed_blocks_bytes(int64_t out, int64_t in, WeightFormat format, Arithmetic arithmetic) {
-  int64_t bytes = 0;
-  with_packed_blocks(format, arithmetic, out, in, [&](auto layout) { bytes = layout.bytes(); });
-  return bytes;
-}
-
 void check_pack_blocks(const PackBlocksParams& p) {
   check_dtype(p.blocks, Dtype::uint8);
   check_shape(p.blocks, {p.packed.out, -1}, "[out, bytes of a row]");

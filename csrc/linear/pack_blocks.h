@@ -8,13 +8,10 @@ namespace specbranch {
 // Weights in a row of so many bytes. Throws std::invalid_argument where these are no whole blocks.
 int64_t weights_of_blocks(int64_t row_bytes, WeightFormat format);
 
-// Bytes of [out, in] once packed.
-int64_t packed_blocks_bytes(int64_t out, int64_t in, WeightFormat format, Arithmetic arithmetic);
-
 struct PackBlocksParams {
   Launch launch;
   Tensor blocks;        // uint8 [out, bytes of a row], last dimension contiguous
-  PackedWeight packed;  // of packed_blocks_bytes bytes, written
+  PackedWeight packed;  // of packed_rows_bytes bytes, written
 };
 
 void check_pack_blocks(const PackBlocksParams& params);

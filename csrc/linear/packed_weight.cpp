@@ -24,25 +24,30 @@ Arithmetic arithmetic(const std::string& name) {
   fail("arithmetic: expected exact or fast, got " + name);
 }
 
+int64_t packed_rows_bytes(int64_t out, int64_t in, WeightFormat format, Arithmetic arithmetic) {
+  if (format == WeightFormat::lossless) return Lossless{out, in}.raw_offset();
+  int64_t bytes = 0;
+  with_packed_blocks(format, arithmetic, out, in, [&](auto layout) { bytes = layout.bytes(); });
+  return bytes;
+}
+
+int64_t packed_group(WeightFormat format) {
+  return format == WeightFormat::lossless ? Lossless::quad_outputs : most_width;
+}
+
 void check_packed(const PackedWeight& weight) {
   check_dtype(weight.data, Dtype::uint8);
   check_shape(weight.data, {-1}, "[bytes]");
   check_contiguous(weight.data);
   if (weight.data.device != cpu_device) fail("packed: expected a tensor on the CPU");
   if (weight.out < 0 || weight.in < 0) fail("packed: expected a shape of two sizes of at least 0");
-  int64_t least = 0;
   if (weight.format == WeightFormat::lossless) {
     if (weight.arithmetic != Arithmetic::exact) fail("arithmetic: expected exact for lossless weights, got fast");
-    least = Lossless{weight.out, weight.in}.raw_offset();
-  } else {
-    with_packed_blocks(weight, [&](auto layout) {
-      if (layout.in % layout.format.weights != 0) {
-        fail("packed: expected a multiple of " + std::to_string(layout.format.weights) + " weights in a row, got " +
-             std::to_string(layout.in));
-      }
-      least = layout.bytes();
-    });
+  } else if (const int64_t whole = block_format(weight.format).weights; weight.in % whole != 0) {
+    fail("packed: expected a multiple of " + std::to_string(whole) + " weights in a row, got " +
+         std::to_string(weight.in));
   }
+  const int64_t least = packed_rows_bytes(weight.out, weight.in, weight.format, weight.arithmetic);
   if (weight.data.shape[0] < least) {
     fail("packed: expected at least " + std::to_string(least) + " bytes for [" + std::to_string(weight.out) + ", " +
          std::to_string(weight.in) + "], got " + std::to_string(weight.data.shape[0]));

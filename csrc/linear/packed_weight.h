@@ -27,4 +27,11 @@ struct PackedWeight {
 
 void check_packed(const PackedWeight& weight);
 
+// Bytes of [out, in] once packed, less the raw runs of lossless ones, which lie behind. A whole number of groups of
+// outputs takes as many bytes as it takes among others: see PackedWeight.split of the Python module.
+int64_t packed_rows_bytes(int64_t out, int64_t in, WeightFormat format, Arithmetic arithmetic);
+
+// A whole number of outputs that no layout keeps together with others.
+int64_t packed_group(WeightFormat format);
+
 }  // namespace specbranch

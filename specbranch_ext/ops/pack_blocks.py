@@ -34,6 +34,6 @@ def pack_blocks(blocks: Tensor, format: str, arithmetic: str = "exact") -> Packe
         raise ValueError(f"blocks: expected shape [out, bytes of a row], got {describe(blocks)}")
     core = _library.core
     size_out, size_in = blocks.shape[0], core.weights_of_blocks(blocks.shape[1], format)
-    data = torch.empty(core.packed_blocks_bytes(size_out, size_in, format, arithmetic), dtype=torch.uint8)
+    data = torch.empty(core.packed_rows_bytes(size_out, size_in, format, arithmetic), dtype=torch.uint8)
     core.pack_blocks(blocks, format, arithmetic, data, torch.get_num_threads())
     return PackedWeight(data, (size_out, size_in), format, arithmetic)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..packed import PackedWeight
-from .unpack_rows import HALF, LINE, PAGE, QUAD, RAW, RUN, TOPS, ZERO
+from .unpack_rows import HALF, LINE, PAGE, QUAD, RAW, RUN, TOPS, ZERO, line_places, quad_bytes
 
 
 def pack_weight(weight: Tensor, format: str = "lossless") -> PackedWeight:
@@ -23,9 +23,11 @@ def pack_weight(weight: Tensor, format: str = "lossless") -> PackedWeight:
     codes[raw] = 0
     codes[size_out:] = 0  # nobody's
     parts = functional.pad((bits & 127) << 1 | bits >> 15, in_runs).view(quads * QUAD, lines, RUN)
-    index = torch.zeros_like(tops)
-    index[raw] = torch.arange(int(raw.sum()), dtype=index.dtype)
-    counted = torch.stack([index >> shift & 255 for shift in (0, 8, 16, 24)], -1)
+    places = line_places(size_in) + (torch.arange(quads * QUAD) // QUAD * quad_bytes(size_in))[:, None]
+    distance = torch.zeros_like(places)
+    behind = quads * quad_bytes(size_in) + torch.arange(int(raw.sum())) * 2 * RUN
+    distance[raw] = (behind - places[raw]) // (2 * RUN)
+    counted = torch.stack([distance >> shift & 255 for shift in (0, 8, 16, 24)], -1)
     parts = torch.where(raw[..., None], functional.pad(counted, (0, RUN - 4)), parts)
     # [outputs, lines, ...] to [quads, lines, ..., outputs of the quad, 16]
     split = parts.view(quads, QUAD, lines, 2, HALF).permute(0, 2, 3, 1, 4)

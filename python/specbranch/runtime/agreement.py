@@ -41,7 +41,7 @@ def check_agreement(cached: CachedModel, expected: Tensor) -> None:
     The tokens are rows of a tree, and siblings of theirs stand between them: a model that does not go by the positions
     and the ancestors that it is given sees another text. Raises SpecBranchError where they differ.
     """
-    apart = _apart(_over_a_tree(cached), expected)
+    apart = _apart(over_a_tree(cached, Attachment([cached.model])), expected)
     if apart <= TOLERANCE.get(expected.dtype, TOLERANCE_16_BIT):
         return
     # Of a model that blows rounding up, or whose rows depend on each other, the own logits differ as much.
@@ -58,7 +58,8 @@ def _apart(logits: Tensor, expected: Tensor) -> float:
     return float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
-def _over_a_tree(cached: CachedModel) -> Tensor:
+def over_a_tree(cached: CachedModel, attachment: Attachment) -> Tensor:
+    """The logits over `probe_ids` as rows of a tree, each but the last with a sibling."""
     tokens = probe_ids(cached.model).tolist()
     rows = 2 * len(tokens) - 1  # token, sibling of the next, next, …
     elsewhere = ElsewhereCache(cached.layers, rows + 1, cached.device)
@@ -68,7 +69,7 @@ def _over_a_tree(cached: CachedModel) -> Tensor:
     mixed = [tokens[row // 2] if row % 2 == 0 else 0 for row in range(rows)]
     try:
         batch = cached.place(range(rows), parents, mixed, [(row + 1) // 2 for row in range(rows)])
-        attachment, inputs = Attachment([cached.model]), Inputs.of(batch, cached.device)
+        inputs = Inputs.of(batch, cached.device)
         return attachment.turn(lambda: cached.forward(inputs))[::2]
     finally:
         cached.cache = kept

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from specbranch.runtime.attention import ATTENTION
-from specbranch.runtime.exact import exact_forward
+from specbranch.runtime.forwards import forward_of
 from specbranch.runtime.locks import Lock, locked, run_out
 from specbranch.runtime.rows.routes import Forward, replacement
 from specbranch.runtime.weights import execution_device
@@ -55,7 +55,7 @@ class Attachment:
         tap: Tap | None = None,
         threads: int | None = None,
         attention: str | None = ATTENTION,
-        forward_of: Callable[[nn.Module, torch.device], Forward | None] = exact_forward,
+        forward_of: Callable[[nn.Module, torch.device], Forward | None] = forward_of,
     ) -> None:
         """tap: looks at modules of one of the models. threads: torch's intra-op threads during a turn. attention: a
         registered one, None for each model's own. forward_of: what to run instead of a module's forward."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -15,9 +15,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from specbranch_ext import tree_attention
+import specbranch_ext  # noqa: F401  (it registers the op)
 
 ATTENTION = "specbranch"
+
+_tree_attention = torch.ops.specbranch.tree_attention.default
 
 
 @cache
@@ -45,6 +47,16 @@ class TreeContext:
     prompt_end: int = -1
     first_in_window: int = 0
     calls: int = 0
+    _angles: dict[tuple[int, bool], tuple[tuple[Tensor, Tensor], Tensor, Tensor]] = field(default_factory=dict)
+
+    def angles(self, given: tuple[Tensor, Tensor], wide: bool) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [n, R] of what a model gives to its layers, [1, n, R]; wide: in float32."""
+        key = id(given), wide
+        kept = self._angles.get(key)
+        if kept is None:
+            cos, sin = given[0][0], given[1][0]
+            kept = self._angles[key] = (given, cos.float(), sin.float()) if wide else (given, cos, sin)
+        return kept[1:]
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """prefix_length and ancestors on a layer's device: a model may be spread over several."""
@@ -92,25 +104,39 @@ def specbranch_attention(
     context = current()
     if context is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    out = attend(context, query[0].transpose(0, 1), key[0], value[0], scaling, sliding_window, softcap)
+    return out[None], None
+
+
+def attend(
+    context: TreeContext,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The attention of the next layer: query [n, Hq, D], keys and values [Hkv, capacity, D] to [n, Hq, D]."""
     if context.windows is not None:
         sliding_window = context.windows[context.calls]
     context.calls += 1
     prefix_length, ancestors = context.on(query.device)
     if context.first_in_window and sliding_window is not None:
-        key, value = key[:, :, context.first_in_window :], value[:, :, context.first_in_window :]
+        keys, values = keys[:, context.first_in_window :], values[:, context.first_in_window :]
         prefix_length = (prefix_length - context.first_in_window).clamp(min=0)  # 0 when a capture warms up
-    out = tree_attention(
-        query[0].transpose(0, 1),
-        key[0],
-        value[0],
+    out: Tensor = _tree_attention(
+        query,
+        keys,
+        values,
         prefix_length,
         ancestors,
-        scale=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        by_position=context.by_position,
+        query.shape[2] ** -0.5 if scale is None else scale,
+        sliding_window or 0,
+        softcap or 0.0,
+        context.by_position,
     )
-    return out[None], None
+    return out
 
 
 AttentionInterface.register(ATTENTION, specbranch_attention)

@@ -57,6 +57,14 @@ class BranchLayer(CacheLayerMixin):
         self.values.index_copy_(2, rows, value_states)
         return self.keys, self.values
 
+    def buffers_for(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The buffers `[kv_heads, capacity, head_dim]`, to write keys and values `[n, kv_heads, head_dim]` to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[0], self.values[0]
+
     def get_seq_length(self) -> int:
         return self.owner.length
 
@@ -86,8 +94,8 @@ class BranchCache(Cache):
         self.nodes: list[int] = []
         self.ancestors: list[int] = []
         self.rows = torch.empty(0, dtype=torch.int64, device=device)
-        self._branch_layers = [BranchLayer(self) for _ in range(layers)]
-        super().__init__(layers=list(self._branch_layers))
+        self.branch_layers = [BranchLayer(self) for _ in range(layers)]
+        super().__init__(layers=list(self.branch_layers))
 
     @property
     def used(self) -> int:
@@ -166,12 +174,12 @@ class BranchCache(Cache):
 
     def release(self) -> None:
         """Free the buffers now: cache and layers refer to each other, so Python would take its time."""
-        for layer in self._branch_layers:
+        for layer in self.branch_layers:
             layer.keys = layer.values = None
             layer.is_initialized = False
         self.capacity = 0
         self.length, self.nodes, self.ancestors = 0, [], []
 
     def buffers(self) -> list[torch.Tensor]:
-        buffers = [buffer for layer in self._branch_layers for buffer in (layer.keys, layer.values)]
+        buffers = [buffer for layer in self.branch_layers for buffer in (layer.keys, layer.values)]
         return [buffer[0] for buffer in buffers if buffer is not None]

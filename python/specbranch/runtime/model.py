@@ -18,6 +18,7 @@ from specbranch.runtime.attach import Attachment
 from specbranch.runtime.attention import TreeContext, no_mask, running
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
+from specbranch.runtime.fused.probe import leave_different
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.rotary import context_length
 from specbranch.runtime.support import check_supported, trying
@@ -47,6 +48,7 @@ class CachedModel:
         self.support, own_logits = check_supported(model, role)
         if own_logits is not None:
             with trying(f"{role} model {type(model).__name__}"):
+                leave_different(self)
                 check_agreement(self, own_logits)
 
     def another(self) -> CachedModel:

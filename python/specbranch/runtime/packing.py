@@ -8,7 +8,7 @@ it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from specbranch.core.checks import choice
 from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.choices import ARITHMETIC_OF, ARITHMETICS, WEIGHTS
+from specbranch.runtime.fused.join import groups, join_model
 from specbranch.runtime.masks import probe
 from specbranch.runtime.packed import PackedLinear, Place, holders_of, is_in_blocks, places_of, put, weight_format
 from specbranch.runtime.quicker import LEAST, expand_slow, packed_sample
@@ -29,6 +30,7 @@ BFLOAT16_LEVELS = ("bf16", "amx")
 FORMAT_OF = {"int8": "q8_0", "int4": "q4_0"}
 AUTO_DRAFT = "int4"
 BLOCK = 32  # weights
+JOINT = 16  # outputs: layers of multiples of them can be packed behind each other, whatever the format
 ROWS_AT_ONCE = 4096  # whole groups of outputs in any layout
 
 
@@ -64,6 +66,8 @@ def pack_loaded(
         expand_slow(model, threads)
     elif word != "keep":
         raise SpecBranchError(f"{role}_weights is {word!r}, but weights of {source} stay in its blocks ({format})")
+    if not given:
+        join_model(model)
     if arithmetic == "fast" and not any(is_in_blocks(module) for module in model.modules()):
         reason = f"the weights of {f'the loaded {role}' if given else source}"
         raise SpecBranchError(
@@ -143,7 +147,7 @@ def pack_model(
             sample = packed_sample([weight for weight, _ in places], threads)
             if not sample:
                 return ""
-    _replace(places, sample, wanted, arithmetic or ARITHMETIC_OF[role])
+    _replace(model, places, sample, wanted, arithmetic or ARITHMETIC_OF[role])
     return weight_format(model)
 
 
@@ -213,14 +217,50 @@ def _dry_run(model: PreTrainedModel, packed: set[int]) -> str:
 
 
 def _replace(
-    places: Sequence[tuple[Tensor, list[Place]]], packed: dict[int, PackedWeight], word: str, arithmetic: str
+    model: nn.Module,
+    places: Sequence[tuple[Tensor, list[Place]]],
+    packed: dict[int, PackedWeight],
+    word: str,
+    arithmetic: str,
 ) -> None:
-    """Put packed weights in place of the others, one by one, so that never much of both is held.
+    """Put packed weights in place of the others, few at a time, so that never much of both is held. packed: some of
+    them.
 
     An embedding that shares a weight keeps it as it was before rounding: its rows are only looked up.
     """
-    for weight, holders in places:
-        where = [place for place in holders if word == "lossless" or isinstance(place.module, nn.Linear)]
-        put(where, packed.get(id(weight)) or _pack(weight.detach(), word, arithmetic))
-        for place in where:
-            place.module._parameters.clear()
+    for group in _joint(model, places):
+        weights = [weight for weight, _ in group]
+        for (weight, holders), new in zip(group, _packed(weights, packed, word, arithmetic), strict=True):
+            where = [place for place in holders if word == "lossless" or isinstance(place.module, nn.Linear)]
+            put(where, new)
+            for place in where:
+                place.module._parameters.clear()
+            packed.pop(id(weight), None)
+
+
+def _joint(
+    model: nn.Module, places: Sequence[tuple[Tensor, list[Place]]]
+) -> Iterator[Sequence[tuple[Tensor, list[Place]]]]:
+    """The places in groups, those of layers that are to be joined together."""
+    of_module = {id(holders[0].module): i for i, (_, holders) in enumerate(places) if len(holders) == 1}
+    left = dict.fromkeys(range(len(places)))
+    for layers in groups(model):
+        found = [of_module.get(id(layer), -1) for layer in layers]
+        if min(found) >= 0:
+            yield [places[i] for i in found]
+            for i in found:
+                del left[i]
+    for i in left:
+        yield [places[i]]
+
+
+def _packed(
+    weights: Sequence[Tensor], packed: dict[int, PackedWeight], word: str, arithmetic: str
+) -> Sequence[PackedWeight]:
+    """Packed in one memory where that can be. packed: some of them, that a single one may be."""
+    if len(weights) == 1:
+        return [packed.get(id(weights[0])) or _pack(weights[0].detach(), word, arithmetic)]
+    sizes = [len(weight) for weight in weights]
+    if len({weight.shape[1] for weight in weights}) > 1 or any(size % JOINT for size in sizes):
+        return [_packed([weight], packed, word, arithmetic)[0] for weight in weights]
+    return _pack(torch.cat([weight.detach() for weight in weights]), word, arithmetic).split(sizes)

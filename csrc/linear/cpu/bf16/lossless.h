@@ -76,9 +76,9 @@ struct LosslessWeights {
   __attribute__((noinline)) Block with_raw(Block block, uint32_t tops, const uint8_t* line, int j) const {
     for (int i = 0; i < quad; ++i) {
       if ((tops >> 8 * i & 255) != Lossless::raw_top) continue;
-      uint32_t index;
-      memcpy(&index, line + i * Lossless::half, sizeof index);
-      const uint8_t* const raw = data + layout.raw_offset() + index * Lossless::raw_bytes;
+      uint32_t distance;
+      memcpy(&distance, line + i * Lossless::half, sizeof distance);
+      const uint8_t* const raw = line + distance * Lossless::raw_bytes;
       const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(raw + 16 * j));
       block = _mm512_mask_broadcast_i32x4(block, static_cast<__mmask16>(0xF << 4 * i), eight);
     }
