@@ -19,6 +19,8 @@
 #include "cache/kv_commit.h"
 #include "core/isa.h"
 #include "core/python_tensor.h"
+#include "layers/gated_activation.h"
+#include "layers/rms_norm.h"
 #include "linear/linear.h"
 #include "linear/pack_blocks.h"
 #include "linear/pack_weight.h"
@@ -160,6 +162,37 @@ void kv_commit(const py::list& buffers, Object rows, Object start, int64_t handl
   check_kv_commit(params);
   py::gil_scoped_release unlocked;
   run_kv_commit(params);
+}
+
+void rms_norm(Object input, Object weight, Object residual, double eps, bool unit_offset, bool round_first,
+              Object output, Object sum, int64_t handle) {
+  RmsNormParams params;
+  params.input = tensor(input, "input");
+  params.weight = tensor(weight, "weight");
+  params.has_residual = !residual.is_none();
+  if (params.has_residual) params.residual = tensor(residual, "residual");
+  params.eps = eps;
+  params.unit_offset = unit_offset;
+  params.round_first = round_first;
+  params.output = tensor(output, "output");
+  params.sum = tensor(sum, "sum");
+  params.launch = launch_on({&params.input, &params.weight, &params.residual, &params.output, &params.sum}, handle);
+  check_rms_norm(params);
+  py::gil_scoped_release unlocked;
+  run_rms_norm(params);
+}
+
+void gated_activation(Object gate, Object up, const std::string& activation, Object output, int64_t handle) {
+  GatedActivationParams params;
+  params.gate = tensor(gate, "gate");
+  params.joined = up.is_none();
+  if (!params.joined) params.up = tensor(up, "up");
+  params.activation = activation_named(activation);
+  params.output = tensor(output, "output");
+  params.launch = launch_on({&params.gate, &params.up, &params.output}, handle);
+  check_gated_activation(params);
+  py::gil_scoped_release unlocked;
+  run_gated_activation(params);
 }
 
 #ifndef SPECBRANCH_EMULATED
@@ -336,6 +369,8 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
   m.def("ancestor_mask", &specbranch::ancestor_mask);
   m.def("tree_attention", &specbranch::tree_attention);
   m.def("kv_commit", &specbranch::kv_commit);
+  m.def("rms_norm", &specbranch::rms_norm);
+  m.def("gated_activation", &specbranch::gated_activation);
   m.def("verify", &specbranch::verify);
   m.def("verify_rejection", &specbranch::verify_rejection);
   m.def("draft_sample", &specbranch::draft_sample);

@@ -8,6 +8,7 @@ requires grad is bad input while grad mode is on.
 
 from .ancestor_mask import AncestorMask, ancestor_mask
 from .draft_sample import DraftSample, draft_sample
+from .gated_activation import gated_activation
 from .gumbel_noise import gumbel_noise
 from .kv_commit import kv_commit
 from .linear import linear
@@ -15,6 +16,7 @@ from .pack_blocks import pack_blocks
 from .pack_weight import pack_weight
 from .packed_linear import packed_linear
 from .quantize_weight import quantize_weight
+from .rms_norm import RmsNorm, rms_norm
 from .tree_attention import tree_attention
 from .unpack_rows import unpack_rows
 from .verify import Verification, verify
@@ -24,9 +26,11 @@ __all__ = [
     "AncestorMask",
     "DraftSample",
     "RejectionVerification",
+    "RmsNorm",
     "Verification",
     "ancestor_mask",
     "draft_sample",
+    "gated_activation",
     "gumbel_noise",
     "kv_commit",
     "linear",
@@ -34,6 +38,7 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "quantize_weight",
+    "rms_norm",
     "tree_attention",
     "unpack_rows",
     "verify",
