@@ -15,6 +15,7 @@ from .pack_blocks import pack_blocks
 from .pack_weight import pack_weight
 from .packed_linear import packed_linear
 from .quantize_weight import quantize_weight
+from .rotary_commit import rotary_commit
 from .tree_attention import tree_attention
 from .unpack_rows import unpack_rows
 from .verify import Verification, verify
@@ -34,6 +35,7 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "quantize_weight",
+    "rotary_commit",
     "tree_attention",
     "unpack_rows",
     "verify",
