@@ -1,4 +1,4 @@
-"""Cases of the ops around the KV cache: tree_attention, kv_commit, ancestor_mask."""
+"""Cases of the ops around the KV cache: tree_attention, kv_commit, rotary_commit, ancestor_mask."""
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -7,8 +7,9 @@ import torch
 from op_case import Built, Case, Peer, dtypes
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from specbranch_ext import AncestorMask, ancestor_mask, kv_commit, reference, tree_attention
+from specbranch_ext import AncestorMask, ancestor_mask, kv_commit, reference, rotary_commit, tree_attention
 
 # (query heads, KV heads, head dimension)
 CPU_HEADS = [(14, 2, 64), (12, 2, 128)]  # Qwen2.5-Coder 0.5B and 1.5B
@@ -182,6 +183,61 @@ def commit_case(device: str, what: str, rows: list[int], layers: int, heads: int
         bytes=2 * moved * 2 * layers * heads * 128 * 2,
         quick=quick,
     )
+
+
+def rotary_commit_cases(device: str) -> Iterator[Case]:
+    for heads in CPU_HEADS if device == "cpu" else CUDA_HEADS:
+        for n in (1, 8, 256):
+            quick = (heads, n) == ((14, 2, 64), 8)
+            yield rotary_case(device, *heads, n, normed=False, quick=quick)
+            yield rotary_case(device, *heads, n, normed=True, quick=False)
+
+
+def rotary_case(device: str, query_heads: int, kv_heads: int, dim: int, n: int, normed: bool, quick: bool) -> Case:
+    """One layer's, of a joined product; beside the modules of transformers and a copy to the rows."""
+    heads = query_heads + 2 * kv_heads
+
+    def build() -> Built:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.bfloat16, device=device)
+
+        split = normal(n, heads, dim).split([query_heads, kv_heads, kv_heads], 1)
+        cos, sin, rows = normal(n, dim), normal(n, dim), torch.arange(700, 700 + n, device=device)
+        cache, other = normal(2, kv_heads, 1024, dim), normal(2, kv_heads, 1024, dim)
+        norms = [normal(dim), normal(dim)] if normed else [None, None]
+
+        def ours() -> Tensor:
+            return rotary_commit(*split, cos, sin, rows, cache[0], cache[1], *norms)
+
+        def modules() -> Tensor:
+            parts = (norm(part, weight) for part, weight in zip(split, norms, strict=False))
+            query, key = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+            query, key = apply_rotary_pos_emb(query, key, cos.unsqueeze(0), sin.unsqueeze(0))
+            other[0].index_copy_(1, rows, key[0])
+            other[1].index_copy_(1, rows, split[2].transpose(0, 1))
+            return query[0].transpose(0, 1)
+
+        def check() -> None:
+            torch.testing.assert_close(ours(), modules(), rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(cache[:, :, rows], other[:, :, rows], rtol=2e-2, atol=2e-2)
+
+        return Built(ours, {"modules": Peer(modules)}, check)
+
+    return Case(
+        op="rotary_commit",
+        what=f"{n} rows, {query_heads}/{kv_heads} heads, D {dim}, bfloat16{', normed' if normed else ''}",
+        build=build,
+        bytes=2 * n * (heads + 1) * dim * 2,
+        quick=quick,
+    )
+
+
+def norm(x: Tensor, weight: Tensor | None) -> Tensor:
+    """As Qwen3RMSNorm does it."""
+    if weight is None:
+        return x
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def ancestor_mask_cases(device: str) -> Iterator[Case]:

@@ -15,6 +15,7 @@
 #ifdef SPECBRANCH_EMULATED
 #include "emulator/emulator.h"
 #endif
+#include "attention/rotary_commit.h"
 #include "attention/tree_attention.h"
 #include "cache/kv_commit.h"
 #include "core/isa.h"
@@ -149,6 +150,41 @@ void tree_attention(Object query, Object keys, Object values, Object prefix_leng
   params.tree_rows = check_tree_attention(params);
   py::gil_scoped_release unlocked;
   run_tree_attention(params);
+}
+
+void rotary_commit(Object query, Object key, Object value, Object cos, Object sin, Object rows, Object keys,
+                   Object values, Object query_norm, Object key_norm, double eps, bool unit_offset, bool round_first,
+                   bool interleaved, Object output, int64_t handle) {
+  RotaryCommitParams params;
+  params.query = tensor(query, "query");
+  params.key = tensor(key, "key");
+  params.value = tensor(value, "value");
+  params.cos = tensor(cos, "cos");
+  params.sin = tensor(sin, "sin");
+  params.rows = tensor(rows, "rows");
+  params.keys = tensor(keys, "keys");
+  params.values = tensor(values, "values");
+  params.normed = !query_norm.is_none();
+  if (params.normed == key_norm.is_none()) {
+    const bool missing = key_norm.is_none();
+    fail(std::string(missing ? "key_norm" : "query_norm") + ": expected a tensor, as " +
+         (missing ? "query_norm" : "key_norm") + " is one, got None");
+  }
+  if (params.normed) {
+    params.query_norm = tensor(query_norm, "query_norm");
+    params.key_norm = tensor(key_norm, "key_norm");
+  }
+  params.output = tensor(output, "output");
+  params.eps = eps;
+  params.unit_offset = unit_offset;
+  params.round_first = round_first;
+  params.interleaved = interleaved;
+  params.launch = launch_on({&params.query, &params.key, &params.value, &params.cos, &params.sin, &params.rows,
+                             &params.keys, &params.values, &params.query_norm, &params.key_norm, &params.output},
+                            handle);
+  check_rotary_commit(params);
+  py::gil_scoped_release unlocked;
+  run_rotary_commit(params);
 }
 
 void kv_commit(const py::list& buffers, Object rows, Object start, int64_t handle) {
@@ -368,6 +404,7 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
   m.def("gumbel_noise", &specbranch::gumbel_noise);
   m.def("ancestor_mask", &specbranch::ancestor_mask);
   m.def("tree_attention", &specbranch::tree_attention);
+  m.def("rotary_commit", &specbranch::rotary_commit);
   m.def("kv_commit", &specbranch::kv_commit);
   m.def("rms_norm", &specbranch::rms_norm);
   m.def("gated_activation", &specbranch::gated_activation);

@@ -17,6 +17,7 @@ from .pack_weight import pack_weight
 from .packed_linear import packed_linear
 from .quantize_weight import quantize_weight
 from .rms_norm import RmsNorm, rms_norm
+from .rotary_commit import rotary_commit
 from .tree_attention import tree_attention
 from .unpack_rows import unpack_rows
 from .verify import Verification, verify
@@ -39,6 +40,7 @@ __all__ = [
     "packed_linear",
     "quantize_weight",
     "rms_norm",
+    "rotary_commit",
     "tree_attention",
     "unpack_rows",
     "verify",

@@ -88,7 +88,7 @@ def test_all_on_meta_gives_shapes(call: Call) -> None:
 def test_what_is_no_tensor(call: Call) -> None:
     for name, value in call.make().items():
         if isinstance(value, Tensor):
-            optional = " or None" if name == "bias" else ""
+            optional = " or None" if name in ("bias", "query_norm", "key_norm") else ""
             for came, text in [
                 ([1, 2], "list"),
                 (3, r"3 \(int\)"),
@@ -132,8 +132,12 @@ def test_what_is_no_number(call: Call) -> None:
         "min_p": "a number",
         "scale": "a number or None",
         "softcap": "a number or None",
+        "eps": "a number",
         "block": "a bool",
         "by_position": "a bool",
+        "unit_offset": "a bool",
+        "round_first": "a bool",
+        "interleaved": "a bool",
     }
     for name in kinds.keys() & call.arguments.keys():
         expected = f"{name}: expected {kinds[name]}, got "

@@ -4,7 +4,15 @@ import pytest
 import torch
 from implementations import NAMES
 
-from specbranch_ext import ancestor_mask, draft_sample, kv_commit, reference, tree_attention, verify
+from specbranch_ext import (
+    ancestor_mask,
+    draft_sample,
+    kv_commit,
+    reference,
+    rotary_commit,
+    tree_attention,
+    verify,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("implementation"),
@@ -86,6 +94,26 @@ def test_kv_commit_moves_no_row_out_of_range():
             if 0 <= start + i < 10:
                 expected[:, start + i] = guard[:, row]
         assert torch.equal(buffer, expected)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("dim", [64, 6])
+def test_rotary_commit_writes_no_row_out_of_range(dim, normed):
+    query, key, value = torch.randn(6, 3, dim), torch.randn(6, 2, dim), torch.randn(6, 2, dim)
+    cos, sin = torch.randn(2, 6, dim)
+    norms = torch.randn(2, dim) if normed else (None, None)
+    keys, values = torch.full((2, 2, 10, dim), 7.0)
+    around = torch.tensor([3, -1, 10, 2**40, 0, -(2**62)])
+    result = rotary_commit(query, key, value, cos, sin, around, keys, values, *norms)
+    expected_keys, expected_values = torch.full((2, 2, 10, dim), 7.0)
+    all_keys, all_values = torch.zeros(2, 2, 6, dim)
+    cache = all_keys, all_values
+    expected = reference.rotary_commit(query, key, value, cos, sin, torch.arange(6), *cache, *norms)
+    for i in (0, 4):
+        expected_keys[:, around[i]], expected_values[:, around[i]] = all_keys[:, i], all_values[:, i]
+    assert torch.equal(result, expected)
+    assert torch.equal(keys, expected_keys)
+    assert torch.equal(values, expected_values)
 
 
 @pytest.mark.parametrize("by_position", [True, False])

@@ -162,6 +162,37 @@ def tree_attention(draw: Draw) -> dict[str, Any]:
     }
 
 
+def rotary_commit(draw: Draw) -> dict[str, Any]:
+    n, heads, kv_heads = draw(st.integers(0, 5)), draw(st.integers(0, 3)), draw(st.integers(0, 2))
+    dim, value_dim = draw(one_of([2, *WIDTHS[2:], *LARGE_WIDTHS[:3]])), draw(one_of([0, *WIDTHS]))
+    rotary_dim = draw(st.integers(1, dim // 2)) * 2 if draw(st.booleans()) else dim // 2 * 2
+    capacity = n + draw(st.integers(1, 4))
+    dtype, fills = draw(one_of(sorted(DTYPES))), [*FILLS, *BAD_FILLS] if rarely(draw, 4) else ["normal"]
+    table = draw(one_of([dtype, "float32"]))
+
+    def floats(*shape: int, layouts: list[str] = LAYOUTS, dtype: str = dtype) -> Floats:
+        return Floats(shape, draw(one_of(fills)), dtype, draw(one_of(layouts)), draw(SEEDS))
+
+    def norm() -> Floats | None:
+        return floats(dim, layouts=["plain", "offset"]) if normed else None
+
+    normed, places = draw(st.booleans()), draw(st.permutations(range(capacity)))
+    return {
+        "query": floats(n, heads, dim),
+        "key": floats(n, kv_heads, dim),
+        "value": floats(n, kv_heads, value_dim),
+        "cos": floats(n, rotary_dim, dtype=table),
+        "sin": floats(n, rotary_dim, dtype=table),
+        "rows": Ints(tuple(places[:n])),
+        "keys": floats(kv_heads, capacity, dim, layouts=["plain", "rows", "offset"]),
+        "values": floats(kv_heads, capacity, value_dim, layouts=["plain", "rows", "offset"]),
+        "query_norm": norm(),
+        "key_norm": norm(),
+        "eps": draw(one_of([1e-6, 1e-5, 0.0, 0.1, 1e-40, 1e38])),
+        **{name: draw(st.booleans()) for name in ("unit_offset", "round_first", "interleaved")},
+    }
+
+
 def linear(draw: Draw) -> dict[str, Any]:
     leading = tuple(draw(st.lists(one_of([0, 1, 2, 3, 7]), max_size=3)))
     width, out = draw(one_of([0, *WIDTHS])), draw(one_of([0, 1, 2, 5, 16, 33]))
@@ -231,7 +262,7 @@ OPS = {
     op.__name__: op
     for op in (
         *(verify, draft_sample, verify_rejection, gumbel_noise, tree_attention, kv_commit, ancestor_mask),
-        *(linear, pack_weight, pack_blocks, quantize_weight, unpack_rows, packed_linear),
+        *(rotary_commit, linear, pack_weight, pack_blocks, quantize_weight, unpack_rows, packed_linear),
     )
 }
 CPU_ONLY = {"linear", "pack_weight", "pack_blocks", "quantize_weight", "unpack_rows", "packed_linear"}

@@ -13,7 +13,8 @@ import specbranch_ext
 from specbranch_ext import PackedWeight, build_info, reference
 from specbranch_ext.reference.unpack_rows import unpack_weight
 
-EXACT = {"verify", "verify_rejection", "gumbel_noise", "ancestor_mask", "kv_commit"}
+EXACT = {"verify", "verify_rejection", "gumbel_noise", "ancestor_mask", "kv_commit", "rotary_commit"}
+CACHE = ("keys", "values")
 ROUNDING = {torch.float32: 3e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
@@ -36,6 +37,8 @@ def check(call: Call, on_cpu: bool) -> tuple[Tensor, ...] | None:
     in_place = call.op == "kv_commit"
     if in_place and not meta(arguments):
         (reference.kv_commit if on_cpu else commit_what_fits)(**untouched)
+    if call.op == "rotary_commit" and not meta(arguments):
+        return check_rotary_commit(arguments, untouched, result, on_cpu)
     same_bytes(arguments, untouched)
     results = tuple(arguments["buffers"]) if in_place else parts(result)
     if not in_place and not meta(arguments):
@@ -55,6 +58,30 @@ def commit_what_fits(buffers: list[Tensor], rows: Tensor, start: int | Tensor) -
         for to, row in enumerate(rows.tolist(), int(start)):
             if 0 <= row < capacity and 0 <= to < capacity:
                 buffer[:, to] = old[:, row]
+
+
+def check_rotary_commit(
+    arguments: dict[str, Any], untouched: dict[str, Any], result: Tensor, on_cpu: bool
+) -> tuple[Tensor, ...]:
+    """NaN of arithmetic may have any bits. On a device a row outside the cache is not written."""
+    rows, capacity = untouched["rows"], untouched["keys"].shape[1]
+    inside = torch.ones_like(rows, dtype=torch.bool) if on_cpu else (rows >= 0) & (rows < capacity)
+    expected = rotate_all(untouched)
+    of_rows = {name: untouched[name][inside] for name in ("query", "key", "value", "cos", "sin", "rows")}
+    reference.rotary_commit(**(untouched | of_rows))
+    for ours, theirs in ((arguments["keys"], untouched["keys"]), (result, expected)):
+        assert torch.equal(ours.isnan(), theirs.isnan()), f"{ours} instead of {theirs}"
+        ours[ours.isnan()] = theirs[theirs.isnan()] = torch.nan
+    same_bytes(arguments, untouched)
+    same_bytes({"": result}, {"": expected})
+    return result, arguments["keys"], arguments["values"]
+
+
+def rotate_all(arguments: dict[str, Any]) -> Tensor:
+    """The embedded queries, wherever the rows go: to a cache of their own."""
+    n = arguments["rows"].shape[0]
+    own = {name: arguments[name].new_empty((arguments[name].shape[0], n, arguments[name].shape[2])) for name in CACHE}
+    return reference.rotary_commit(**(arguments | own | {"rows": torch.arange(n)}))
 
 
 def same_bits(results: tuple[Tensor, ...] | None, others: tuple[Tensor, ...] | None) -> bool:

@@ -228,6 +228,12 @@ _LOGITS, _ROWS = Floats((2, 5)), Ints((0, 1))
 _SAMPLING = {"seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _CACHE = {"query": Floats((2, 1, 4)), "keys": Floats((1, 5, 4)), "values": Floats((1, 5, 4)), "prefix_length": 1}
 _ATTENTION = {"ancestors": None, "scale": None, "sliding_window": None, "softcap": None, "by_position": True}
+_NORMS = {name: Floats((4,)) for name in ("query_norm", "key_norm")}
+_ROTARY = {"query": Floats((2, 3, 4)), "cos": Floats((2, 4)), "sin": Floats((2, 4)), "rows": Ints((0, 1)), **_NORMS}
+_PAIR = {name: Floats((2, 1, 4)) for name in ("key", "value")} | {
+    name: Floats((1, 5, 4)) for name in ("keys", "values")
+}
+_ROTATION = {"eps": 1e-6, "unit_offset": False, "round_first": True, "interleaved": False}
 _WEIGHT, _ROW = Floats((3, 5), dtype="bfloat16"), Floats((2, 5), dtype="bfloat16")
 _TREE = {"tokens": _ROWS, "parents": Ints((-1, 0)), "positions": _ROWS}
 _CHAIN = {"draft_logits": Floats((1, 5)), "tokens": _ROWS, "positions": _ROWS, "block": True}
@@ -238,6 +244,7 @@ EXAMPLES = [
     Call("verify_rejection", {"target_logits": _LOGITS, **_CHAIN, **_SAMPLING}),
     Call("gumbel_noise", {"positions": _ROWS, "vocabulary": 5, "seed": 1}),
     Call("tree_attention", {**_CACHE, **_ATTENTION}),
+    Call("rotary_commit", {**_ROTARY, **_PAIR, **_ROTATION}),
     Call("linear", {"input": _LOGITS, "weight": Floats((3, 5)), "bias": Floats((3,))}),
     Call("pack_weight", {"weight": _WEIGHT, "format": "lossless"}),
     Call("pack_blocks", {"blocks": Blocks("q8_0", (3, 32)), "format": "q8_0", "arithmetic": "fast"}),
