@@ -3,6 +3,7 @@ byte of its inputs, and around them, as it was."""
 
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,11 +34,11 @@ def check(call: Call, on_cpu: bool) -> tuple[Tensor, ...] | None:
         assert not call.valid or cannot_be_sampled(call.op, untouched), f"a valid call raised: {line}"
         same_bytes(arguments, untouched)
         return None
-    in_place = call.op == "kv_commit"
+    in_place = call.op in WRITTEN
     if in_place and not meta(arguments):
-        (reference.kv_commit if on_cpu else commit_what_fits)(**untouched)
+        (getattr(reference, call.op) if on_cpu else ON_A_DEVICE[call.op])(**untouched)
     same_bytes(arguments, untouched)
-    results = tuple(arguments["buffers"]) if in_place else parts(result)
+    results = tuple(written(call.op, arguments)) if in_place else parts(result)
     if not in_place and not meta(arguments):
         compare(call, on_cpu, untouched, results)
     return results
@@ -55,6 +56,24 @@ def commit_what_fits(buffers: list[Tensor], rows: Tensor, start: int | Tensor) -
         for to, row in enumerate(rows.tolist(), int(start)):
             if 0 <= row < capacity and 0 <= to < capacity:
                 buffer[:, to] = old[:, row]
+
+
+def advance_if_it_fits(slot: Tensor, buffers: list[Tensor], **others: Any) -> None:
+    """On a device: with a slot that there is not, nothing is written."""
+    if 0 <= int(slot) < len(buffers[0]):
+        reference.advance(slot=slot, buffers=buffers, **others)
+
+
+WRITTEN = {
+    "kv_commit": ("buffers",),
+    "advance": ("buffers", "ids", "positions", "next_positions", "rows", "ancestors", "slot"),
+}
+ON_A_DEVICE: dict[str, Callable[..., None]] = {"kv_commit": commit_what_fits, "advance": advance_if_it_fits}
+
+
+def written(op: str, arguments: dict[str, Any]) -> list[Tensor]:
+    """The results of an op that works in place."""
+    return tensors_of({name: arguments[name] for name in WRITTEN[op]})
 
 
 def same_bits(results: tuple[Tensor, ...] | None, others: tuple[Tensor, ...] | None) -> bool:
