@@ -28,6 +28,7 @@
 #include "linear/packed_linear.h"
 #include "linear/quantize_weight.h"
 #include "linear/unpack_rows.h"
+#include "sampling/advance.h"
 #include "sampling/gumbel_noise.h"
 #include "sampling/verify.h"
 #include "sampling/verify_rejection.h"
@@ -394,6 +395,42 @@ void draft_sample(Object draft_logits, Object positions, int64_t /*k*/, Object s
   report.raise(params.draft_logits);
 }
 
+DraftResults draft_results(const py::list& tensors, const char* name, const char* const (&names)[4]) {
+  if (tensors.size() != 4) {
+    fail(std::string(name) + ": expected 4 tensors (tokens, scores, confidence, entropy), got " +
+         std::to_string(tensors.size()));
+  }
+  return {tensor(tensors[0], names[0]), tensor(tensors[1], names[1]), tensor(tensors[2], names[2]),
+          tensor(tensors[3], names[3])};
+}
+
+void advance(const py::list& buffers, const py::list& sample, Object ids, Object positions, Object next_positions,
+             Object rows, Object strides, Object ancestors, Object prefix, Object slot, int64_t spare, int64_t handle) {
+  AdvanceParams params{{},
+                       draft_results(buffers, "buffers", {"buffers[0]", "buffers[1]", "buffers[2]", "buffers[3]"}),
+                       draft_results(sample, "sample", {"sample[0]", "sample[1]", "sample[2]", "sample[3]"}),
+                       tensor(ids, "ids"),
+                       tensor(positions, "positions"),
+                       tensor(next_positions, "next_positions"),
+                       tensor(rows, "rows"),
+                       tensor(strides, "strides"),
+                       tensor(ancestors, "ancestors"),
+                       tensor(prefix, "prefix"),
+                       tensor(slot, "slot"),
+                       spare};
+  params.launch = launch_on({&params.ids, &params.positions, &params.next_positions, &params.rows, &params.strides,
+                             &params.ancestors, &params.prefix, &params.slot},
+                            handle);
+  for (const DraftResults* results : {&params.buffers, &params.sample}) {
+    for (const Tensor* t : {&results->tokens, &results->scores, &results->confidence, &results->entropy}) {
+      check_same_device(params.ids, *t);
+    }
+  }
+  check_advance(params);
+  py::gil_scoped_release unlocked;
+  run_advance(params);
+}
+
 }  // namespace
 }  // namespace specbranch
 
@@ -411,6 +448,7 @@ PYBIND11_MODULE(SPECBRANCH_MODULE, m) {
   m.def("verify", &specbranch::verify);
   m.def("verify_rejection", &specbranch::verify_rejection);
   m.def("draft_sample", &specbranch::draft_sample);
+  m.def("advance", &specbranch::advance);
 #ifdef SPECBRANCH_EMULATED
   m.def("launches", &specbranch::emulator::launches);
 #else

@@ -6,6 +6,7 @@ TypeError: one line that names the argument, what was expected and what came. No
 requires grad is bad input while grad mode is on.
 """
 
+from .advance import advance
 from .ancestor_mask import AncestorMask, ancestor_mask
 from .draft_sample import DraftSample, draft_sample
 from .gated_activation import gated_activation
@@ -29,6 +30,7 @@ __all__ = [
     "RejectionVerification",
     "RmsNorm",
     "Verification",
+    "advance",
     "ancestor_mask",
     "draft_sample",
     "gated_activation",

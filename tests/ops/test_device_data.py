@@ -5,6 +5,7 @@ import torch
 from implementations import NAMES
 
 from specbranch_ext import (
+    advance,
     ancestor_mask,
     draft_sample,
     kv_commit,
@@ -114,6 +115,20 @@ def test_rotary_commit_writes_no_row_out_of_range(dim, normed):
     assert torch.equal(result, expected)
     assert torch.equal(keys, expected_keys)
     assert torch.equal(values, expected_values)
+
+
+def test_advance_writes_nothing_without_a_slot():
+    columns = torch.tensor([[1, 2, 1], [20, 21, 20], [21, 22, 21], [7, 8, 99], [2, 2, 0]])
+    ids, positions, next_positions, rows, strides = columns
+    ancestors, prefix, slot = torch.tensor([[1], [2], [1]]), torch.tensor(7), torch.tensor(0)
+    buffers = [torch.full((4, 3, 1), 9), torch.ones(4, 3, 1), torch.ones(4, 3, 1), torch.ones(4, 3)]
+    sample = (torch.tensor([[5], [6], [7]]), *torch.zeros(2, 3, 1), torch.zeros(3))
+    before = [tensor.clone() for tensor in (columns, ancestors, *buffers)]
+    for value in (-1, 4, 2**40, -(2**63), 2**63 - 1):
+        slot.fill_(value)
+        advance(buffers, sample, ids, positions, next_positions, rows, strides, ancestors, prefix, slot, 99)
+        assert (prefix, slot) == (7, value)
+        assert all(torch.equal(a, b) for a, b in zip((columns, ancestors, *buffers), before, strict=True))
 
 
 @pytest.mark.parametrize("by_position", [True, False])

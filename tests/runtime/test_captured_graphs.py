@@ -1,7 +1,7 @@
 """The graphs of captured steps: when they are made, over how many rows, what they hold, and what if one cannot be."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, TypeVar
 
@@ -20,10 +20,11 @@ from specbranch.core.sampling import Sampling
 from specbranch.runtime.batch import Batch, Inputs, pack
 from specbranch.runtime.cache import TREE_ROWS, BranchLayer
 from specbranch.runtime.device import Host
-from specbranch.runtime.graphs.memory import StaticInputs
+from specbranch.runtime.graphs.memory import StaticInputs, StaticSamples
 from specbranch.runtime.graphs.runner import COMMIT_ROWS, GRANULARITY, VERIFY_ROWS, CapturedRunner
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.runner import EagerRunner
+from specbranch_ext import DraftSample
 
 T = TypeVar("T")
 
@@ -235,19 +236,30 @@ def test_a_model_that_cannot_be_captured_after_all_decodes_eagerly(monkeypatch: 
 # ---- Padding
 
 
+SAMPLES = StaticSamples.within(torch.zeros(StaticSamples.words(8, 1), dtype=torch.int64), 8, 1)
+
+
+def drafted(tokens: Sequence[int]) -> DraftSample:
+    """What a draft step gives: one candidate for each row."""
+    ones = torch.ones(len(tokens), 1)
+    return DraftSample(torch.tensor(tokens)[:, None], ones, ones, ones[:, 0])
+
+
 def test_padding_is_the_first_row_again() -> None:
     """So that it gives no logits that no row has: NaN of some other row would be nobody's."""
     static = StaticInputs(8, 4, spare=99, device=Host(), where=torch.device("cpu"))
     static.fill(Batch((7, 8), (20, 21), (30, 31), (1, 3), 30, 1), [-1, 0], Sampling(0.7, 5, 0.9, 0.1, seed=4))
     assert static.ids.tolist() == [7, 8, 7, 7, 7, 7, 7, 7]
     assert static.positions.tolist() == [20, 21, *[20] * 6]
+    assert static.next_positions.tolist() == [21, 22, *[21] * 6]
     assert static.rows.tolist() == [30, 31, *[99] * 6]
     assert static.parents.tolist() == [-1, 0, *[-1] * 6]
     assert static.ancestors[:, 0].tolist() == [1, 3, *[1] * 6]
     assert static.filters.tolist() == [0.7, 5, 0.9, 0.1]
-    static.go_below(8, torch.arange(8) + 40)
+    static.advance(8, drafted(range(40, 48)), SAMPLES)
     assert static.ids.tolist() == [40] * 8
     assert static.positions.tolist() == [21] * 8
+    assert static.next_positions.tolist() == [22] * 8
     assert static.rows.tolist() == [31, *[99] * 7]
     assert static.ancestors[:, 0].tolist() == [3] * 8
 
@@ -293,10 +305,11 @@ def test_the_device_makes_the_next_batch_as_the_host_does(data: st.DataObject) -
     static.fill(batch, [], Sampling(seed=5))
     for _ in range(3):
         tokens = data.draw(st.lists(st.integers(0, 99), min_size=leaves, max_size=leaves))
-        static.go_below(8, torch.tensor(tokens + [0] * (8 - leaves)))
+        static.advance(8, drafted(tokens + [0] * (8 - leaves)), SAMPLES)
         batch = batch.below(tokens)
         assert static.ids[:leaves].tolist() == list(batch.tokens)
         assert static.positions[:leaves].tolist() == list(batch.positions)
+        assert static.next_positions[:leaves].tolist() == [position + 1 for position in batch.positions]
         assert static.rows.tolist() == [*batch.rows, *[999] * (8 - leaves)]
         assert static.ancestors[:leaves].tolist() == pack(batch.ancestors, 4).tolist()
     assert (static.prefix, static.seed, static.slot) == (prefix, 5, 3)

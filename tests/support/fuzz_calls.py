@@ -258,11 +258,38 @@ def ancestor_mask(draw: Draw) -> dict[str, Any]:
     return {"parents": Ints(parents_of(draw, draw(st.integers(0, 9) | one_of([64, 65])), unused=True))}
 
 
+def advance(draw: Draw) -> dict[str, Any]:
+    n, k, words = draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(1, 3))
+    most_rows, slots, leaves = n + draw(st.integers(0, 3)), draw(st.integers(1, 4)), draw(st.integers(0, n))
+    prefix, stride = draw(st.integers(0, 99)), draw(st.integers(1, 9))
+
+    def floats(*shape: int) -> Floats:
+        return Floats(shape, draw(one_of([*FILLS, *BAD_FILLS])), "float32", "dense", draw(SEEDS))
+
+    def numbers(*shape: int) -> Bytes:
+        return Bytes(shape, "int64", "dense", draw(SEEDS))
+
+    return {
+        "buffers": [numbers(slots, most_rows, k), *[floats(slots, most_rows, k)] * 2, floats(slots, most_rows)],
+        "sample": [numbers(n, k), floats(n, k), floats(n, k), floats(n)],
+        "ids": numbers(n),
+        "positions": positions(draw, n),
+        "next_positions": numbers(n),
+        "rows": vector(draw, st.integers(prefix - 20, prefix + 64 * words), n),
+        "strides": Ints((*[stride] * leaves, *[draw(one_of([0, 0, -1]))] * (n - leaves))),
+        "ancestors": numbers(n, words),
+        "prefix": Ints(prefix),
+        "slot": Ints(draw(st.integers(0, slots - 1))),
+        "spare": draw(st.integers(0, 999) | one_of(ENDS)),
+    }
+
+
 OPS = {
     op.__name__: op
     for op in (
         *(verify, draft_sample, verify_rejection, gumbel_noise, tree_attention, kv_commit, ancestor_mask),
         *(rotary_commit, linear, pack_weight, pack_blocks, quantize_weight, unpack_rows, packed_linear),
+        advance,
     )
 }
 CPU_ONLY = {"linear", "pack_weight", "pack_blocks", "quantize_weight", "unpack_rows", "packed_linear"}

@@ -3,6 +3,7 @@ byte of its inputs, and around them, as it was."""
 
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,13 +35,13 @@ def check(call: Call, on_cpu: bool) -> tuple[Tensor, ...] | None:
         assert not call.valid or cannot_be_sampled(call.op, untouched), f"a valid call raised: {line}"
         same_bytes(arguments, untouched)
         return None
-    in_place = call.op == "kv_commit"
+    in_place = call.op in WRITTEN
     if in_place and not meta(arguments):
-        (reference.kv_commit if on_cpu else commit_what_fits)(**untouched)
+        (getattr(reference, call.op) if on_cpu else ON_A_DEVICE[call.op])(**untouched)
     if call.op == "rotary_commit" and not meta(arguments):
         return check_rotary_commit(arguments, untouched, result, on_cpu)
     same_bytes(arguments, untouched)
-    results = tuple(arguments["buffers"]) if in_place else parts(result)
+    results = tuple(written(call.op, arguments)) if in_place else parts(result)
     if not in_place and not meta(arguments):
         compare(call, on_cpu, untouched, results)
     return results
@@ -82,6 +83,24 @@ def rotate_all(arguments: dict[str, Any]) -> Tensor:
     n = arguments["rows"].shape[0]
     own = {name: arguments[name].new_empty((arguments[name].shape[0], n, arguments[name].shape[2])) for name in CACHE}
     return reference.rotary_commit(**(arguments | own | {"rows": torch.arange(n)}))
+
+
+def advance_if_it_fits(slot: Tensor, buffers: list[Tensor], **others: Any) -> None:
+    """On a device: with a slot that there is not, nothing is written."""
+    if 0 <= int(slot) < len(buffers[0]):
+        reference.advance(slot=slot, buffers=buffers, **others)
+
+
+WRITTEN = {
+    "kv_commit": ("buffers",),
+    "advance": ("buffers", "ids", "positions", "next_positions", "rows", "ancestors", "slot"),
+}
+ON_A_DEVICE: dict[str, Callable[..., None]] = {"kv_commit": commit_what_fits, "advance": advance_if_it_fits}
+
+
+def written(op: str, arguments: dict[str, Any]) -> list[Tensor]:
+    """The results of an op that works in place."""
+    return tensors_of({name: arguments[name] for name in WRITTEN[op]})
 
 
 def same_bits(results: tuple[Tensor, ...] | None, others: tuple[Tensor, ...] | None) -> bool:

@@ -20,7 +20,7 @@ LAYOUTS = ["plain", "rows", "offset", "expanded"]
 
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The same values in memory of another shape, with seven around them."""
-    if layout == "plain" or values.dim() == 0:
+    if layout in ("plain", "dense") or values.dim() == 0:  # dense: for arguments that must be contiguous
         return values
     if layout == "expanded":
         return values[:1].expand_as(values)
@@ -91,9 +91,9 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Ints:
-    """int64 [n], or [] for one value that is no tuple."""
+    """int64 [n], [n, m] for tuples of tuples, or [] for one value that is no tuple."""
 
-    values: tuple[int, ...] | int
+    values: tuple[int, ...] | tuple[tuple[int, ...], ...] | int
     layout: str = "plain"
 
     def make(self) -> Tensor:
@@ -236,6 +236,15 @@ _PAIR = {name: Floats((2, 1, 4)) for name in ("key", "value")} | {
 _ROTATION = {"eps": 1e-6, "unit_offset": False, "round_first": True, "interleaved": False}
 _WEIGHT, _ROW = Floats((3, 5), dtype="bfloat16"), Floats((2, 5), dtype="bfloat16")
 _TREE = {"tokens": _ROWS, "parents": Ints((-1, 0)), "positions": _ROWS}
+_ONE, _SAMPLE = Ints(1), Floats((2, 1), layout="dense")
+_RESULTS = {
+    "buffers": [Bytes((3, 2, 1), "int64"), Floats((3, 2, 1)), Floats((3, 2, 1)), Floats((3, 2))],
+    "sample": [Ints(((3,), (4,))), _SAMPLE, _SAMPLE, Floats((2,), layout="dense")],
+}
+_INPUTS = {
+    **{"ids": _ROWS, "positions": _ROWS, "next_positions": _ROWS, "rows": _ROWS, "strides": Ints((2, 2))},
+    **{"ancestors": Ints(((1,), (2,))), "prefix": _ONE, "slot": _ONE, "spare": 9},
+}
 _CHAIN = {"draft_logits": Floats((1, 5)), "tokens": _ROWS, "positions": _ROWS, "block": True}
 
 EXAMPLES = [
@@ -253,4 +262,5 @@ EXAMPLES = [
     Call("packed_linear", {"input": _ROW, "weight": Packed(_WEIGHT), "bias": Floats((3,), dtype="bfloat16")}),
     Call("kv_commit", {"buffers": [Floats((1, 4, 3))], "rows": _ROWS, "start": 1}),
     Call("ancestor_mask", {"parents": Ints((-1, 0))}),
+    Call("advance", {**_RESULTS, **_INPUTS}),
 ]

@@ -8,17 +8,20 @@ import torch
 from torch import Tensor
 
 from specbranch.core.sampling import Sampling
-from specbranch.runtime.batch import WORD, Batch, Inputs, pack
+from specbranch.runtime.batch import Batch, Inputs, pack
 from specbranch.runtime.device import Device
+from specbranch_ext import DraftSample, advance
 
 STEPS = 16  # most draft steps in a burst
+COLUMNS = 6  # of StaticInputs
 
 
 class StaticInputs:
     """A batch and how it is sampled in device memory, in one buffer, so that one copy brings it there.
 
-    ids, positions, rows, advance, parents: int64 [R]. ancestors: int64 [R, words]. prefix, seed, slot: int64 [].
-    filters: float64 [4], temperature, top-k, top-p and min-p.
+    ids, positions, next_positions, rows, strides, parents: int64 [R]. ancestors: int64 [R, words]. prefix, seed, slot:
+    int64 []. filters: float64 [4], temperature, top-k, top-p and min-p. next_positions: of the tokens that the rows
+    predict. strides: see `advance`.
     Rows without a token (padding) are the first row again, so that nothing comes of them that it has not: only their
     K/V go to the cache's last row (`spare`), and to `verify` they are unused nodes.
     """
@@ -26,17 +29,18 @@ class StaticInputs:
     def __init__(self, rows: int, words: int, spare: int, device: Device, where: torch.device) -> None:
         self.spare, self.words = spare, words
         self._device = device
-        size = rows * (5 + words) + 7
+        size = rows * (COLUMNS + words) + 7
         self._host = device.host_memory(size)
         with device.running():
             self._buffer = torch.zeros(size, dtype=torch.int64, device=where)
-            self._index = torch.arange(rows, device=where)
-        self.ids, self.positions, self.rows, self.advance, self.parents = self._buffer[: 5 * rows].view(5, rows)
-        self.ancestors = self._buffer[5 * rows : -7].view(rows, words)
+        end = COLUMNS * rows
+        columns = self._buffer[:end].view(COLUMNS, rows)
+        self.ids, self.positions, self.next_positions, self.rows, self.strides, self.parents = columns
+        self.ancestors = self._buffer[end:-7].view(rows, words)
         self.filters = self._buffer[-7:-3].view(torch.float64)
         self.prefix, self.seed, self.slot = self._buffer[-3:]
-        self._columns = self._host[: 5 * rows].view(5, rows).numpy()
-        self._bits = self._host[5 * rows : -7].view(rows, words).numpy()
+        self._columns = self._host[:end].view(COLUMNS, rows).numpy()
+        self._bits = self._host[end:-7].view(rows, words).numpy()
         self._filters = self._host[-7:-3].view(torch.float64).numpy()
         self._scalars = self._host[-3:].numpy()
         self._read = device.mark()
@@ -45,11 +49,12 @@ class StaticInputs:
         """Enqueue the batch."""
         self._read.wait()  # the one before has left the host's memory
         n = len(batch)
-        columns = self._columns
-        columns[0, :n], columns[1, :n], columns[2, :n] = batch.tokens, batch.positions, batch.rows
-        columns[0, n:], columns[1, n:], columns[2, n:] = batch.tokens[0], batch.positions[0], self.spare
-        columns[3, : batch.leaves], columns[3, batch.leaves :] = batch.leaves, 0
-        columns[4, : len(parents)], columns[4, len(parents) :] = parents, -1
+        ids, positions, next_positions, rows, strides, above = self._columns
+        ids[:n], positions[:n], rows[:n] = batch.tokens, batch.positions, batch.rows
+        ids[n:], positions[n:], rows[n:] = batch.tokens[0], batch.positions[0], self.spare
+        next_positions[:] = positions + 1
+        strides[: batch.leaves], strides[batch.leaves :] = batch.leaves, 0
+        above[: len(parents)], above[len(parents) :] = parents, -1
         self._bits[:n] = pack(batch.ancestors, self.words)
         self._bits[n:] = self._bits[0]
         self._filters[:] = sampling.filters
@@ -65,20 +70,22 @@ class StaticInputs:
         """The first n rows, as a model is called with them."""
         return Inputs(self.ids[:n], self.positions[:n], self.rows[:n], self.prefix, self.ancestors[:n])
 
-    def go_below(self, n: int, tokens: Tensor) -> None:
-        """On the device: the batch one token further, `tokens` [n] below the first n rows. See Batch.below."""
-        real = self.advance[:n] > 0
-        source = torch.where(real, self._index[:n], 0)
-        rows = torch.where(real, self.rows[:n] + self.advance[:n], self.spare)
-        place = rows[source] - self.prefix
-        words = self._index[: self.words]
-        own = (place // WORD)[:, None] == words
-        bit = torch.ones_like(place)[:, None] << (place % WORD)[:, None]
-        self.ancestors[:n] = self.ancestors[:n][source] | torch.where(own, bit, 0)
-        self.ids[:n] = tokens[source]
-        self.positions[:n] = self.positions[:n][source] + 1
-        self.rows[:n] = rows
-        self.slot.add_(1)
+    def advance(self, n: int, sample: DraftSample, samples: StaticSamples) -> None:
+        """On the device: keep the step's results, and make the first n rows the batch one token further. See
+        Batch.below."""
+        advance(
+            (samples.tokens, samples.scores, samples.confidence, samples.entropy),
+            sample,
+            self.ids[:n],
+            self.positions[:n],
+            self.next_positions[:n],
+            self.rows[:n],
+            self.strides[:n],
+            self.ancestors[:n],
+            self.prefix,
+            self.slot,
+            self.spare,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +117,6 @@ class StaticSamples:
     @staticmethod
     def words(rows: int, k: int) -> int:
         return STEPS * rows * k * 2 + (STEPS * rows + 1) // 2
-
-    def write(self, slot: Tensor, n: int, sample: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-        """On the device: the results [n, …] of the step in `slot`."""
-        place = slot[None]
-        for part, values in zip((self.tokens, self.scores, self.confidence, self.entropy), sample, strict=True):
-            part[:, :n].index_copy_(0, place, values[None])
 
 
 class StaticCommit:

@@ -210,7 +210,7 @@ class CapturedRunner:
                     logits,
                     given.ids,
                     inputs.parents[:n],
-                    given.positions + 1,
+                    inputs.next_positions[:n],
                     seed=inputs.seed,
                     filters=inputs.filters,
                 )
@@ -243,9 +243,9 @@ class CapturedRunner:
         def run(n: int) -> None:
             given = inputs.of(n)
             logits = self.model.forward(given)[:, :vocabulary]
-            sample = draft_sample(logits, given.positions + 1, candidates, seed=inputs.seed, filters=inputs.filters)
-            samples.write(inputs.slot, n, sample)
-            inputs.go_below(n, sample.tokens[:, 0].clamp(min=0))
+            next_positions = inputs.next_positions[:n]
+            sample = draft_sample(logits, next_positions, candidates, seed=inputs.seed, filters=inputs.filters)
+            inputs.advance(n, sample, samples)
 
         return DraftGraphs(run, samples, host)
 
