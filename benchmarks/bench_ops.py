@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import cases_cache
+import cases_layers
 import cases_linear
 import cases_sampling
 import torch
@@ -33,7 +34,7 @@ from specbranch.cli.machine import describe_machine, describe_versions
 
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     name.removesuffix("_cases"): cases
-    for module in (cases_sampling, cases_cache, cases_linear)
+    for module in (cases_sampling, cases_cache, cases_layers, cases_linear)
     for name, cases in vars(module).items()
     if name.endswith("_cases")
 }

@@ -229,6 +229,7 @@ _SAMPLING = {"seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0
 _CACHE = {"query": Floats((2, 1, 4)), "keys": Floats((1, 5, 4)), "values": Floats((1, 5, 4)), "prefix_length": 1}
 _ATTENTION = {"ancestors": None, "scale": None, "sliding_window": None, "softcap": None, "by_position": True}
 _WEIGHT, _ROW = Floats((3, 5), dtype="bfloat16"), Floats((2, 5), dtype="bfloat16")
+_NORM = {"eps": 1e-6, "unit_offset": False, "round_first": True}
 _TREE = {"tokens": _ROWS, "parents": Ints((-1, 0)), "positions": _ROWS}
 _CHAIN = {"draft_logits": Floats((1, 5)), "tokens": _ROWS, "positions": _ROWS, "block": True}
 
@@ -238,6 +239,8 @@ EXAMPLES = [
     Call("verify_rejection", {"target_logits": _LOGITS, **_CHAIN, **_SAMPLING}),
     Call("gumbel_noise", {"positions": _ROWS, "vocabulary": 5, "seed": 1}),
     Call("tree_attention", {**_CACHE, **_ATTENTION}),
+    Call("rms_norm", {"input": _LOGITS, "weight": Floats((5,)), "residual": Floats((2, 5), seed=1), **_NORM}),
+    Call("gated_activation", {"gate": _LOGITS, "up": Floats((2, 5), seed=1), "activation": "silu"}),
     Call("linear", {"input": _LOGITS, "weight": Floats((3, 5)), "bias": Floats((3,))}),
     Call("pack_weight", {"weight": _WEIGHT, "format": "lossless"}),
     Call("pack_blocks", {"blocks": Blocks("q8_0", (3, 32)), "format": "q8_0", "arithmetic": "fast"}),
