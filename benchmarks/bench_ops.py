@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 import cases_advance
 import cases_cache
+import cases_layers
 import cases_linear
 import cases_sampling
 import torch
@@ -34,7 +35,7 @@ from specbranch.cli.machine import describe_machine, describe_versions
 
 CASES: dict[str, Callable[[str], Iterator[Case]]] = {
     name.removesuffix("_cases"): cases
-    for module in (cases_sampling, cases_advance, cases_cache, cases_linear)
+    for module in (cases_sampling, cases_advance, cases_cache, cases_layers, cases_linear)
     for name, cases in vars(module).items()
     if name.endswith("_cases")
 }

@@ -207,12 +207,14 @@ void rms_norm(Object input, Object weight, Object residual, double eps, bool uni
   params.input = tensor(input, "input");
   params.weight = tensor(weight, "weight");
   params.has_residual = !residual.is_none();
-  if (params.has_residual) params.residual = tensor(residual, "residual");
   params.eps = eps;
   params.unit_offset = unit_offset;
   params.round_first = round_first;
   params.output = tensor(output, "output");
-  params.sum = tensor(sum, "sum");
+  if (params.has_residual) {
+    params.residual = tensor(residual, "residual");
+    params.sum = tensor(sum, "sum");
+  }
   params.launch = launch_on({&params.input, &params.weight, &params.residual, &params.output, &params.sum}, handle);
   check_rms_norm(params);
   py::gil_scoped_release unlocked;

@@ -14,7 +14,8 @@ inline namespace SPECBRANCH_ISA {
 template <typename F>
 SPECBRANCH_HD inline F times_sigmoid(F x, F t) {
   using L = Lanes<F>;
-  const F e = exp_nonpositive(L::from_bits(L::bits(t) | INT32_MIN));
+  const F lowest = L::set(-88.0f), exponent = L::from_bits(L::bits(t) | INT32_MIN);
+  const F e = exp_nonpositive(L::select(exponent > lowest, exponent, lowest));  // never of a NaN
   return L::select(t < L::set(0.0f), x * e, x) / (L::set(1.0f) + e);
 }
 

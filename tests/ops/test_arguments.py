@@ -88,7 +88,7 @@ def test_all_on_meta_gives_shapes(call: Call) -> None:
 def test_what_is_no_tensor(call: Call) -> None:
     for name, value in call.make().items():
         if isinstance(value, Tensor):
-            optional = " or None" if name in ("bias", "query_norm", "key_norm") else ""
+            optional = " or None" if name in ("bias", "query_norm", "key_norm", "residual", "up") else ""
             for came, text in [
                 ([1, 2], "list"),
                 (3, r"3 \(int\)"),
@@ -111,6 +111,9 @@ def test_what_is_no_tensor(call: Call) -> None:
         elif name == "format":
             refused(TypeError, r"format: expected a str, got 3 \(int\)", call, format=3)
             refused(ValueError, r"format: expected .*, got 'int3'.*", call, format="int3")
+        elif name == "activation":
+            refused(TypeError, r"activation: expected a str, got 3 \(int\)", call, activation=3)
+            refused(ValueError, r"activation: expected silu or gelu_tanh, got 'relu' \(str\)", call, activation="relu")
         elif name == "arithmetic":
             refused(TypeError, r"arithmetic: expected a str, got 3 \(int\)", call, arithmetic=3)
         elif name in ("filters", "ancestors"):

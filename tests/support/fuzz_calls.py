@@ -21,6 +21,7 @@ from fuzz_values import (
 )
 from hypothesis import strategies as st
 
+from specbranch_ext.ops.gated_activation import ACTIVATIONS
 from specbranch_ext.ops.quantize_weight import QUANTIZED
 from specbranch_ext.packed import ARITHMETICS
 from specbranch_ext.reference.blocks import FORMATS
@@ -37,6 +38,7 @@ VOCABULARIES = [1, 2, 3, 7, 16, 17, 33, 64, 100, 257]
 LARGE_VOCABULARIES = [1001, 4097, 8193]
 WIDTHS = [1, 2, 3, 4, 8, 15, 16, 20, 33, 64]
 LARGE_WIDTHS = [96, 128, 130, 256, 257, 320, 512]
+NORM_WIDTHS = [1, 2, 3, 8, 15, 16, 33, 64, 96, 128, 130, 256, 257, 320, 1000, 1024, 1025, 1536, 3000]
 SCALES = [None, None, 0.3, 1.0, 0.0, -1.0, 1e-3, 1e-40, 5e-324]
 SOFTCAPS = [None, None, 1e-38, 1e-20, 1e-3, 1.0, 30.0, 1e4, 4e9, 1e30, 1e38, 3e38, 1e300, float("inf")]
 WINDOWS = [None, None, 1, 2, 3, 20, 70, 2**31, 2**62, 2**63 - 1]
@@ -193,6 +195,40 @@ def rotary_commit(draw: Draw) -> dict[str, Any]:
     }
 
 
+def rms_norm(draw: Draw) -> dict[str, Any]:
+    shape = (*draw(st.lists(one_of([0, 1, 2, 3, 7]), max_size=3)), draw(one_of([0, *NORM_WIDTHS])))
+    dtype, fills = draw(one_of(sorted(DTYPES))), [*FILLS, *BAD_FILLS] if rarely(draw, 4) else ["normal"]
+    anywhere = [*LAYOUTS, "step", "transposed"]
+
+    def floats(shape: tuple[int, ...], layouts: list[str]) -> Floats:
+        return Floats(shape, draw(one_of(fills)), dtype, draw(one_of(layouts)), draw(SEEDS))
+
+    return {
+        "input": floats(shape, anywhere),
+        "weight": floats(shape[-1:], ["plain", "offset"]),
+        "residual": floats(shape, anywhere) if draw(st.booleans()) else None,
+        "eps": draw(one_of([1e-6, 1e-5, 0.0, 1e-40, 1.0, 3e38])),
+        "unit_offset": draw(st.booleans()),
+        "round_first": draw(st.booleans()),
+    }
+
+
+def gated_activation(draw: Draw) -> dict[str, Any]:
+    shape = (*draw(st.lists(one_of([0, 1, 2, 3, 7]), max_size=3)), draw(one_of([0, *WIDTHS, 300])))
+    dtype, fills = draw(one_of(sorted(DTYPES))), [*FILLS, *BAD_FILLS] if rarely(draw, 4) else ["normal", "large"]
+
+    def floats(*shape: int) -> Floats:
+        layouts = [*LAYOUTS, "step", "transposed"]
+        return Floats(shape, draw(one_of(fills)), dtype, draw(one_of(layouts)), draw(SEEDS))
+
+    joined = draw(st.booleans())
+    return {
+        "gate": floats(*shape[:-1], 2 * shape[-1]) if joined else floats(*shape),
+        "up": None if joined else floats(*shape),
+        "activation": draw(one_of(ACTIVATIONS)),
+    }
+
+
 def linear(draw: Draw) -> dict[str, Any]:
     leading = tuple(draw(st.lists(one_of([0, 1, 2, 3, 7]), max_size=3)))
     width, out = draw(one_of([0, *WIDTHS])), draw(one_of([0, 1, 2, 5, 16, 33]))
@@ -288,8 +324,8 @@ OPS = {
     op.__name__: op
     for op in (
         *(verify, draft_sample, verify_rejection, gumbel_noise, tree_attention, kv_commit, ancestor_mask),
-        *(rotary_commit, linear, pack_weight, pack_blocks, quantize_weight, unpack_rows, packed_linear),
-        advance,
+        *(rotary_commit, rms_norm, gated_activation, advance),
+        *(linear, pack_weight, pack_blocks, quantize_weight, unpack_rows, packed_linear),
     )
 }
 CPU_ONLY = {"linear", "pack_weight", "pack_blocks", "quantize_weight", "unpack_rows", "packed_linear"}

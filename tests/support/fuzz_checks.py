@@ -124,6 +124,9 @@ def compare(call: Call, on_cpu: bool, arguments: dict[str, Any], result: tuple[T
         compare_attention(arguments, result[0], expected)
     elif call.op in ("linear", "packed_linear"):
         compare_linear(arguments, result[0], expected)
+    elif call.op in ("rms_norm", "gated_activation"):
+        for ours, theirs in zip(result, parts(expected), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
     elif call.op == "unpack_rows":  # NaN too
         assert_equal((result[0].view(torch.int16),), (expected.view(torch.int16),))
     elif call.op == "draft_sample":

@@ -235,6 +235,7 @@ _PAIR = {name: Floats((2, 1, 4)) for name in ("key", "value")} | {
 }
 _ROTATION = {"eps": 1e-6, "unit_offset": False, "round_first": True, "interleaved": False}
 _WEIGHT, _ROW = Floats((3, 5), dtype="bfloat16"), Floats((2, 5), dtype="bfloat16")
+_NORM = {"eps": 1e-6, "unit_offset": False, "round_first": True}
 _TREE = {"tokens": _ROWS, "parents": Ints((-1, 0)), "positions": _ROWS}
 _ONE, _SAMPLE = Ints(1), Floats((2, 1), layout="dense")
 _RESULTS = {
@@ -254,6 +255,8 @@ EXAMPLES = [
     Call("gumbel_noise", {"positions": _ROWS, "vocabulary": 5, "seed": 1}),
     Call("tree_attention", {**_CACHE, **_ATTENTION}),
     Call("rotary_commit", {**_ROTARY, **_PAIR, **_ROTATION}),
+    Call("rms_norm", {"input": _LOGITS, "weight": Floats((5,)), "residual": Floats((2, 5), seed=1), **_NORM}),
+    Call("gated_activation", {"gate": _LOGITS, "up": Floats((2, 5), seed=1), "activation": "silu"}),
     Call("linear", {"input": _LOGITS, "weight": Floats((3, 5)), "bias": Floats((3,))}),
     Call("pack_weight", {"weight": _WEIGHT, "format": "lossless"}),
     Call("pack_blocks", {"blocks": Blocks("q8_0", (3, 32)), "format": "q8_0", "arithmetic": "fast"}),
