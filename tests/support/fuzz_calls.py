@@ -324,8 +324,8 @@ OPS = {
     op.__name__: op
     for op in (
         *(verify, draft_sample, verify_rejection, gumbel_noise, tree_attention, kv_commit, ancestor_mask),
-        *(rotary_commit, rms_norm, gated_activation, advance),
-        *(linear, pack_weight, pack_blocks, quantize_weight, unpack_rows, packed_linear),
+        *(linear, pack_weight, pack_blocks, quantize_weight, unpack_rows, packed_linear, advance),
+        *(rotary_commit, rms_norm, gated_activation),
     )
 }
 CPU_ONLY = {"linear", "pack_weight", "pack_blocks", "quantize_weight", "unpack_rows", "packed_linear"}
