@@ -201,21 +201,20 @@ def rotary_case(device: str, query_heads: int, kv_heads: int, dim: int, n: int, 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=torch.bfloat16, device=device)
 
-        split = normal(n, heads, dim).split([query_heads, kv_heads, kv_heads], 1)
+        query, key, value = normal(n, heads, dim).split([query_heads, kv_heads, kv_heads], 1)
         cos, sin, rows = normal(n, dim), normal(n, dim), torch.arange(700, 700 + n, device=device)
         cache, other = normal(2, kv_heads, 1024, dim), normal(2, kv_heads, 1024, dim)
-        norms = [normal(dim), normal(dim)] if normed else [None, None]
+        query_norm, key_norm = (normal(dim) if normed else None for _ in range(2))
 
         def ours() -> Tensor:
-            return rotary_commit(*split, cos, sin, rows, cache[0], cache[1], *norms)
+            return rotary_commit(query, key, value, cos, sin, rows, cache[0], cache[1], query_norm, key_norm)
 
         def modules() -> Tensor:
-            parts = (norm(part, weight) for part, weight in zip(split, norms, strict=False))
-            query, key = (part.transpose(0, 1).unsqueeze(0) for part in parts)
-            query, key = apply_rotary_pos_emb(query, key, cos.unsqueeze(0), sin.unsqueeze(0))
-            other[0].index_copy_(1, rows, key[0])
-            other[1].index_copy_(1, rows, split[2].transpose(0, 1))
-            return query[0].transpose(0, 1)
+            by_heads = (x.transpose(0, 1).unsqueeze(0) for x in (norm(query, query_norm), norm(key, key_norm)))
+            embedded: tuple[Tensor, Tensor] = apply_rotary_pos_emb(*by_heads, cos.unsqueeze(0), sin.unsqueeze(0))
+            other[0].index_copy_(1, rows, embedded[1][0])
+            other[1].index_copy_(1, rows, value.transpose(0, 1))
+            return embedded[0][0].transpose(0, 1)
 
         def check() -> None:
             torch.testing.assert_close(ours(), modules(), rtol=2e-2, atol=2e-2)

@@ -355,7 +355,9 @@ def test_bad_input(changes, message):
     cos, sin = table(3, 4, torch.float32)
     keys, values = torch.zeros(2, 5, 8), torch.zeros(2, 5, 6)
     names = ("query", "key", "value", "cos", "sin", "rows", "keys", "values")
-    arguments = dict(zip(names, (query, key, value, cos, sin, torch.arange(3), keys, values), strict=True))
+    arguments: dict[str, Any] = dict(
+        zip(names, (query, key, value, cos, sin, torch.arange(3), keys, values), strict=True)
+    )
     rotary_commit(**arguments)
     with pytest.raises(ValueError, match=f"^{message}"):
         rotary_commit(**(arguments | changes))

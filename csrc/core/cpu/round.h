@@ -48,7 +48,12 @@ inline FloatVec rounded<Float16>(FloatVec v) {
 
 inline void store(float* p, FloatVec v) { store_unaligned(p, v); }
 inline void store(Bfloat16* p, FloatVec v) {
-  store_unaligned(p, __builtin_convertvector((UintVec)rounded<Bfloat16>(v) >> 16, HalfBits));
+  const UintVec high = (UintVec)rounded<Bfloat16>(v) >> 16;
+#if defined(__AVX512F__)
+  store_unaligned(p, _mm512_cvtepi32_epi16((__m512i)high));
+#else
+  store_unaligned(p, __builtin_convertvector(high, HalfBits));
+#endif
 }
 inline void store(Float16* p, FloatVec v) { store_unaligned(p, float16_bits(v)); }
 

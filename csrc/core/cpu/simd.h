@@ -133,7 +133,13 @@ inline float to_float(Float16 x) {
 
 inline FloatVec load(const float* p) { return load_unaligned<FloatVec>(p); }
 inline FloatVec load(const Bfloat16* p) {
+#if defined(__AVX512F__)
+  return (FloatVec)((UintVec)_mm512_cvtepu16_epi32(load_unaligned<__m256i>(p)) << 16);
+#elif defined(__AVX2__)
+  return (FloatVec)((UintVec)_mm256_cvtepu16_epi32(load_unaligned<__m128i>(p)) << 16);
+#else
   return (FloatVec)(__builtin_convertvector(load_unaligned<HalfBits>(p), UintVec) << 16);
+#endif
 }
 inline FloatVec load(const Float16* p) {
 #if defined(__AVX512F__)
