@@ -76,8 +76,8 @@ def gated_case(device: str, rows: int, size: int, dtype: torch.dtype, activation
 
         def torch_gated() -> Tensor:
             act_fn = functional.silu if activation == "silu" else partial(functional.gelu, approximate="tanh")
-            activated: Tensor = act_fn(gate)
-            return activated * up
+            output: Tensor = act_fn(gate) * up
+            return output
 
         def ours() -> Tensor:
             return gated_activation(gate, up, activation=activation)
