@@ -3,9 +3,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <type_traits>
 
-#include "core/cpu/round.h"
+#include "core/cpu/elements.h"
 
 namespace specbranch::cpu::SPECBRANCH_ISA {
 namespace {
@@ -52,7 +53,7 @@ class Head {
     const FloatVec x = load_up_to(x_ + at, count);
     if (weight_ == nullptr) return x;
     const FloatVec scaled = x * factor_, weight = load_up_to(weight_ + at, count);
-    return rounded<T>((unit_offset_ ? weight + 1.0f : weight) * (round_first_ ? rounded<T>(scaled) : scaled));
+    return round_to<T>((unit_offset_ ? weight + 1.0f : weight) * (round_first_ ? round_to<T>(scaled) : scaled));
   }
 
  private:
@@ -66,7 +67,7 @@ class Head {
 // in float32.
 template <typename T, typename Table>
 FloatVec step(FloatVec v) {
-  if constexpr (std::is_same_v<T, Table>) return rounded<T>(v);
+  if constexpr (std::is_same_v<T, Table>) return round_to<T>(v);
   return v;
 }
 

@@ -21,7 +21,11 @@ inline UintVec bfloat16_bits(FloatVec x) {
 
 inline void store(float* p, FloatVec x) { store_unaligned(p, x); }
 inline void store(Bfloat16* p, FloatVec x) {
+#if defined(__AVX512F__)
+  store_unaligned(p, _mm512_cvtepi32_epi16((__m512i)(bfloat16_bits(x) >> 16)));
+#else
   store_unaligned(p, __builtin_convertvector(bfloat16_bits(x) >> 16, HalfBits));
+#endif
 }
 inline void store(Float16* p, FloatVec x) {
 #if defined(__AVX512F__)
@@ -70,6 +74,17 @@ inline void store_some(T* p, FloatVec x, int64_t count) {
   T some[simd_width];
   store(some, x);
   std::memcpy(p, some, static_cast<size_t>(count) * sizeof(T));
+}
+
+// The first `count` lanes, all of them where it is more.
+template <typename T>
+inline FloatVec load_up_to(const T* p, int64_t count) {
+  return count >= simd_width ? load(p) : load_some(p, count);
+}
+template <typename T>
+inline void store_up_to(T* p, FloatVec x, int64_t count) {
+  if (count >= simd_width) return store(p, x);
+  store_some(p, x, count);
 }
 
 }  // namespace SPECBRANCH_ISA

@@ -18,16 +18,11 @@ def same_class(kind: Any, exemplar: str, apart_from: Set[str] = NOTHING) -> bool
 
     apart_from: names that may stand for something else in the two modules.
     """
-    return _same_class(kind, exemplar, apart_from)
-
-
-@cache
-def _same_class(kind: Any, exemplar: str, apart_from: Set[str]) -> bool:
     other = named(exemplar)
     return other is not None and all(
-        same_code(getattr(kind, method), getattr(other, method), apart_from)
+        same_code(getattr(kind, method, None), getattr(other, method), apart_from)
         for method in METHODS
-        if hasattr(kind, method) or hasattr(other, method)
+        if hasattr(other, method)
     )
 
 
@@ -44,26 +39,36 @@ def named(exemplar: str) -> Any:
 def same_code(function: object, other: object, apart_from: Set[str] = NOTHING) -> bool:
     """Whether two functions have the same instructions, and names in them that stand for the same.
 
-    What variables are called makes no difference, nor do annotations and docstrings.
+    What variables are called makes no difference, nor do annotations and docstrings. other: of transformers; what
+    somebody has put in its place is not known.
     """
-    if function is other:
-        return True
-    if not isinstance(function, FunctionType) or not isinstance(other, FunctionType):
+    mine, others = _plain(function), _plain(other)
+    if mine is None or others is None or not others.__module__.startswith("transformers."):
         return False
-    mine, others = inspect.unwrap(function), inspect.unwrap(other)
-    if not isinstance(mine, FunctionType) or not isinstance(others, FunctionType):
-        return mine is others
-    return (
+    return mine is others or (
         _same_instructions(mine.__code__, others.__code__)
         and mine.__code__.co_freevars == others.__code__.co_freevars == ()
         and all(
-            name in apart_from or same_code(mine.__globals__[name], others.__globals__.get(name), apart_from)
+            name in apart_from or _same(mine.__globals__[name], others.__globals__.get(name), apart_from)
             for name in _names(mine.__code__)
             if name in mine.__globals__
         )
     )
 
 
+def _plain(function: object) -> FunctionType | None:
+    """The function that was written, under its decorators."""
+    if not isinstance(function, FunctionType):
+        return None
+    inner = inspect.unwrap(function)
+    return inner if isinstance(inner, FunctionType) else None
+
+
+def _same(value: object, other: object, apart_from: Set[str]) -> bool:
+    return value is other or same_code(value, other, apart_from)
+
+
+@cache
 def _same_instructions(code: CodeType, other: CodeType) -> bool:
     counts = [(c.co_argcount, c.co_posonlyargcount, c.co_kwonlyargcount, c.co_flags) for c in (code, other)]
     if counts[0] != counts[1] or code.co_code != other.co_code or code.co_names != other.co_names:
@@ -79,6 +84,7 @@ def _same_instructions(code: CodeType, other: CodeType) -> bool:
     return True
 
 
+@cache
 def _names(code: CodeType) -> set[str]:
     """All that its instructions look up by name, inner functions' too."""
     inner = (_names(each) for each in code.co_consts if isinstance(each, CodeType))
