@@ -1,7 +1,9 @@
 #include "emulated_amx.h"
 
 #include <signal.h>
+#include <sys/syscall.h>
 #include <ucontext.h>
+#include <unistd.h>
 #include <xmmintrin.h>
 
 #include <cmath>
@@ -171,7 +173,14 @@ void on_unknown_instruction(int, siginfo_t*, void* context) {
 
 }  // namespace
 
+bool has_tiles() {
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
+}
+
 void trap() {
+  if (has_tiles()) return;
   struct sigaction action = {};
   action.sa_sigaction = on_unknown_instruction;
   action.sa_flags = SA_SIGINFO | SA_NODEFER;
@@ -236,6 +245,11 @@ void add_products(int sums, int a, int b) {
   add(c, left, right);
 }
 
-bool configured() { return is_configured; }
+bool configured() {
+  if (!has_tiles()) return is_configured;
+  alignas(64) unsigned char config[64] = {};
+  asm volatile("sttilecfg %0" : "=m"(config));
+  return config[0] != 0;
+}
 
 }  // namespace specbranch::emulated_amx

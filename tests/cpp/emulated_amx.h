@@ -10,8 +10,11 @@
 
 namespace specbranch::emulated_amx {
 
-// Also where a processor has tiles: they are granted only to a process that asks.
+// Where the processor has tiles, its own are used, and nothing is trapped.
 void trap();
+
+// Whether it has, and the operating system grants them to this process.
+bool has_tiles();
 
 void load_config(const void* config);  // LDTILECFG
 void release();                        // TILERELEASE
