@@ -3,20 +3,21 @@
     python benchmarks/split_step.py --model MODEL --role draft --rows 1 4
     python benchmarks/split_step.py --model MODEL --role target --unfused
 
-The calls of one forward are recorded, and those of each op then repeated alone, in turn with the whole forward. What no op
-accounts for is the time between them: Python, and allocations. `--unfused` runs the modules' own forwards in turn, too.
+The calls of one forward are recorded, and those of each op then repeated alone, in turn with the whole forward. What no
+op accounts for is the time between them: Python, and allocations; it is below 0 where one call runs a layer's ops without
+what each of them costs as an operator of torch. `--unfused` runs the modules' own forwards in turn, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.exact import exact_forward
 from specbranch.runtime.forwards import forward_of
+from specbranch.runtime.fused import layer
 from specbranch.runtime.loading import load_model
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.packing import pack_loaded
@@ -97,7 +99,9 @@ def split(model: CachedModel, rows: int, rounds: int, unfused: bool) -> dict[str
     attachments["fused"].turn(lambda: model.prefill([1 + i % 500 for i in range(PREFIX)]))
     batch = model.place(range(rows), [-1] + [0] * (rows - 1), [7] * rows, [PREFIX] + [PREFIX + 1] * (rows - 1))
     inputs = Inputs.of(batch, model.device)
-    calls = {name: recorded(attachments[name], lambda: model.forward(inputs)) for name in forwards}
+    with op_by_op():
+        of_ops = {name: Attachment([model.model], forward_of=of) for name, of in forwards.items()}
+    calls = {name: recorded(of_ops[name], lambda: model.forward(inputs)) for name in forwards}
 
     def seconds(name: str, work: Callable[[], object]) -> float:
         def timed() -> float:
@@ -119,6 +123,16 @@ def split(model: CachedModel, rows: int, rounds: int, unfused: bool) -> dict[str
         "milliseconds": medians,
         "calls": {n: {op: len(c) for op, c in of.items()} for n, of in calls.items()},
     }
+
+
+@contextmanager
+def op_by_op() -> Iterator[None]:
+    """The context in which layers are prepared that run as ops, and not as one call."""
+    one_call, layer.bound = layer.bound, lambda parts: None
+    try:
+        yield
+    finally:
+        layer.bound = one_call
 
 
 def recorded(attachment: Attachment, work: Callable[[], object]) -> dict[str, list[Call]]:

@@ -58,6 +58,12 @@ class TreeContext:
             kept = self._angles[key] = (given, cos.float(), sin.float()) if wide else (given, cos, sin)
         return kept[1:]
 
+    def next_window(self, handed: int | None) -> int | None:
+        """The sliding window of the layer that asks now; handed: by the model."""
+        window = handed if self.windows is None else self.windows[self.calls]
+        self.calls += 1
+        return window
+
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """prefix_length and ancestors on a layer's device: a model may be spread over several."""
         if self.prefix_length.device == device:
@@ -118,9 +124,7 @@ def attend(
     softcap: float | None,
 ) -> Tensor:
     """The attention of the next layer: query [n, Hq, D], keys and values [Hkv, capacity, D] to [n, Hq, D]."""
-    if context.windows is not None:
-        sliding_window = context.windows[context.calls]
-    context.calls += 1
+    sliding_window = context.next_window(sliding_window)
     prefix_length, ancestors = context.on(query.device)
     if context.first_in_window and sliding_window is not None:
         keys, values = keys[:, context.first_in_window :], values[:, context.first_in_window :]

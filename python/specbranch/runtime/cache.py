@@ -57,10 +57,10 @@ class BranchLayer(CacheLayerMixin):
         self.values.index_copy_(2, rows, value_states)
         return self.keys, self.values
 
-    def buffers_for(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The buffers `[kv_heads, capacity, head_dim]`, to write keys and values `[n, kv_heads, head_dim]` to."""
+    def buffers(self, like: torch.Tensor, heads: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[kv_heads, capacity, head_dim]`, to write to. like: of the dtype, on the device."""
         if not self.is_initialized:
-            self.lazy_initialization(key.transpose(0, 1)[None], value.transpose(0, 1)[None])
+            self.lazy_initialization(like.new_empty(1, heads, 0, width))
         assert self.keys is not None
         assert self.values is not None
         return self.keys[0], self.values[0]

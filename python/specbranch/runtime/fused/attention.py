@@ -74,10 +74,10 @@ KINDS = (
 
 @dataclass(slots=True)
 class Attention:
-    """inputs: the product that gives queries, keys and values beside each other, or one for each. heads: of queries and
-    of keys. interleaved, late: see ROTARY."""
+    """number: of the layer. inputs: the product that gives queries, keys and values beside each other, or one for each.
+    heads: of queries and of keys. interleaved, late: see ROTARY."""
 
-    module: Any
+    number: int
     inputs: Sequence[Product]
     output: Product
     heads: tuple[int, int]
@@ -86,6 +86,7 @@ class Attention:
     norms: tuple[Norm, Norm] | None
     interleaved: bool
     late: bool
+    scale: float
     window: int | None
     softcap: float | None
 
@@ -93,8 +94,7 @@ class Attention:
         """hidden [1, n, H] to [1, n, H]; the K/V of the rows are written to the cache."""
         query, key, value = self.projected(hidden)
         cos, sin = context.angles(angles, self.late)
-        layer = cache.branch_layers[self.module.layer_idx]
-        keys, values = layer.buffers_for(key, value)
+        keys, values = self.buffers(cache, hidden)
         first, second = self.norms or (None, None)
         query = _rotary_commit(
             query,
@@ -112,8 +112,13 @@ class Attention:
             first is None or first.round_first,
             self.interleaved,
         )
-        mixed = attend(context, query, keys, values, self.module.scaling, self.window, self.softcap)
-        return self.output(mixed.view(1, len(mixed), -1))
+        mixed = attend(context, query, keys, values, self.scale, self.window, self.softcap)
+        output: Tensor = self.output(mixed.view(1, len(mixed), -1))
+        return output
+
+    def buffers(self, cache: BranchCache, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The cache's keys and values of this layer, [Hkv, capacity, D]."""
+        return cache.branch_layers[self.number].buffers(hidden, self.heads[1], self.width)
 
     def projected(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [n, Hq, D], keys and values [n, Hkv, D]."""
@@ -124,7 +129,7 @@ class Attention:
             query, key, value = self.inputs[0](hidden).view(n, queries, -1).split(self.width, 2)
         else:
             together = self.inputs[0](hidden).view(n, -1, self.width)
-            query, key, value = together.split((queries, keys, keys), 1)
+            query, key, value = together.split_with_sizes((queries, keys, keys), 1)
         return query, key, value
 
 
@@ -143,7 +148,7 @@ def attention_of(module: nn.Module) -> Attention | None:
     config: Any = module.config
     queries = config.num_attention_heads
     return Attention(
-        module,
+        module.layer_idx,  # type: ignore[arg-type]
         inputs,
         product_of(getattr(module, kind.output)),
         (queries, getattr(config, "num_key_value_heads", None) or queries),
@@ -151,6 +156,7 @@ def attention_of(module: nn.Module) -> Attention | None:
         kind.per_head,
         norms or None,  # type: ignore[arg-type]
         *rotary,
+        module.scaling,  # type: ignore[arg-type]
         kind.window(module),
         getattr(module, kind.softcap) if kind.softcap else None,
     )

@@ -1,9 +1,11 @@
-"""Decoder layers of transformers' families: additions go with the norms behind them."""
+"""Decoder layers of transformers' families: additions go with the norms behind them; on the CPU all is one call."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from specbranch.runtime.attention import TreeContext
@@ -12,32 +14,63 @@ from specbranch.runtime.fused.attention import Angles, Attention, attention_of
 from specbranch.runtime.fused.code import same_class
 from specbranch.runtime.fused.mlp import Mlp, mlp_of
 from specbranch.runtime.fused.norms import Norm, OtherNorm, norm_of
-from specbranch.runtime.fused.products import is_bare
+from specbranch.runtime.fused.products import Dense, Packed, is_bare
+from specbranch_ext import _C
+
+AnyNorm = Norm | OtherNorm
 
 BEFORE = ("llama.LlamaDecoderLayer", "mixtral.MixtralDecoderLayer")  # norms before attention and before the MLP
 AROUND = ("gemma2.Gemma2DecoderLayer", "gemma3.Gemma3DecoderLayer")  # and behind them
+NONE = (None, 0.0, False, False)  # no norm, for the core
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """x + attention(norm(x)), then the same with the MLP; behind: norms of what is added."""
+
+    first: AnyNorm
+    attention: Attention
+    second: AnyNorm
+    mlp: Mlp | nn.Module
+    behind: tuple[AnyNorm, AnyNorm] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """x + attention(norm(x)), then the same with the MLP; behind: norms of what is added."""
+    """bound: the core's DecoderLayer of the parts, which is one call; None where not all of them are for it."""
 
-    first: Norm | OtherNorm
-    attention: Attention
-    second: Norm | OtherNorm
-    mlp: Mlp | nn.Module
-    behind: tuple[Norm | OtherNorm, Norm | OtherNorm] | None
+    parts: Parts
+    bound: Any
 
     def __call__(self, hidden: Tensor, angles: Angles, cache: BranchCache, context: TreeContext) -> Tensor:
         """hidden [1, n, H] to [1, n, H]."""
-        attended = self.attention(self.first(hidden), angles, cache, context)
-        if self.behind is not None:
-            attended = self.behind[0](attended)
-        normed, hidden = self.second.of_sum(hidden, attended)
-        output: Tensor = self.mlp(normed)
-        if self.behind is not None:
-            output = self.behind[1](output)
+        if self.bound is not None and not context.first_in_window:
+            return self._in_one_call(hidden, angles, cache, context)
+        parts = self.parts
+        attended = parts.attention(parts.first(hidden), angles, cache, context)
+        if parts.behind is not None:
+            attended = parts.behind[0](attended)
+        normed, hidden = parts.second.of_sum(hidden, attended)
+        output: Tensor = parts.mlp(normed)
+        if parts.behind is not None:
+            output = parts.behind[1](output)
         return hidden + output
+
+    def _in_one_call(self, hidden: Tensor, angles: Angles, cache: BranchCache, context: TreeContext) -> Tensor:
+        attention = self.parts.attention
+        output = torch.empty_like(hidden)
+        self.bound.run(
+            hidden,
+            *context.angles(angles, attention.late),
+            cache.rows,
+            *attention.buffers(cache, hidden),
+            context.prefix_length,
+            context.ancestors,
+            context.next_window(attention.window) or 0,
+            output,
+            torch.get_num_threads(),
+        )
+        return output
 
 
 def layer_of(module: nn.Module) -> Layer | None:
@@ -50,11 +83,40 @@ def layer_of(module: nn.Module) -> Layer | None:
     if attention is None or not is_bare(module.mlp):  # type: ignore[arg-type]
         return None
 
-    def norm(name: str) -> Norm | OtherNorm:
+    def norm(name: str) -> AnyNorm:
         inner: nn.Module = getattr(module, name)
         return norm_of(inner) or OtherNorm(inner)
 
     before_mlp = "pre_feedforward_layernorm" if around else "post_attention_layernorm"
     behind = (norm("post_attention_layernorm"), norm("post_feedforward_layernorm")) if around else None
     mlp: nn.Module = module.mlp  # type: ignore[assignment]
-    return Layer(norm("input_layernorm"), attention, norm(before_mlp), mlp_of(mlp) or mlp, behind)
+    parts = Parts(norm("input_layernorm"), attention, norm(before_mlp), mlp_of(mlp) or mlp, behind)
+    return Layer(parts, bound(parts))
+
+
+def bound(parts: Parts) -> Any:
+    """The core's DecoderLayer; None where a part is not known, or not on the CPU."""
+    attention, mlp = parts.attention, parts.mlp
+    if not isinstance(mlp, Mlp) or attention.per_head:
+        return None
+    first_behind, second_behind = parts.behind or (None, None)
+    norms = [parts.first, first_behind, parts.second, second_behind, *(attention.norms or (None, None))]
+    gates = [mlp.gate] if mlp.up is None else [mlp.gate, mlp.up]
+    products = [*attention.inputs, attention.output, *gates, mlp.down]
+    if any(isinstance(norm, OtherNorm) for norm in norms):
+        return None
+    if not all(isinstance(each, Dense | Packed) and each.on_cpu for each in products):
+        return None
+    kernel: Any = _C
+    return kernel.DecoderLayer(
+        [NONE if norm is None else norm.bound for norm in norms],
+        [each.bound for each in attention.inputs],
+        attention.output.bound,
+        [each.bound for each in gates],
+        mlp.down.bound,
+        *attention.heads,
+        attention.interleaved,
+        attention.scale,
+        attention.softcap or 0.0,
+        mlp.activation,
+    )

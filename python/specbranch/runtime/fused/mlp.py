@@ -31,7 +31,8 @@ class Mlp:
 
     def __call__(self, input: Tensor) -> Tensor:
         up = None if self.up is None else self.up(input)
-        return self.down(_gated_activation(self.gate(input), up, self.activation))
+        output: Tensor = self.down(_gated_activation(self.gate(input), up, self.activation))
+        return output
 
 
 def mlp_of(module: nn.Module) -> Mlp | None:

@@ -33,6 +33,11 @@ class Norm:
     unit_offset: bool
     round_first: bool
 
+    @property
+    def bound(self) -> tuple[Any, ...]:
+        """As the core's DecoderLayer takes it."""
+        return self.weight, self.eps, self.unit_offset, self.round_first
+
     def __call__(self, input: Tensor) -> Tensor:
         output: Tensor = _rms_norm(input, self.weight, None, self.eps, self.unit_offset, self.round_first)[0]
         return output
@@ -69,7 +74,7 @@ def norm_of(module: nn.Module) -> Norm | None:
     if not is_plain(weight) or weight.dtype not in LINEAR_DTYPES or weight.dim() != 1 or not weight.is_contiguous():
         return None
     name, unit_offset, round_first = known
-    return Norm(weight, float(getattr(module, name)), unit_offset, round_first)
+    return Norm(weight.detach(), float(getattr(module, name)), unit_offset, round_first)
 
 
 def known_norm(module: nn.Module) -> tuple[str, bool, bool] | None:
