@@ -4,8 +4,8 @@
     python benchmarks/split_step.py --model MODEL --role target --unfused
 
 The calls of one forward are recorded, and those of each op then repeated alone, in turn with the whole forward. What no
-op accounts for is the time between them: Python, and allocations; it is below 0 where one call runs a layer's ops without
-what each of them costs as an operator of torch. `--unfused` runs the modules' own forwards in turn, too.
+op accounts for is the time between them: Python, and allocations; it is below 0 where one call runs a layer's ops
+without what each of them costs as an operator of torch. `--unfused` runs the modules' own forwards in turn, too.
 """
 
 from __future__ import annotations

@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_count import count_kernels
 from recording_device import RecordingDevice
 from tiny import tiny_model
 
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
+from specbranch.runtime.fused.count import count_kernels
 from specbranch.runtime.graphs.runner import DRAFT_ROWS, CapturedRunner
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.support import meta_twin

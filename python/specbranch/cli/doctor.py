@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rich.text import Text
 from specbranch.cli.arguments import MODEL, add_trust, device
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import FAILURE, one_line
-from specbranch.cli.models import configured, loaded
+from specbranch.cli.models import configured, fused, loaded
 from specbranch.cli.terminal import output_console
 from specbranch.runtime.choices import draft_of
 
@@ -80,6 +81,7 @@ def examine(
         "openmp": _attempt(_openmp),
         "cuda": _attempt(_cuda),
         "cuda_graphs": {},
+        "fused_layers": {},
         "bundled_pair": _attempt(_bundled_pair),
     }
     needed = ("core", "bundled_pair", "threads")
@@ -88,6 +90,8 @@ def examine(
         if source is not None:
             findings["cuda_graphs"][role], problem = configured(source, role, trust_remote_code)
             problems += [] if problem is None else [problem]
+            if problem is None:
+                findings["fused_layers"][role] = _attempt(partial(fused, source, role, trust_remote_code))
     if load is None:
         findings["loaded"] = "no: --load looks at weights, tokenizers, logits and rows, as generate does"
     elif problems:

@@ -44,8 +44,24 @@ def configured(source: str, role: str, trust_remote_code: bool) -> tuple[str, st
     return captured, None
 
 
+def fused(source: str, role: str, trust_remote_code: bool) -> dict[str, Any]:
+    """How much of a model runs with fewer kernels, and how many a forward has; by its configuration alone."""
+    import torch
+
+    from specbranch.runtime.fused.report import fused_report, kernels_of_step
+    from specbranch.runtime.loading import without_weights
+    from specbranch.runtime.model import CachedModel
+    from specbranch.runtime.support import meta_twin
+
+    model = without_weights(source, role, trust_remote_code)
+    twin = meta_twin(model, torch.bfloat16)  # mixtures of experts take nothing else there
+    return {**fused_report(model), "kernels": kernels_of_step(CachedModel(twin, role))}
+
+
 def loaded(target: str, draft: str | None, device: str, trust_remote_code: bool) -> dict[str, Any]:
     """Load and try what is named, as `generate` does. Raises SpecBranchError as that does."""
+    from specbranch.runtime.fused.report import fused_report
+
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", SpecBranchWarning)
         engine = load_pair(target, draft, device=device, trust_remote_code=trust_remote_code)
@@ -60,6 +76,7 @@ def loaded(target: str, draft: str | None, device: str, trust_remote_code: bool)
     return {
         "device": device,
         "weights": [_weights(model) for model in engine.pair.models],
+        "fused": [fused_report(model)["layers"] for model in engine.pair.models],
         "warnings": list(dict.fromkeys(map(str, ours))),
         "same_tokens": plain.tokens == last.tokens,
     }

@@ -19,7 +19,8 @@ from specbranch_ext import _C
 
 AnyNorm = Norm | OtherNorm
 
-BEFORE = ("llama.LlamaDecoderLayer", "mixtral.MixtralDecoderLayer")  # norms before attention and before the MLP
+# Norms before attention and before the MLP; dropouts behind them, of some, do nothing in evaluation mode.
+BEFORE = ("llama.LlamaDecoderLayer", "mixtral.MixtralDecoderLayer", "phi3.Phi3DecoderLayer")
 AROUND = ("gemma2.Gemma2DecoderLayer", "gemma3.Gemma3DecoderLayer")  # and behind them
 NONE = (None, 0.0, False, False)  # no norm, for the core
 

@@ -1,5 +1,7 @@
 """Counts the kernels that a GPU would run, on the meta device: no GPU, no weights."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
