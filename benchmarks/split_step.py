@@ -16,8 +16,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.exact import exact_forward
 from specbranch.runtime.forwards import forward_of
-from specbranch.runtime.fused import layer
 from specbranch.runtime.loading import load_model
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.packing import pack_loaded
@@ -99,9 +97,7 @@ def split(model: CachedModel, rows: int, rounds: int, unfused: bool) -> dict[str
     attachments["fused"].turn(lambda: model.prefill([1 + i % 500 for i in range(PREFIX)]))
     batch = model.place(range(rows), [-1] + [0] * (rows - 1), [7] * rows, [PREFIX] + [PREFIX + 1] * (rows - 1))
     inputs = Inputs.of(batch, model.device)
-    with op_by_op():
-        of_ops = {name: Attachment([model.model], forward_of=of) for name, of in forwards.items()}
-    calls = {name: recorded(of_ops[name], lambda: model.forward(inputs)) for name in forwards}
+    calls = {name: recorded(attachments[name], lambda: model.forward(inputs)) for name in forwards}
 
     def seconds(name: str, work: Callable[[], object]) -> float:
         def timed() -> float:
@@ -123,16 +119,6 @@ def split(model: CachedModel, rows: int, rounds: int, unfused: bool) -> dict[str
         "milliseconds": medians,
         "calls": {n: {op: len(c) for op, c in of.items()} for n, of in calls.items()},
     }
-
-
-@contextmanager
-def op_by_op() -> Iterator[None]:
-    """The context in which layers are prepared that run as ops, and not as one call."""
-    one_call, layer.bound = layer.bound, lambda parts: None
-    try:
-        yield
-    finally:
-        layer.bound = one_call
 
 
 def recorded(attachment: Attachment, work: Callable[[], object]) -> dict[str, list[Call]]:

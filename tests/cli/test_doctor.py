@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from checkpoints import Change, copy_of_target, settings, several, tensors
 from tiny import tiny_model
-from transformers import MambaConfig
+from transformers import AutoConfig, MambaConfig
 
 from specbranch import bundled
 from specbranch.cli import doctor
@@ -28,8 +28,13 @@ def test_doctor_reports_what_can_run(capsys):
     assert set(findings["bundled_pair"]) == {"target", "draft"}
     assert findings["cuda"]["usable"] or findings["cuda"]["why_not"]
     assert findings["cuda_graphs"] == {"target": "can be captured", "draft": "can be captured"}
-    dtypes = ["float32", "float32"]
-    assert findings["loaded"] == {"device": "cpu", "weights": dtypes, "warnings": [], "same_tokens": True}
+    loaded = findings["loaded"]
+    assert loaded.pop("fused") == ["16 of 16", "2 of 2"]
+    assert loaded == {"device": "cpu", "weights": ["float32", "float32"], "warnings": [], "same_tokens": True}
+    for role, layers in (("target", 16), ("draft", 2)):
+        fused = findings["fused_layers"][role]
+        assert (fused["layers"], fused["as_they_are"]) == (f"{layers} of {layers}", [])
+        assert fused["kernels"]["fused"] == 10 * layers + 10 < fused["kernels"]["as_they_are"] / 2
     if sys.platform.startswith("linux"):
         assert findings["openmp"]["shared"], findings["openmp"]["runtimes"]
     assert cli.main(["doctor"]) == 0
@@ -44,6 +49,16 @@ def test_doctor_says_why_a_model_cannot_be_captured(capsys, tmp_path):
     assert cli.main(["doctor", "--json", "--target", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out)["cuda_graphs"]
     assert found["target"].startswith("eager: its rotary embedding (dynamic) chooses its frequencies")
+
+
+def test_doctor_names_what_of_a_model_is_not_fused(capsys, tmp_path):
+    config = AutoConfig.for_model("granite", num_hidden_layers=2, hidden_size=32, intermediate_size=48, vocab_size=32)
+    config.save_pretrained(tmp_path)
+    assert cli.main(["doctor", "--json", "--target", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out)["fused_layers"]["target"]
+    assert found["layers"] == "0 of 2"
+    assert found["as_they_are"] == ["GraniteDecoderLayer"]  # its parts are fused
+    assert found["kernels"]["fused"] < found["kernels"]["as_they_are"]
 
 
 def test_doctor_is_not_ready_for_a_model_that_is_refused(capsys, tmp_path):

@@ -15,7 +15,7 @@ from specbranch.runtime.fused.code import same_class
 from specbranch.runtime.fused.mlp import Mlp, mlp_of
 from specbranch.runtime.fused.norms import Norm, OtherNorm, norm_of
 from specbranch.runtime.fused.products import Dense, Packed, is_bare
-from specbranch_ext import _C
+from specbranch_ext.ops import _library
 
 AnyNorm = Norm | OtherNorm
 
@@ -23,6 +23,8 @@ AnyNorm = Norm | OtherNorm
 BEFORE = ("llama.LlamaDecoderLayer", "mixtral.MixtralDecoderLayer", "phi3.Phi3DecoderLayer")
 AROUND = ("gemma2.Gemma2DecoderLayer", "gemma3.Gemma3DecoderLayer")  # and behind them
 NONE = (None, 0.0, False, False)  # no norm, for the core
+
+_operators_are_watched = torch._C._len_torch_dispatch_stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class Layer:
 
     def __call__(self, hidden: Tensor, angles: Angles, cache: BranchCache, context: TreeContext) -> Tensor:
         """hidden [1, n, H] to [1, n, H]."""
-        if self.bound is not None and not context.first_in_window:
+        # Who looks at operators (a recording, a profile of them) is to see them.
+        if self.bound is not None and not context.first_in_window and not _operators_are_watched():
             return self._in_one_call(hidden, angles, cache, context)
         parts = self.parts
         attended = parts.attention(parts.first(hidden), angles, cache, context)
@@ -98,7 +101,7 @@ def layer_of(module: nn.Module) -> Layer | None:
 def bound(parts: Parts) -> Any:
     """The core's DecoderLayer; None where a part is not known, or not on the CPU."""
     attention, mlp = parts.attention, parts.mlp
-    if not isinstance(mlp, Mlp) or attention.per_head:
+    if not isinstance(mlp, Mlp) or attention.per_head or _library.core.emulated:
         return None
     first_behind, second_behind = parts.behind or (None, None)
     norms = [parts.first, first_behind, parts.second, second_behind, *(attention.norms or (None, None))]
@@ -108,8 +111,7 @@ def bound(parts: Parts) -> Any:
         return None
     if not all(isinstance(each, Dense | Packed) and each.on_cpu for each in products):
         return None
-    kernel: Any = _C
-    return kernel.DecoderLayer(
+    return _library.core.DecoderLayer(
         [NONE if norm is None else norm.bound for norm in norms],
         [each.bound for each in attention.inputs],
         attention.output.bound,
