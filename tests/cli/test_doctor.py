@@ -34,7 +34,7 @@ def test_doctor_reports_what_can_run(capsys):
     for role, layers in (("target", 16), ("draft", 2)):
         fused = findings["fused_layers"][role]
         assert (fused["layers"], fused["as_they_are"]) == (f"{layers} of {layers}", [])
-        assert fused["kernels"]["fused"] == 10 * layers + 10 < fused["kernels"]["as_they_are"] / 2
+        assert 10 * layers < fused["kernels"]["fused"] <= 10 * layers + 16 < fused["kernels"]["as_they_are"] / 2
     if sys.platform.startswith("linux"):
         assert findings["openmp"]["shared"], findings["openmp"]["runtimes"]
     assert cli.main(["doctor"]) == 0

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from specbranch.runtime.attention import current
 from specbranch.runtime.cache import BranchCache
 from specbranch.runtime.fused.attention import Attention, attention_of
+from specbranch.runtime.fused.causal_lm import CausalLM, causal_lm_of
 from specbranch.runtime.fused.layer import Layer, layer_of
 from specbranch.runtime.fused.mlp import Mlp, mlp_of
 from specbranch.runtime.fused.norms import Norm, norm_of
 from specbranch.runtime.rows.routes import ExactForward, replacement
 
-Fused = Layer | Attention | Mlp | Norm
+Fused = CausalLM | Layer | Attention | Mlp | Norm
 READ = {"hidden_states", "position_embeddings", "past_key_values", "layer_past"}
+OURS = {"input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "logits_to_keep"}
 KNOWN = READ | {"attention_mask", "position_ids", "use_cache"}  # `running` says what these would
 
 
@@ -35,6 +37,8 @@ def fused_of(module: nn.Module) -> Fused | None:
         return mlp_of(module)
     if name.endswith("Attention"):
         return attention_of(module)
+    if name.endswith("ForCausalLM"):
+        return causal_lm_of(module)
     return layer_of(module) if name.endswith("DecoderLayer") else None
 
 
@@ -47,6 +51,8 @@ def fused_forward(module: nn.Module) -> ExactForward | None:
         return replacement(module, _norm, module, fused)
     if isinstance(fused, Mlp):
         return replacement(module, fused)
+    if isinstance(fused, CausalLM):
+        return replacement(module, _whole, module, fused)
     return replacement(module, _in_context, module, fused)
 
 
@@ -55,6 +61,13 @@ def _norm(module: nn.Module, fused: Norm, input: Tensor) -> Tensor:
         own: Tensor = type(module).forward(module, input)
         return own
     return fused(input)
+
+
+def _whole(module: nn.Module, fused: CausalLM, *args: Any, **kwargs: Any) -> Any:
+    """In a forward of ours, and else as the model does it."""
+    if current() is None or args or kwargs.keys() != OURS:
+        return type(module).forward(module, *args, **kwargs)
+    return fused(**kwargs)
 
 
 def _in_context(module: nn.Module, fused: Layer | Attention, *args: Any, **kwargs: Any) -> Any:

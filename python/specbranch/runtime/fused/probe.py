@@ -53,7 +53,7 @@ class Beside:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.different = False
+        self.different = self._trying = False
 
     def keepers(self) -> Iterator[tuple[nn.Module, Callable[[Forward], Forward]]]:
         """See attach.Tap. Of modules within a fused one only it is looked at."""
@@ -67,6 +67,8 @@ class Beside:
             yield module, partial(partial, self._run, module)
 
     def _run(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+        if self._trying:  # within another one
+            return forward(*args, **kwargs)
         context = current()
         assert context is not None
         calls = context.calls
@@ -82,10 +84,13 @@ class Beside:
         """How the fused forward differs, in words; nothing if it does not."""
         fused = fused_forward(module)
         assert fused is not None
+        self._trying = True
         try:
             result = fused(*args, **kwargs)
         except Exception as error:  # whatever a shape that nobody thought of raises
             return f"its fused forward raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        finally:
+            self._trying = False
         expected, got = (each if isinstance(each, Tensor) else each[0] for each in (own, result))
         if got.shape != expected.shape or got.dtype != expected.dtype:
             return f"its fused forward gives {got.dtype} of shape {list(got.shape)}"
