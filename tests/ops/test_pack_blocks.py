@@ -169,3 +169,19 @@ def test_compile() -> None:
 
     compiled = torch.compile(twice, fullgraph=True, backend="eager")
     assert torch.equal(compiled(input), twice(input))
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("format", BLOCKS)
+def test_parts_of_packed_blocks_are_packed_weights(format: str, arithmetic: str) -> None:
+    sizes = (16, 32, 7)
+    packed = pack_blocks(make_blocks(format, sum(sizes), 512), format, arithmetic)
+    whole = unpack_rows(packed, torch.arange(sum(sizes)))
+    input = torch.randn(3, packed.shape[1]).bfloat16()
+    products = packed_linear(input, packed).split(sizes, 1)
+    for part, values, product in zip(packed.split(sizes), whole.split(sizes), products, strict=True):
+        assert part.data.untyped_storage().data_ptr() == packed.data.untyped_storage().data_ptr()
+        assert torch.equal(bits(unpack_rows(part, torch.arange(len(values)))), bits(values))
+        assert torch.equal(bits(packed_linear(input, part)), bits(product))
+    with pytest.raises(ValueError, match="sizes: expected multiples of 16 and a rest, 55 together, got "):
+        packed.split((8, 47))

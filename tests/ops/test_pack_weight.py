@@ -78,3 +78,24 @@ def test_registration() -> None:
     torch.library.opcheck(
         torch.ops.specbranch.unpack_rows.default, (packed.data, "lossless", "exact", 12, 40, torch.tensor([3, 1]))
     )
+
+
+@pytest.mark.parametrize("sizes", [(8, 4, 3), (12, 3), (0, 15), (15,), (4, 4, 4, 3)])
+@pytest.mark.parametrize("close", [True, False])
+def test_parts_of_a_packed_weight_are_packed_weights(sizes: tuple[int, ...], close: bool) -> None:
+    weight = make(sum(sizes), 100)
+    if close:
+        weight = (torch.randn(sum(sizes), 100) * 0.02).bfloat16()
+    packed = pack_weight(weight)
+    for part, expected in zip(packed.split(sizes), weight.split(sizes), strict=True):
+        assert part.data.untyped_storage().data_ptr() == packed.data.untyped_storage().data_ptr()
+        assert part.shape == tuple(expected.shape)
+        rows = torch.arange(len(expected))
+        assert torch.equal(bits(unpack_rows(part, rows)), bits(expected))
+        assert torch.equal(bits(reference.unpack_rows(part, rows)), bits(expected))
+
+
+@pytest.mark.parametrize("sizes", [(5, 10), (8, 8), (-4, 19), (12,)])
+def test_parts_that_there_are_not(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="sizes: expected multiples of 4 and a rest, 15 together, got "):
+        pack_weight(make(15, 64)).split(sizes)
