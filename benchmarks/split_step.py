@@ -28,7 +28,6 @@ from specbranch.core.files import write_json
 from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.exact import exact_forward
-from specbranch.runtime.forwards import forward_of
 from specbranch.runtime.loading import load_model
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.packing import pack_loaded
@@ -92,7 +91,7 @@ def loaded(args: argparse.Namespace) -> Any:
 def split(model: CachedModel, rows: int, rounds: int, unfused: bool) -> dict[str, Any]:
     """Milliseconds of a forward over `rows` rows behind a prefix, and of each op's calls in it."""
     model.reset(PREFIX + rows)
-    forwards = {"fused": forward_of, **({"unfused": exact_forward} if unfused else {})}
+    forwards = {"fused": None, **({"unfused": exact_forward} if unfused else {})}
     attachments = {name: Attachment([model.model], forward_of=of) for name, of in forwards.items()}
     attachments["fused"].turn(lambda: model.prefill([1 + i % 500 for i in range(PREFIX)]))
     batch = model.place(range(rows), [-1] + [0] * (rows - 1), [7] * rows, [PREFIX] + [PREFIX + 1] * (rows - 1))

@@ -18,7 +18,7 @@ from specbranch import SpecBranch
 from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.exact import exact_forward
-from specbranch.runtime.forwards import forward_of
+from specbranch.runtime.forwards import forwards_of
 from specbranch.runtime.fused import layer, norms
 from specbranch.runtime.fused.code import same_class, same_code
 from specbranch.runtime.fused.forward import DIFFERENT, fused_of
@@ -244,4 +244,5 @@ def test_every_layer_of_an_attached_model_is_put_back() -> None:
     with Attachment([model]).attached():
         assert all("forward" in vars(each) for each in model.model.layers)
     assert not any("forward" in vars(module) for module in model.modules())
-    assert forward_of(model.model.layers[0], torch.device("cpu")) is not None
+    replaced = dict(forwards_of(model.modules(), torch.device("cpu")))
+    assert {model, model.model.norm, *model.model.layers} <= replaced.keys()

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from specbranch.runtime.attention import ATTENTION
-from specbranch.runtime.forwards import forward_of
+from specbranch.runtime.forwards import forwards_of
 from specbranch.runtime.locks import Lock, locked, run_out
 from specbranch.runtime.rows.routes import Forward, replacement
 from specbranch.runtime.weights import execution_device
@@ -55,10 +55,11 @@ class Attachment:
         tap: Tap | None = None,
         threads: int | None = None,
         attention: str | None = ATTENTION,
-        forward_of: Callable[[nn.Module, torch.device], Forward | None] = forward_of,
+        forward_of: Callable[[nn.Module, torch.device], Forward | None] | None = None,
     ) -> None:
         """tap: looks at modules of one of the models. threads: torch's intra-op threads during a turn. attention: a
-        registered one, None for each model's own. forward_of: what to run instead of a module's forward."""
+        registered one, None for each model's own. forward_of: what to run instead of a module's forward; None:
+        see forwards_of."""
         models = list({id(model): model for model in models}.values())
         forwards: dict[nn.Module, Forward] = {}
         configs: dict[int, Any] = {}
@@ -68,7 +69,7 @@ class Attachment:
             modules.update(dict.fromkeys(own))
             configs.update((id(config), config) for config in _configs(model, own))
             device = execution_device(model)
-            forwards.update((module, forward) for module in own if (forward := forward_of(module, device)) is not None)
+            forwards.update(forwards_of(own, device) if forward_of is None else _each(own, device, forward_of))
         for module, keep in () if tap is None else tap.keepers():
             forwards[module] = replacement(module, keep(forwards.get(module, module.forward)))
         places = [
@@ -144,6 +145,14 @@ class Attachment:
         there = [place for place in places if place[2] is not MISSING]
         missing = [(values, name, None) for values, name, before in places if before is MISSING]
         return columns(there), columns(missing)
+
+
+def _each(
+    modules: Sequence[nn.Module], device: torch.device, forward_of: Callable[[nn.Module, torch.device], Forward | None]
+) -> Iterator[tuple[nn.Module, Forward]]:
+    for module in modules:
+        if (forward := forward_of(module, device)) is not None:
+            yield module, forward
 
 
 def columns(places: Sequence[tuple[dict[str, Any], str, Any]]) -> Columns:

@@ -56,7 +56,8 @@ def same_code(function: object, other: object, apart_from: Set[str] = NOTHING) -
     )
 
 
-def _plain(function: object) -> FunctionType | None:
+@cache
+def _plain(function: Any) -> FunctionType | None:
     """The function that was written, under its decorators."""
     if not isinstance(function, FunctionType):
         return None

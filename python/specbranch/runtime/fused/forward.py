@@ -42,11 +42,8 @@ def fused_of(module: nn.Module) -> Fused | None:
     return layer_of(module) if name.endswith("DecoderLayer") else None
 
 
-def fused_forward(module: nn.Module) -> ExactForward | None:
-    """The forward to put in the place of a module's own; None to leave it."""
-    fused = fused_of(module)
-    if fused is None:
-        return None
+def fused_forward(module: nn.Module, fused: Fused) -> ExactForward:
+    """The forward to put in the place of a module's own."""
     if isinstance(fused, Norm):
         return replacement(module, _norm, module, fused)
     if isinstance(fused, Mlp):

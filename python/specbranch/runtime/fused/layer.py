@@ -40,10 +40,12 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """bound: the core's DecoderLayer of the parts, which is one call; None where not all of them are for it."""
+    """bound: the core's DecoderLayer of the parts, which is one call; None where not all of them are for it. inner: the
+    modules that the parts stand for."""
 
     parts: Parts
     bound: Any
+    inner: tuple[nn.Module, ...]
 
     def __call__(self, hidden: Tensor, angles: Angles, cache: BranchCache, context: TreeContext) -> Tensor:
         """hidden [1, n, H] to [1, n, H]."""
@@ -83,19 +85,25 @@ def layer_of(module: nn.Module) -> Layer | None:
     around = any(same_class(kind, exemplar) for exemplar in AROUND)
     if not is_bare(module) or not (around or any(same_class(kind, exemplar) for exemplar in BEFORE)):
         return None
-    attention = attention_of(module.self_attn)  # type: ignore[arg-type]
-    if attention is None or not is_bare(module.mlp):  # type: ignore[arg-type]
+    layer: Any = module
+    attention = attention_of(layer.self_attn)
+    if attention is None or not is_bare(layer.mlp):
         return None
+    inner = [*layer.self_attn.modules()]
 
     def norm(name: str) -> AnyNorm:
-        inner: nn.Module = getattr(module, name)
-        return norm_of(inner) or OtherNorm(inner)
+        each = getattr(layer, name)
+        if (fused := norm_of(each)) is None:
+            return OtherNorm(each)
+        inner.append(each)
+        return fused
 
     before_mlp = "pre_feedforward_layernorm" if around else "post_attention_layernorm"
     behind = (norm("post_attention_layernorm"), norm("post_feedforward_layernorm")) if around else None
-    mlp: nn.Module = module.mlp  # type: ignore[assignment]
-    parts = Parts(norm("input_layernorm"), attention, norm(before_mlp), mlp_of(mlp) or mlp, behind)
-    return Layer(parts, bound(parts))
+    if (mlp := mlp_of(layer.mlp)) is not None:
+        inner += layer.mlp.modules()
+    parts = Parts(norm("input_layernorm"), attention, norm(before_mlp), mlp or layer.mlp, behind)
+    return Layer(parts, bound(parts), tuple(inner))
 
 
 def bound(parts: Parts) -> Any:

@@ -63,10 +63,10 @@ class Beside:
             if fused is None:
                 continue
             if isinstance(fused, Layer):
-                within.update(module.modules())
-            yield module, partial(partial, self._run, module)
+                within.update(fused.inner)
+            yield module, partial(partial, self._run, module, fused_forward(module, fused))
 
-    def _run(self, module: nn.Module, forward: Forward, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, module: nn.Module, fused: Forward, forward: Forward, *args: Any, **kwargs: Any) -> Any:
         if self._trying:  # within another one
             return forward(*args, **kwargs)
         context = current()
@@ -74,16 +74,14 @@ class Beside:
         calls = context.calls
         result = forward(*args, **kwargs)
         after, context.calls = context.calls, calls
-        difference = self._difference(module, result, args, kwargs)
+        difference = self._difference(fused, result, args, kwargs)
         context.calls = after
         if difference:
             DIFFERENT[module], self.different = difference, True
         return result
 
-    def _difference(self, module: nn.Module, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _difference(self, fused: Forward, own: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """How the fused forward differs, in words; nothing if it does not."""
-        fused = fused_forward(module)
-        assert fused is not None
         self._trying = True
         try:
             result = fused(*args, **kwargs)

@@ -14,7 +14,6 @@ from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.cache import BranchCache
 from specbranch.runtime.exact import exact_forward
-from specbranch.runtime.forwards import forward_of
 from specbranch.runtime.fused.count import count_kernels
 from specbranch.runtime.fused.forward import DIFFERENT, fused_of
 from specbranch.runtime.fused.join import join_model
@@ -42,7 +41,7 @@ def kernels_of_step(cached: CachedModel) -> dict[str, int]:
     ancestors = torch.ones(ROWS, 1, dtype=torch.int64, device=meta)
     inputs = Inputs(rows, rows, rows, torch.zeros((), dtype=torch.int64, device=meta), ancestors)
     found = {}
-    for name, of in (("fused", forward_of), ("as_they_are", exact_forward)):
+    for name, of in (("fused", None), ("as_they_are", exact_forward)):
         cached.cache = BranchCache(cached.layers, 2 * ROWS, meta)
         step = partial(cached.forward, inputs)
         with Attachment([cached.model], forward_of=of).attached():
