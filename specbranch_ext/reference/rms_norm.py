@@ -32,7 +32,7 @@ def inverse_root_mean_square(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean(x^2) + eps) of each row of float32 [..., H]: [..., 1]."""
     mean = sum_of_squares(x) / torch.tensor(float(x.shape[-1]))
     # The root of a float64, rounded, is the correctly rounded root of a float32.
-    return torch.ones(()) / (mean + eps).double().sqrt().float()
+    return torch.ones(()) / (mean + float(eps)).double().sqrt().float()
 
 
 def sum_of_squares(x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def normed(heads: Tensor, weight: Tensor | None, eps: float, unit_offset: bool, 
         return heads
     x = heads.float()
     # Of float64, because torch's float32 square root is now and then off by a last bit.
-    root = (sum_of_squares(x) / x.shape[-1] + eps).double().sqrt().float()
+    root = (sum_of_squares(x) / x.shape[-1] + float(eps)).double().sqrt().float()
     scaled = x * (torch.ones_like(root) / root)
     if round_first:
         scaled = scaled.to(heads.dtype).float()

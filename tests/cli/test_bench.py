@@ -69,7 +69,8 @@ def test_rows_and_records_of_a_run(capsys, tmp_path, prompts):
         ours = row["name"] not in PEERS
         assert row["same_tokens"] is True or not ours
         assert (row["tokens_per_target_forward"] is not None) == ours
-        assert (row["acceptance_rate"] is not None) == (ours and row["name"] != "autoregressive")
+        if row["name"] != "specbranch":  # which may find that the draft does not pay
+            assert (row["acceptance_rate"] is not None) == (ours and row["name"] != "autoregressive")
     greedy = result["rows"][names.index("greedy")]
     assert greedy["ratio_to_greedy"] == greedy["median_prompt_ratio"] == 1
     assert greedy["same_tokens"] is True

@@ -25,7 +25,7 @@ def stages(out: Path) -> dict[str, tuple[str, str]]:
 
 def test_every_stage_runs_at_tiny_sizes(tmp_path: Path) -> None:
     """A typo must not cost the minutes that a GPU is at hand."""
-    done = on_gpu("--dry-run", "600", str(tmp_path))
+    done = on_gpu("--dry-run", "900", str(tmp_path))
     assert done.returncode == 0, done.stdout[-5000:]
     found = stages(tmp_path)
     assert len(found) == 16

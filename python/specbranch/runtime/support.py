@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.masks import LayerCall, own_logits, probe
 from specbranch.runtime.rotary import kinds_by_length, rereads
+from specbranch.runtime.rows.routes import own_forward
 from specbranch.runtime.weights import execution_device
 from specbranch.runtime.windows import positions_of
 from specbranch_ext import cuda_device_problem
@@ -66,7 +67,7 @@ def check_supported(model: PreTrainedModel, role: str, on: str | None = None) ->
     others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
     if others:
         raise SpecBranchError(f"{name} has {', '.join(sorted(others))} layers, which cannot roll back")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if "position_ids" not in inspect.signature(own_forward(model) or type(model).forward).parameters:
         raise SpecBranchError(f"{name} takes no position_ids: it cannot run over a tree of tokens")
     by_length = bool(kinds_by_length(model))
     lengths = rereads(model) if by_length else ()
