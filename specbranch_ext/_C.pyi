@@ -4,7 +4,8 @@ from typing import TypedDict
 # `launch`: the number of threads for tensors on the CPU, the current stream's handle for tensors on a CUDA device;
 # `workspace`, where there is <op>_workspace: device memory of so many bytes, None on the CPU;
 # `tickets`, where the op needs some: specbranch_ext.ops._tickets.
-# Only ops/_library.py calls them, and it takes any module of such functions, so they have no types here.
+# Only ops/_library.py calls them, and it takes any module of such functions, so they have no types here. DecoderLayer
+# (csrc/layers/bound_layer.h) is for specbranch's fused layers: a layer's weights, bound once, and `run`.
 
 emulated: bool
 
