@@ -55,7 +55,7 @@ py::dict build_info() {
   info["isa_levels"] = py::str(SPECBRANCH_ISA_NAMES).attr("split")(",");
   info["isa"] = isa_name(isa());
 #ifdef SPECBRANCH_X86
-  info["exact_blocks"] = isa() == Isa::bf16;
+  info["exact_blocks"] = isa() >= Isa::bf16;
 #else
   info["exact_blocks"] = false;
 #endif

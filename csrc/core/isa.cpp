@@ -17,6 +17,7 @@
 namespace specbranch {
 namespace {
 
+// The best level but for tiles.
 Isa best_isa() {
 #ifdef SPECBRANCH_X86
   __builtin_cpu_init();
@@ -59,14 +60,15 @@ bool ask_for_amx() {
 }
 
 Isa choose_isa() {
-  const Isa best = best_isa();
+  const Isa below = best_isa();
+  const auto best = [&] { return below == Isa::bf16 && ask_for_amx() ? Isa::amx : below; };
   const char* asked = std::getenv("SPECBRANCH_ISA");
-  if (asked == nullptr || *asked == '\0') return best;
+  if (asked == nullptr || *asked == '\0') return best();
   for (Isa level : {Isa::baseline, Isa::avx2, Isa::avx512, Isa::bf16, Isa::amx}) {
     if (asked == std::string(isa_name(level))) {
-      if (level <= best || (level == Isa::amx && best == Isa::bf16 && ask_for_amx())) return level;
+      if (level <= below || level == best()) return level;
       throw std::invalid_argument("SPECBRANCH_ISA=" + std::string(asked) + ": this processor or build has only " +
-                                  isa_name(best));
+                                  isa_name(best()));
     }
   }
   throw std::invalid_argument("SPECBRANCH_ISA=" + std::string(asked) +

@@ -22,8 +22,7 @@ namespace specbranch {
 enum class Isa { baseline, avx2, avx512, bf16, amx };
 
 // The level in use: the best one this processor has, or one named by the environment variable SPECBRANCH_ISA (read
-// once). `amx` is used only when it is named: so far its instructions have been emulated. Throws std::invalid_argument
-// for a level that cannot run here.
+// once). Throws std::invalid_argument for a level that cannot run here.
 Isa isa();
 const char* isa_name(Isa level);
 

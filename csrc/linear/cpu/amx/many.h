@@ -26,12 +26,7 @@ struct Part {
   int64_t o, step, end;  // its outputs and steps
   Bfloat16* copied;      // [steps, pair, a tile]
 
-  void copy(int64_t s) const {
-#pragma GCC unroll 2
-    for (int i = 0; i < pair; ++i) {
-      copy_tile(product.weights, o + i * tile_outputs, s * step_in, copied + ((s - step) * pair + i) * tile_weights);
-    }
-  }
+  Bfloat16* copy_of(int64_t s) const { return copied + (s - step) * pair * tile_weights; }
 
   // Input tiles from `input` on. first: the weights are still to be copied, a step before they are loaded, so that what
   // is stored has reached the cache by then. waiting: the sums so far.
@@ -43,13 +38,12 @@ struct Part {
     } else {
       Sums::load(waiting);
     }
-    if (first && step < end) copy(step);
+    TileCopiers<pair, Weights> copiers(product.weights, o);
+    if (first && step < end) copiers.copy(step * step_in, copy_of(step));
     for (int64_t s = step; s < end; ++s) {
       ahead.fetch(fetches);
-      if (first && s + 1 < end) copy(s + 1);
-      Sums::add_step(x, input, s, [&](auto tile, int i) {
-        tile_load<tile>(copied + ((s - step) * pair + i) * tile_weights, row_bytes);
-      });
+      if (first && s + 1 < end) copiers.copy((s + 1) * step_in, copy_of(s + 1));
+      Sums::add_step(x, input, s, [&](auto tile, int i) { tile_load<tile>(copy_of(s) + i * tile_weights, row_bytes); });
     }
     if (end == x.steps) {
       Sums::finish(product, x, input * tile_rows, o);

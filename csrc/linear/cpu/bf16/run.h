@@ -29,6 +29,13 @@ inline void run_dense(const LinearParams& params) {
   run(product_of(Dense{w.as<const Bfloat16>(), w.stride[0], out, in}, params, in, out), params.launch.threads);
 }
 
+#if defined(__AVX512BF16__)
+inline void run_lossless(const PackedLinearParams& params) {
+  const int64_t out = params.weight.out, in = params.weight.in;
+  const LosslessWeights weights{params.weight.data.as<const uint8_t>(), {out, in}};
+  run(product_of(weights, params, in, out), params.launch.threads);
+}
+#else
 // Where no kernel reads the weights packed.
 inline void run_unpacked(const PackedLinearParams& params) {
   const int64_t out = params.weight.out, in = params.weight.in;
@@ -39,13 +46,6 @@ inline void run_unpacked(const PackedLinearParams& params) {
     p.out = count;
     run(p, 1);
   });
-}
-
-#if defined(__AVX512BF16__)
-inline void run_lossless(const PackedLinearParams& params) {
-  const int64_t out = params.weight.out, in = params.weight.in;
-  const LosslessWeights weights{params.weight.data.as<const uint8_t>(), {out, in}};
-  run(product_of(weights, params, in, out), params.launch.threads);
 }
 #endif
 
