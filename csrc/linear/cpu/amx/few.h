@@ -73,7 +73,8 @@ void few(const Product<Weights>& p, int threads) {
   x.data = scratch.at_least(x.size());
   for (int64_t tile = 0; tile < x.tiles; ++tile) x.pack(p.input, tile);
   if (x.tiles == 1) {
-    few_panels<4, 1>(p, x, threads);
+    // Those that are read where they lie are as many streams of memory as they have rows.
+    few_panels<std::is_same_v<Weights, Dense> ? 2 : 4, 1>(p, x, threads);
   } else {
     few_panels<2, 2>(p, x, threads);
   }
