@@ -184,7 +184,7 @@ def test_a_batch_beyond_the_largest_graph_runs_eagerly(monkeypatch: pytest.Monke
 
 
 def needs_the_host(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.max().item() < 1e9 else logits * 2
+    return logits if (logits < 1e9).all().item() else logits * 2
 
 
 @pytest.mark.parametrize(("role", "nth"), [("target", 0), ("target", 1), *(("draft", nth) for nth in range(4))])

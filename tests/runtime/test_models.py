@@ -94,6 +94,18 @@ def test_rotary_angles_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_prefill_computes_no_logits() -> None:
+    model = tiny_model()
+    cached, rows = CachedModel(model, "target"), list[int]()
+    model.lm_head.register_forward_hook(lambda _, __, logits: rows.append(logits.shape[-2]))
+    cached.reset(64)
+    with cached.attached():
+        cached.prefill(PROMPT)
+        assert sum(rows) == 0
+        score(cached, tree(), [0, 1, 2])
+        assert sum(rows) == 3
+
+
 def test_backlog_is_committed_with_the_root() -> None:
     model = tiny_model()
     cached = CachedModel(model, "draft")

@@ -84,7 +84,7 @@ def _exact_activation(module: nn.Module, input: Tensor) -> Tensor:
     """Row by row, unless torch's vector loop has no tail: that has another exponential, which differs in the last
     bit."""
     rows = input.reshape(-1, input.shape[-1])
-    if len(rows) == 1 or (type(module) in SHARED_EVENLY and input.is_contiguous() and in_whole_vectors(input)):
+    if len(rows) <= 1 or (type(module) in SHARED_EVENLY and input.is_contiguous() and in_whole_vectors(input)):
         whole: Tensor = type(module).forward(module, input)
         return whole
     return torch.stack([type(module).forward(module, row) for row in rows]).view(input.shape)

@@ -25,6 +25,7 @@ from specbranch.runtime.support import check_supported, trying
 from specbranch.runtime.weights import execution_device, unwrapped
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
+NO_ROWS = slice(0, 0)  # a prefill's logits: nobody asks for them, and a head is as large as some layers together
 LARGEST_KEPT = 31 << 20  # bytes: glibc's thresholds follow no block above 32 MB
 MOST_TOKENS = 2**62  # no limit
 
@@ -162,7 +163,7 @@ class CachedModel:
         ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
         for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
             behind_gap = start >= self.gap.start
-            self.forward(Inputs.chain(chunk, start, self._position(start)), slice(-1, None), behind_gap)
+            self.forward(Inputs.chain(chunk, start, self._position(start)), NO_ROWS, behind_gap)
             start += len(chunk)
             self.cache.length = max(self.cache.length, start)
 
