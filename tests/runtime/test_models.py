@@ -1,11 +1,12 @@
 """Every supported family against transformers' own eager forward: tree nodes, after commit, after rollback."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from tiny import FAMILIES, PROMPT, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trees import place, tree_of
 
@@ -94,16 +95,28 @@ def test_rotary_angles_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.set_num_threads(before)
 
 
-def test_a_prefill_computes_no_logits() -> None:
-    model = tiny_model()
-    cached, rows = CachedModel(model, "target"), list[int]()
-    model.lm_head.register_forward_hook(lambda _, __, logits: rows.append(logits.shape[-2]))
-    cached.reset(64)
-    with cached.attached():
-        cached.prefill(PROMPT)
-        assert sum(rows) == 0
-        score(cached, tree(), [0, 1, 2])
-        assert sum(rows) == 3
+def test_a_prefill_computes_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Foreign(nn.Linear):
+        """A head that may not take an empty input."""
+
+    rows: list[int] = []
+    forward = CachedModel.forward
+
+    def counted(*given: Any, **options: Any) -> Tensor:
+        logits = forward(*given, **options)
+        rows.append(len(logits))
+        return logits
+
+    for head, expected in ((nn.Linear, 0), (Foreign, 1)):
+        model = tiny_model()
+        model.lm_head.__class__ = head
+        cached = CachedModel(model, "target")
+        cached.reset(64)
+        monkeypatch.setattr(CachedModel, "forward", counted)
+        with cached.attached():
+            cached.prefill(PROMPT)
+        monkeypatch.setattr(CachedModel, "forward", forward)
+        assert rows.pop() == expected
 
 
 def test_backlog_is_committed_with_the_root() -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
@@ -20,12 +20,13 @@ from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.fused.probe import leave_different
 from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.packed import PackedLinear
 from specbranch.runtime.rotary import context_length
+from specbranch.runtime.rows.functions import is_plain
 from specbranch.runtime.support import check_supported, trying
 from specbranch.runtime.weights import execution_device, unwrapped
 
 PREFILL_CHUNK = 256  # rows: enough to be bound by arithmetic, few enough to keep activations small
-NO_ROWS = slice(0, 0)  # a prefill's logits: nobody asks for them, and a head is as large as some layers together
 LARGEST_KEPT = 31 << 20  # bytes: glibc's thresholds follow no block above 32 MB
 MOST_TOKENS = 2**62  # no limit
 
@@ -41,6 +42,7 @@ class CachedModel:
             keep_freed_memory()
         self.layers = model.config.get_text_config().num_hidden_layers
         self.vocabulary = model.config.get_text_config().vocab_size
+        self.unread = slice(0, 0) if takes_no_rows(model) else slice(-1, None)  # a prefill's logits
         self.cache = BranchCache(self.layers, 0, self.device)
         self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
         self.tap: FeatureTap | None = None  # what reads its hidden states
@@ -163,7 +165,7 @@ class CachedModel:
         ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
         for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
             behind_gap = start >= self.gap.start
-            self.forward(Inputs.chain(chunk, start, self._position(start)), NO_ROWS, behind_gap)
+            self.forward(Inputs.chain(chunk, start, self._position(start)), self.unread, behind_gap)
             start += len(chunk)
             self.cache.length = max(self.cache.length, start)
 
@@ -238,6 +240,13 @@ def keep_freed_memory() -> None:
     that it has seen freed. Else a prefill's activations may come from fresh pages in every layer, which took up to a
     seventh of its time."""
     torch.empty(LARGEST_KEPT, dtype=torch.uint8)  # nobody writes to it, so that it takes no memory
+
+
+def takes_no_rows(model: PreTrainedModel) -> bool:
+    """Whether its head may be given nothing: it is as large as some layers together, and nobody asks for a prefill's
+    logits. Some quantised layers fail on empty inputs."""
+    head = model.get_output_embeddings()
+    return type(head) in (nn.Linear, PackedLinear) and all(map(is_plain, model.parameters()))
 
 
 def rows_for(tokens: int) -> int:
