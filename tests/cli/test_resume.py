@@ -169,13 +169,13 @@ def test_other_prompts_versions_and_machines_are_other_settings(bench, capsys, m
         assert bench() == 130
     report = json.loads(bench.out.read_text())
     report["request"]["versions"]["torch"] = "1.0"
-    report["request"]["machine"]["cores"] = 1000
+    report["request"]["machine"] |= {"cores": 1000, "core_isa": "none"}
     bench.out.write_text(json.dumps(report))
     bench.prompts.write_text(bench.prompts.read_text().replace("def count_words", "def count_lines"))
     capsys.readouterr()
     assert bench() == 1
     error = capsys.readouterr().err
-    for part in ("the prompts have other texts", "cores was 1000, is ", "torch was 1.0, is "):
+    for part in ("the prompts have other texts", "cores was 1000, is ", "core_isa was none, is ", "torch was 1.0, is "):
         assert part in error
     assert bench("--fresh") == 0
     assert len(figures(bench.out)) == 9

@@ -16,6 +16,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": usable_cores(),
         "memory_bytes": memory_bytes(),
         "isa": instruction_set(),
+        "core_isa": core_level(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
@@ -61,3 +62,10 @@ def instruction_set() -> str:
     import torch
 
     return str(torch.backends.cpu.get_cpu_capability())
+
+
+def core_level() -> str:
+    """The instruction-set level of our own kernels."""
+    import specbranch_ext
+
+    return str(specbranch_ext.build_info()["isa"])

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 WINDOW = 16  # positions whose tails are drafted together
 # What of a machine a text may depend on in its last bits, and what of a run the draft's words do.
-DECIDES = ("draft_context", "dtype", "device", "isa", "specbranch", "torch", "transformers", "tokenizers")
+DECIDES = ("draft_context", "dtype", "device", "isa", "core_isa", "specbranch", "torch", "transformers", "tokenizers")
 
 
 def collect(

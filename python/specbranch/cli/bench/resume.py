@@ -34,7 +34,7 @@ def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, An
     asked: dict[str, Any] = {
         "options": {**options, "device": args.device or "cpu"},
         "prompts": {"sha256": hashlib.sha256(texts.encode()).hexdigest()},
-        "machine": {name: machine[name] for name in ("cpu", "cores", "isa", "system")},
+        "machine": {name: machine[name] for name in ("cpu", "cores", "isa", "core_isa", "system")},
         "versions": versions,
     }
     as_written: dict[str, Any] = json.loads(json.dumps(asked))
