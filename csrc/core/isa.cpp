@@ -17,8 +17,8 @@
 namespace specbranch {
 namespace {
 
-// The best level but for tiles.
-Isa best_isa() {
+// Of this processor.
+Isa best_without_tiles() {
 #ifdef SPECBRANCH_X86
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
@@ -60,7 +60,7 @@ bool ask_for_amx() {
 }
 
 Isa choose_isa() {
-  const Isa below = best_isa();
+  const Isa below = best_without_tiles();
   const auto best = [&] { return below == Isa::bf16 && ask_for_amx() ? Isa::amx : below; };
   const char* asked = std::getenv("SPECBRANCH_ISA");
   if (asked == nullptr || *asked == '\0') return best();

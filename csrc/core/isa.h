@@ -22,7 +22,8 @@ namespace specbranch {
 enum class Isa { baseline, avx2, avx512, bf16, amx };
 
 // The level in use: the best one this processor has, or one named by the environment variable SPECBRANCH_ISA (read
-// once). Throws std::invalid_argument for a level that cannot run here.
+// once). `amx` also needs the operating system, which is asked to grant tiles to this process. Throws
+// std::invalid_argument for a level that cannot run here.
 Isa isa();
 const char* isa_name(Isa level);
 

@@ -10,15 +10,25 @@ from typing import Any
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, cores that this process may use, memory in bytes (None: unknown), operating system."""
+    """Processor, cores that this process may use, memory in bytes (None: unknown), the widest instruction set that
+    torch finds, operating system."""
     return {
         "cpu": cpu_model(),
         "cores": usable_cores(),
         "memory_bytes": memory_bytes(),
         "isa": instruction_set(),
-        "core_isa": core_level(),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def describe_measuring_machine() -> dict[str, Any]:
+    """The same and the instruction-set level of our own kernels, which figures and last bits depend on.
+
+    Raises what the compiled module raises where it cannot run.
+    """
+    from specbranch_ext import build_info
+
+    return {**describe_machine(), "core_isa": build_info()["isa"]}
 
 
 def describe_versions() -> dict[str, str | None]:
@@ -62,10 +72,3 @@ def instruction_set() -> str:
     import torch
 
     return str(torch.backends.cpu.get_cpu_capability())
-
-
-def core_level() -> str:
-    """The instruction-set level of our own kernels."""
-    import specbranch_ext
-
-    return str(specbranch_ext.build_info()["isa"])

@@ -11,7 +11,7 @@ from specbranch.cli.arguments import add_models, add_prompts, add_sampling, samp
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting
 from specbranch.cli.files import Output
 from specbranch.cli.loading import load_engine
-from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.cli.machine import describe_measuring_machine, describe_versions
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import progress, status
 from specbranch.text.prompts import Prompt, read_all
@@ -110,7 +110,7 @@ def machine(engine: SpecBranch) -> dict[str, object]:
         "threads": engine.pair.threads,
         "draft_context": str(engine.draft_excerpt),
     }
-    return {**describe_machine(), **describe_versions(), **run}
+    return {**describe_measuring_machine(), **describe_versions(), **run}
 
 
 def agreement(record: Record) -> float:

@@ -42,7 +42,8 @@ class CachedModel:
             keep_freed_memory()
         self.layers = model.config.get_text_config().num_hidden_layers
         self.vocabulary = model.config.get_text_config().vocab_size
-        self.unread = slice(0, 0) if takes_no_rows(model) else slice(-1, None)  # a prefill's logits
+        # Nobody asks for a prefill's logits, and a head is as large as some layers together.
+        self.prefill_keeps = slice(0, 0) if head_takes_nothing(model) else slice(-1, None)
         self.cache = BranchCache(self.layers, 0, self.device)
         self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
         self.tap: FeatureTap | None = None  # what reads its hidden states
@@ -165,7 +166,7 @@ class CachedModel:
         ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
         for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
             behind_gap = start >= self.gap.start
-            self.forward(Inputs.chain(chunk, start, self._position(start)), self.unread, behind_gap)
+            self.forward(Inputs.chain(chunk, start, self._position(start)), self.prefill_keeps, behind_gap)
             start += len(chunk)
             self.cache.length = max(self.cache.length, start)
 
@@ -242,9 +243,8 @@ def keep_freed_memory() -> None:
     torch.empty(LARGEST_KEPT, dtype=torch.uint8)  # nobody writes to it, so that it takes no memory
 
 
-def takes_no_rows(model: PreTrainedModel) -> bool:
-    """Whether its head may be given nothing: it is as large as some layers together, and nobody asks for a prefill's
-    logits. Some quantised layers fail on empty inputs."""
+def head_takes_nothing(model: PreTrainedModel) -> bool:
+    """Whether a forward may give its head an input without rows; some quantised layers fail on one."""
     head = model.get_output_embeddings()
     return type(head) in (nn.Linear, PackedLinear) and all(map(is_plain, model.parameters()))
 

@@ -1,7 +1,7 @@
 // Weights as tiles: 16 outputs, a row each, of 32 elements of `in`. What lies beyond the weight counts as 0.
 #pragma once
 
-#include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "linear/cpu/amx/inputs.h"

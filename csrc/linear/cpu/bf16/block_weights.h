@@ -93,7 +93,7 @@ struct QuadDecoder {
   // The same run: writes its four outputs' 32 elements each, one row behind the other, aligned to cache lines.
   __attribute__((always_inline)) static void decode_rows(const uint8_t* codes, const uint8_t* tops, int64_t i,
                                                          const Page& page, Bfloat16* rows) {
-    if constexpr (blocks.bits == 4) {  // looking weights up takes less than transposing saves
+    if constexpr (blocks.bits == 4) {  // whose weights are looked up, of all four outputs at once
       decode_blocks(codes, tops, i, page, [&](int number, Block block) {
         auto* const to = reinterpret_cast<__m128i*>(rows + number * block_in);
         constexpr int row = run_size * sizeof(Bfloat16) / sizeof(__m128i);
@@ -132,7 +132,7 @@ struct QuadDecoder {
     return scaled(_mm512_sub_ps(_mm512_castsi512_ps(words), zero), scale, minimum);
   }
 
-  // The places of output 0's codes of half a run, in the lowest byte of 16 words.
+  // The places of output 0's codes of half a run of 5 bits or more, in the lowest byte of 16 words.
   struct Places {
     alignas(64) uint8_t bytes[64] = {};
     constexpr Places() {
@@ -189,6 +189,7 @@ struct QuadDecoder {
   }
 };
 
+// A weight in blocks, by its quads; fetch and ahead as Dense has them.
 template <WeightFormat kind>
 struct BlockWeights {
   static constexpr WeightFormat format = kind;

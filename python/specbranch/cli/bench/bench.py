@@ -17,7 +17,7 @@ from specbranch.cli.arguments import sampling_options
 from specbranch.cli.bench import llama_peer, memory, report, vllm_peer
 from specbranch.cli.bench.peers import Peers, PeerText
 from specbranch.cli.bench.process import ROOM, PeerProcess
-from specbranch.cli.machine import describe_machine
+from specbranch.cli.machine import describe_measuring_machine
 from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
 from specbranch.core.errors import SpecBranchError
@@ -135,7 +135,7 @@ class Bench:
         self._resident_before_loading = resident_before_loading
         self._weights = memory.weight_bytes(*self._known.models)
         memory.make_resident(*self._known.models)
-        self._machine = describe_machine()
+        self._machine = describe_measuring_machine()
 
     def measured(self, lap: int) -> int:
         """How many measurements of a lap there are."""

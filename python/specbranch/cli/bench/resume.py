@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from specbranch.cli.bench import llama_peer, vllm_peer
-from specbranch.cli.machine import describe_machine, describe_versions
+from specbranch.cli.machine import describe_measuring_machine, describe_versions
 from specbranch.text.prompts import Prompt
 
 # Arguments that do not affect the measurements.
@@ -23,7 +23,7 @@ def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, An
 
     Raises ValueError where a peer of vLLM or llama.cpp is asked for and cannot be.
     """
-    machine, versions = describe_machine(), describe_versions()
+    machine, versions = describe_measuring_machine(), describe_versions()
     if any(peer in vllm_peer.NAMES for peer in args.peers):
         versions |= vllm_peer.versions()
     if any(peer in llama_peer.NAMES for peer in args.peers):
