@@ -9,12 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+import torch
+from interrupted import Tracer, file_of, named
 from jobs import NEW, PROMPTS, state
 from tiny import tiny_model
 
 from specbranch import GenerationFailed, SpecBranch
 from specbranch.core.messages import Trunk
 from specbranch.loop import DecodingLoop
+from specbranch.runtime.attention import current
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.runtime.workers import Threads
 
@@ -44,6 +47,44 @@ def test_an_interrupt_at_any_moment_leaves_the_models_as_found(bundled_pair, tex
     with ThreadPoolExecutor(1) as other:  # the locks are free too
         again = other.submit(bundled_pair.generate, PROMPTS[0], max_new_tokens=NEW, **settings)
         assert again.result(timeout=60).tokens == texts[0]
+
+
+IN_EVERY_FORWARD = {"modes.py", "attention.py", "attach.py", "locks.py", "model.py", "contextlib.py", "grad_mode.py"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "files"),
+    [
+        ({"overlap": False}, IN_EVERY_FORWARD),
+        *(
+            pytest.param(settings, None, marks=pytest.mark.nightly)
+            for settings in ({"overlap": False}, {"method": "speculative", "length": 2}, {"method": "autoregressive"})
+        ),
+    ],
+)
+def test_an_interrupt_at_every_place_leaves_nothing_in_force(bundled_pair, settings, files) -> None:
+    """Not even while its traceback is kept: no mode of torch, no context of a forward, nothing of the models."""
+
+    def generate() -> None:
+        bundled_pair.generate(PROMPTS[0][:20], max_new_tokens=3, **settings)
+
+    def in_force() -> Any:
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), current()
+        return modes, state(bundled_pair.target), state(bundled_pair.draft)
+
+    generate()
+    every, before = Tracer(), in_force()
+    every.run(generate)
+    places = [place for place in every.seen if files is None or file_of(place) in files]
+    assert len(places) > 100
+    kept = []
+    for place in places:
+        try:
+            Tracer(place).run(generate)
+        except KeyboardInterrupt as error:
+            kept = [error]
+        assert in_force() == before, named(place)
+    assert kept
 
 
 def test_an_interrupt_while_an_engine_is_made_leaves_the_models_as_found() -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from specbranch import METHODS, SpecBranch
-from specbranch.runtime.attention import TreeContext, running
+from specbranch.runtime.attention import TreeContext, run_in
 from specbranch.runtime.exact import exact_forward
 from specbranch.runtime.graphs.probe import why_not_captured
 from specbranch.runtime.model import CachedModel
@@ -163,8 +163,9 @@ def test_rows_of_several_lengths_have_the_angles_of_one_by_one(kind: str) -> Non
 
     positions = [SWITCH - 3, SWITCH - 1, SWITCH, SWITCH - 2, SWITCH + 7, SWITCH + 1, SWITCH]
     for prompt_end in (SWITCH - 4, SWITCH - 1, SWITCH, SWITCH + 3):
-        with running(TreeContext(torch.tensor(0), prompt_end=prompt_end)):
-            angles = torch.cat([part[0] for part in forward(x, torch.tensor([positions]))], -1)
+        context = TreeContext(torch.tensor(0), prompt_end=prompt_end)
+        parts = run_in(context, forward, x=x, position_ids=torch.tensor([positions]))
+        angles = torch.cat([part[0] for part in parts], -1)
         for row, position in zip(angles, positions, strict=True):
             assert torch.equal(row, alone(position, max(position, prompt_end))), (prompt_end, position)
     together = torch.cat([part[0] for part in forward(x, torch.tensor([positions]))], -1)  # outside of our forwards

@@ -13,6 +13,7 @@ from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.cache import BranchCache
 from specbranch.runtime.masks import probe_ids
+from specbranch.runtime.modes import no_grad
 from specbranch.runtime.rotary import steady_forward
 from specbranch.runtime.windows import positions_of
 
@@ -75,7 +76,7 @@ def over_a_tree(cached: CachedModel, attachment: Attachment) -> Tensor:
         cached.cache = kept
 
 
-@torch.no_grad()  # as in generate(): some quantised weights cannot do with inference mode
+@no_grad  # as in generate(): some quantised weights cannot do with inference mode
 def _one_by_one(model: PreTrainedModel) -> Tensor:
     """The model's own logits again, decoded token by token."""
     cache = DynamicCache(config=model.config)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import specbranch_ext  # noqa: F401  (it registers the op)
+from specbranch.runtime.modes import with_value
 
 ATTENTION = "specbranch"
+
+T = TypeVar("T")
 
 _tree_attention = torch.ops.specbranch.tree_attention.default
 
@@ -30,7 +32,7 @@ def no_mask(device: torch.device) -> Tensor:
 
 @dataclass
 class TreeContext:
-    """What the attention and the rotary embeddings of one forward need to know; see `running`.
+    """What the attention and the rotary embeddings of one forward need to know; see `run_in`.
 
     prefix_length: int64 [], committed cache rows. ancestors: int64 [n, words], or None for a chain of new rows.
     by_position: whether a row's bits must not depend on where the tree lies in the cache: see `tree_attention`.
@@ -75,18 +77,13 @@ class TreeContext:
 _context: ContextVar[TreeContext | None] = ContextVar("specbranch", default=None)
 
 
-@contextmanager
-def running(context: TreeContext) -> Iterator[None]:
-    """The context in which a model is called. Not an argument of the call: some models hand none to their layers."""
-    token = _context.set(context)
-    try:
-        yield
-    finally:
-        _context.reset(token)
+def run_in(context: TreeContext, forward: Callable[..., T], **inputs: Any) -> T:
+    """What a model's forward returns. The context is no argument of it: some models hand none to their layers."""
+    return with_value(_context, context, forward, **inputs)
 
 
 def current() -> TreeContext | None:
-    """What `running` was given; None outside."""
+    """That of `run_in`; None outside."""
     return _context.get()
 
 
@@ -105,7 +102,7 @@ def specbranch_attention(
     """Tree attention for transformers' AttentionInterface.
 
     query [1, Hq, n, D] with RoPE applied; key, value [1, Hkv, capacity, D], the branch cache's whole buffers.
-    Returns [1, n, Hq, D] and no weights. Outside `running` it is transformers' own sdpa attention.
+    Returns [1, n, Hq, D] and no weights. Outside `run_in` it is transformers' own sdpa attention.
     """
     context = current()
     if context is None:

@@ -12,6 +12,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.tree import MOST_NODES
+from specbranch.runtime.modes import inference
 from specbranch_ext import kv_commit
 
 MAX_BACKLOG = 16  # rows for text that is caught up with in the same forward
@@ -140,7 +141,7 @@ class BranchCache(Cache):
         start = self.length
         self.move(self.accept(path, survivors or {}), start)
 
-    @torch.inference_mode()  # the buffers are inference tensors: they were made in a forward
+    @inference  # the buffers are inference tensors: they were made in a forward
     def move(self, rows: Sequence[int], start: int) -> None:
         """Move cache rows, in order, to `start` and behind it."""
         if rows:

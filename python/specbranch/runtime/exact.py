@@ -12,6 +12,7 @@ from transformers.activations import ACT2CLS, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 import specbranch_ext  # noqa: F401  (it registers the op)
+from specbranch.runtime.modes import no_grad
 from specbranch.runtime.rotary import chooses_by_length, on_one_thread, row_by_row
 from specbranch.runtime.rows.functions import fits_linear, in_whole_vectors
 from specbranch.runtime.rows.routes import own_forward, replacement, routed_forward
@@ -61,7 +62,7 @@ def known(module: nn.Module, device: torch.device) -> Callable[..., Any] | None:
     return None
 
 
-@torch.no_grad()
+@no_grad
 def row_major(module: nn.Module) -> Tensor:
     """A contiguous copy [out, in] of the weight, in memory that is kept for it."""
     weight = module.weight.T if type(module) is Conv1D else module.weight

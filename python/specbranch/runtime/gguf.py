@@ -31,6 +31,7 @@ from specbranch.core.checks import number, shown, whole
 from specbranch.core.errors import SpecBranchError, SpecBranchWarning
 from specbranch.runtime.checkpoint import MOST_LAYERS, faults_of
 from specbranch.runtime.gguf_file import GgufFile, GgufTensor
+from specbranch.runtime.modes import no_grad
 from specbranch.runtime.packed import Place, holders_of, put
 from specbranch_ext import PackedWeight, pack_blocks
 
@@ -208,7 +209,7 @@ def without_values(file: GgufFile) -> PreTrainedModel:
     return model
 
 
-@torch.no_grad()
+@no_grad
 def load(file: GgufFile, arithmetic: str) -> PreTrainedModel:
     """The model, weights that are in blocks packed. arithmetic: of these; see specbranch_ext.pack_blocks.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from specbranch.runtime.attach import Attachment
+from specbranch.runtime.modes import no_grad, with_value
 from specbranch.runtime.rotary import steady_forward
 from specbranch.runtime.weights import execution_device
 from specbranch.runtime.windows import MaskFunction, OtherMask, positions_of, window_of
@@ -66,13 +68,7 @@ def probe(model: PreTrainedModel) -> tuple[list[LayerCall], Tensor]:
     [rows, V], which on the meta device have no values."""
     seen = _Probe(model.config.get_text_config())
 
-    def forward() -> Tensor:
-        token = _probe.set(seen)
-        try:
-            return _forward(model)
-        finally:
-            _probe.reset(token)
-
+    forward = partial(with_value, _probe, seen, _forward, model)
     logits = Attachment([model], attention=PROBE, forward_of=steady_forward).turn(forward)
     return seen.calls, logits
 
@@ -82,7 +78,7 @@ def own_logits(model: PreTrainedModel) -> Tensor:
     return Attachment([model], attention=None, forward_of=steady_forward).turn(lambda: _forward(model))
 
 
-@torch.no_grad()  # as in generate(): some quantised weights cannot do with inference mode
+@no_grad  # as in generate(): some quantised weights cannot do with inference mode
 def _forward(model: PreTrainedModel) -> Tensor:
     ids = probe_ids(model)
     logits: Tensor = model(

@@ -15,11 +15,12 @@ from specbranch.core.errors import SpecBranchError
 from specbranch.core.excerpt import NO_GAP
 from specbranch.runtime.agreement import check_agreement
 from specbranch.runtime.attach import Attachment
-from specbranch.runtime.attention import TreeContext, no_mask, running
+from specbranch.runtime.attention import TreeContext, no_mask, run_in
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.fused.probe import leave_different
 from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.modes import inference
 from specbranch.runtime.packed import PackedLinear
 from specbranch.runtime.rotary import context_length
 from specbranch.runtime.rows.functions import is_plain
@@ -202,7 +203,7 @@ class CachedModel:
             len(nodes),
         )
 
-    @torch.inference_mode()
+    @inference
     def forward(self, inputs: Inputs, keep: slice = slice(None), behind_gap: bool = True) -> Tensor:
         """One forward; logits of the rows that `keep` selects, [n, V], in the model's dtype. behind_gap: where its rows
         are, if the text has a gap."""
@@ -213,15 +214,16 @@ class CachedModel:
         context = TreeContext(
             inputs.prefix, inputs.ancestors, by_position, self.support.windows, self.prompt_end, first
         )
-        with running(context):
-            out = self.model(
-                input_ids=inputs.ids[None],
-                position_ids=inputs.positions[None],
-                attention_mask=no_mask(self.device),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=keep,
-            )
+        out = run_in(
+            context,
+            self.model,
+            input_ids=inputs.ids[None],
+            position_ids=inputs.positions[None],
+            attention_mask=no_mask(self.device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        )
         if context.calls != self.layers:
             raise SpecBranchError(
                 f"{type(self.model).__name__} called the registered attention in {context.calls} of "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specbranch.runtime.modes import inference, no_grad
 from specbranch.runtime.packed import PackedLinear, Place, is_in_blocks, places_of
 from specbranch_ext import PackedWeight, build_info, linear, pack_weight, packed_linear
 
@@ -23,7 +24,7 @@ WORTH_IT = 0.97  # of the time over the weights as they were
 LEAST = 64 << 20  # bytes: what is smaller may stay in the caches
 
 
-@torch.inference_mode()
+@inference
 def packed_sample(weights: Sequence[Tensor], threads: int | None) -> dict[int, PackedWeight]:
     """Some of the weights, packed losslessly, by their id; nothing if products over them are not faster so."""
     sample: list[Tensor] = []
@@ -36,7 +37,7 @@ def packed_sample(weights: Sequence[Tensor], threads: int | None) -> dict[int, P
     return {id(weight): each for weight, each in zip(weights, packed, strict=False)}
 
 
-@torch.no_grad()
+@no_grad
 def expand_slow(model: nn.Module, threads: int | None) -> None:
     """Replace weights in blocks, for exact products, by their values in bfloat16 where these are faster.
 
@@ -79,8 +80,8 @@ def _expand(place: Place) -> None:
 def _time_over_dense(dense: Sequence[Tensor], packed: Sequence[PackedWeight], threads: int | None) -> float:
     """The time of products over packed weights, of that over the same ones as they were."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
     try:
+        torch.set_num_threads(threads or before)
         ratios = [_ratio(dense, packed, rows) for rows in SAMPLE_ROWS]
     finally:
         torch.set_num_threads(before)

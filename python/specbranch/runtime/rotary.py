@@ -101,8 +101,8 @@ def _numbers(values: Any) -> Iterable[int]:
 def on_one_thread(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """torch's sine and cosine, MKL's, wake all threads for as few as 128 numbers."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         return type(module).forward(module, *args, **kwargs)
     finally:
         torch.set_num_threads(threads)

@@ -20,6 +20,7 @@ from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS
 from specbranch.runtime.device import Device, Host, Mark, step_between
 from specbranch.runtime.model import CachedModel
+from specbranch.runtime.modes import inference
 from specbranch.stages import ShouldContinue
 from specbranch_ext import draft_sample, verify
 
@@ -127,7 +128,7 @@ class EagerRunner:
         with self.device.running():
             self.model.cache.commit(path, survivors)
 
-    @torch.inference_mode()
+    @inference
     def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingVerdict:
         begin = self.device.mark()
         with self.device.running():
@@ -144,7 +145,7 @@ class EagerRunner:
         self.device.copy(host, result)
         return PendingVerdict(host, begin, self.device.mark(), len(batch), self.model.hidden)
 
-    @torch.inference_mode()
+    @inference
     def draft(
         self,
         batch: Batch,

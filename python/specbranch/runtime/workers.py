@@ -117,8 +117,8 @@ class Threads:
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
         """The caller's thread uses the draft's share of the threads in this block."""
-        torch.set_num_threads(self.draft)
         try:
+            torch.set_num_threads(self.draft)
             yield
         finally:
             torch.set_num_threads(self.threads)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specbranch.runtime.modes import no_grad
 from specbranch.runtime.packed import PackedLinear
 from specbranch.runtime.rows.functions import is_plain
 from specbranch_ext import PackedWeight, pack_weight
@@ -43,7 +44,7 @@ def joined(modules: Sequence[Any]) -> Tensor | None:
     return parts[0].as_strided((sum(len(part) for part in parts), parts[0].shape[1]), (parts[0].shape[1], 1))
 
 
-@torch.no_grad()
+@no_grad
 def join(modules: Sequence[Any]) -> None:
     """Lay the weights of layers behind each other in new memory, where they are of one kind; else they stay."""
     first = modules[0]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.cache import BranchCache
 from specbranch.runtime.model import CachedModel
+from specbranch.runtime.modes import inference
 from specbranch.runtime.rotary import kinds_by_length
 from specbranch.runtime.support import meta_twin, places
 from specbranch_ext import draft_sample, verify
@@ -33,7 +34,7 @@ def why_not_captured(model: PreTrainedModel) -> str | None:
     return None
 
 
-@torch.inference_mode()
+@inference
 def _probe(cached: CachedModel) -> None:
     meta = torch.device("meta")
     cached.cache = BranchCache(cached.layers, 2 * PROBED_ROWS, meta)

@@ -23,6 +23,7 @@ from specbranch.runtime.device import Graph, GraphDevice, Mark, step_between
 from specbranch.runtime.graphs.memory import STEPS, StaticCommit, StaticInputs, StaticSamples
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
+from specbranch.runtime.modes import inference
 from specbranch.runtime.runner import EagerRunner, PendingVerdict, Samples
 from specbranch.stages import ShouldContinue
 from specbranch_ext import draft_sample, kv_commit, verify
@@ -257,14 +258,14 @@ class CapturedRunner:
             self._committing[size] = self._capture(lambda: kv_commit(buffers, static.rows[:size], static.start))
         return self._committing[size]
 
+    @inference
     def _capture(self, run: Callable[[], None]) -> Graph:
         """Run once, over padding, so that whatever is set up lazily is there; then capture."""
-        with torch.inference_mode():
-            self.inputs.clear()
-            with self.device.running():
-                run()
-            self.device.mark().wait()
-            return self.device.capture(run)
+        self.inputs.clear()
+        with self.device.running():
+            run()
+        self.device.mark().wait()
+        return self.device.capture(run)
 
 
 def fitting(sizes: Sequence[int], n: int) -> int:

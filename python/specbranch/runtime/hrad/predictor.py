@@ -24,6 +24,7 @@ from specbranch.core.messages import FORECASTS, Forecast
 from specbranch.runtime.choices import ROUNDS
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.identity import identify
+from specbranch.runtime.modes import inference
 
 FORMAT = "specbranch-hrad-2"
 PREDICTOR = "hrad.safetensors"  # one file, so that it is whole or not there; no name of a checkpoint's
@@ -68,7 +69,7 @@ class HRad(nn.Module):
         logits: Tensor = self.layers((features.float() - self.mean) * self.scale)
         return logits
 
-    @torch.inference_mode()
+    @inference
     def predict(self, features: Tensor) -> Forecast:
         """The forecast after one verdict; features [F]."""
         return Forecast(*self(features[None].to(self.mean.device))[0].softmax(0).tolist())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from specbranch.core.errors import SpecBranchError
+from specbranch.runtime.modes import inference
 
 LAYERS = 4  # the last K layers; K = 4 in the paper
 
@@ -41,7 +42,7 @@ class FeatureTap:
         """What the layers gave in the newest forward, each [rows, hidden]; in a captured step, where it will lie."""
         return list(self._hidden)
 
-    @torch.inference_mode()
+    @inference
     def rows(self, rows: slice, tokens: list[int], hidden: list[Tensor] | None = None) -> Tensor:
         """Features at several rows of a forward, each with the token after it: [n, features]. hidden: of which forward;
         None for the newest."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers import Cache
 
+from specbranch.runtime.modes import inference
 from specbranch.runtime.rows.routes import RowByRow
 from specbranch.runtime.rows.trace import Call, Judged, distance
 
@@ -41,7 +42,7 @@ def mixes(module: nn.Module, judged: Judged) -> bool:
     return judged.error > GROSS if error is None else error > MIXED
 
 
-@torch.inference_mode()
+@inference
 def error_among(module: nn.Module, judged: Judged, beside: Beside, rows: int) -> float | None:
     """How far off a recorded row is as the second of so many, the others being made of it; None where that cannot be
     asked of the module."""

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from specbranch.runtime.cache import TREE_ROWS
+from specbranch.runtime.modes import outside_inference
 from specbranch.runtime.rows.functions import ExactFunctions, is_plain
 from specbranch.runtime.rows.trace import Places
 
@@ -56,7 +57,7 @@ def routed_forward(module: nn.Module) -> Forward | None:
         return None
     forward = own_forward(module) or partial(type(module).forward, module)
     if foreign:
-        forward = partial(_outside_inference_mode, forward)
+        forward = outside_inference(forward)  # they make wrappers around views, which inference tensors do not allow
     return replacement(module, forward) if route is None else replacement(module, route, forward)
 
 
@@ -64,12 +65,6 @@ def has_foreign_weights(module: nn.Module) -> bool:
     """Whether a weight of its own is a tensor subclass: a quantised, packed or distributed one."""
     own = (*module._parameters.values(), *module._buffers.values())
     return any(weight is not None and not is_plain(weight) for weight in own)
-
-
-def _outside_inference_mode(forward: Forward, *args: Any, **kwargs: Any) -> Any:
-    """Subclasses make wrappers around views, which inference tensors do not allow."""
-    with torch.inference_mode(False), torch.no_grad():
-        return forward(*args, **kwargs)
 
 
 def exact_functions(forward: Forward, *args: Any, **kwargs: Any) -> Any:
