@@ -73,6 +73,8 @@ def test_no_import_points_upward() -> None:
         ("specbranch.loop", ("numpy", "torch", "transformers")),
         ("specbranch.policies.methods", ("torch", "transformers")),
         ("specbranch", ("torch", "transformers")),
+        ("specbranch_ext", ("transformers", "specbranch")),
+        ("specbranch_ext.integrations.transformers", ("specbranch",)),
     ],
 )
 def test_what_an_import_loads(module: str, never: tuple[str, ...]) -> None:
