@@ -165,7 +165,7 @@ def test_the_draft_follows_what_has_no_state() -> None:
         for method in ("speculative", "specbranch", "pearl"):
             stats = engine.generate(PROMPT, max_new_tokens=24, method=method, overlap=False, **rules, **more).stats
             assert stats.rejected == 0, (method, more)
-            assert stats.accepted > 6
+            assert stats.accepted > 12 or method == "specbranch"  # which drafts where that pays
 
 
 def test_what_the_draft_may_call() -> None:
