@@ -15,6 +15,7 @@ model that honours transformers' AttentionInterface can be used.
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +104,8 @@ class TreeModel:
         self.model, self.capacity, self.length = model, capacity, 0
         self.layers = [Layer(self) for _ in range(model.config.num_hidden_layers)]
         self.cache = Cache(layers=self.layers)
+        named = inspect.signature(type(model).forward).parameters
+        self.cache_argument = "cache" if "cache" in named else "past_key_values"  # its name before transformers 5.24
 
     @torch.inference_mode()
     def forward(self, tokens: Sequence[int], parents: Tensor | None = None) -> Tensor:
@@ -112,9 +115,9 @@ class TreeModel:
         output = self.model(
             input_ids=torch.tensor([list(tokens)]),
             position_ids=(self.length + depths)[None],
-            past_key_values=self.cache,
             prefix=self.length,
             ancestors=None if mask is None else mask.ancestors,
+            **{self.cache_argument: self.cache},
         )
         logits: Tensor = output.logits[0]
         return logits
