@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from specbranch.core.checks import choice, shown
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.extras import check_installed
 from specbranch.runtime import gguf
 from specbranch.runtime.adapters import add_adapter, base_of_adapter
 from specbranch.runtime.checkpoint import (
@@ -87,6 +88,8 @@ def load_model(
         arithmetic = choice(f"{role}_arithmetic", arithmetic, ARITHMETICS)
     if isinstance(source, nn.Module):  # peft's models are no PreTrainedModel
         return source
+    if device_map is not None:
+        check_installed("device_map", "accelerate")
     wanted, place = _dtype(dtype), _device(device)
     name = resolve(source, role)
     if is_gguf(name):
