@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser = build_parser()
         if not arguments:
             parser.print_help()
+            sys.stdout.flush()
             return 0
         args = parser.parse_args(arguments)
         args.argv = arguments
