@@ -64,7 +64,7 @@ def _side_by_side(prompt: str, result: dict[str, Generation]) -> Table:
 
     table = Table(title=Text(prompt.rstrip("\n"), style="dim"), title_justify="left", expand=True)
     for method in NAMES:
-        table.add_column(NAMES[method], ratio=1)
+        table.add_column(NAMES[method], ratio=1, overflow="fold")
     table.add_row(*(Text(result[method].text, overflow="fold") for method in NAMES))
     table.add_section()
     table.add_row(*(_speed(result[method].stats.as_dict()) for method in NAMES))
