@@ -88,12 +88,12 @@ def load_model(
         arithmetic = choice(f"{role}_arithmetic", arithmetic, ARITHMETICS)
     if isinstance(source, nn.Module):  # peft's models are no PreTrainedModel
         return source
-    if device_map is not None:
-        check_installed("device_map", "accelerate")
     wanted, place = _dtype(dtype), _device(device)
     name = resolve(source, role)
     if is_gguf(name):
         return _load_gguf(name, role, wanted, place, device_map, arithmetic)
+    if device_map is not None:
+        check_installed("device_map", "accelerate")
     base = base_of_adapter(name, role)
     model = _load_whole(name if base is None else base, role, wanted, device_map, trust_remote_code)
     if base is not None:
