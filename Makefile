@@ -3,6 +3,7 @@
 # make gate   the CUDA kernels for every architecture (needs nvcc)       make clean  remove what was built
 # make sanitize  the emulated CUDA kernels under sanitizers             make nightly  the tests with their long versions
 # make quantised  the tests with libraries that quantise, adapt and offload models
+# make oldest  some tests with the oldest transformers     make artefacts  sdist and wheel, built and installed
 #
 # Needed: Python 3.10 or newer, and g++ (or clang++). Everything else comes from pip, into $(VENV).
 
@@ -32,7 +33,7 @@ TIDY_FLAGS = -std=c++17 -Icsrc $(shell $(BIN)/python -m pybind11 --includes) -Wa
 	$(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3 -DSPECBRANCH_ISA=avx2 -DSPECBRANCH_X86 -DSPECBRANCH_AMX)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test nightly quantised lint bench gate sanitize arm clean install
+.PHONY: demo test nightly quantised oldest artefacts lint bench gate sanitize arm clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -54,6 +55,25 @@ $(VENV)/quantised: $(VENV)/.installed
 	$(BIN)/python -c 'from importlib.metadata import requires; print(*(each.partition(";")[0] for each in \
 		requires("specbranch") if "quantised" in each), sep="\n")' > $(VENV)/quantised.txt
 	$(BIN)/python -m pip install -q --no-deps --target $@ -r $(VENV)/quantised.txt
+
+# The oldest transformers that pyproject.toml allows, over the newest one: its cache, masks, generation settings
+# and fused layers.
+# The last huggingface_hub that it takes comes with what that needs, none of which is large.
+OLDEST := $(shell sed -n 's/^transformers = \["transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+
+oldest: $(VENV)/oldest
+	PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not quantised" tests/loop/test_lossless.py \
+		tests/ops/test_examples.py tests/runtime/test_cache_argument.py tests/runtime/test_fused.py \
+		tests/runtime/test_generation_config.py
+
+$(VENV)/oldest: $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/python -m pip install -q --target $@ 'huggingface_hub>=1.5,<2'
+	$(BIN)/python -m pip install -q --no-deps --target $@ transformers==$(OLDEST).0
+
+# The source distribution and the wheel as users get them, each in an environment of its own.
+artefacts: install
+	$(BIN)/python scripts/check_artefacts.py --out dist
 
 lint: install
 	$(BIN)/ruff check .

@@ -17,8 +17,8 @@ class CMakeBuild(build_ext):
     """Configure and build with CMake and ninja, into the folder where setuptools expects the module.
 
     Environment: SPECBRANCH_CUDA = auto (default), 1 (fail when it cannot be built) or 0;
-    SPECBRANCH_CUDA_ARCHITECTURES, for example "80;90"; CMAKE_BUILD_PARALLEL_LEVEL; CMAKE_ARGS, more arguments for
-    CMake, quoted as in a shell.
+    SPECBRANCH_CUDA_ARCHITECTURES, for example "80;90", or "all" of the release list; CMAKE_BUILD_PARALLEL_LEVEL;
+    CMAKE_ARGS, more arguments for CMake, quoted as in a shell.
     """
 
     def build_extension(self, ext: Extension) -> None:

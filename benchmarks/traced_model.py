@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from specbranch.replay.record import TAIL, RecordedText
+from specbranch.runtime.cache_argument import cache_argument
 
 CERTAIN = 1e4  # a logit that no other one reaches
 
@@ -150,18 +151,17 @@ class Traced:
         self,
         input_ids: Tensor,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         logits_to_keep: int | slice | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            cache = kwargs.get(cache_argument(type(self)))
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
         parent: Any = super()
         output = parent.forward(
             input_ids=input_ids,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             logits_to_keep=logits_to_keep,
             **kwargs,
         )

@@ -3,6 +3,8 @@
 set(SPECBRANCH_WITH_CUDA OFF)
 set(SPECBRANCH_CUDA_REASON "")
 set(SPECBRANCH_CUDA_RELEASE_ARCHITECTURES 80 86 89 90 100 120)
+# Machine code for 8.x, and PTX that the driver of any newer device compiles when it first runs a kernel.
+set(SPECBRANCH_CUDA_DEFAULT_ARCHITECTURES 80)
 
 if(NOT SPECBRANCH_CUDA MATCHES "^(auto|0|1)$")
   message(FATAL_ERROR "SPECBRANCH_CUDA is '${SPECBRANCH_CUDA}'; expected auto, 0 or 1")
@@ -23,8 +25,10 @@ if(SPECBRANCH_CUDA STREQUAL "1" AND NOT SPECBRANCH_WITH_CUDA)
 endif()
 
 if(SPECBRANCH_WITH_CUDA)
-  # Asked for, else those of the devices here, else all of the release list.
-  if(SPECBRANCH_CUDA_ARCHITECTURES)
+  # Asked for, else those of the devices here, else one for all.
+  if(SPECBRANCH_CUDA_ARCHITECTURES STREQUAL "all")
+    set(CMAKE_CUDA_ARCHITECTURES ${SPECBRANCH_CUDA_RELEASE_ARCHITECTURES})
+  elseif(SPECBRANCH_CUDA_ARCHITECTURES)
     set(CMAKE_CUDA_ARCHITECTURES ${SPECBRANCH_CUDA_ARCHITECTURES})
   else()
     find_program(SPECBRANCH_NVIDIA_SMI nvidia-smi)
@@ -43,7 +47,7 @@ if(SPECBRANCH_WITH_CUDA)
     if(found)
       set(CMAKE_CUDA_ARCHITECTURES ${found})
     else()
-      set(CMAKE_CUDA_ARCHITECTURES ${SPECBRANCH_CUDA_RELEASE_ARCHITECTURES})
+      set(CMAKE_CUDA_ARCHITECTURES ${SPECBRANCH_CUDA_DEFAULT_ARCHITECTURES})
     endif()
   endif()
   enable_language(CUDA)

@@ -1,4 +1,7 @@
-"""The source distribution: all that its build reads, nothing that was built; and how CMAKE_ARGS is read."""
+"""The source distribution: all that its build reads, nothing that was built; and how CMAKE_ARGS is read.
+
+`make artefacts` builds and installs it, and a wheel of it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,9 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import venv
-import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[1]
 READ_BY_THE_BUILD = (
@@ -67,44 +67,6 @@ def test_the_sdist_has_all_that_its_build_reads(checkout: Path, tmp_path: Path) 
     assert sorted(expected - names) == []
     made = {"PKG-INFO", "setup.cfg", "CHANGELOG.md"}
     assert sorted(name for name in names - expected - made if not name.startswith("specbranch.egg-info/")) == []
-
-
-@pytest.mark.nightly
-def test_a_wheel_of_the_sdist_generates_text(checkout: Path, tmp_path: Path) -> None:
-    """Built from the unpacked archive, installed into a fresh environment, run from another folder."""
-    shutil.unpack_archive(sdist(checkout, tmp_path), tmp_path / "unpacked", filter="data")
-    (source,) = (tmp_path / "unpacked").iterdir()
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "SPECBRANCH_CUDA": "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(source),
-    ]
-    subprocess.run(command, env=environment, check=True, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as content:
-        assert not [name for name in content.namelist() if "_emulated" in name or name.startswith("csrc")]
-    venv.create(tmp_path / "venv", with_pip=True)
-    bin = tmp_path / "venv" / "bin"
-    (packages,) = (tmp_path / "venv").glob("lib/python*/site-packages")
-    (packages / "others.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # torch and transformers of here
-    subprocess.run([bin / "pip", "install", "-q", "--no-deps", wheel], env=environment, check=True)
-    line = ["generate", "--target", "bundled", "--draft", "bundled", "--prompt", "x", "--max-new-tokens", "4"]
-    done = subprocess.run(
-        [bin / "specbranch", *line], env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip()
-    code = "import specbranch, specbranch_ext._C as c; print(specbranch.__file__, c.__file__)"
-    where = [str(bin / "python"), "-c", code]
-    homes = subprocess.run(where, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    assert all(home.startswith(str(packages)) for home in homes.split())
 
 
 # ---- CMAKE_ARGS

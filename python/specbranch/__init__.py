@@ -64,4 +64,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'specbranch' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "SpecBranch":  # the ops and the values need none of it
+        from specbranch.core.extras import check_installed
+
+        check_installed("specbranch.SpecBranch", "transformers")
     return getattr(import_module(f"specbranch.{_HOME[name]}"), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -99,6 +100,42 @@ def test_autoregressive_needs_no_draft_and_gives_the_same_text(capsys):
     plain = capsys.readouterr().out
     assert cli.main(["generate", *PAIR, *options, "--overlap", "on", "--threads", "2"]) == 0
     assert capsys.readouterr().out == plain
+
+
+@pytest.mark.parametrize("given", [f"{PROMPT}\n", f"{PROMPT}\r\n", f"{PROMPT}\n\n", PROMPT])
+def test_a_prompt_of_standard_input_is_all_of_it_but_a_newline_at_its_end(capsys, monkeypatch, given):
+    prompt = f"{PROMPT}\n" if given.endswith("\n\n") else PROMPT
+    options = ["--max-new-tokens", "8", "--json"]
+    assert cli.main(["generate", *PAIR, "--prompt", prompt, *options]) == 0
+    expected = json.loads(capsys.readouterr().out)["tokens"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    assert cli.main(["generate", *PAIR, "--prompt", "-", *options]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (b"", "standard input: is empty; expected the prompt"),
+        (b"\n", "standard input: is empty; expected the prompt"),
+        (None, "standard input: is empty; expected the prompt"),
+        (b"a\xff", "standard input: not UTF-8 (invalid start byte at byte 1)"),
+    ],
+)
+def test_standard_input_that_is_no_prompt_is_refused_before_anything_is_loaded(capsys, monkeypatch, given, expected):
+    monkeypatch.setattr("specbranch.cli.generate.load_engine", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr("sys.stdin", None if given is None else io.TextIOWrapper(io.BytesIO(given)))
+    assert failure(capsys, "generate", *PAIR, "--prompt", "-") == f"specbranch: error: {expected}"
+
+
+def test_without_a_command_there_is_help(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: specbranch ")
+    assert all(command in shown for command in cli.COMMANDS)
+    done = subprocess.run([sys.executable, "-m", "specbranch"], capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, shown, "")
+    assert "the following arguments are required: COMMAND" in usage_error(capsys, "--threads=2")
 
 
 def test_stop_text_ends_the_output(capsys):

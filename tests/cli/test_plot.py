@@ -100,7 +100,9 @@ def test_what_cannot_be_drawn_is_refused_before_anything_is_loaded(
     capsys, monkeypatch, tmp_path, name, missing, expected
 ):
     monkeypatch.setattr("specbranch.cli.bench.command.load_engine", lambda args: pytest.fail("loaded"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if missing else object())
+    monkeypatch.setattr(
+        "specbranch.core.extras.find_spec", lambda name: None if missing and name == "matplotlib" else object()
+    )
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps(bundled.prompts()[0]))
     assert cli.main(["bench", *PAIR, "--prompts", str(prompts), "--plot", str(tmp_path / name)]) == 1

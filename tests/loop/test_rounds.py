@@ -102,7 +102,7 @@ def assert_holds(cache: BranchCache, cached: CachedModel, text: list[int]) -> No
     """The committed rows equal the K/V of a fresh forward over the text."""
     fresh = DynamicCache(config=cached.model.config)
     with torch.no_grad():
-        cached.model(torch.tensor([text[: cache.length]]), past_key_values=fresh)
+        cached.model(torch.tensor([text[: cache.length]]), **{cached.cache_argument: fresh})
     for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
         for name in ("keys", "values"):
             held = getattr(ours, name)[:, :, : cache.length]

@@ -13,7 +13,10 @@ from specbranch.runtime.placement import make_runner
 from specbranch.runtime.support import check_supported
 
 TOO_OLD = "the driver is for CUDA 12.4 and this build needs CUDA 13.0"
-NOT_BUILT = "it has compute capability 7.5 and this build is for 80,90; SPECBRANCH_CUDA_ARCHITECTURES=75 builds for it"
+NOT_BUILT = (
+    "it has compute capability 7.5 and this build is for 80,90; "
+    "SPECBRANCH_CUDA_ARCHITECTURES=75 builds for it, =all for every release"
+)
 
 
 @pytest.fixture
@@ -37,6 +40,41 @@ def test_a_driver_or_an_architecture_that_cannot_run_the_kernels(
     monkeypatch.setattr(doctor, "_cuda_runtime", lambda: "")
     assert f"A GPU: {problem}" in doctor._cuda()["why_not"]
     assert not doctor._cuda()["usable"]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "noted"),
+    [
+        (["80"], (8, 0), False),
+        (["80"], (8, 6), False),  # machine code runs on the later ones of its generation
+        (["80"], (9, 0), True),
+        (["80-virtual"], (8, 0), True),
+        (["89", "90-real"], (8, 6), True),
+        (["89", "90-real"], (9, 0), False),
+        (["80", "90a", "120"], (12, 0), False),
+        (["80", "90", "100"], (12, 1), True),
+    ],
+)
+def test_kernels_that_come_from_ptx_are_noted(
+    on_a_gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    architectures: list[str],
+    capability: tuple[int, int],
+    noted: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(specbranch_ext, "cuda_device_problem", lambda index: "")  # as the runtime says, of PTX too
+    monkeypatch.setattr(doctor, "_core", lambda: {"cuda": True, "cuda_architectures": architectures})
+    monkeypatch.setattr(doctor, "_cuda_runtime", lambda: "")
+    found = doctor._cuda()
+    assert found["usable"]
+    assert len(found["notes"]) == noted
+    if noted:
+        asked = f"SPECBRANCH_CUDA_ARCHITECTURES={capability[0]}{capability[1]} "
+        assert found["notes"][0].startswith("A GPU: its driver compiles the kernels from PTX (")
+        assert asked in found["notes"][0]
+        assert "=all for every release" in found["notes"][0]
 
 
 def test_a_build_without_kernels(on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

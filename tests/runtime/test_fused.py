@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -176,6 +177,20 @@ def test_code_that_means_something_else_is_not_the_same() -> None:
     assert not same_code(scaled, rotate_half)
     assert not same_code(scaled, scaled_more)  # nor are these of transformers
     assert not same_code(None, rotate_half)
+
+
+def test_a_decorated_forward_is_known_by_what_was_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers decorates those of attention layers since 5.24; their rotary function stands in what was written."""
+    model = family_model(family_config("llama"))
+    kind = type(next(layers_of(model)).self_attn)
+    written = kind.forward
+
+    @functools.wraps(written)
+    def decorated(*args: Any, **kwargs: Any) -> Any:
+        return written(*args, **kwargs)
+
+    monkeypatch.setattr(kind, "forward", decorated)
+    assert all(isinstance(fused_of(layer), Layer) for layer in layers_of(model))
 
 
 def test_a_forward_that_somebody_put_into_a_class_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.mistral import modeling_mistral
 
 from specbranch import METHODS, SpecBranch, SpecBranchError
+from specbranch.runtime.cache_argument import cache_argument
 from specbranch.runtime.masks import probe_ids
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.support import Support, check_supported
@@ -285,9 +286,9 @@ def test_a_model_that_does_not_go_by_its_positions_is_refused(
         vars(model)["hf_device_map"] = {"model.layers.0": 0, "model.layers.1": 1}
     forward = model.model.forward
 
-    def counted(input_ids: Tensor, past_key_values: Any, position_ids: Tensor, **kwargs: Any) -> Any:
-        places = torch.arange(input_ids.shape[1])[None] + past_key_values.get_seq_length()
-        return forward(input_ids, past_key_values=past_key_values, position_ids=places, **kwargs)
+    def counted(input_ids: Tensor, position_ids: Tensor, **kwargs: Any) -> Any:
+        places = torch.arange(input_ids.shape[1])[None] + kwargs[cache_argument(type(model))].get_seq_length()
+        return forward(input_ids, position_ids=places, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", counted)
     check_supported(model, "target")

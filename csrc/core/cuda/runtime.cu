@@ -19,13 +19,19 @@ std::string problem_of(cudaError_t error, int device) {
   if (error == cudaErrorInsufficientDriver) {
     return "the driver is for CUDA " + version_text(driver) + " and this build needs CUDA " + version_text(runtime);
   }
+  int major = 0, minor = 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  const std::string remedy = "; SPECBRANCH_CUDA_ARCHITECTURES=" + std::to_string(major) + std::to_string(minor) +
+                             " builds for it, =all for every release";
+  const std::string capability = "it has compute capability " + std::to_string(major) + "." + std::to_string(minor);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    int major = 0, minor = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    return "it has compute capability " + std::to_string(major) + "." + std::to_string(minor) +
-           " and this build is for " SPECBRANCH_CUDA_ARCHITECTURES "; SPECBRANCH_CUDA_ARCHITECTURES=" +
-           std::to_string(major) + std::to_string(minor) + " builds for it";
+    return capability + " and this build is for " SPECBRANCH_CUDA_ARCHITECTURES + remedy;
+  }
+  // A driver runs machine code of newer toolkits than its own, but compiles none of their PTX.
+  if (error == cudaErrorUnsupportedPtxVersion) {
+    return capability + ", this build is for " SPECBRANCH_CUDA_ARCHITECTURES ", and the driver, for CUDA " +
+           version_text(driver) + ", compiles no PTX of CUDA " + version_text(runtime) + remedy;
   }
   return cudaGetErrorString(error);
 }

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-from rich.text import Text
-
 from specbranch.cli.arguments import whole
 from specbranch.cli.loading import load_pair
 from specbranch.cli.messages import FAILURE
+from specbranch.cli.tables import FoldedTable, figures, key
 from specbranch.cli.terminal import output_console, progress
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from specbranch import Generation
 
 NAMES = {"autoregressive": "autoregressive", "specbranch": "SpecBranch"}  # as shown, by method
@@ -59,9 +59,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _side_by_side(prompt: str, result: dict[str, Generation]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(title=Text(prompt.rstrip("\n"), style="dim"), title_justify="left", expand=True)
     for method in NAMES:
-        table.add_column(NAMES[method], ratio=1)
+        table.add_column(NAMES[method], ratio=1, overflow="fold")
     table.add_row(*(Text(result[method].text, overflow="fold") for method in NAMES))
     table.add_section()
     table.add_row(*(_speed(result[method].stats.as_dict()) for method in NAMES))
@@ -75,22 +78,21 @@ def _speed(stats: dict[str, Any]) -> str:
     return line
 
 
-def _summary(results: Sequence[dict[str, Generation]]) -> Table:
-    table = Table(title="medians", title_justify="left")
-    table.add_column("method")
-    for heading in ("tokens/s", "speed-up", "tokens per target forward", "acceptance"):
-        table.add_column(heading, justify="right")
-    base = None
-    for method in NAMES:
-        stats = [result[method].stats.as_dict() for result in results]
-        speed = median(s["tokens_per_second"] for s in stats)
-        base = base or speed
-        accepted = [s["acceptance_rate"] for s in stats if s["drafted_tokens"] > 0]
-        table.add_row(
-            NAMES[method],
-            f"{speed:.0f}",
-            f"{speed / base:.2f}x",
-            f"{median(s['tokens_per_target_forward'] for s in stats):.2f}",
-            f"{median(accepted):.2f}" if accepted else "-",
-        )
-    return table
+def _summary(results: Sequence[dict[str, Generation]]) -> FoldedTable:
+    stats = {method: [result[method].stats.as_dict() for result in results] for method in NAMES}
+
+    def medians(key: str) -> list[float]:
+        return [median(each[key] for each in stats[method]) for method in NAMES]
+
+    speeds = medians("tokens_per_second")
+    accepted = [[s["acceptance_rate"] for s in stats[method] if s["drafted_tokens"] > 0] for method in NAMES]
+    return FoldedTable(
+        "medians",
+        [key("method", NAMES.values())],
+        [
+            figures("tokens/s", (f"{speed:.0f}" for speed in speeds)),
+            figures("speed-up", (f"{speed / speeds[0]:.2f}x" for speed in speeds)),
+            figures("per target\nforward", (f"{tokens:.2f}" for tokens in medians("tokens_per_target_forward"))),
+            figures("acceptance", (f"{median(rates):.2f}" if rates else "-" for rates in accepted)),
+        ],
+    )

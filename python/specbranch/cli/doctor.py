@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from textwrap import TextWrapper
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from specbranch.cli.arguments import MODEL, add_trust, device
 from specbranch.cli.machine import describe_machine, describe_versions
 from specbranch.cli.messages import FAILURE, one_line
 from specbranch.cli.models import configured, fused, loaded
-from specbranch.cli.terminal import output_console
+from specbranch.cli.terminal import output_width
+from specbranch.core.extras import MissingPackageError, check_installed
 from specbranch.runtime.choices import draft_of
 
 HELP = "report what is installed and what can run here"
@@ -55,12 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(findings, indent=1))
     else:
-        view = Table(show_header=False, box=None)
-        view.add_column(style="bold", no_wrap=True)
-        view.add_column()
-        for section, values in findings.items():
-            view.add_row(section.replace("_", " "), Text(_as_text(values)))
-        output_console().print(view)
+        print("\n".join(_lines(findings, output_width())))
     return 0 if findings["ready"] else FAILURE
 
 
@@ -71,6 +66,7 @@ def examine(
 
     target: None for the bundled pair. load: the device where they are loaded and tried, None for not at all.
     """
+    missing = _missing()
     if target is None:
         target = draft = "bundled"
     findings: dict[str, Any] = {
@@ -85,9 +81,10 @@ def examine(
         "bundled_pair": _attempt(_bundled_pair),
     }
     needed = ("core", "bundled_pair", "threads")
-    problems = [f"{part}: {findings[part]['error']}" for part in needed if "error" in findings[part]]
+    problems = [missing] * bool(missing)
+    problems += [f"{part}: {findings[part]['error']}" for part in needed if "error" in findings[part]]
     for role, source in (("target", target), ("draft", draft)):
-        if source is not None:
+        if source is not None and not missing:
             findings["cuda_graphs"][role], problem = configured(source, role, trust_remote_code)
             problems += [] if problem is None else [problem]
             if problem is None:
@@ -107,6 +104,15 @@ def _attempt(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return part()
     except Exception as error:
         return {"error": one_line(error)}
+
+
+def _missing() -> str:
+    """The first package that generating needs and that is not here, with the line that installs it; else nothing."""
+    try:
+        check_installed("specbranch generate", "cli")
+    except MissingPackageError as error:
+        return str(error)
+    return ""
 
 
 def _threads() -> dict[str, Any]:
@@ -149,12 +155,14 @@ def _cuda() -> dict[str, Any]:
         reasons.append("torch is a CPU build")
     elif not torch.cuda.is_available():
         reasons.append("torch finds no CUDA device or driver")
-    devices = []
+    devices, notes = [], []
     if torch.cuda.is_available():
         devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    if built:
-        problems = [(name, cuda_device_problem(index)) for index, name in enumerate(devices)]
-        reasons += [f"{name}: {problem}" for name, problem in problems if problem]
+    for index, name in enumerate(devices) if built else ():
+        if problem := cuda_device_problem(index):
+            reasons.append(f"{name}: {problem}")
+        elif note := ptx_note(core.get("cuda_architectures", []), *torch.cuda.get_device_capability(index)):
+            notes.append(f"{name}: {note}")
     return {
         "built": built,
         "compiler": core.get("cuda_compiler"),
@@ -165,7 +173,24 @@ def _cuda() -> dict[str, Any]:
         "devices": devices,
         "usable": not reasons,
         "why_not": reasons,
+        "notes": notes,
     }
+
+
+def ptx_note(architectures: Sequence[str], major: int, minor: int) -> str:
+    """What to know where a build has no machine code for a device of this compute capability; empty where it has.
+
+    architectures: as CMake takes them: "80" is machine code, which runs on 8.x from 8.0 on, and PTX; "80-real" the
+    former, "80-virtual" the latter.
+    """
+    compiled = [match for each in architectures if (match := re.fullmatch(r"(\d+)(\d)[af]?(-real)?", each))]
+    if any(int(match[1]) == major and int(match[2]) <= minor for match in compiled):
+        return ""
+    return (
+        f"its driver compiles the kernels from PTX ({', '.join(architectures)}) when they first run, and keeps them; a "
+        f"build with SPECBRANCH_CUDA_ARCHITECTURES={major}{minor} has them for compute capability {major}.{minor}, one "
+        "with =all for every release"
+    )
 
 
 def _cuda_runtime() -> str:
@@ -191,6 +216,18 @@ def _bundled_pair() -> dict[str, Any]:
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"the bundled {name} lacks {file}")
     return {name: str(folder) for name, folder in folders.items()}
+
+
+def _lines(findings: dict[str, Any], width: int) -> Iterator[str]:
+    """Sections on the left, what was found beside them; without rich, which may be what is missing."""
+    indent = max(map(len, findings)) + 2
+    for section, values in findings.items():
+        label = section.replace("_", " ").ljust(indent)
+        for line in _as_text(values).split("\n"):
+            wrap = TextWrapper(max(width, 2 * indent), initial_indent=label, subsequent_indent=" " * (indent + 2))
+            wrap.break_on_hyphens = False
+            yield from wrap.wrap(line) or [label.rstrip()]
+            label = " " * indent
 
 
 def _as_text(values: object) -> str:

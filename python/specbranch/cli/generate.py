@@ -16,7 +16,7 @@ from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import progress
 from specbranch.cli.trace import is_trace
 from specbranch.policies.methods import METHODS
-from specbranch.text.prompts import Prompt, read_prompts
+from specbranch.text.prompts import Prompt, read_prompts, read_text
 
 if TYPE_CHECKING:
     from specbranch import Generation, SpecBranch
@@ -30,7 +30,12 @@ OUTPUTS = (Output("trace", "a trace of specbranch generate", is_trace),)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_models(parser, draft_required=False)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", type=text, metavar="TEXT", help="the text to continue")
+    source.add_argument(
+        "--prompt",
+        type=text,
+        metavar="TEXT",
+        help="the text to continue; - is standard input, all of it but a newline at its end",
+    )
     source.add_argument(
         "--prompts", metavar="FILE", help="JSON lines with id and prompt or messages; - is standard input"
     )
@@ -66,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
         complain("warning: no effect with --method autoregressive: --draft")
         args.draft = None
     if args.prompts is None:
-        prompts = [Prompt(id="prompt", text=args.prompt, chat=args.chat)]
+        given = read_text() if args.prompt == "-" else args.prompt
+        prompts = [Prompt(id="prompt", text=given, chat=args.chat)]
     else:
         prompts = read_prompts(args.prompts, args.limit)
     engine = load_engine(args)

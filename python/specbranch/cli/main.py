@@ -20,8 +20,10 @@ from specbranch.cli.messages import (
     discard_output,
     one_line,
 )
+from specbranch.core.extras import check_installed
 
 COMMANDS = ("generate", "bench", "record", "plan", "train-hrad", "demo", "doctor")
+SAYS_WHAT_IS_MISSING = ("doctor",)  # and runs without it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,9 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     format_before, warnings.formatwarning = warnings.formatwarning, _warning_line
     try:
-        args = build_parser().parse_args(arguments)
+        parser = build_parser()
+        if not arguments:
+            parser.print_help()
+            sys.stdout.flush()
+            return 0
+        args = parser.parse_args(arguments)
         args.argv = arguments
         command = module(args.command)
+        if args.command not in SAYS_WHAT_IS_MISSING:
+            check_installed(f"specbranch {args.command}", "cli")
         with claim(args, command.OUTPUTS):
             status: int = command.run(args)
         sys.stdout.flush()
@@ -91,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def module(command: str) -> Any:
     """The module of a command: HELP, OUTPUTS, add_arguments(parser) and run(args). Importing it loads neither torch nor
-    transformers, so that --help is quick."""
+    any package of an extra, so that --help is quick and there without them."""
     return importlib.import_module(f"specbranch.cli.{command.replace('-', '_')}")
 
 
@@ -103,7 +112,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
 
-        parser.exit(0, f"specbranch {version('specbranch')}\n")
+        print(f"specbranch {version('specbranch')}")
+        parser.exit(0)
 
 
 if __name__ == "__main__":

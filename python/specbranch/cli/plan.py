@@ -9,10 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from specbranch.cli.arguments import number
 from specbranch.cli.files import Output, json_object, write_json
+from specbranch.cli.tables import FoldedTable, figures, key, text
 from specbranch.cli.terminal import output_console, status
 
 if TYPE_CHECKING:
@@ -104,25 +103,25 @@ def cost_sets(record: Record, args: argparse.Namespace) -> list[tuple[str, Repla
     return [("costs as measured with the record", ReplayCosts.of(record), tuple(MODES))]
 
 
-def table(expectations: list[Expectation], title: str) -> Table:
-    view = Table(title=title, title_justify="left")
-    view.add_column("method", no_wrap=True)
-    view.add_column("mode")
-    for heading in ("tokens/s", "speed-up", "per forward", "rollback", "wasted"):
-        view.add_column(heading, justify="right")
-    view.add_column("settings", min_width=22)
-    best = max(expectations, key=lambda expectation: expectation.tokens_per_second)
-    for expectation in expectations:
-        settings = " ".join(f"{name}={value}" for name, value in expectation.settings.items())
-        view.add_row(
-            expectation.method,
-            expectation.mode,
-            f"{expectation.tokens_per_second:.2f}",
-            f"{expectation.speedup:.2f}",
-            f"{expectation.tokens_per_target_forward:.2f}",
-            f"{expectation.rollback_rate:.2f}",
-            f"{expectation.wasted_per_token:.2f}",
-            settings or "default",
-            style="bold" if expectation is best else None,
-        )
-    return view
+def table(expectations: list[Expectation], title: str) -> FoldedTable:
+    best = max(range(len(expectations)), key=lambda place: expectations[place].tokens_per_second)
+    settings = (" ".join(f"{name}={value}" for name, value in each.settings.items()) for each in expectations)
+    columns = {
+        "tokens/s": "tokens_per_second",
+        "speed-up": "speedup",
+        "per forward": "tokens_per_target_forward",
+        "rollback": "rollback_rate",
+        "wasted": "wasted_per_token",
+    }
+    return FoldedTable(
+        title,
+        [key("method", (each.method for each in expectations)), key("mode", (each.mode for each in expectations))],
+        [
+            *(
+                figures(heading, (f"{getattr(each, name):.2f}" for each in expectations))
+                for heading, name in columns.items()
+            ),
+            text("settings", (each or "default" for each in settings)),
+        ],
+        bold=[best],
+    )

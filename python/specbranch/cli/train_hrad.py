@@ -7,14 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from specbranch.cli.arguments import add_models, add_prompts, add_sampling, sampling_options
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, drafting_options, forecast_methods
 from specbranch.cli.files import Output
 from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain
 from specbranch.cli.record import is_record, record_prompts, with_costs
+from specbranch.cli.tables import FoldedTable, figures, key
 from specbranch.cli.terminal import output_console, progress, status
 from specbranch.runtime.choices import ROUNDS
 from specbranch.text.generation_config import bare
@@ -130,22 +129,23 @@ def expected_gains(record: Record, split: Split, model: HRad, options: dict[str,
     return gains
 
 
-def score_table(scores: dict[str, Score], classes: tuple[str, ...], prompts: int, rounds: int) -> Table:
-    title = f"{prompts} held-out prompts, {rounds} positions: will none, some or all of the next tokens be accepted?"
-    view = Table(title=title, title_justify="left")
-    view.add_column("predictor", no_wrap=True)
-    for heading in ("accuracy", *(f"recall: {name}" for name in classes), "log loss"):
-        view.add_column(heading, justify="right")
-    for name, score in scores.items():
-        loss = "-" if score.loss is None else f"{score.loss:.3f}"
-        view.add_row(name, f"{score.accuracy:.3f}", *(f"{recall:.2f}" for recall in score.recall), loss)
-    return view
+def score_table(scores: dict[str, Score], classes: tuple[str, ...], prompts: int, rounds: int) -> FoldedTable:
+    found = list(scores.values())
+    recalls = [
+        figures(f"recall:\n{name}", (f"{score.recall[place]:.2f}" for score in found))
+        for place, name in enumerate(classes)
+    ]
+    return FoldedTable(
+        f"{prompts} held-out prompts, {rounds} positions: will none, some or all of the next tokens be accepted?",
+        [key("predictor", scores)],
+        [
+            figures("accuracy", (f"{score.accuracy:.3f}" for score in found)),
+            *recalls,
+            figures("log loss", ("-" if score.loss is None else f"{score.loss:.3f}" for score in found)),
+        ],
+    )
 
 
-def confusion_table(score: Score, classes: tuple[str, ...]) -> Table:
-    view = Table(title="H-RAD: true class by predicted class", title_justify="left")
-    for heading in ("", *classes):
-        view.add_column(heading, justify="right")
-    for name, row in zip(classes, score.confusion, strict=True):
-        view.add_row(name, *(str(count) for count in row))
-    return view
+def confusion_table(score: Score, classes: tuple[str, ...]) -> FoldedTable:
+    columns = [figures(name, (str(row[place]) for row in score.confusion)) for place, name in enumerate(classes)]
+    return FoldedTable("H-RAD: true class by predicted class", [key("", classes)], columns)

@@ -12,6 +12,7 @@ from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
 from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.cache_argument import cache_argument
 from specbranch.runtime.masks import probe_ids
 from specbranch.runtime.modes import no_grad
 from specbranch.runtime.rotary import steady_forward
@@ -79,13 +80,13 @@ def over_a_tree(cached: CachedModel, attachment: Attachment) -> Tensor:
 @no_grad  # as in generate(): some quantised weights cannot do with inference mode
 def _one_by_one(model: PreTrainedModel) -> Tensor:
     """The model's own logits again, decoded token by token."""
-    cache = DynamicCache(config=model.config)
+    cache = {cache_argument(type(model)): DynamicCache(config=model.config)}
 
     def forward() -> Tensor:
         rows: list[Tensor] = []
         for position, token in enumerate(probe_ids(model)):
             place = torch.full((1, 1), position, device=token.device)
-            out = model(input_ids=token[None, None], position_ids=place, past_key_values=cache, use_cache=True)
+            out = model(input_ids=token[None, None], position_ids=place, use_cache=True, **cache)
             rows.append(out.logits[0, -1])
         return torch.stack(rows)
 

@@ -16,6 +16,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from specbranch.core.checks import choice, shown
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.extras import check_installed
 from specbranch.runtime import gguf
 from specbranch.runtime.adapters import add_adapter, base_of_adapter
 from specbranch.runtime.checkpoint import (
@@ -91,6 +92,8 @@ def load_model(
     name = resolve(source, role)
     if is_gguf(name):
         return _load_gguf(name, role, wanted, place, device_map, arithmetic)
+    if device_map is not None:
+        check_installed("device_map", "accelerate")
     base = base_of_adapter(name, role)
     model = _load_whole(name if base is None else base, role, wanted, device_map, trust_remote_code)
     if base is not None:

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from specbranch.runtime.attach import Attachment
+from specbranch.runtime.cache_argument import cache_argument
 from specbranch.runtime.modes import no_grad, with_value
 from specbranch.runtime.rotary import steady_forward
 from specbranch.runtime.weights import execution_device
@@ -85,9 +86,9 @@ def _forward(model: PreTrainedModel) -> Tensor:
         input_ids=ids[None],
         attention_mask=torch.ones_like(ids)[None],
         position_ids=torch.arange(len(ids), device=ids.device)[None],
-        past_key_values=DynamicCache(config=model.config),
         use_cache=True,
         logits_to_keep=slice(None),  # as we ask: Gemma 4 does otherwise for a number
+        **{cache_argument(type(model)): DynamicCache(config=model.config)},
     ).logits
     return logits[0]
 

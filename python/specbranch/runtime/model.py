@@ -18,6 +18,7 @@ from specbranch.runtime.attach import Attachment
 from specbranch.runtime.attention import TreeContext, no_mask, run_in
 from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
+from specbranch.runtime.cache_argument import cache_argument
 from specbranch.runtime.fused.probe import leave_different
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.kept import LEAST, Kept, state_of
@@ -47,6 +48,7 @@ class CachedModel:
         # Nobody asks for a prefill's logits, and a head is as large as some layers together.
         self.prefill_keeps = slice(0, 0) if head_takes_nothing(model) else slice(-1, None)
         self.cache = BranchCache(self.layers, 0, self.device)
+        self.cache_argument = cache_argument(type(model))
         self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
         self.tap: FeatureTap | None = None  # what reads its hidden states
         self.prompt_end = -1  # the last position of what was read at once: see `begin`
@@ -262,9 +264,9 @@ class CachedModel:
             input_ids=inputs.ids[None],
             position_ids=inputs.positions[None],
             attention_mask=no_mask(self.device),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{self.cache_argument: self.cache},
         )
         if context.calls != self.layers:
             raise SpecBranchError(

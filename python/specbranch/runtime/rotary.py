@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from specbranch.runtime.attention import current
+from specbranch.runtime.cache_argument import cache_argument
 
 PREPARE = "prepare_inputs_for_generation"
 
@@ -66,10 +67,10 @@ def _drops(model: PreTrainedModel, length: int) -> bool:
     """Whether a cache of all but the last of `length` tokens is dropped."""
     ids = torch.zeros(1, length, dtype=torch.int64)
     prepare: Callable[..., dict[str, Any]] = getattr(model, PREPARE)
-    inputs = prepare(
-        ids, past_key_values=_Filled(length - 1), attention_mask=torch.ones_like(ids), next_sequence_length=1
-    )
-    return inputs.get("past_key_values") is None
+    name = cache_argument(type(model), PREPARE)
+    filled = {name: _Filled(length - 1)}
+    inputs = prepare(ids, attention_mask=torch.ones_like(ids), next_sequence_length=1, **filled)
+    return inputs.get(name) is None
 
 
 class _Filled(DynamicCache):

@@ -64,6 +64,20 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     return prompts
 
 
+def read_text() -> str:
+    """The prompt that standard input is, without a newline at its end: `echo` and editors write one.
+
+    Raises PromptFileError for what is empty or not UTF-8.
+    """
+    try:
+        text = _standard_input().decode("utf-8-sig").removesuffix("\n").removesuffix("\r")
+    except UnicodeDecodeError as error:
+        raise PromptFileError(f"standard input: not UTF-8 ({error.reason} at byte {error.start})") from None
+    if not text:
+        raise PromptFileError("standard input: is empty; expected the prompt")
+    return text
+
+
 def read_all(paths: Sequence[str], limit: int | None = None) -> list[Prompt]:
     """The prompts of several files, each as `read_prompts` reads it. Raises PromptFileError also for two of one name,
     by which results know them."""
@@ -84,10 +98,14 @@ def check_distinct(prompts: Iterable[Prompt]) -> None:
 def _lines(path: str | Path, name: str) -> Iterable[bytes]:
     # Bytes, split at newlines only: str.splitlines would also cut at characters that JSON text may hold.
     try:
-        data = sys.stdin.buffer.read() if str(path) == "-" else Path(path).read_bytes()
+        data = _standard_input() if str(path) == "-" else Path(path).read_bytes()
     except OSError as error:
         raise PromptFileError(f"{name}: {error.strerror or error}") from None
     return data.split(b"\n")
+
+
+def _standard_input() -> bytes:
+    return b"" if sys.stdin is None else sys.stdin.buffer.read()  # None: closed
 
 
 def _parse(text: str, where: str, stem: str, number: int) -> Prompt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.bench import report
 from specbranch.cli.files import whole
+from specbranch.core.extras import check_installed
 from specbranch.core.stats import CAUSES
 
 if TYPE_CHECKING:
@@ -39,11 +39,10 @@ def is_plot(file: Path) -> bool:
 
 
 def check(path: str) -> None:
-    """Say now, not after the run, that no picture can come. Raises ValueError or ImportError."""
+    """Say now, not after the run, that no picture can come. Raises SpecBranchError or ValueError."""
     if _format(path) not in FORMATS:
         raise ValueError(f"--plot {path}: the name must end in one of {', '.join('.' + name for name in FORMATS)}")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib: pip install 'specbranch[plot]'")
+    check_installed("--plot", "plot")
 
 
 def plot(path: str, rows: Sequence[Row], title: str) -> None:

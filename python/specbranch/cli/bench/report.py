@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from specbranch.cli.bench.intervals import ratio_interval
+from specbranch.cli.tables import FoldedTable, figures, key
 from specbranch.core.stats import CAUSES
 
 REFERENCE = "autoregressive"  # its tokens are what every other text is compared with
@@ -95,8 +93,8 @@ def _row(task: str, own: list[Record], greedy: list[Record], autoregressive: lis
     for rate in _RATES:
         row[rate] = _median(s[rate] for s in drafting)
     tokens = sum(s["new_tokens"] for s in drafting)
-    for total, key in (("wasted_tokens", "wasted_per_token"), *((cause, f"{cause}_per_token") for cause in CAUSES)):
-        row[key] = sum(s[total] for s in drafting) / tokens if tokens else None
+    for total, name in (("wasted_tokens", "wasted_per_token"), *((cause, f"{cause}_per_token") for cause in CAUSES)):
+        row[name] = sum(s[total] for s in drafting) / tokens if tokens else None
     return row
 
 
@@ -134,13 +132,13 @@ def title(settings: dict[str, Any]) -> str:
     return f"{dtype}, threads: {settings['threads']}, new tokens: {new_tokens}, {sampling}"
 
 
-def tables(rows: Sequence[dict[str, Any]], title: str) -> list[Table]:
-    """The rows for a terminal of 100 columns: speeds and texts, then what the drafting methods drafted."""
+def tables(rows: Sequence[dict[str, Any]], title: str) -> list[FoldedTable]:
+    """The rows for a terminal: speeds and texts, then what the drafting methods drafted."""
     drafting = [row for row in rows if row["wasted_per_token"] is not None]
     return [_speed_table(rows, title), *([_drafting_table(drafting)] if drafting else [])]
 
 
-def _speed_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+def _speed_table(rows: Sequence[dict[str, Any]], title: str) -> FoldedTable:
     """decode/s: tokens per second after the prefill."""
     base = base_of(rows)
     over = {BASELINE: "x greedy", REFERENCE: "x auto-\nregr."}
@@ -159,7 +157,7 @@ def _speed_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return _table(rows, columns, title)
 
 
-def _drafting_table(rows: Sequence[dict[str, Any]]) -> Table:
+def _drafting_table(rows: Sequence[dict[str, Any]]) -> FoldedTable:
     """accepted, hits, rollback: rates. wasted: drafted tokens thrown away per token of the text."""
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "per target\nforward": lambda row: _figure(row["tokens_per_target_forward"]),
@@ -171,17 +169,16 @@ def _drafting_table(rows: Sequence[dict[str, Any]]) -> Table:
     return _table(rows, columns, "drafting")
 
 
-def _table(rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]], title: str) -> Table:
-    view = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, collapse_padding=True)
-    view.add_column("task", overflow="fold")
-    view.add_column("name", no_wrap=True)
-    for heading in columns:
-        view.add_column(heading, justify="right", no_wrap=True)
-    for before, row in zip([None, *rows], rows, strict=False):
-        if before is not None and before["task"] != row["task"]:
-            view.add_section()
-        view.add_row(row["task"], row["name"], *(text(row) for text in columns.values()))
-    return view
+def _table(
+    rows: Sequence[dict[str, Any]], columns: dict[str, Callable[[dict[str, Any]], str]], title: str
+) -> FoldedTable:
+    tasks = [row["task"] for row in rows]
+    return FoldedTable(
+        title,
+        [key("task", tasks), key("name", (row["name"] for row in rows))],
+        [figures(heading, map(text, rows)) for heading, text in columns.items()],
+        sections=[row for row in range(1, len(rows)) if tasks[row] != tasks[row - 1]],
+    )
 
 
 def difference_lines(rows: Sequence[dict[str, Any]]) -> list[str]:

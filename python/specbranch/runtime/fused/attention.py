@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -171,7 +172,8 @@ def attention_kind(module: nn.Module) -> Kind | None:
 
 def rotary_of(module: nn.Module) -> tuple[bool, bool] | None:
     """Of the function that its code calls: see ROTARY."""
-    function = getattr(type(module).forward, "__globals__", {}).get("apply_rotary_pos_emb")
+    written = inspect.unwrap(type(module).forward)
+    function = getattr(written, "__globals__", {}).get("apply_rotary_pos_emb")
     return next((values for exemplar, values in ROTARY.items() if same_code(function, named(exemplar))), None)
 
 

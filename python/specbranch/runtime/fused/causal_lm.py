@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from specbranch.runtime.cache_argument import NAMES, cache_argument
 from specbranch.runtime.fused.code import same_class
 from specbranch.runtime.fused.products import is_bare
 
@@ -24,13 +25,14 @@ class CausalLM:
 
     module: Any
     layers: tuple[nn.Module, ...]
+    layers_call_it: str  # the cache
 
     def __call__(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Tensor,
-        past_key_values: Any,
+        cache: Any,
         use_cache: bool,
         logits_to_keep: slice,
     ) -> CausalLMOutputWithPast:
@@ -43,9 +45,9 @@ class CausalLM:
                 hidden,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=angles,
+                **{self.layers_call_it: cache},
             )
         hidden = body.norm(hidden)
         return CausalLMOutputWithPast(logits=self.module.lm_head(hidden[:, logits_to_keep]))
@@ -58,4 +60,5 @@ def causal_lm_of(module: nn.Module) -> CausalLM | None:
         return None
     if not any(same_class(type(body), exemplar) for exemplar in BODIES):
         return None
-    return CausalLM(module, tuple(body.layers[: body.config.num_hidden_layers]))
+    layers = tuple(body.layers[: body.config.num_hidden_layers])
+    return CausalLM(module, layers, cache_argument(type(layers[0])) if layers else NAMES[0])

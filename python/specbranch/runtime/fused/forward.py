@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from specbranch.runtime.attention import current
 from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.cache_argument import NAMES
 from specbranch.runtime.fused.attention import Attention, attention_of
 from specbranch.runtime.fused.causal_lm import CausalLM, causal_lm_of
 from specbranch.runtime.fused.layer import Layer, layer_of
@@ -17,8 +18,9 @@ from specbranch.runtime.fused.norms import Norm, norm_of
 from specbranch.runtime.rows.routes import ExactForward, replacement
 
 Fused = CausalLM | Layer | Attention | Mlp | Norm
-READ = {"hidden_states", "position_embeddings", "past_key_values", "layer_past"}
-OURS = {"input_ids", "position_ids", "attention_mask", "past_key_values", "use_cache", "logits_to_keep"}
+CACHE = (*NAMES, "layer_past")
+READ = {"hidden_states", "position_embeddings", *CACHE}
+OURS = {"input_ids", "position_ids", "attention_mask", "use_cache", "logits_to_keep"}  # and the cache
 KNOWN = READ | {"attention_mask", "position_ids", "use_cache"}  # `running` says what these would
 
 
@@ -62,15 +64,16 @@ def _norm(module: nn.Module, fused: Norm, input: Tensor) -> Tensor:
 
 def _whole(module: nn.Module, fused: CausalLM, *args: Any, **kwargs: Any) -> Any:
     """In a forward of ours, and else as the model does it."""
-    if current() is None or args or kwargs.keys() != OURS:
+    named = kwargs.keys() & {*NAMES}
+    if current() is None or args or len(named) != 1 or kwargs.keys() - named != OURS:
         return type(module).forward(module, *args, **kwargs)
-    return fused(**kwargs)
+    return fused(cache=kwargs.pop(*named), **kwargs)
 
 
 def _in_context(module: nn.Module, fused: Layer | Attention, *args: Any, **kwargs: Any) -> Any:
     """In a forward of ours; in others, and where more is asked for, as the module does it."""
     context, angles = current(), kwargs.get("position_embeddings")
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))
+    cache = next((kwargs[name] for name in CACHE if name in kwargs), None)
     ours = len(args) < 2 and kwargs.keys() <= KNOWN
     if context is None or angles is None or not isinstance(cache, BranchCache) or not ours:
         return type(module).forward(module, *args, **kwargs)
