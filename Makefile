@@ -4,6 +4,7 @@
 # make sanitize  the emulated CUDA kernels under sanitizers             make nightly  the tests with their long versions
 # make quantised  the tests with libraries that quantise, adapt and offload models
 # make oldest  some tests with the oldest transformers     make artefacts  sdist and wheel, built and installed
+# make docs   the documentation as a site, in build/site
 #
 # Needed: Python 3.10 or newer, and g++ (or clang++). Everything else comes from pip, into $(VENV).
 
@@ -20,6 +21,10 @@ DRAFT ?= bundled
 PROMPTS ?= python/specbranch/bundled/prompts.jsonl
 BENCH_OPTIONS ?= --limit 10 --max-new-tokens 96
 
+# What an extra of the package requires, a line each.
+REQUIRED := import sys; from importlib.metadata import requires; print(*(each.partition(";")[0] for each in \
+	requires("specbranch") if sys.argv[1] in each.partition(";")[2]), sep="\n")
+
 # Processes that share the tests; 0 runs them in one, where a debugger works.
 WORKERS ?= 2
 
@@ -33,7 +38,7 @@ TIDY_FLAGS = -std=c++17 -Icsrc $(shell $(BIN)/python -m pybind11 --includes) -Wa
 	$(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3 -DSPECBRANCH_ISA=avx2 -DSPECBRANCH_X86 -DSPECBRANCH_AMX)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test nightly quantised oldest artefacts lint bench gate sanitize arm clean install
+.PHONY: demo test nightly quantised oldest artefacts lint docs bench gate sanitize arm clean install
 .DELETE_ON_ERROR:
 
 demo: install
@@ -52,9 +57,18 @@ quantised: $(VENV)/quantised
 
 $(VENV)/quantised: $(VENV)/.installed
 	rm -rf $@
-	$(BIN)/python -c 'from importlib.metadata import requires; print(*(each.partition(";")[0] for each in \
-		requires("specbranch") if "quantised" in each), sep="\n")' > $(VENV)/quantised.txt
-	$(BIN)/python -m pip install -q --no-deps --target $@ -r $(VENV)/quantised.txt
+	$(BIN)/python -c '$(REQUIRED)' quantised > $@.txt
+	$(BIN)/python -m pip install -q --no-deps --target $@ -r $@.txt
+
+# In a folder of its own too, with what it depends on. A warning is an error; nothing is fetched when the site is built
+# or read.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=$< $(BIN)/python -m mkdocs build --strict
+
+$(VENV)/docs: $(VENV)/.installed
+	rm -rf $@
+	$(BIN)/python -c '$(REQUIRED)' docs > $@.txt
+	$(BIN)/python -m pip install -q --target $@ -r $@.txt
 
 # The oldest transformers that pyproject.toml allows, over the newest one: its cache, masks, generation settings
 # and fused layers.

@@ -72,8 +72,12 @@ def draft_sample(
         positions: int64 [b], the absolute position of the token that each row predicts.
         k: how many candidates, 1 to V.
         seed: int or int64 [].
-        temperature, top_k, top_p, min_p, filters: as in `verify`. At temperature 0 scores are the raw logits and
-            confidence is their softmax, unfiltered.
+        temperature: as in `verify`, and so are the next four. At 0 scores are the raw logits and confidence is their
+            softmax, unfiltered.
+        top_k: 0 is off.
+        top_p: above 0; 1 is off.
+        min_p: 0 is off.
+        filters: float64 [4] in place of the four numbers above.
 
     Returns:
         A `DraftSample`. Confidence is renormalised over the tokens that the filters keep.

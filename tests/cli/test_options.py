@@ -98,10 +98,10 @@ def test_help_names_methods_and_defaults(capsys):
     assert "--verify-tail, --no-verify-tail" in shown
 
 
-def test_readme_has_every_option_with_its_methods_and_default():
+def test_the_page_of_settings_has_every_option_with_its_methods_and_default():
     """A line of the table is: switch, name in Python, methods, what it does, default."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(--[^`]*)` \| `(\w+)` \| ([^|]*) \| [^|]* \| ([^|]*) \|$", readme, re.MULTILINE)
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(--[^`]*)` \| `(\w+)` \| ([^|]*) \| [^|]* \| ([^|]*) \|$", page, re.MULTILINE)
     assert {name: flag.split()[0] for flag, name, *_ in rows} == {name: switch(name) for name in OPTIONS}
     for _, name, methods, default in rows:
         assert re.findall(r"[\w-]+", methods) == list(OPTIONS[name])
