@@ -78,7 +78,7 @@ OLDEST := $(shell sed -n 's/^transformers = \["transformers>=\([0-9.]*\),.*/\1/p
 oldest: $(VENV)/oldest
 	PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not quantised" tests/loop/test_lossless.py \
 		tests/ops/test_examples.py tests/runtime/test_cache_argument.py tests/runtime/test_fused.py \
-		tests/runtime/test_generation_config.py
+		tests/runtime/test_generation_config.py tests/door tests/integrations -k "not every_prompt"
 
 $(VENV)/oldest: $(VENV)/.installed
 	rm -rf $@
