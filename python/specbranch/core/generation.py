@@ -46,10 +46,13 @@ class TextStream(Iterator[str]):
 
     def __init__(self, pieces: Generator[str | Generation, None, None]) -> None:
         self._pieces = pieces
+        self._stopped = False
         self.generation: Generation | None = None
 
     def __next__(self) -> str:
         while True:
+            if self._stopped:
+                self.close()
             try:
                 piece = next(self._pieces)
             except GenerationInterrupted:
@@ -70,3 +73,7 @@ class TextStream(Iterator[str]):
     def close(self) -> None:
         """Stop generating; what was committed is dropped."""
         self._pieces.close()
+
+    def stop(self) -> None:
+        """Close it before its next round, from whatever thread: the iteration ends there, without a `generation`."""
+        self._stopped = True
