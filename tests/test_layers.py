@@ -12,7 +12,20 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "python"
 # From below: a room imports only from rooms before it.
-STOREYS = ["core", "stages", "bundled", "text", "policies", "runtime", "drafters", "loop", "engine", "replay", "cli"]
+STOREYS = [
+    "core",
+    "stages",
+    "bundled",
+    "text",
+    "policies",
+    "runtime",
+    "drafters",
+    "loop",
+    "engine",
+    "serve",
+    "replay",
+    "cli",
+]
 HEAVY = {"torch", "transformers", "specbranch_ext"}
 NEVER = {  # modules, and what they and those in them never import
     "specbranch.core": {*HEAVY, "numpy"},

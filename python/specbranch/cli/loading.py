@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.arguments import OVERLAP, check_devices
@@ -25,13 +26,15 @@ def quiet_libraries() -> None:
 
 
 def load_engine(args: argparse.Namespace) -> SpecBranch:
-    """Load the pair of `add_models`, with the options of `add_drafting` and `add_hrad` where a command has them.
+    """Load the pair of `add_models`, with the options of `add_drafting`, `add_hrad` and `add_chat_template` where a
+    command has them.
 
-    Raises ValueError for devices that nothing runs on.
+    Raises ValueError for devices that nothing runs on, and OSError for a chat template that cannot be read.
     """
     check_devices(args)
     args.draft, args.draft_weights = draft_of(args.target, args.draft, args.draft_weights)
-    return load_pair(
+    template = chat_template(args) if hasattr(args, "chat_template") else None
+    engine = load_pair(
         args.target,
         args.draft,
         dtype=args.dtype,
@@ -51,6 +54,24 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
         hrad=getattr(args, "hrad", None),
         **drafting_options(args),
     )
+    if template is not None and engine.tokenizer is not None:
+        engine.tokenizer.chat_template = template
+    return engine
+
+
+def chat_template(args: argparse.Namespace) -> str | None:
+    """What the file of `add_chat_template` holds. Raises OSError or ValueError that names it."""
+    if args.chat_template is None:
+        return None
+    try:
+        template = Path(args.chat_template).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--chat-template {args.chat_template}: not UTF-8: {error}") from None
+    except OSError as error:
+        raise OSError(f"--chat-template {args.chat_template}: {error.strerror}") from None
+    if not template.strip():
+        raise ValueError(f"--chat-template {args.chat_template} is empty")
+    return template
 
 
 def load_pair(target: str, draft: str | None, **options: Any) -> SpecBranch:
