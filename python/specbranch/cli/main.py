@@ -21,7 +21,7 @@ from specbranch.cli.messages import (
     one_line,
 )
 
-COMMANDS = ("generate", "serve", "bench", "record", "plan", "train-hrad", "demo", "doctor")
+COMMANDS = ("generate", "chat", "serve", "bench", "record", "plan", "train-hrad", "demo", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
