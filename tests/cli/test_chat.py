@@ -165,6 +165,15 @@ def test_a_message_without_an_answer_is_forgotten(capsys, monkeypatch, engine):
     assert "interrupted; your message is not part of the conversation" in capsys.readouterr().err
 
 
+def test_in_a_script_ctrl_c_ends_the_chat(capsys, monkeypatch, engine, template):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{PROMPT}\n{PROMPT}\n"))
+    raising_in_round(monkeypatch, 5, KeyboardInterrupt)
+    assert cli.main(["chat", *PAIR, "--chat-template", template, "--max-new-tokens", "60"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out.strip()
+    assert captured.err == "specbranch: interrupted\n"
+
+
 class Pty:
     """The command at a terminal."""
 

@@ -16,6 +16,7 @@ from serving import Served, chat_template, served
 
 from specbranch import SpecBranch, bundled
 from specbranch.runtime.verifier import ModelVerifier
+from specbranch.serve.app import Service
 
 PROMPTS = [record["prompt"] for record in bundled.prompts()]
 PROMPT = PROMPTS[0]
@@ -239,10 +240,12 @@ def failing_after(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
     monkeypatch.setattr(ModelVerifier, "verify", failing)
 
 
-def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(server, client, monkeypatch):
+@pytest.mark.parametrize("held_back", [False, True])
+def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(server, client, monkeypatch, held_back):
+    """Behind all that was committed, also what was held back since a stop string may begin with it."""
     alone = server.engine.generate(MESSAGES, max_new_tokens=60).text
     failing_after(monkeypatch, 4)
-    asked = {"messages": MESSAGES, "max_tokens": 60, "stream": True}
+    asked = {"messages": MESSAGES, "max_tokens": 60, "stream": True, "stop": alone + "." if held_back else None}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=asked, timeout=60) as response:
         assert response.status_code == 200
         _, *events = [json.loads(line.removeprefix("data: ")) for line in response.iter_lines() if line]
@@ -266,6 +269,14 @@ def test_a_failure_is_a_500(server, client, monkeypatch, rounds):
         with pytest.raises(openai.InternalServerError, match="not enough memory"):
             client.completions.create(model="bundled", prompt=PROMPT, max_tokens=60)
     assert client.completions.create(model="bundled", prompt=PROMPT, max_tokens=4).choices[0].text
+
+
+def test_a_fault_of_the_server_is_a_500_too(server, monkeypatch):
+    monkeypatch.setattr(Service, "_reply", None)
+    answer = server.post("/v1/completions", {"prompt": PROMPT, "max_tokens": 2})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "TypeError: 'NoneType' object is not callable"
+    assert server.idle
 
 
 def test_a_chat_needs_a_template(server):

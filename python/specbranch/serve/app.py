@@ -56,7 +56,7 @@ class Service:
             Route("/v1/models/{name:path}", self.model),
             Route("/health", self.health),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _not_here})
+        return Starlette(routes=routes, exception_handlers={HTTPException: _not_here, Exception: _faulty})
 
     async def health(self, request: Request) -> Response:
         queue = self.answers.queue
@@ -165,3 +165,7 @@ def _refused(refusal: Refusal) -> Response:
 async def _not_here(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _refused(Refusal(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+
+
+async def _faulty(request: Request, error: Exception) -> Response:
+    return _refused(refusal_of(error))

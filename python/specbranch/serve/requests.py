@@ -34,10 +34,11 @@ HARMLESS = {
 }
 # Fields that change a text and that the engine does not have, each with the values that ask for nothing.
 LACKING: dict[str, tuple[Any, ...]] = {
-    # These three are work for logits processors: with them, they become options of the engine in `_options`.
+    # These four are work for logits processors: with them, they become options of the engine in `_options`.
     "logit_bias": ({},),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
+    "repetition_penalty": (1,),  # not OpenAI's, but clients know it
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
