@@ -6,8 +6,8 @@ Each round the draft writes a chain of tokens, with its other candidates beside 
           └─ b1  └─ b2  └─ b3
 
 The target scores the whole tree in one forward, `verify` walks it from the root as long as a node is the
-token that the target chooses itself, and `kv_commit` moves the K/V rows of that path behind the prefix. Any
-model that honours transformers' AttentionInterface can be used.
+token that the target chooses itself, and `commit` makes the K/V rows of that path part of the text. Any model
+that TreeModel runs can be used.
 
     python examples/custom_decoder.py --prompt "def main():"
 """
@@ -19,111 +19,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from specbranch_ext import ancestor_mask, draft_sample, kv_commit, tree_attention, verify
-
-
-class Layer(CacheLayerMixin):
-    """K and V of one layer, [1, kv_heads, capacity, head_dim]: the committed prefix, then the tree's rows."""
-
-    is_compileable = False
-    is_sliding = False
-
-    def __init__(self, owner: TreeModel) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        values = key_states if value_states is None else value_states
-        rows = self.owner.capacity
-        self.keys = key_states.new_empty(*key_states.shape[:2], rows, key_states.shape[3])
-        self.values = values.new_empty(*values.shape[:2], rows, values.shape[3])
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        begin = self.owner.length
-        end = begin + key_states.shape[2]
-        self.keys[:, :, begin:end] = key_states
-        self.values[:, :, begin:end] = value_states
-        return self.keys, self.values  # all rows: which of them a query sees is the attention's business
-
-    def get_seq_length(self) -> int:
-        return self.owner.length
-
-    def get_max_length(self) -> int:
-        return self.owner.capacity
-
-    get_max_cache_shape = get_max_length  # its name in older versions of transformers
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.owner.length + query_length, 0
-
-
-def attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    prefix: int,
-    ancestors: Tensor | None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention function; `prefix` and `ancestors` come from `TreeModel.forward`."""
-    out = tree_attention(
-        query[0].transpose(0, 1),  # [heads, n, head_dim] to [n, heads, head_dim]
-        key[0],
-        value[0],
-        prefix,
-        ancestors,
-        scale=scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
-    return out[None], None
-
-
-AttentionInterface.register("custom_decoder", attention)
-
-
-class TreeModel:
-    """A transformers model with its own K/V buffers; `length` rows of them are committed."""
-
-    def __init__(self, model: PreTrainedModel, capacity: int) -> None:
-        model.set_attn_implementation("custom_decoder")
-        self.model, self.capacity, self.length = model, capacity, 0
-        self.layers = [Layer(self) for _ in range(model.config.num_hidden_layers)]
-        self.cache = Cache(layers=self.layers)
-
-    @torch.inference_mode()
-    def forward(self, tokens: Sequence[int], parents: Tensor | None = None) -> Tensor:
-        """Logits [n, V] after each of n new rows behind the prefix: a tree, or without `parents` a chain."""
-        mask = None if parents is None else ancestor_mask(parents)
-        depths = torch.arange(len(tokens)) if mask is None else mask.depths
-        output = self.model(
-            input_ids=torch.tensor([list(tokens)]),
-            position_ids=(self.length + depths)[None],
-            past_key_values=self.cache,
-            prefix=self.length,
-            ancestors=None if mask is None else mask.ancestors,
-        )
-        logits: Tensor = output.logits[0]
-        return logits
-
-    def commit(self, path: Sequence[int]) -> None:
-        """Move the rows of the tree nodes in `path` behind the prefix; all other tree rows are forgotten."""
-        buffers = [buffer[0] for layer in self.layers for buffer in (layer.keys, layer.values)]
-        kv_commit(buffers, self.length + torch.tensor(path), self.length)
-        self.length += len(path)
+from specbranch_ext import ancestor_mask, draft_sample, verify
+from specbranch_ext.integrations.transformers import TreeModel
 
 
 def draft_tree(
@@ -133,8 +32,8 @@ def draft_tree(
     tokens, parents, chain = [text[-1]], [-1], [0]
     unseen = list(text[draft.length :])
     for step in range(depth):
-        draft_logits = draft.forward(unseen)[-1:]
-        draft.length += len(unseen)
+        draft_logits = draft.forward(unseen, logits_to_keep=1)
+        draft.commit(range(len(unseen)))
         guesses = draft_sample(draft_logits, torch.tensor([len(text) + step]), width, **sampling).tokens[0]
         parent = chain[-1]
         chain.append(len(tokens))
@@ -164,8 +63,8 @@ def generate(
     capacity = len(prompt) + max_new_tokens + (depth + 1) * (width + 1)
     verifier, drafter = TreeModel(target, capacity), TreeModel(draft, capacity)
     if len(prompt) > 1:
-        verifier.forward(prompt[:-1])
-        verifier.length = len(prompt) - 1
+        verifier.forward(prompt[:-1], logits_to_keep=1)
+        verifier.commit(range(len(prompt) - 1))
     text, forwards, ends = list(prompt), 0, _end_tokens(target)
     while len(text) < len(prompt) + max_new_tokens:
         tokens, parents, chain = draft_tree(drafter, text, depth, width, sampling)
@@ -177,9 +76,9 @@ def generate(
 
         path = verdict.path[: int(verdict.accepted)].tolist()
         verifier.commit([0, *path])
-        # The draft ran over its chain only; rolling back the rest of it is a smaller length.
+        # The draft committed its whole chain.
         on_chain = sum(node == of_chain for node, of_chain in zip(path, chain[1:], strict=False))
-        drafter.length = min(drafter.length, len(text) + on_chain)
+        drafter.rollback(min(drafter.length, len(text) + on_chain))
         for token in [*(tokens[node] for node in path), int(verdict.next_token)]:
             text.append(token)
             if token in ends:

@@ -1,7 +1,8 @@
 """Kernels for speculative decoding with trees: attention, verification, drafting and KV-cache commits.
 
 Usable on its own in any decoder: see `specbranch_ext.ops` for the functions and
-`specbranch_ext.reference` for the same in plain torch.
+`specbranch_ext.reference` for the same in plain torch. `specbranch_ext.integrations` runs other libraries' models with
+them, and is imported by itself: it needs these libraries.
 """
 
 from pathlib import Path
@@ -24,6 +25,7 @@ except ImportError as error:
     raise ImportError(f"{_message} The cause: {error}") from error
 
 from . import ops
+from .masks import tree_mask
 from .ops import *  # noqa: F403
 from .packed import PackedWeight
 
@@ -40,5 +42,5 @@ def cuda_device_problem(index: int) -> str:
     return _C.cuda_device_problem(index) if info["cuda"] else f"this build has no CUDA kernels: {info['cuda_reason']}"
 
 
-__all__ = ["PackedWeight", "build_info", "cuda_device_problem"]
+__all__ = ["PackedWeight", "build_info", "cuda_device_problem", "tree_mask"]
 __all__ += ops.__all__

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     __version__: str
     from specbranch.core.errors import SpecBranchError, SpecBranchWarning
-    from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream
+    from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream, TokenLogprob
     from specbranch.core.sampling import Sampling
     from specbranch.core.stats import Stats
     from specbranch.engine import SpecBranch
+    from specbranch.once import generate
     from specbranch.policies.methods import METHODS
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "SpecBranchWarning",
     "Stats",
     "TextStream",
+    "TokenLogprob",
     "__version__",
+    "generate",
 ]
 
 _HOME = {
@@ -46,6 +49,8 @@ _HOME = {
     "SpecBranchWarning": "core.errors",
     "Stats": "core.stats",
     "TextStream": "core.generation",
+    "TokenLogprob": "core.generation",
+    "generate": "once",
 }
 
 

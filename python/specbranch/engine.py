@@ -2,42 +2,47 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import time
-import warnings
-from collections import defaultdict
-from collections.abc import Generator, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from specbranch.core.checks import count, flag, shown
-from specbranch.core.errors import SpecBranchError, SpecBranchWarning
-from specbranch.core.excerpt import ALL, Excerpt, check_draft_context
-from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream
+from specbranch.core.checks import count, flag, shown, whole
+from specbranch.core.errors import SpecBranchError
+from specbranch.core.excerpt import ALL, Excerpt
+from specbranch.core.generation import Generation, GenerationFailed, TextStream
 from specbranch.core.sampling import Sampling
-from specbranch.drafters.model import ModelDrafter
-from specbranch.loop import DecodingLoop
-from specbranch.policies.calibration import Calibrator
-from specbranch.policies.costs import Costs
-from specbranch.policies.methods import make_policy
-from specbranch.policies.policy import Policy
-from specbranch.policies.reading import AtOnce, Lengths, Reading, WhenItPays
+from specbranch.decoder import Decoder
+from specbranch.door import (
+    HandedOver,
+    answer,
+    as_settings,
+    asked_of_generate,
+    beside_ours,
+    fused,
+    lists,
+    prepared,
+    requests,
+)
+from specbranch.request import Drafting, Request
 from specbranch.runtime.choices import SELF, draft_of
-from specbranch.runtime.hrad.predictor import HRad, Predictor, load_hrad
+from specbranch.runtime.hrad.predictor import HRad, load_hrad
 from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
-from specbranch.runtime.packed import weight_format
 from specbranch.runtime.packing import pack_loaded
-from specbranch.runtime.pair import Pair, Slot
-from specbranch.runtime.verifier import ModelVerifier
-from specbranch.text.detokenizer import TextBuilder
-from specbranch.text.encoding import Message, encode
-from specbranch.text.generation_config import CheckpointSettings
+from specbranch.runtime.pair import Pair
+from specbranch.runtime.rules import Rules, Said
+from specbranch.runtime.weights import unwrapped
+from specbranch.text.encoding import Message, encode, is_chat
+from specbranch.text.generation_config import OWNER, CheckpointSettings, Layered, processed
 from specbranch.text.prompt_ids import PromptInput, prompt_ids
-from specbranch.text.vocabulary import check_vocabularies, end_of_sequence
+from specbranch.text.stopping import stop_strings
+from specbranch.text.vocabulary import check_vocabularies, ids_of
 
 
 class SpecBranch:
@@ -82,25 +87,16 @@ class SpecBranch:
         """
         check_loaded(target, draft, hrad)
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
-        self.method = method
-        self.options = options
-        self._overlap = check_overlap(overlap)
         threads, target_threads = count("threads", threads), count("target_threads", target_threads)
         self.pair = Pair(target, draft, threads, target_threads, flag("cuda_graphs", cuda_graphs), priority)
-        self._draft_context = self._excerpt("auto" if draft_context is None else draft_context)
-        self._lengths = Lengths()
-        self._costs: defaultdict[str, Costs] = defaultdict(partial(Costs, self.pair.relative_size))  # by method
-        self._calibrator = Calibrator()
-        self._eos = end_of_sequence(target)
-        self._settings = CheckpointSettings(target)
         self.hrad: HRad | None = None
         if hrad is not None:
             if draft is None:
                 raise SpecBranchError("hrad predicts for a pair: pass draft=")
             self.hrad = hrad if isinstance(hrad, HRad) else load_hrad(hrad, target, draft)
-        make_policy(method, options)
-        self._row_dependence = ""
-        self._check_rows()
+        self.decoder = Decoder(self.pair, tokenizer, Drafting(method, overlap, draft_context, options), self.hrad)
+        self.last: Generation | None = None
+        self._settings = CheckpointSettings(target)
 
     @classmethod
     def from_pretrained(
@@ -180,7 +176,7 @@ class SpecBranch:
     @property
     def draft_excerpt(self) -> Excerpt:
         """What of a prompt the draft is told to read; all of it where costs decide."""
-        return ALL if self._draft_context is None else self._draft_context
+        return ALL if self.decoder.excerpt is None else self.decoder.excerpt
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
@@ -193,8 +189,9 @@ class SpecBranch:
 
     def generate(
         self,
-        prompt: PromptInput,
+        prompt: PromptInput | None = None,
         *,
+        messages: Sequence[Message] | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -202,6 +199,11 @@ class SpecBranch:
         min_p: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        streamer: Any = None,
+        logprobs: int | None = None,
         method: str | None = None,
         overlap: bool | str | None = None,
         draft_context: str | None = None,
@@ -210,35 +212,46 @@ class SpecBranch:
         """Continue a prompt by at most max_new_tokens.
 
         prompt: text, token ids (a list, range or array [n], or a tensor or array of integers [n] or [1, n]), a
-        tokenizer's output (input_ids, attention_mask), or chat messages, for the tokenizer's chat template.
-        The text is a pure function of target, prompt, sampling parameters and seed: method, draft and overlap
-        change the speed only. stop: strings that end the text. method, overlap, draft_context and options: for this
-        call only.
+        tokenizer's output (input_ids, attention_mask), or chat messages, for the tokenizer's chat template; messages:
+        the last, by name. The text is a pure function of target, prompt, sampling parameters, rules and seed: method,
+        draft and overlap change the speed only. stop: strings that end the text. method, overlap, draft_context and
+        options: for this call only.
 
-        What is None is as the checkpoint's generation_config says, or else as transformers' `generate` has it: greedy
-        decoding unless do_sample is set. A temperature above 0 samples, with the checkpoint's filters or transformers'
-        (top_k 50); 0 is greedy. max_new_tokens: the checkpoint's max_new_tokens or max_length, or else 128. A
-        SpecBranchWarning names, once, what a generation_config asks for and specbranch does not have, a repetition
-        penalty for example: the text then differs from that of transformers' `generate`.
+        What is None is as generation_config says, else as the checkpoint's does, else as transformers' `generate` has
+        it: greedy decoding unless do_sample is set. A temperature above 0 samples, with their filters or transformers'
+        (top_k 50); 0 is greedy. max_new_tokens: max_new_tokens or max_length of theirs, or else 128. Penalties, bans,
+        biases and so on count as in transformers' `generate`. A SpecBranchWarning names, once, what specbranch does not
+        have, beams for example: the text then differs from transformers'.
+
+        logits_processor, stopping_criteria: transformers' or callables like them, one or several. They are called as
+        `generate` calls them: once a token, in the order of the text. The draft guesses under those of transformers'
+        own that have no state, and those with an attribute `stateless = True`. streamer: gets the prompt's ids, and
+        tokens as they are committed. logprobs: how many alternatives to each token `Generation.logprobs` shows.
 
         Raises:
             SpecBranchError: bad input; the message names it.
             GenerationInterrupted: Ctrl-C; holds what was committed.
             GenerationFailed: the generation ended early, out of memory or on NaN logits; holds what was committed.
         """
-        sampling = self._settings.sampling(temperature, top_k, top_p, min_p, seed)
-        stream = TextStream(
-            self._run(prompt, max_new_tokens, sampling, stop, method, overlap, draft_context, options, whole=True)
+        config = self._settings.under(generation_config)
+        ask = partial(
+            self._request,
+            one_of(prompt, messages),
+            config,
+            self._settings.sampling(config, temperature, top_k, top_p, min_p, seed),
+            max_new_tokens,
+            stop,
+            lists(logits_processor, stopping_criteria),
+            logprobs,
+            Drafting(method, overlap, draft_context, options),
         )
-        for _ in stream:
-            pass
-        assert stream.generation is not None
-        return stream.generation
+        return self._decoded(ask, streamer, Said())
 
     def stream(
         self,
-        prompt: PromptInput,
+        prompt: PromptInput | None = None,
         *,
+        messages: Sequence[Message] | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -246,6 +259,10 @@ class SpecBranch:
         min_p: float | None = None,
         seed: int = 0,
         stop: str | Sequence[str] | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        logprobs: int | None = None,
         method: str | None = None,
         overlap: bool | str | None = None,
         draft_context: str | None = None,
@@ -256,139 +273,121 @@ class SpecBranch:
         An iterator, and a context manager that stops generating: `with engine.stream(prompt) as pieces: …`
         The arguments are checked, and errors raised, when the iteration starts.
         """
-        sampling = self._settings.sampling(temperature, top_k, top_p, min_p, seed)
-        return TextStream(self._run(prompt, max_new_tokens, sampling, stop, method, overlap, draft_context, options))
+        config = self._settings.under(generation_config)
+        ask = partial(
+            self._request,
+            one_of(prompt, messages),
+            config,
+            self._settings.sampling(config, temperature, top_k, top_p, min_p, seed),
+            max_new_tokens,
+            stop,
+            lists(logits_processor, stopping_criteria),
+            logprobs,
+            Drafting(method, overlap, draft_context, options),
+        )
+        said = Said()
+        return TextStream(self.decoder.decode(ask, said), said.logprobs)
 
-    def _run(
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: Sequence[Any],
+        stopping_criteria: Sequence[Any],
+        generation_config: GenerationConfig,
+        seed: int | None = None,
+        method: str | None = None,
+        overlap: bool | str | None = None,
+        draft_context: str | None = None,
+        **model_arguments: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """The door from transformers: `target.generate(**inputs, custom_generate=engine, …)`.
+
+        All that `generate` takes is honoured, or refused by name. seed: of the noise that tokens are sampled with, the
+        next row of a batch with the next one; None draws it from torch's generator, so that `set_seed` decides. method,
+        overlap, draft_context: as for `generate` here. Texts of a batch are decoded one after the other. `last` is the
+        Generation of the newest.
+
+        Returns what `generate` returns: int64 [rows, n], or an output with sequences, scores and logits.
+        """
+        if unwrapped(model, "target") is not self.pair.target.model.model:
+            raise SpecBranchError(f"custom_generate: this SpecBranch decodes another {type(self.target).__name__}")
+        handed = HandedOver(
+            input_ids, logits_processor, stopping_criteria, generation_config, model_arguments, asked_of_generate()
+        )
+        texts: list[list[int]] = []
+        said = Said()
+        for request in requests(handed, seed, Drafting(method, overlap, draft_context)):
+            said = Said()
+            try:
+                self.last = self._decoded(partial(_same, request), handed.streamer, said, told=True)
+            except GenerationFailed as failure:
+                raise failure.__cause__ or failure from None  # of a rule, as `generate` lets it out
+            texts.append(self.last.tokens)
+        return answer(handed, texts, said)
+
+    def _decoded(self, ask: Callable[[], Request], streamer: Any, said: Said, told: bool = False) -> Generation:
+        """said: where it goes. told: the streamer has the prompt already."""
+        ask = cache(ask)
+        if streamer is not None and not told:
+            streamer.put(torch.tensor([ask().ids]))
+        stream, sent = TextStream(self.decoder.decode(ask, said, whole=streamer is None)), 0
+        while stream.advance() is not None:
+            for token in said.tokens[sent:] if streamer is not None else ():
+                streamer.put(torch.tensor([token]))
+            sent = len(said.tokens)
+        if streamer is not None:
+            streamer.end()
+        assert stream.generation is not None
+        return stream.generation
+
+    def _request(
         self,
         prompt: PromptInput,
+        config: Layered,
+        sampling: Sampling,
         max_new_tokens: int | None,
-        sampling: Sampling,
         stop: str | Sequence[str] | None,
-        method: str | None,
-        overlap: bool | str | None,
-        draft_context: str | None,
-        options: dict[str, object],
-        whole: bool = False,
-    ) -> Generator[str | Generation, None, None]:
-        """Pieces of text and, last, the Generation. whole: the text is one piece."""
-        begin = time.perf_counter()
-        ids = self._prompt_ids(prompt)
-        max_new_tokens = self._settings.new_tokens(max_new_tokens, len(ids))
-        builder = TextBuilder(self.tokenizer, self._eos, self._stop_strings(stop))
-        self._check_rows()
-        calibrator = copy.deepcopy(self._calibrator)
-        slot = self.pair.take(owner=builder)
-        try:
-            loop = self._loop(slot, calibrator, method, sampling, overlap, draft_context, options)
-            slot.reset(len(ids) + max_new_tokens, draft=loop.drafter is not None)
-            attachment = self.pair.attachment(slot.target.model.tap, draft=loop.drafter is not None)
-            reason, rounds = "length", loop.rounds(ids, max_new_tokens)
-
-            def take_turn() -> bool:
-                """Decode for as long as nobody looks at the text or wants the models. False when it is over."""
-                nonlocal reason
-                for committed in rounds:
-                    if any(builder.add(token) for token in committed):
-                        reason = "stop"
-                        break
-                    if not whole or attachment.wanted:
-                        return True
-                return False
-
-            try:
-                while attachment.turn(take_turn):
-                    if not whole:
-                        yield builder.fresh()
-                    if attachment.wanted:
-                        time.sleep(0)  # or this thread would have the next turn too
-            except KeyboardInterrupt as interrupt:
-                raise GenerationInterrupted(self._result(slot, loop, builder, begin, "interrupted")) from interrupt
-            except (MemoryError, RuntimeError, ValueError) as error:
-                if not builder.tokens:
-                    raise
-                generation = self._result(slot, loop, builder, begin, "error")
-                raise GenerationFailed(f"generation ended early: {error}", generation) from error
-            finally:
-                rounds.close()
-                if loop.policy.calibrated:
-                    self._calibrator = calibrator  # what it learned serves the generations that begin from now on
-                self._lengths.record(len(builder.tokens), ended=reason == "stop")
-        finally:
-            self.pair.give_back(slot)
-        yield builder.fresh(final=True)
-        yield self._result(slot, loop, builder, begin, reason)
-
-    def _loop(
-        self,
-        slot: Slot,
-        calibrator: Calibrator,
-        method: str | None,
-        sampling: Sampling,
-        overlap: bool | str | None,
-        draft_context: str | None,
-        options: dict[str, object],
-    ) -> DecodingLoop:
-        policy = make_policy(method or self.method, {**self.options, **options})
-        drafter = None
-        if policy.candidates > 0:
-            draft = slot.need_draft(f"method {policy.name!r}")
-            learner = calibrator if policy.calibrated else None
-            drafter = ModelDrafter(draft, sampling, policy.candidates, slot.vocabulary, learner)
-        mode = self._overlap if overlap is None else check_overlap(overlap)
-        predictor = None
-        if self.hrad is not None and policy.uses_forecast:
-            predictor = Predictor(slot.tap, self.hrad)
-        slot.target.model.tap = None if predictor is None else predictor.tap
-        verifier = ModelVerifier(slot.target, sampling, predictor)
-        reading = self._reading(policy, draft_context)
-        return DecodingLoop(verifier, drafter, policy, self._costs[policy.name], self.pair.workers, mode, reading)
-
-    def _reading(self, policy: Policy, draft_context: str | None) -> Reading:
-        excerpt = self._draft_context if draft_context is None else self._excerpt(draft_context)
-        if excerpt is None and policy.thrifty:
-            return WhenItPays(self._lengths)
-        return AtOnce(ALL if excerpt is None else excerpt)
-
-    def _excerpt(self, draft_context: str) -> Excerpt | None:
-        """None for "auto". Raises SpecBranchError for what is none, and for more than the draft has positions for."""
-        excerpt, draft = check_draft_context(draft_context), self.pair.draft
-        most = None if draft is None else draft.model.context
-        if excerpt not in (None, ALL) and most is not None and excerpt.size > most:
-            raise SpecBranchError(
-                f"draft_context is {excerpt}; expected at most {most} tokens together, the draft model's context"
-            )
-        return excerpt
-
-    def _check_rows(self) -> None:
-        """Say once, and again when the target's layers were replaced, what keeps texts from being equal to the bit."""
-        found = self.pair.row_dependence()
-        if found and found != self._row_dependence:
-            warnings.warn(f"target {type(self.target).__name__}: {found}", SpecBranchWarning, stacklevel=1)
-        self._row_dependence = found
-
-    def _prompt_ids(self, prompt: PromptInput) -> list[int]:
-        return prompt_ids(self.tokenizer, prompt, self.pair.vocabulary)
-
-    def _stop_strings(self, stop: str | Sequence[str] | None) -> tuple[str, ...]:
-        return self._settings.stop_strings(stop, self.tokenizer)
-
-    def _result(self, slot: Slot, loop: DecodingLoop, builder: TextBuilder, begin: float, reason: str) -> Generation:
-        stats = loop.stats
-        stats.seconds = time.perf_counter() - begin
-        stats.target_runner = slot.target.note
-        stats.draft_runner = "" if slot.draft is None or loop.drafter is None else slot.draft.note
-        stats.target_weights = weight_format(self.target)
-        stats.draft_weights = "" if self.draft is None or loop.drafter is None else weight_format(self.draft)
-        stats.row_dependent = self._row_dependence
-        stats.end(len(builder.tokens))
-        return Generation(builder.text, builder.tokens, stats, reason)
+        given: Mapping[str, Any],
+        logprobs: int | None,
+        drafting: Drafting,
+    ) -> Request:
+        ids = prompt_ids(self.tokenizer, prompt, self.pair.vocabulary)
+        alternatives = None if logprobs is None else whole("logprobs", logprobs, least=0)
+        rules = Rules(logprobs=alternatives)
+        new_tokens = self._settings.new_tokens(config, max_new_tokens, len(ids))
+        eos = ids_of(config.eos_token_id, f"{OWNER}: eos_token_id")
+        fields = processed(config, sampling.temperature > 0)
+        if fields or any(given.values()):
+            settings = {**given, **fields, **as_settings(sampling, new_tokens, eos)}
+            device = self.pair.target.model.device
+            handed = prepared(self.target, torch.tensor([ids], device=device), settings)
+            filters, rest, _ = fused(handed.processors, sampling.temperature > 0)
+            sampling = Sampling(**filters, seed=sampling.seed)
+            rules = Rules(rest, (), beside_ours(handed), logprobs=alternatives)
+        return Request(
+            ids,
+            new_tokens,
+            sampling,
+            eos,
+            stop_strings(config.stop_strings if stop is None else stop, self.tokenizer),
+            rules=rules,
+            drafting=drafting,
+        )
 
 
-def check_overlap(overlap: bool | str | None) -> bool | None:
-    """True, False, or None for "auto". Raises SpecBranchError for anything else."""
-    if overlap is None or (isinstance(overlap, str) and overlap == "auto"):
-        return None
-    if isinstance(overlap, bool):
-        return overlap
-    raise SpecBranchError(f"overlap is {shown(overlap)}; expected True, False or 'auto'")
+def _same(request: Request) -> Request:
+    return request
+
+
+def one_of(prompt: PromptInput | None, messages: Sequence[Message] | None) -> PromptInput:
+    """Raises SpecBranchError unless there is one of the two."""
+    if messages is None:
+        if prompt is None:
+            raise SpecBranchError("there is no prompt: expected prompt or messages")
+        return prompt
+    if prompt is not None:
+        raise SpecBranchError("there are both prompt and messages: expected one of them")
+    if not is_chat(messages):
+        raise SpecBranchError(f"messages is {shown(messages)}; expected a list of chat messages")
+    return messages

@@ -220,6 +220,10 @@ def _str(value: Any, name: str) -> Any:
     raise _unexpected(name, "a str", value)
 
 
+def _dtype(value: Any, name: str) -> Any:
+    raise _unexpected(name, "a torch.dtype", value)
+
+
 def _tensors(value: Any, name: str) -> list[tuple[str, Tensor]]:
     if isinstance(value, (Tensor, str, bytes)) or not isinstance(value, Iterable):
         raise _unexpected(name, "a sequence of tensors", value) from None
@@ -243,4 +247,5 @@ _KINDS: dict[Any, Kind] = {
     Sequence[Tensor]: Kind(tensors=_tensors),
     PackedWeight: Kind(tensors=_packed),
     str: Kind("type({0}) is str", _str),
+    torch.dtype: Kind("isinstance({0}, torch.dtype)", _dtype),
 }

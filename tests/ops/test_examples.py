@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from specbranch import SpecBranch, bundled
@@ -50,6 +51,13 @@ def test_every_tree_gives_the_tokens_of_plain_decoding(example, pair, prompt_ids
         assert tokens == plain
         forwards += count
     assert forwards < plain_forwards
+
+
+def test_greedy_text_is_that_of_transformers(example, pair, prompt_ids):
+    for ids in prompt_ids:
+        tokens, _ = example.generate(*pair, ids, max_new_tokens=24)
+        own = pair[0].generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
+        assert tokens == own.tolist()
 
 
 def test_the_scheduler_gives_the_same_tokens(example, pair, prompt_ids):

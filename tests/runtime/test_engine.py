@@ -69,7 +69,7 @@ def test_a_stream_may_be_left_in_the_middle(bundled_pair: SpecBranch) -> None:
     assert again.tokens == bundled_pair.generate(PROMPT, max_new_tokens=8, method="autoregressive").tokens
 
 
-def test_stop_strings_and_end_of_sequence(bundled_pair: SpecBranch) -> None:
+def test_stop_strings_and_end_of_sequence(bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = bundled_pair.generate(PROMPT, max_new_tokens=64)
     assert plain.finish_reason in ("length", "stop")
     stop = plain.text[10:14]
@@ -80,7 +80,7 @@ def test_stop_strings_and_end_of_sequence(bundled_pair: SpecBranch) -> None:
 
     eos = plain.tokens[20]
     pair = SpecBranch(bundled_pair.target, bundled_pair.draft, tokenizer=bundled_pair.tokenizer)
-    pair._eos = frozenset([eos])
+    monkeypatch.setattr(pair.target.generation_config, "eos_token_id", eos)
     for method in ("autoregressive", "specbranch"):
         ended = pair.generate(PROMPT, max_new_tokens=64, method=method)
         assert ended.tokens == plain.tokens[: plain.tokens.index(eos) + 1]

@@ -1,4 +1,4 @@
-"""A checkpoint's generation_config: what the engine has counts as in transformers, what it lacks is named once."""
+"""A checkpoint's generation_config: it counts as in transformers, and what the engine lacks is named once."""
 
 import json
 import warnings
@@ -16,9 +16,11 @@ from specbranch.cli import main as cli
 from specbranch.core.sampling import Sampling
 from specbranch.text.generation_config import (
     LACKING,
-    LACKING_IN_SAMPLING,
+    PROCESSED,
+    PROCESSED_IN_SAMPLING,
     lacking,
     new_tokens,
+    processed,
     sampling,
 )
 from specbranch.text.vocabulary import end_of_sequence
@@ -42,7 +44,8 @@ HARMLESS = {
 
 def test_every_field_is_known() -> None:
     fields = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
-    assert not fields - HONOURED - HARMLESS - LACKING.keys() - LACKING_IN_SAMPLING.keys()
+    processed = PROCESSED.keys() | PROCESSED_IN_SAMPLING.keys()
+    assert not fields - HONOURED - HARMLESS - LACKING.keys() - processed
 
 
 # ---- what the engine has
@@ -154,7 +157,7 @@ def test_stop_strings_of_the_checkpoint_end_a_text(bundled_pair: SpecBranch, mon
     assert bundled_pair.generate(prompt, max_new_tokens=32, stop=()).text == whole.text
 
 
-# ---- what it lacks: a value that acts, and whether a tiny model shows it
+# ---- rules, and what it lacks: a value that acts, and whether a tiny model shows it
 
 
 ACTING: dict[str, tuple[Any, bool]] = {
@@ -204,7 +207,7 @@ NEUTRAL: dict[str, list[Any]] = {
 
 
 def test_the_examples_are_of_all_fields() -> None:
-    assert ACTING.keys() == LACKING.keys() | LACKING_IN_SAMPLING.keys()
+    assert ACTING.keys() == LACKING.keys() | PROCESSED.keys() | PROCESSED_IN_SAMPLING.keys()
 
 
 def greedy(model: PreTrainedModel, **options: Any) -> list[int]:
@@ -215,7 +218,7 @@ def greedy(model: PreTrainedModel, **options: Any) -> list[int]:
 
 @pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
 @pytest.mark.parametrize("name", ACTING)
-def test_what_changes_transformers_text_is_named(name: str) -> None:
+def test_what_changes_transformers_text_is_known(name: str) -> None:
     value, shows = ACTING[name]
     model = tiny_model()
     plain = greedy(model)
@@ -227,25 +230,27 @@ def test_what_changes_transformers_text_is_named(name: str) -> None:
     if shows:
         assert greedy(model, **{name: value}) != plain
     config = type("Config", (), {name: value})()
-    assert lacking(config, sampled=True) == {name: value}
-    assert (name in lacking(config, sampled=False)) is (name in LACKING)
+    assert lacking(config) | processed(config, sampled=True) == {name: value}
+    assert (name in lacking(config)) is (name in LACKING)
+    assert (name in processed(config, sampled=False)) is (name in PROCESSED)
 
 
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_neutral_values_are_not_named(name: str) -> None:
     for value in [*NEUTRAL[name], None]:
-        assert lacking(type("Config", (), {name: value})(), sampled=True) == {}
-    assert lacking(GenerationConfig(), sampled=True) == {}
+        config = type("Config", (), {name: value})()
+        assert lacking(config) | processed(config, sampled=True) == {}
+    assert lacking(GenerationConfig()) | processed(GenerationConfig(), sampled=True) == {}
 
 
 def test_the_warning_comes_once_an_engine_and_names_the_fields() -> None:
     target = tiny_model()
-    target.generation_config.repetition_penalty = 1.1
-    target.generation_config.typical_p = 0.9
+    target.generation_config.num_beams = 3
+    target.generation_config.penalty_alpha = 0.6
     for _ in range(2):
         engine = SpecBranch(target, method="autoregressive")
         with pytest.warns(
-            SpecBranchWarning, match="repetition_penalty 1.1, which specbranch does not have: the text will differ"
+            SpecBranchWarning, match=r"num_beams 3, penalty_alpha 0\.6, which specbranch does not have: the text will"
         ) as seen:
             engine.generate(PROMPT, max_new_tokens=2)
         assert len(seen) == 1
@@ -253,8 +258,6 @@ def test_the_warning_comes_once_an_engine_and_names_the_fields() -> None:
             warnings.simplefilter("error")
             engine.generate(PROMPT, max_new_tokens=2)
             list(engine.stream(PROMPT, max_new_tokens=2))
-        with pytest.warns(SpecBranchWarning, match="has typical_p 0.9, which"):  # now that it acts
-            engine.generate(PROMPT, max_new_tokens=2, temperature=1)
 
 
 def test_filters_without_a_temperature_are_warned_of(bundled_pair: SpecBranch) -> None:
@@ -302,4 +305,4 @@ def test_the_bundled_pair_is_greedy(bundled_pair: SpecBranch) -> None:
     for model in (bundled_pair.target, bundled_pair.draft):
         assert model is not None
         assert sampling(model.generation_config) == Sampling()
-        assert lacking(model.generation_config, sampled=True) == {}
+        assert lacking(model.generation_config) | processed(model.generation_config, True) == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -12,7 +12,7 @@ import httpx
 import pytest
 from serving import Served, served
 
-from specbranch import Generation, SpecBranch, TextStream, bundled
+from specbranch import Generation, SpecBranch, bundled
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.serve.answers import Answers, Piece
 from specbranch.serve.queue import Queue
@@ -118,25 +118,6 @@ def test_one_that_does_not_read_keeps_nobody_waiting(bundled_pair):
         assert isinstance(unread.outcome, Generation)
 
     asyncio.run(scenario())
-
-
-def test_a_stream_that_is_stopped_ends_before_its_next_round():
-    closed: list[bool] = []
-
-    def pieces() -> Generator[str | Generation, None, None]:
-        try:
-            yield "a"
-            yield ""
-            stream.stop()
-            yield ""
-            raise AssertionError
-        finally:
-            closed.append(True)
-
-    stream = TextStream(pieces())
-    assert list(stream) == ["a"]
-    assert closed == [True]
-    assert stream.generation is None
 
 
 # ---- the queue

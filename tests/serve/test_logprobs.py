@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +14,12 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from specbranch import Generation, SpecBranch, TextStream, bundled
+from specbranch.core.generation import TokenLogprob
 from specbranch.core.stats import Stats
 from specbranch.serve.logprobs import TokenTexts
 
 PROMPT = bundled.prompts()[0]["prompt"]
 EURO = "€"
-REAL = "logprobs" in inspect.signature(SpecBranch.stream).parameters
-
-
-@dataclass(frozen=True)
-class Entry:
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
-
-
-@dataclass(frozen=True)
-class WithLogprobs(Generation):
-    logprobs: list[Entry] = field(default_factory=list)
-
-
-class Stream(TextStream):
-    logprobs: list[Entry]
 
 
 class Scripted:
@@ -46,13 +28,13 @@ class Scripted:
     def __init__(self, pair: SpecBranch, text: str) -> None:
         self.pair, self.target, self.tokenizer = pair.pair, pair.target, pair.tokenizer
         self.tokens = [*pair.encode(text), 0]
-        self.entries = [Entry(token, -0.5 - place, []) for place, token in enumerate(self.tokens)]
+        self.entries = [TokenLogprob(token, -0.5 - place, ()) for place, token in enumerate(self.tokens)]
 
-    def stream(self, ids: list[int], logprobs: int | None = None, **options: Any) -> Stream:
+    def stream(self, ids: list[int], logprobs: int | None = None, **options: Any) -> TextStream:
         entries = self.entries
         if logprobs:
-            entries = [Entry(e.token, e.logprob, [(e.token, e.logprob), (5, -9.0)][:logprobs]) for e in entries]
-        said: list[Entry] = []
+            entries = [TokenLogprob(e.token, e.logprob, ((e.token, e.logprob), (5, -9.0))[:logprobs]) for e in entries]
+        said: list[TokenLogprob] = []
 
         def pieces() -> Generator[str | Generation, None, None]:
             shown = ""
@@ -61,12 +43,9 @@ class Scripted:
                 text = self.tokenizer.decode([e.token for e in said], skip_special_tokens=True).rstrip("\ufffd")
                 shown, fresh = text, text[len(shown) :]
                 yield fresh
-            yield WithLogprobs(shown, self.tokens, Stats(), "stop", entries if logprobs is not None else [])
+            yield Generation(shown, self.tokens, Stats(), "stop", None if logprobs is None else entries)
 
-        stream = Stream(pieces())
-        if logprobs is not None:
-            stream.logprobs = said
-        return stream
+        return TextStream(pieces(), () if logprobs is None else said)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +108,9 @@ def test_none_where_none_are_asked_for(client):
     assert (choice.text, choice.logprobs) == (f"return {EURO} + 1", None)
 
 
-@pytest.mark.skipif(not REAL, reason="the engine has no logprobs yet")
 @pytest.mark.parametrize("stream", [False, True])
 def test_of_the_engine(bundled_pair, stream):
-    alone = bundled_pair.generate(PROMPT, max_new_tokens=20, **{"logprobs": 2})
+    alone = bundled_pair.generate(PROMPT, max_new_tokens=20, logprobs=2)
     with served(bundled_pair) as server:
         asked = {"model": "bundled", "prompt": PROMPT, "max_tokens": 20, "logprobs": 2, "stream": stream}
         answer = server.client().completions.create(**asked)

@@ -22,7 +22,7 @@ def tiny_pair(family: str = "llama", noise: float = 0.003, dtype: torch.dtype = 
         for weight in draft.parameters():
             weight.add_(noise * torch.randn(weight.shape, generator=generator))
     pair = SpecBranch(target.to(dtype), draft.to(dtype), draft_context="all")  # type: ignore[arg-type]
-    pair._costs.default_factory = Costs  # which takes it for a small one: as it is, it would rest
+    pair.decoder.costs.default_factory = Costs  # which takes it for a small one: as it is, it would rest
     return pair
 
 

@@ -14,6 +14,7 @@ from specbranch.cli.loading import load_engine
 from specbranch.cli.machine import describe_measuring_machine, describe_versions
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import progress, status
+from specbranch.text.generation_config import bare
 from specbranch.text.prompts import Prompt, read_all
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_all(args.prompts, args.limit)
     path = Path(args.out)
     engine = load_engine(args)
+    engine.target.generation_config = bare(engine.target)  # a record has no rules but its sampling
     record = record_prompts(engine, prompts, sampling_options(args), path, args.features)
     if record is None:
         return INTERRUPTED

@@ -17,6 +17,7 @@ from specbranch.cli.messages import FAILURE, INTERRUPTED, complain
 from specbranch.cli.record import is_record, record_prompts, with_costs
 from specbranch.cli.terminal import output_console, progress, status
 from specbranch.runtime.choices import ROUNDS
+from specbranch.text.generation_config import bare
 from specbranch.text.prompts import read_all
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     check_enough(len(prompts))
     out = Path(args.out)
     engine = load_engine(args)
+    engine.target.generation_config = bare(engine.target)  # a record has no rules but its sampling
     check_pair(out, engine)
     record = record_prompts(engine, prompts, sampling_options(args), out / ROUNDS, features=True)
     if record is None:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from specbranch.core.stats import Stats
+
+
+class TokenLogprob(NamedTuple):
+    """The natural logarithm of a token's probability in the model's own distribution, before processors, temperature
+    and filters. top: the likeliest tokens with theirs, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -13,13 +23,15 @@ class Generation:
     """What came out.
 
     text: without special tokens, and without a stop string. tokens: the new ids only; an end-of-sequence id is
-    included. finish_reason: "stop" (end of sequence or a stop string), "length", "interrupted" or "error".
+    included. finish_reason: "stop" (end of sequence, a stop string or a stopping criterion), "length", "interrupted" or
+    "error". logprobs: one for each token, where they were asked for.
     """
 
     text: str
     tokens: list[int]
     stats: Stats
     finish_reason: str
+    logprobs: list[TokenLogprob] | None = None
 
 
 class GenerationFailed(RuntimeError):
@@ -44,25 +56,30 @@ class TextStream(Iterator[str]):
     A context manager too, which closes it. Several streams of one engine may be read in turn, or in several threads.
     """
 
-    def __init__(self, pieces: Generator[str | Generation, None, None]) -> None:
+    def __init__(self, pieces: Generator[str | Generation, None, None], logprobs: Sequence[TokenLogprob] = ()) -> None:
+        """logprobs: of the tokens so far, where they were asked for."""
         self._pieces = pieces
-        self._stopped = False
+        self.logprobs = logprobs
         self.generation: Generation | None = None
 
     def __next__(self) -> str:
+        while (piece := self.advance()) is not None:
+            if piece:
+                return piece
+        raise StopIteration
+
+    def advance(self) -> str | None:
+        """The text of the next round, which may be empty; None when all is said."""
         while True:
-            if self._stopped:
-                self.close()
             try:
-                piece = next(self._pieces)
+                piece = next(self._pieces, None)
             except GenerationInterrupted:
                 raise
             except KeyboardInterrupt as interrupt:  # it came between two rounds: hand it in, so that the text is kept
                 piece = self._pieces.throw(interrupt)
-            if isinstance(piece, Generation):
-                self.generation = piece
-            elif piece:
+            if not isinstance(piece, Generation):
                 return piece
+            self.generation = piece
 
     def __enter__(self) -> TextStream:
         return self
@@ -73,7 +90,3 @@ class TextStream(Iterator[str]):
     def close(self) -> None:
         """Stop generating; what was committed is dropped."""
         self._pieces.close()
-
-    def stop(self) -> None:
-        """Close it before its next round, from whatever thread: the iteration ends there, without a `generation`."""
-        self._stopped = True

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from specbranch.core.excerpt import NO_GAP, Excerpt
 from specbranch.core.messages import Drafted, Forecast
 from specbranch.core.sampling import Sampling
 from specbranch.core.tree import Proposals, Signals, Tree
 from specbranch.policies.calibration import Calibrator
 from specbranch.runtime.cache import MAX_BACKLOG
-from specbranch.runtime.runner import Runner, Samples
+from specbranch.runtime.rules import DraftRules
+from specbranch.runtime.runner import Guessed, Runner, Samples
 from specbranch.stages import ShouldContinue
 
 
@@ -25,14 +28,16 @@ class ModelDrafter:
         candidates: int,
         vocabulary: int,
         calibrator: Calibrator | None = None,
+        rules: DraftRules | None = None,
     ) -> None:
         """candidates: how many per node. vocabulary: ids from here on are padding and are never proposed.
-        calibrator: corrects the draft's confidence; None takes it as it is."""
+        calibrator: corrects the draft's confidence; None takes it as it is. rules: that logits go through first."""
         self.runner = runner
         self.sampling = sampling
         self.vocabulary = min(vocabulary, runner.model.vocabulary)
         self.candidates = min(max(candidates, 2), self.vocabulary)
         self.calibrator = calibrator
+        self.rules = rules
         self.forecast: Forecast | None = None
         self._text: list[int] = []  # committed, the root included: what the cache lacks of it is caught up with
         self._prompt_tokens = 0
@@ -92,7 +97,9 @@ class ModelDrafter:
             [tree.position + depth for depth in depths],
             backlog,
         )
-        samples = self.runner.draft(batch, self.candidates, self.vocabulary, self.sampling, steps, should_continue)
+        samples = self.runner.draft(
+            batch, self.candidates, self.vocabulary, self.sampling, steps, should_continue, self._rules(tree, nodes)
+        )
         for step in range(1, len(samples)):  # the rows of the nodes that Tree.descend will make
             first = len(tree) + (step - 1) * len(nodes)
             above = nodes if step == 1 else range(first - len(nodes), first)
@@ -117,6 +124,18 @@ class ModelDrafter:
         if self.calibrator is not None:
             self.calibrator.observe(tree, path, next_token)
         self.forecast = forecast
+
+    def _rules(self, tree: Tree, nodes: Sequence[int]) -> Guessed | None:
+        """What logits below some nodes become, and below what is drafted there."""
+        if self.rules is None:
+            return None
+        rules, text = self.rules, self._text
+        paths = [tree.tokens(tree.path(node)[1:]) for node in nodes]
+
+        def guessed(logits: Tensor, behind: Sequence[Sequence[int]]) -> Tensor:
+            return rules(logits, text, [[*path, *tail] for path, tail in zip(paths, behind, strict=True)])
+
+        return guessed
 
     def _proposals(self, samples: Samples, place: int, depth: int) -> Proposals:
         """One node's candidates, with the draft's own confidence in each."""

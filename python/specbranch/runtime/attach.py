@@ -24,13 +24,13 @@ from specbranch.runtime.forwards import forwards_of
 from specbranch.runtime.locks import Lock, locked, run_out
 from specbranch.runtime.rows.routes import Forward, replacement
 from specbranch.runtime.weights import execution_device
+from specbranch_ext.integrations.transformers import IMPLEMENTATION, attention_configs
 
 T = TypeVar("T")
 # Objects' attributes, the name of one of each, and a value for each.
 Columns = tuple[tuple[dict[str, Any], ...], tuple[str, ...], tuple[Any, ...]]
 Restore = tuple[Columns, Columns]
 
-IMPLEMENTATION = "_attn_implementation_internal"  # transformers' name for what its set_attn_implementation() sets
 MISSING = object()
 
 
@@ -67,7 +67,7 @@ class Attachment:
         for model in models:
             own = list(model.modules())
             modules.update(dict.fromkeys(own))
-            configs.update((id(config), config) for config in _configs(model, own))
+            configs.update((id(config), config) for config in attention_configs(model, own))
             device = execution_device(model)
             forwards.update(forwards_of(own, device) if forward_of is None else _each(own, device, forward_of))
         for module, keep in () if tap is None else tap.keepers():
@@ -168,16 +168,6 @@ def restoring(restore: Restore, training: Sequence[dict[str, Any]]) -> Iterator[
         map(dict.pop, *missing),
         map(dict.__setitem__, training, repeat("training"), repeat(True)),
     )
-
-
-def _configs(model: PreTrainedModel, modules: Sequence[nn.Module]) -> Iterator[Any]:
-    """The configs that its modules may ask for their attention."""
-    found = [model.config, *(vars(module).get("config") for module in modules)]
-    waiting = list({id(config): config for config in found if config is not None}.values())
-    for config in waiting:
-        if IMPLEMENTATION in getattr(config, "__dict__", ()):
-            yield config
-        waiting += [inner for name in getattr(config, "sub_configs", ()) if (inner := getattr(config, name, None))]
 
 
 # ---- Turns: which models are in use, in this process

@@ -7,7 +7,7 @@ runner calls the model; the captured one (graphs/runner.py) replays CUDA graphs.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +23,8 @@ from specbranch.runtime.model import CachedModel
 from specbranch.runtime.modes import inference
 from specbranch.stages import ShouldContinue
 from specbranch_ext import draft_sample, verify
+
+Guessed = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,34 @@ class PendingVerdict:
         return Verdict(tuple(path[:accepted]), next_token, step_between(self.begin, self.end, self.rows, self.begin))
 
 
+Walked = tuple[tuple[int, ...], int]
+"""The accepted places of a trunk, and the token behind them."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingWalk:
+    """A verdict that is reached one token after the other, from logits that are on their way."""
+
+    logits: Tensor
+    walk: Callable[[Tensor], Walked]
+    begin: Mark
+    end: Mark
+    device: Device
+    hidden: list[Tensor]
+
+    def done(self) -> bool:
+        return self.end.done()
+
+    def result(self) -> Verdict:
+        """Wait for the logits, and walk. Raises what a rule raises, and ValueError for logits that cannot be
+        sampled."""
+        self.end.wait()
+        path, next_token = self.walk(self.logits)
+        walked = self.device.mark()
+        walked.wait()
+        return Verdict(path, next_token, step_between(self.begin, walked, len(self.logits), self.begin))
+
+
 class Runner(Protocol):
     """Runs one model's work, in order."""
 
@@ -81,8 +111,15 @@ class Runner(Protocol):
     def prefill(self, tokens: Sequence[int]) -> None:
         """Commit a chain of tokens behind the prefix."""
 
-    def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingVerdict:
-        """Start a step of the target. parents: of each row, -1 for the first."""
+    def verify(
+        self,
+        batch: Batch,
+        parents: Sequence[int],
+        sampling: Sampling,
+        walk: Callable[[Tensor], Walked] | None = None,
+    ) -> PendingVerdict | PendingWalk:
+        """Start a step of the target. parents: of each row, -1 for the first. walk: what makes a verdict of its logits
+        [n, V], in place of the op."""
 
     def draft(
         self,
@@ -92,9 +129,11 @@ class Runner(Protocol):
         sampling: Sampling,
         steps: int,
         should_continue: ShouldContinue,
+        rules: Guessed | None = None,
     ) -> list[Samples]:
         """Steps of the draft: over the batch, then each over the first candidates of the one before, until there are
-        `steps` of them or `should_continue`, asked before each but the first, says no."""
+        `steps` of them or `should_continue`, asked before each but the first, says no. rules: what the logits of a step
+        [b, V] become before they are sampled, given the tokens of this call behind each leaf."""
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None:
         """See BranchCache.commit."""
@@ -129,12 +168,21 @@ class EagerRunner:
             self.model.cache.commit(path, survivors)
 
     @inference
-    def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingVerdict:
+    def verify(
+        self,
+        batch: Batch,
+        parents: Sequence[int],
+        sampling: Sampling,
+        walk: Callable[[Tensor], Walked] | None = None,
+    ) -> PendingVerdict | PendingWalk:
         begin = self.device.mark()
         with self.device.running():
             inputs = Inputs.of(batch, self.model.device)
+            logits = self.model.forward(inputs)
+            if walk is not None:
+                return PendingWalk(logits, walk, begin, self.device.mark(), self.device, self.model.hidden)
             verdict = verify(
-                self.model.forward(inputs),
+                logits,
                 inputs.ids,
                 torch.tensor(parents, device=inputs.ids.device),
                 inputs.positions + 1,
@@ -154,13 +202,16 @@ class EagerRunner:
         sampling: Sampling,
         steps: int,
         should_continue: ShouldContinue,
+        rules: Guessed | None = None,
     ) -> list[Samples]:
         samples: list[Samples] = []
+        behind: list[list[int]] = [[] for _ in range(batch.leaves)]
         while len(samples) < steps and (not samples or should_continue(0)):
             begin = self.device.mark()
             with self.device.running():
                 inputs = Inputs.of(batch, self.model.device)
                 logits = self.model.forward(inputs, keep=slice(batch.leaves))[:, :vocabulary]
+                logits = logits if rules is None else rules(logits, behind)
                 positions = inputs.positions[: batch.leaves] + 1
                 sample = draft_sample(logits, positions, candidates, **sampling.op_arguments)
                 tokens, scores, confidence, entropy = (part.tolist() for part in sample)
@@ -169,5 +220,6 @@ class EagerRunner:
             first = [row[0] for row in tokens]
             if min(first) < 0:
                 break  # a row that cannot be sampled: nothing can follow it
+            behind = [[*tokens, token] for tokens, token in zip(behind, first, strict=True)]
             batch = batch.below(first)
         return samples

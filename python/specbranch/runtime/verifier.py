@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from specbranch.core.messages import Trunk, Verdict
 from specbranch.core.sampling import Sampling
 from specbranch.runtime.hrad.predictor import Predictor
-from specbranch.runtime.runner import PendingVerdict, Runner
+from specbranch.runtime.rules import Walk
+from specbranch.runtime.runner import PendingVerdict, PendingWalk, Runner
 from specbranch.stages import Pending
 
 
 class ModelVerifier:
     """The target samples every token itself; a drafted token is accepted if it equals the target's."""
 
-    def __init__(self, runner: Runner, sampling: Sampling, predictor: Predictor | None = None) -> None:
-        """predictor: its tap is attached to the model; None for no forecasts."""
+    def __init__(
+        self, runner: Runner, sampling: Sampling, predictor: Predictor | None = None, walk: Walk | None = None
+    ) -> None:
+        """predictor: its tap is attached to the model; None for no forecasts. walk: with the rules that there are."""
         self.runner = runner
         self.sampling = sampling
         self.predictor = predictor
+        self.walk = walk
         self._text: list[int] = []  # of the rows in the cache, where the model may have to read them anew
         self._trunk = Trunk((), (), 0)
 
@@ -44,7 +49,8 @@ class ModelVerifier:
             with self.runner.device.running():
                 model.reread([*self._text, trunk.tokens[0]], trunk.position)
         batch = model.place(range(len(trunk)), trunk.parents, trunk.tokens, trunk.positions)
-        pending = self.runner.verify(batch, trunk.parents, self.sampling)
+        walk = None if self.walk is None else partial(self.walk, trunk)
+        pending = self.runner.verify(batch, trunk.parents, self.sampling, walk)
         return pending if self.predictor is None else PendingForecast(pending, self.predictor)
 
     def commit(self, path: Sequence[int]) -> None:
@@ -57,7 +63,7 @@ class ModelVerifier:
 class PendingForecast:
     """A pending verdict that comes with a forecast."""
 
-    verdict: PendingVerdict
+    verdict: PendingVerdict | PendingWalk
     predictor: Predictor
 
     def done(self) -> bool:

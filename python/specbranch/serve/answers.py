@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.core.generation import Generation, GenerationFailed, TextStream
+from specbranch.core.generation import Generation, GenerationFailed, TextStream, TokenLogprob
 from specbranch.engine import SpecBranch
-from specbranch.serve.logprobs import TokenLogprob
 from specbranch.serve.queue import Place, Queue
 from specbranch.serve.refusal import Refusal
 from specbranch.serve.requests import Asked
@@ -95,7 +94,7 @@ class Answer:
         self._answers, self._place = answers, place
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._stream: TextStream | None = None
+        self._reading = self._left = False
         self._task = asyncio.create_task(self._run())
         self._watch: asyncio.Task[None] | None = None
 
@@ -108,9 +107,8 @@ class Answer:
 
     def leave(self) -> None:
         """The client is gone: it waits no longer, or its generation ends before the next round."""
-        if self._stream is not None:
-            self._stream.stop()
-        else:
+        self._left = True
+        if not self._reading:
             self._task.cancel()
 
     async def _run(self) -> None:
@@ -119,8 +117,9 @@ class Answer:
             ids, most = await in_thread(self._answers.encoder, self._answers.encode, self.asked)
             self.prompt_tokens = len(ids)
             await self._place.turn()
-            self._stream = self._answers.open(self.asked, ids, most)
-            self.outcome = await in_thread(self._answers.generators, self._read, self._stream)
+            stream = self._answers.open(self.asked, ids, most)
+            self._reading = True
+            self.outcome = await in_thread(self._answers.generators, self._read, stream)
         except asyncio.CancelledError:
             self.outcome = Left()
         except Exception as error:
@@ -135,7 +134,7 @@ class Answer:
         """In a thread: hand on what the engine commits. Raises Left when the client left."""
         try:
             with stream:
-                for text in stream:
+                while not self._left and (text := stream.advance()) is not None:
                     self._hand_on(text, stream)
         except GenerationFailed as failure:
             self._hand_on_rest(failure.generation)
@@ -150,11 +149,7 @@ class Answer:
         self._hand_on(generation.text[self.characters :], generation)
 
     def _hand_on(self, text: str, source: TextStream | Generation) -> None:
-        fresh = self._logprobs_of(source)[self._known :]
+        fresh = (source.logprobs or [])[self._known :]
         self.characters, self._known = self.characters + len(text), self._known + len(fresh)
         if text or fresh:
             self._loop.call_soon_threadsafe(self._events.put_nowait, Piece(text, fresh))
-
-    def _logprobs_of(self, source: Any) -> Sequence[TokenLogprob]:
-        """Of all tokens so far."""
-        return [] if self.asked.logprobs is None else source.logprobs

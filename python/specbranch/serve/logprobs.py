@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from specbranch.core.generation import TokenLogprob
+
 REPLACEMENT = "\ufffd"
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # of byte-level vocabularies
-
-
-class TokenLogprob(Protocol):
-    """As the engine gives them: natural logarithms of the model's own distribution. top: the likeliest tokens."""
-
-    @property
-    def token(self) -> int: ...
-
-    @property
-    def logprob(self) -> float: ...
-
-    @property
-    def top(self) -> Sequence[tuple[int, float]]: ...
 
 
 class TokenTexts:

@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from specbranch.core.generation import Generation
+from specbranch.core.generation import Generation, TokenLogprob
 from specbranch.serve.answers import Piece
-from specbranch.serve.logprobs import TokenLogprob, TokenTexts, chat_logprobs, completion_logprobs
+from specbranch.serve.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 from specbranch.serve.requests import Asked
 
 DONE = b"data: [DONE]\n\n"

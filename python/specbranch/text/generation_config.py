@@ -1,5 +1,5 @@
-"""What a checkpoint's generation_config asks for: what the engine has counts as in transformers' `generate`, what it
-does not have is named in a warning.
+"""What a checkpoint's generation_config asks for: it counts as in transformers' `generate`, and what the engine
+lacks is named in a warning.
 
 Values are resolved as transformers resolves them: the caller's, else the checkpoint's, else transformers' own default.
 """
@@ -7,16 +7,15 @@ Values are resolved as transformers resolves them: the caller's, else the checkp
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from specbranch.core.checks import flag, number, shown, whole
 from specbranch.core.errors import SpecBranchError, SpecBranchWarning
 from specbranch.core.sampling import Sampling
-from specbranch.text.stopping import stop_strings
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel
 
 NEW_TOKENS = 128  # transformers' own default is 20
 ANSWER_TOKENS = 1024  # of a server and a chat, whose users name no number
@@ -44,8 +43,8 @@ def _inside(low: float, high: float) -> Acts:
     return lambda value: not isinstance(value, (int, float)) or low < value < high
 
 
-# Fields that change a text of transformers' and that the engine does not have: whether a value (never None) acts.
-LACKING: dict[str, Acts] = {
+# Fields that become a logits processor or a stopping criterion: whether a value (never None) acts.
+PROCESSED: dict[str, Acts] = {
     "repetition_penalty": _other_than(1),
     "encoder_repetition_penalty": _other_than(1),  # of the prompt, for a decoder-only model
     "no_repeat_ngram_size": _above(0),
@@ -62,6 +61,16 @@ LACKING: dict[str, Acts] = {
     "max_time": _set,
     "guidance_scale": _other_than(1),
     "watermarking_config": _set,
+}
+# The same, where tokens are sampled.
+PROCESSED_IN_SAMPLING: dict[str, Acts] = {
+    "top_h": _set,
+    "typical_p": lambda value: not isinstance(value, (int, float)) or value < 1,
+    "epsilon_cutoff": _inside(0, 1),
+    "eta_cutoff": _inside(0, 1),
+}
+# Fields that change a text of transformers' and that the engine does not have.
+LACKING: dict[str, Acts] = {
     "token_healing": bool,
     "num_beams": _above(1),
     "num_beam_groups": _above(1),
@@ -72,19 +81,21 @@ LACKING: dict[str, Acts] = {
     "dola_layers": _set,
     "cache_implementation": lambda value: value == "quantized",  # which rounds keys and values
 }
-# The same, where tokens are sampled.
-LACKING_IN_SAMPLING: dict[str, Acts] = {
-    "top_h": _set,
-    "typical_p": lambda value: not isinstance(value, (int, float)) or value < 1,
-    "epsilon_cutoff": _inside(0, 1),
-    "eta_cutoff": _inside(0, 1),
-}
 
 
-def lacking(config: object, sampled: bool) -> dict[str, Any]:
+def lacking(config: object) -> dict[str, Any]:
     """The fields of a GenerationConfig, with their values, that change transformers' text and that the engine does not
-    have. sampled: whether tokens are sampled."""
-    fields = {**LACKING, **(LACKING_IN_SAMPLING if sampled else {})}
+    have."""
+    return _acting(config, LACKING)
+
+
+def processed(config: object, sampled: bool) -> dict[str, Any]:
+    """The fields of a GenerationConfig, with their values, for which transformers has processors and criteria. sampled:
+    whether tokens are sampled."""
+    return _acting(config, {**PROCESSED, **(PROCESSED_IN_SAMPLING if sampled else {})})
+
+
+def _acting(config: object, fields: dict[str, Acts]) -> dict[str, Any]:
     values = {name: getattr(config, name, None) for name in fields}
     return {name: value for name, value in values.items() if value is not None and fields[name](value)}
 
@@ -146,6 +157,17 @@ def _own(config: object, name: str, check: Callable[..., Any], default: Any, **l
     return default if value is None else check(f"{OWNER}: {name}", value, **limits)
 
 
+class Layered:
+    """What a caller's GenerationConfig says, and else the checkpoint's: only what is None there is looked up here."""
+
+    def __init__(self, given: object, own: object) -> None:
+        self._layers = [layer for layer in (given, own) if layer is not None]
+
+    def __getattr__(self, name: str) -> Any:
+        values = (getattr(layer, name, None) for layer in self._layers)
+        return next((value for value in values if value is not None), None)
+
+
 class CheckpointSettings:
     """The generation_config of a model, as it is at each call."""
 
@@ -153,13 +175,24 @@ class CheckpointSettings:
         self._model = model
         self._told: set[str] = set()  # fields that were warned of
 
+    def under(self, given: object) -> Layered:
+        """The settings of a call that comes with a GenerationConfig of its own, or None."""
+        if given is not None and not hasattr(given, "do_sample"):
+            raise SpecBranchError(f"generation_config is {shown(given)}; expected a GenerationConfig")
+        return Layered(given, self._model.generation_config)
+
     def sampling(
-        self, temperature: float | None, top_k: int | None, top_p: float | None, min_p: float | None, seed: int
+        self,
+        config: object,
+        temperature: float | None,
+        top_k: int | None,
+        top_p: float | None,
+        min_p: float | None,
+        seed: int,
     ) -> Sampling:
         """See `sampling`; warns, once each, of fields that the engine does not have, and of filters without effect."""
-        config = self._model.generation_config
         chosen = sampling(config, temperature, top_k, top_p, min_p, seed)
-        missed = lacking(config, chosen.temperature > 0)
+        missed = lacking(config)
         if fresh := {name: value for name, value in missed.items() if name not in self._told}:
             self._told |= fresh.keys()
             fields = ", ".join(f"{name} {shown(value)}" for name, value in fresh.items())
@@ -174,14 +207,19 @@ class CheckpointSettings:
             warnings.warn(message, SpecBranchWarning, stacklevel=3)
         return chosen
 
-    def new_tokens(self, asked: int | None, prompt: int) -> int:
+    def new_tokens(self, config: object, asked: int | None, prompt: int) -> int:
         """See `new_tokens`."""
         context = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        return new_tokens(self._model.generation_config, asked, prompt, context)
+        return new_tokens(config, asked, prompt, context)
 
-    def stop_strings(
-        self, asked: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerBase | None
-    ) -> tuple[str, ...]:
-        """See `stopping.stop_strings`; None: the checkpoint's own."""
-        own = getattr(self._model.generation_config, "stop_strings", None)
-        return stop_strings(own if asked is None else asked, tokenizer)
+
+def bare(model: PreTrainedModel) -> GenerationConfig:
+    """The special tokens of a model's own config, no more; without a padding token EOS pads."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    eos = own.eos_token_id
+    pad = own.pad_token_id
+    if pad is None:
+        pad = eos[0] if isinstance(eos, list) else eos
+    return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad)

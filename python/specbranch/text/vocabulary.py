@@ -46,8 +46,12 @@ def end_of_sequence(model: PreTrainedModel) -> frozenset[int]:
 
     Raises SpecBranchError for what is no id.
     """
-    eos: Any = getattr(model.generation_config, "eos_token_id", None)
-    if isinstance(eos, Tensor):
-        eos = eos.tolist()
-    ids = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
-    return frozenset(whole(f"{OWNER}: eos_token_id", token) for token in ids)
+    return ids_of(getattr(model.generation_config, "eos_token_id", None), f"{OWNER}: eos_token_id")
+
+
+def ids_of(value: Any, name: str) -> frozenset[int]:
+    """Of one id, several or none. Raises SpecBranchError for what is no id."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    ids = [] if value is None else value if isinstance(value, (list, tuple)) else [value]
+    return frozenset(whole(name, token) for token in ids)

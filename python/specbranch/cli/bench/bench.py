@@ -209,8 +209,8 @@ class Bench:
                 self.contenders.remove(contender)
             progress.done()
         if self._learned is not None:
-            self.engine._calibrator.restore(self._learned)
-        self._learned = self.engine._calibrator.state()
+            self.engine.decoder.calibrator.restore(self._learned)
+        self._learned = self.engine.decoder.calibrator.state()
 
     def _first_usable(self, prompts: Sequence[Prompt]) -> list[int]:
         for prompt in prompts:
@@ -243,7 +243,7 @@ class Bench:
                 if contender.name not in done:
                     progress.next(f"{prompt.id}: {contender.name}")
                     records.append(self._measure_one(contender, prompt, ids) | {"prompt": number})
-                    self._learned = self.engine._calibrator.state()  # of whole measurements
+                    self._learned = self.engine.decoder.calibrator.state()  # of whole measurements
                     progress.done()
         finally:  # also when interrupted
             self._compare([*earlier, *records], ids)

@@ -14,6 +14,7 @@ from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import Progress, output_console, progress
 from specbranch.policies.methods import METHODS
+from specbranch.text.generation_config import bare
 from specbranch.text.prompts import Prompt, read_all
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     from specbranch.cli.bench.bench import Bench, resident_with_libraries
 
     resident_before_loading = resident_with_libraries()
-    bench = Bench(load_engine(args), args, request, resident_before_loading, before)
+    engine = load_engine(args)
+    engine.target.generation_config = bare(engine.target)  # peers differ in what they make of the rest
+    bench = Bench(engine, args, request, resident_before_loading, before)
     interrupted = False
     try:
         with progress(at_once + wanted - len(bench.records)) as bar:

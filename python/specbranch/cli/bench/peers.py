@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from specbranch.text.generation_config import bare
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -58,7 +60,7 @@ class Peers:
     def __init__(self, target: PreTrainedModel, draft: PreTrainedModel, threads: int | None = None) -> None:
         self._target, self._draft, self._threads = target, draft, threads
         # One config each for the whole run: assisted generation keeps an adapted threshold in the draft's.
-        self._configs = {model: _plain_config(model) for model in (target, draft)}
+        self._configs = {model: bare(model) for model in (target, draft)}
 
     @property
     def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -133,13 +135,3 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _plain_config(model: PreTrainedModel) -> GenerationConfig:
-    """The special tokens of the model's own config, no more; without a padding token EOS pads."""
-    own = model.generation_config
-    eos = own.eos_token_id
-    pad = own.pad_token_id
-    if pad is None:
-        pad = eos[0] if isinstance(eos, list) else eos
-    return GenerationConfig(bos_token_id=own.bos_token_id, eos_token_id=eos, pad_token_id=pad)

@@ -24,7 +24,7 @@ from specbranch.runtime.graphs.memory import STEPS, StaticCommit, StaticInputs, 
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.modes import inference
-from specbranch.runtime.runner import EagerRunner, PendingVerdict, Samples
+from specbranch.runtime.runner import EagerRunner, Guessed, PendingVerdict, PendingWalk, Samples, Walked
 from specbranch.stages import ShouldContinue
 from specbranch_ext import draft_sample, kv_commit, verify
 
@@ -42,11 +42,12 @@ AHEAD = 2  # draft steps that are enqueued at most: one runs, one waits
 
 @dataclass(frozen=True)
 class VerifyGraph:
-    """Forward and `verify`, the result copied to `host`: [accepted, next token, path …]. hidden: where it leaves what
-    a tap saw."""
+    """Forward and `verify`, the result copied to `host`: [accepted, next token, path …]. logits: [n, V], until the next
+    replay. hidden: where it leaves what a tap saw."""
 
     graph: Graph
     host: Tensor
+    logits: Tensor
     hidden: list[Tensor]
 
 
@@ -95,14 +96,23 @@ class CapturedRunner:
     def prefill(self, tokens: Sequence[int]) -> None:
         self.eager.prefill(tokens)
 
-    def verify(self, batch: Batch, parents: Sequence[int], sampling: Sampling) -> PendingVerdict:
+    def verify(
+        self,
+        batch: Batch,
+        parents: Sequence[int],
+        sampling: Sampling,
+        walk: Callable[[Tensor], Walked] | None = None,
+    ) -> PendingVerdict | PendingWalk:
         found = self._captured(len(batch) <= self.most_rows, self._verify_graph)
         if found is None:
-            return self.eager.verify(batch, parents, sampling)
+            return self.eager.verify(batch, parents, sampling, walk)
         begin = self.device.mark()
         self.inputs.fill(batch, list(parents), sampling)
         found.graph.replay()
-        return PendingVerdict(found.host, begin, self.device.mark(), len(batch), found.hidden)
+        done = self.device.mark()
+        if walk is not None:
+            return PendingWalk(found.logits[: len(batch)], walk, begin, done, self.device, found.hidden)
+        return PendingVerdict(found.host, begin, done, len(batch), found.hidden)
 
     def draft(
         self,
@@ -112,12 +122,13 @@ class CapturedRunner:
         sampling: Sampling,
         steps: int,
         should_continue: ShouldContinue,
+        rules: Guessed | None = None,
     ) -> list[Samples]:
-        fits = len(batch) <= DRAFT_ROWS[-1]
+        fits = rules is None and len(batch) <= DRAFT_ROWS[-1]  # a graph cannot ask the host
         rows = [len(batch), batch.leaves] if steps > 1 else [len(batch)]
         found = self._captured(fits, partial(self._draft_graphs, candidates, vocabulary, rows))
         if found is None:
-            return self.eager.draft(batch, candidates, vocabulary, sampling, steps, should_continue)
+            return self.eager.draft(batch, candidates, vocabulary, sampling, steps, should_continue, rules)
         marks = [self.device.mark()]
         self.inputs.fill(batch, [], sampling)
         found.by_rows[fitting(DRAFT_ROWS, len(batch))].replay()
@@ -202,7 +213,7 @@ class CapturedRunner:
         tap = self.model.tap  # without one, another graph: it keeps no hidden states
         if tap not in self._verifying:
             n, inputs, hidden = self.most_rows, self.inputs, list[Tensor]()
-            host = self.device.host_memory(n + 2)
+            host, kept = self.device.host_memory(n + 2), list[Tensor]()
 
             def run() -> None:
                 given = inputs.of(n)
@@ -217,9 +228,10 @@ class CapturedRunner:
                 )
                 result = torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
                 host.copy_(result, non_blocking=True)
-                hidden[:] = self.model.hidden  # of the run that is captured, which is the last
+                hidden[:], kept[:] = self.model.hidden, [logits]  # of the run that is captured, which is the last
 
-            self._verifying[tap] = VerifyGraph(self._capture(run), host, hidden)
+            graph = self._capture(run)
+            self._verifying[tap] = VerifyGraph(graph, host, kept[0], hidden)
         return self._verifying[tap]
 
     def _draft_graphs(self, candidates: int, vocabulary: int, rows: Sequence[int]) -> DraftGraphs:

@@ -1,0 +1,203 @@
+"""One text of an engine: from a request to a generation, round by round."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Generator
+from functools import partial
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from specbranch.core.checks import shown
+from specbranch.core.errors import SpecBranchError, SpecBranchWarning
+from specbranch.core.excerpt import ALL, Excerpt, check_draft_context
+from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted
+from specbranch.drafters.model import ModelDrafter
+from specbranch.loop import DecodingLoop
+from specbranch.policies.calibration import Calibrator
+from specbranch.policies.costs import Costs
+from specbranch.policies.methods import make_policy
+from specbranch.policies.policy import Policy
+from specbranch.policies.reading import AtOnce, Lengths, Reading, WhenItPays
+from specbranch.request import Drafting, Request
+from specbranch.runtime.hrad.predictor import HRad, Predictor
+from specbranch.runtime.packed import weight_format
+from specbranch.runtime.pair import Pair, Slot
+from specbranch.runtime.rules import DraftRules, Said, Walk
+from specbranch.runtime.verifier import ModelVerifier
+from specbranch.text.detokenizer import TextBuilder
+
+
+class Decoder:
+    """Decodes the texts of one pair, and keeps what a text teaches the next: costs, calibration and lengths."""
+
+    def __init__(
+        self, pair: Pair, tokenizer: PreTrainedTokenizerBase | None, drafting: Drafting, hrad: HRad | None
+    ) -> None:
+        """drafting: of requests that say nothing else. Raises SpecBranchError for what cannot be used."""
+        self.pair, self.tokenizer, self.hrad = pair, tokenizer, hrad
+        self.drafting = drafting
+        self.calibrator = Calibrator()
+        self.costs: defaultdict[str, Costs] = defaultdict(partial(Costs, pair.relative_size))  # by method
+        self.excerpt = self._excerpt("auto" if drafting.draft_context is None else drafting.draft_context)
+        self._overlap = check_overlap(drafting.overlap)
+        self._lengths = Lengths()
+        self._row_dependence = ""
+        make_policy(drafting.method or "", dict(drafting.options))
+        self._check_rows()
+
+    def decode(
+        self, ask: Callable[[], Request], said: Said, whole: bool = False
+    ) -> Generator[str | Generation, None, None]:
+        """Pieces of text and, last, the Generation. ask: checks what is asked for, when it begins. said: what has been
+        said so far. whole: the text is one piece."""
+        begin = time.perf_counter()
+        request = ask()
+        builder = TextBuilder(self.tokenizer, request.eos, request.stop)
+        said.tokens = builder.tokens
+        self._check_rows()
+        calibrator = copy.deepcopy(self.calibrator)
+        slot = self.pair.take(owner=builder)
+        try:
+            walk = self._walk(request, builder, said)
+            loop = self._loop(slot, calibrator, request, walk)
+            slot.reset(len(request.ids) + request.new_tokens, draft=loop.drafter is not None)
+            attachment = self.pair.attachment(slot.target.model.tap, draft=loop.drafter is not None)
+            reason, rounds = "length", loop.rounds(request.ids, request.new_tokens)
+
+            result = partial(self._result, slot, loop, request, said, builder, begin)
+
+            def over(committed: list[int]) -> bool:
+                return any(builder.add(token) for token in committed) if walk is None else walk.over
+
+            def take_turn() -> bool:
+                """Decode for as long as nobody looks at the text or wants the models. False when it is over."""
+                nonlocal reason
+                for committed in rounds:
+                    if over(committed):
+                        reason = "stop"
+                        break
+                    if not whole or attachment.wanted:
+                        return True
+                return False
+
+            try:
+                while attachment.turn(take_turn):
+                    if not whole:
+                        yield builder.fresh()
+                    if attachment.wanted:
+                        time.sleep(0)  # or this thread would have the next turn too
+            except KeyboardInterrupt as interrupt:
+                raise GenerationInterrupted(result("interrupted")) from interrupt
+            except (MemoryError, RuntimeError, ValueError) as error:
+                if not builder.tokens:
+                    raise
+                generation = result("error")
+                raise GenerationFailed(f"generation ended early: {error}", generation) from error
+            finally:
+                rounds.close()
+                if loop.policy.calibrated:
+                    self.calibrator = calibrator  # what it learned serves the generations that begin from now on
+                self._lengths.record(len(builder.tokens), ended=reason == "stop")
+        finally:
+            self.pair.give_back(slot)
+        yield builder.fresh(final=True)
+        yield result(reason)
+
+    def _walk(self, request: Request, builder: TextBuilder, said: Said) -> Walk | None:
+        """None where no rule wants to be asked."""
+        if not request.rules:
+            return None
+        ids = torch.tensor([[*request.padding, *request.ids]], device=self.pair.target.model.device)
+        return Walk(request.rules, ids, request.sampling, builder.add, said)
+
+    def _loop(
+        self,
+        slot: Slot,
+        calibrator: Calibrator,
+        request: Request,
+        walk: Walk | None,
+    ) -> DecodingLoop:
+        own, asked, sampling = self.drafting, request.drafting, request.sampling
+        policy = make_policy(asked.method or own.method or "", {**own.options, **asked.options})
+        drafter = None
+        if policy.candidates > 0:
+            draft = slot.need_draft(f"method {policy.name!r}")
+            learner = calibrator if policy.calibrated else None
+            rules = self._draft_rules(request, slot)
+            drafter = ModelDrafter(draft, sampling, policy.candidates, slot.vocabulary, learner, rules)
+        mode = self._overlap if asked.overlap is None else check_overlap(asked.overlap)
+        predictor = None
+        if self.hrad is not None and policy.uses_forecast:
+            predictor = Predictor(slot.tap, self.hrad)
+        slot.target.model.tap = None if predictor is None else predictor.tap
+        verifier = ModelVerifier(slot.target, sampling, predictor, walk)
+        reading = self._reading(policy, asked.draft_context)
+        return DecodingLoop(verifier, drafter, policy, self.costs[policy.name], self.pair.workers, mode, reading)
+
+    def _draft_rules(self, request: Request, slot: Slot) -> DraftRules | None:
+        processors = request.rules.for_draft
+        if not processors or slot.draft is None:
+            return None
+        ids = torch.tensor([[*request.padding, *request.ids]], device=slot.draft.model.device)
+        return DraftRules(processors, ids, len(request.ids), slot.vocabulary)
+
+    def _reading(self, policy: Policy, draft_context: str | None) -> Reading:
+        excerpt = self.excerpt if draft_context is None else self._excerpt(draft_context)
+        if excerpt is None and policy.thrifty:
+            return WhenItPays(self._lengths)
+        return AtOnce(ALL if excerpt is None else excerpt)
+
+    def _excerpt(self, draft_context: str) -> Excerpt | None:
+        """None for "auto". Raises SpecBranchError for what is none, and for more than the draft has positions for."""
+        excerpt, draft = check_draft_context(draft_context), self.pair.draft
+        most = None if draft is None else draft.model.context
+        if excerpt not in (None, ALL) and most is not None and excerpt.size > most:
+            raise SpecBranchError(
+                f"draft_context is {excerpt}; expected at most {most} tokens together, the draft model's context"
+            )
+        return excerpt
+
+    def _check_rows(self) -> None:
+        """Say once, and again when the target's layers were replaced, what keeps texts from being equal to the bit."""
+        found = self.pair.row_dependence()
+        if found and found != self._row_dependence:
+            warnings.warn(
+                f"target {type(self.pair.target.model.model).__name__}: {found}", SpecBranchWarning, stacklevel=1
+            )
+        self._row_dependence = found
+
+    def _result(
+        self,
+        slot: Slot,
+        loop: DecodingLoop,
+        request: Request,
+        said: Said,
+        builder: TextBuilder,
+        begin: float,
+        reason: str,
+    ) -> Generation:
+        stats = loop.stats
+        stats.seconds = time.perf_counter() - begin
+        stats.target_runner = slot.target.note
+        stats.target_weights = weight_format(slot.target.model.model)
+        if slot.draft is not None and loop.drafter is not None:
+            stats.draft_runner = slot.draft.note
+            stats.draft_weights = weight_format(slot.draft.model.model)
+        stats.row_dependent = self._row_dependence
+        stats.end(len(builder.tokens))
+        logprobs = list(said.logprobs) if request.rules.logprobs is not None else None
+        return Generation(builder.text, builder.tokens, stats, reason, logprobs)
+
+
+def check_overlap(overlap: bool | str | None) -> bool | None:
+    """True, False, or None for "auto". Raises SpecBranchError for anything else."""
+    if overlap is None or (isinstance(overlap, str) and overlap == "auto"):
+        return None
+    if isinstance(overlap, bool):
+        return overlap
+    raise SpecBranchError(f"overlap is {shown(overlap)}; expected True, False or 'auto'")

@@ -1,0 +1,34 @@
+"""What one generation is asked for, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from specbranch.core.sampling import Sampling
+from specbranch.runtime.rules import Rules
+
+
+@dataclass(frozen=True, eq=False)
+class Drafting:
+    """How it is drafted, which changes no text; None: as the engine does. options: of the policy."""
+
+    method: str | None = None
+    overlap: bool | str | None = None
+    draft_context: str | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """One text. ids: the prompt. padding: ids of padding before it, which only rules see. eos: ids that end the text;
+    stop: strings that do."""
+
+    ids: Sequence[int]
+    new_tokens: int
+    sampling: Sampling
+    eos: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+    padding: Sequence[int] = ()
+    rules: Rules = field(default_factory=Rules)
+    drafting: Drafting = field(default_factory=Drafting)
