@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from specbranch.serve.adjustments import Adjustments
 from specbranch.serve.refusal import Refusal
 from specbranch.serve.requests import HARMLESS, LACKING, Asked, chat, completion
 
@@ -31,15 +32,23 @@ def test_everything_that_can_be_asked():
         "stream": True,
         "stream_options": {"include_usage": True, "include_obfuscation": False},
         "logprobs": 2,
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"5": -3},
     }
     options = {"temperature": 1.0, "top_p": 0.5, "top_k": 3, "min_p": 0.1, "stop": ("a", "b")}
-    expected = Asked("m", "x", False, True, True, 2, 5, 7, options)
+    expected = Asked("m", "x", False, True, True, 2, 5, 7, options, Adjustments({5: -3.0}, 1.0, -1.0, 1.5))
     assert completion(body) == expected
 
 
 def test_what_is_not_said_is_left_to_the_engine():
-    for body in ({}, dict.fromkeys(["temperature", "stop", "stream", "n", "tools", "logit_bias", "unknown"])):
+    for body in (
+        {},
+        dict.fromkeys(["temperature", "stop", "stream", "n", "tools", "logit_bias", "presence_penalty", "unknown"]),
+    ):
         asked = completion({"prompt": "x", **body})
+        assert asked.adjustments.processors(3) == []
         assert (asked.options, asked.max_new_tokens, asked.logprobs, asked.stream) == ({}, None, None, False)
 
 
@@ -56,10 +65,6 @@ def test_fields_that_change_no_text_are_accepted(read, body):
         ("best_of", 2),
         ("echo", True),
         ("suffix", "x"),
-        ("logit_bias", {"5": -100}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", -0.5),
-        ("repetition_penalty", 1.1),
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{}]),
@@ -104,6 +109,13 @@ def test_an_unknown_field_is_refused(name):
         ("max_tokens", "5", "max_tokens is '5'; expected an integer"),
         ("logprobs", 21, "logprobs is 21; expected 0 <= logprobs <= 20"),
         ("logprobs", True, "logprobs is True; expected an integer"),
+        ("presence_penalty", 3, "presence_penalty is 3.0; expected -2 <= presence_penalty <= 2"),
+        ("frequency_penalty", "x", "frequency_penalty is 'x'; expected a number"),
+        ("repetition_penalty", 0, "repetition_penalty is 0.0; expected 0.01 <= repetition_penalty"),
+        ("logit_bias", [], "logit_bias is []; expected token ids and numbers"),
+        ("logit_bias", {"x": 1}, "logit_bias is {'x': 1}; expected token ids and numbers"),
+        ("logit_bias", {"-1": 1}, "logit_bias is {'-1': 1}; expected token ids and numbers"),
+        ("logit_bias", {"1": 101}, "logit_bias is 101.0; expected -100 <= logit_bias <= 100"),
         ("model", 5, "model is 5; expected text"),
         ("prompt", 5, "prompt is 5; expected text or token ids"),
         ("prompt", "", "prompt is ''; expected text or token ids"),

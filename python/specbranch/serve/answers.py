@@ -64,7 +64,12 @@ class Answers:
     def encode(self, asked: Asked) -> tuple[list[int], int]:
         """The prompt, and the most new tokens. Raises SpecBranchError, and Refusal for what the context cannot hold."""
         engine, target = self.engine, self.engine.pair.target.model
-        ids = prompt_ids(engine.tokenizer, asked.prompt, engine.pair.vocabulary)
+        vocabulary = engine.pair.vocabulary
+        for token in asked.adjustments.bias:
+            if token >= vocabulary:
+                message = f"logit_bias: token id {token} is outside the target's vocabulary of {vocabulary}"
+                raise Refusal(400, message, param="logit_bias")
+        ids = prompt_ids(engine.tokenizer, asked.prompt, vocabulary)
         wanted = self.max_new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
         config = engine.target.generation_config
         most = new_tokens(config, wanted, len(ids), target.context, usual=ANSWER_TOKENS)
@@ -79,6 +84,8 @@ class Answers:
         options = {**self.options, **asked.options}
         if asked.logprobs is not None:
             options["logprobs"] = asked.logprobs
+        if processors := asked.adjustments.processors(len(ids)):
+            options["logits_processor"] = processors
         return self.engine.stream(ids, max_new_tokens=most, seed=asked.seed, **options)
 
 

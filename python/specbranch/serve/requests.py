@@ -5,17 +5,20 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from specbranch.core.checks import flag, shown, whole
+from specbranch.core.checks import flag, number, shown, whole
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.sampling import Sampling
+from specbranch.serve.adjustments import Adjustments
 from specbranch.serve.refusal import Refusal
 from specbranch.text.stopping import stop_strings
 
 MOST_ALTERNATIVES = 20  # of a token, as OpenAI has it
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-SHARED = {*SAMPLING, "model", "max_tokens", "seed", "stop", "stream", "stream_options", "logprobs"}
+ADJUSTING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
+SHARED = {*SAMPLING, *ADJUSTING, "model", "max_tokens", "seed", "stop", "stream", "stream_options", "logprobs"}
 CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
 COMPLETION = SHARED | {"prompt"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # as templates know them
@@ -34,11 +37,6 @@ HARMLESS = {
 }
 # Fields that change a text and that the engine does not have, each with the values that ask for nothing.
 LACKING: dict[str, tuple[Any, ...]] = {
-    # These four are work for logits processors: with them, they become options of the engine in `_options`.
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),  # not OpenAI's, but clients know it
     "n": (1,),
     "best_of": (1,),
     "echo": (False,),
@@ -72,6 +70,7 @@ class Asked:
     max_new_tokens: int | None
     seed: int
     options: dict[str, Any]
+    adjustments: Adjustments
 
 
 def chat(body: object) -> Asked:
@@ -134,6 +133,7 @@ def _asked(fields: Body, prompt: Any, logprobs: int | None, max_new_tokens: int 
         max_new_tokens=max_new_tokens,
         seed=secrets.randbits(53) if seed is None else seed,
         options=options,
+        adjustments=_adjustments(fields),
     )
 
 
@@ -150,6 +150,23 @@ def _options(fields: Body) -> dict[str, Any]:
 
 
 ANY_TOKENIZER: Any = object()
+
+
+def _adjustments(fields: Body) -> Adjustments:
+    def value(name: str, usual: float, least: float, most: float) -> float:
+        found: float = _checked(name, partial(number, least=least, most=most), fields.get(name, usual))
+        return found
+
+    bias = fields.get("logit_bias", {})
+    if not isinstance(bias, Mapping) or not all(isinstance(token, str) and token.isdecimal() for token in bias):
+        raise Refusal(400, f"logit_bias is {shown(bias)}; expected token ids and numbers", param="logit_bias")
+    biased = {int(token): _checked("logit_bias", partial(number, least=-100, most=100), bias[token]) for token in bias}
+    return Adjustments(
+        bias=biased,
+        presence=value("presence_penalty", 0, -2, 2),
+        frequency=value("frequency_penalty", 0, -2, 2),
+        repetition=value("repetition_penalty", 1, 0.01, 100),
+    )
 
 
 def _messages(fields: Body) -> list[dict[str, str]]:
@@ -180,10 +197,10 @@ def _content(content: object, place: str) -> str:
         return content
     if not isinstance(content, list):
         raise Refusal(400, f"{place} is {shown(content)}; expected text", param="messages")
-    for number, part in enumerate(content):
+    for at, part in enumerate(content):
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             found = shown(part.get("type") if isinstance(part, Mapping) and part.get("type") != "text" else part)
-            message = f'{place}[{number}] is {found}; expected {{"type": "text", "text": …}}'
+            message = f'{place}[{at}] is {found}; expected {{"type": "text", "text": …}}'
             raise Refusal(400, message, param="messages")
     return "".join(part["text"] for part in content)
 
@@ -204,7 +221,7 @@ def _prompt(fields: Body) -> str | list[int]:
 def _whole(fields: Body, name: str, least: int, most: int | None = None) -> int | None:
     if name not in fields:
         return None
-    found: int = _checked(name, lambda name, value: whole(name, value, least=least, most=most), fields[name])
+    found: int = _checked(name, partial(whole, least=least, most=most), fields[name])
     return found
 
 
