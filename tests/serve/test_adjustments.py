@@ -23,7 +23,7 @@ PROMPT = bundled.prompts()[0]["prompt"]
 )
 def test_what_is_added_to_the_logits(what, expected):
     ids, scores = torch.tensor([[1, 1, 2, 3, 2]]), torch.zeros(1, 5)
-    (processor,) = what.processors(prompt=2)
+    processor = what.options(prompt=2)["logits_processor"]
     assert processor(ids, scores).tolist() == [expected]
     assert scores.tolist() == [[0] * 5]  # the caller's stay
 
@@ -39,10 +39,21 @@ def test_a_request_is_answered_under_them(bundled_pair, temperature):
     asked = {"model": "bundled", "prompt": PROMPT, "max_tokens": 40, **sampling, **given}
     with served(bundled_pair) as server:
         answer = server.client().completions.create(**asked, extra_body={"repetition_penalty": 1.2})
-    alone = bundled_pair.generate(ids, max_new_tokens=40, logits_processor=what.processors(len(ids)), **sampling)
+    alone = bundled_pair.generate(ids, max_new_tokens=40, **what.options(len(ids)), **sampling)
     assert answer.choices[0].text == alone.text != plain.text
     assert banned in plain.tokens
     assert banned not in alone.tokens
+
+
+def test_a_requests_repetition_penalty_counts_in_place_of_the_checkpoints(bundled_pair, monkeypatch):
+    asked = {"prompt": PROMPT, "max_tokens": 40}
+    plain = bundled_pair.generate(PROMPT, max_new_tokens=40).text
+    monkeypatch.setattr(bundled_pair.target.generation_config, "repetition_penalty", 1.5)
+    penalised = bundled_pair.generate(PROMPT, max_new_tokens=40).text
+    with served(bundled_pair) as server:
+        answers = [server.post("/v1/completions", {**asked, **own}) for own in ({}, {"repetition_penalty": 1})]
+    assert [answer.json()["choices"][0]["text"] for answer in answers] == [penalised, plain]
+    assert plain != penalised
 
 
 def test_a_bias_beyond_the_vocabulary_is_refused(bundled_pair):

@@ -48,7 +48,7 @@ def test_what_is_not_said_is_left_to_the_engine():
         dict.fromkeys(["temperature", "stop", "stream", "n", "tools", "logit_bias", "presence_penalty", "unknown"]),
     ):
         asked = completion({"prompt": "x", **body})
-        assert asked.adjustments.processors(3) == []
+        assert asked.adjustments.options(3) == {}
         assert (asked.options, asked.max_new_tokens, asked.logprobs, asked.stream) == ({}, None, None, False)
 
 

@@ -1,35 +1,35 @@
-"""What a request does to the logits, other than temperature and filters: as logits processors of the engine."""
+"""What a request does to the logits, other than temperature and filters: as options of the engine."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import RepetitionPenaltyLogitsProcessor
-
-Processor = Callable[[Tensor, Tensor], Tensor]
+from transformers import GenerationConfig
 
 
 @dataclass(frozen=True)
 class Adjustments:
     """bias: added to the logits of these tokens. presence, frequency: taken from the logit of each token of the answer
-    so far, once, and for every time that it is there. repetition: as in transformers, of the prompt's tokens too."""
+    so far, once, and for every time that it is there. repetition: transformers' repetition_penalty; None: the
+    checkpoint's."""
 
     bias: Mapping[int, float] = field(default_factory=dict)
     presence: float = 0.0
     frequency: float = 0.0
-    repetition: float = 1.0
+    repetition: float | None = None
 
-    def processors(self, prompt: int) -> list[Processor]:
-        """For a prompt of so many tokens."""
-        found: list[Processor] = []
-        if self.repetition != 1:
-            found.append(RepetitionPenaltyLogitsProcessor(self.repetition))
+    def options(self, prompt: int) -> dict[str, Any]:
+        """For a prompt of so many tokens, as `SpecBranch.stream` takes them."""
+        options: dict[str, Any] = {}
+        if self.repetition is not None:
+            options["generation_config"] = GenerationConfig(repetition_penalty=self.repetition)
         if self.bias or self.presence or self.frequency:
-            found.append(Added(self, prompt))
-        return found
+            options["logits_processor"] = Added(self, prompt)
+        return options
 
 
 class Added:

@@ -81,11 +81,9 @@ class Answers:
         return ids, most
 
     def open(self, asked: Asked, ids: list[int], most: int) -> TextStream:
-        options = {**self.options, **asked.options}
+        options = {**self.options, **asked.options, **asked.adjustments.options(len(ids))}
         if asked.logprobs is not None:
             options["logprobs"] = asked.logprobs
-        if processors := asked.adjustments.processors(len(ids)):
-            options["logits_processor"] = processors
         return self.engine.stream(ids, max_new_tokens=most, seed=asked.seed, **options)
 
 

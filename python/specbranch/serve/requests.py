@@ -165,7 +165,7 @@ def _adjustments(fields: Body) -> Adjustments:
         bias=biased,
         presence=value("presence_penalty", 0, -2, 2),
         frequency=value("frequency_penalty", 0, -2, 2),
-        repetition=value("repetition_penalty", 1, 0.01, 100),
+        repetition=value("repetition_penalty", 1, 0.01, 100) if "repetition_penalty" in fields else None,
     )
 
 
