@@ -136,10 +136,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("terminal")
+@pytest.mark.parametrize("held_back", [False, True])
 @pytest.mark.parametrize(("error", "fault"), [(KeyboardInterrupt, "interrupted"), (RuntimeError, "error: ")])
-def test_the_text_so_far_is_kept(capsys, monkeypatch, engine, error, fault):
+def test_the_text_so_far_is_kept(capsys, monkeypatch, engine, error, fault, held_back):
+    """Also what was not shown yet, since a stop string may begin with it."""
     whole = engine.generate([user(PROMPT)], max_new_tokens=60).text
-    talk = chat(engine, max_new_tokens=60)
+    talk = chat(engine, max_new_tokens=60, stop=whole + "." if held_back else None)
     with monkeypatch.context() as patch:
         raising_in_round(patch, 5, error)
         assert talk.answer(PROMPT) is False
