@@ -61,11 +61,11 @@ class Decoder:
         said.tokens = builder.tokens
         self._check_rows()
         calibrator = copy.deepcopy(self.calibrator)
-        slot = self.pair.take(owner=builder)
+        slot = self.pair.take(owner=builder, text=request.ids[:-1])
         try:
             walk = self._walk(request, builder, said)
             loop = self._loop(slot, calibrator, request, walk)
-            slot.reset(len(request.ids) + request.new_tokens, draft=loop.drafter is not None)
+            slot.reset(request.ids, len(request.ids) + request.new_tokens, draft=loop.drafter is not None)
             attachment = self.pair.attachment(slot.target.model.tap, draft=loop.drafter is not None)
             reason, rounds = "length", loop.rounds(request.ids, request.new_tokens)
 
@@ -100,6 +100,7 @@ class Decoder:
                 raise GenerationFailed(f"generation ended early: {error}", generation) from error
             finally:
                 rounds.close()
+                self._keep(loop)
                 if loop.policy.calibrated:
                     self.calibrator = calibrator  # what it learned serves the generations that begin from now on
                 self._lengths.record(len(builder.tokens), ended=reason == "stop")
@@ -107,6 +108,13 @@ class Decoder:
             self.pair.give_back(slot)
         yield builder.fresh(final=True)
         yield result(reason)
+
+    def _keep(self, loop: DecodingLoop) -> None:
+        """Let the text serve those that begin alike. Not where rows depend on each other."""
+        if self.pair.prompt_cache and not self._row_dependence:
+            for stage in (loop.verifier, loop.drafter):
+                if isinstance(stage, (ModelVerifier, ModelDrafter)):
+                    stage.keep()
 
     def _walk(self, request: Request, builder: TextBuilder, said: Said) -> Walk | None:
         """None where no rule wants to be asked."""

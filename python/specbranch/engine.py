@@ -70,6 +70,7 @@ class SpecBranch:
         hrad: HRad | str | Path | None = None,
         cuda_graphs: bool = True,
         priority: str = "target",
+        prompt_cache: int = 0,
         **options: object,
     ) -> None:
         """Take loaded models.
@@ -80,15 +81,18 @@ class SpecBranch:
         intra-op threads (default: torch's); target_threads: the target's share of them when both models run. hrad: a
         predictor trained for this pair, or the directory of one (`specbranch train-hrad`); SpecBranch uses it.
         cuda_graphs: on a GPU, replay steps that were captured; models whose steps cannot be captured run eagerly.
-        priority: whose work goes first where both share a GPU: "target", "draft" or "none". options: of the policy,
-        such as epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
+        priority: whose work goes first where both share a GPU: "target", "draft" or "none". prompt_cache: of how many
+        texts caches are kept, for texts that begin alike and then read the rest only. (Weights that are written or
+        replaced and other adapters are noticed; for whatever else changes a model there is `forget`.) options: of the
+        policy, such as epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
 
         Raises SpecBranchError for a model or option that cannot be used.
         """
         check_loaded(target, draft, hrad)
         self.target, self.draft, self.tokenizer = target, draft, tokenizer
         threads, target_threads = count("threads", threads), count("target_threads", target_threads)
-        self.pair = Pair(target, draft, threads, target_threads, flag("cuda_graphs", cuda_graphs), priority)
+        kept = whole("prompt_cache", prompt_cache, least=0)
+        self.pair = Pair(target, draft, threads, target_threads, flag("cuda_graphs", cuda_graphs), priority, kept)
         self.hrad: HRad | None = None
         if hrad is not None:
             if draft is None:
@@ -122,6 +126,7 @@ class SpecBranch:
         hrad: HRad | str | Path | None = None,
         cuda_graphs: bool = True,
         priority: str = "target",
+        prompt_cache: int = 0,
         **options: object,
     ) -> SpecBranch:
         """Load a pair: directories, GGUF files, hub names, "bundled" for the pair in this package, or loaded models.
@@ -170,6 +175,7 @@ class SpecBranch:
             hrad=hrad,
             cuda_graphs=cuda_graphs,
             priority=priority,
+            prompt_cache=prompt_cache,
             **options,
         )
 
@@ -182,6 +188,10 @@ class SpecBranch:
     def models(self) -> dict[str, PreTrainedModel]:
         """By role: "target" and, where there is one, "draft"."""
         return {"target": self.target} | ({} if self.draft is None else {"draft": self.draft})
+
+    def forget(self) -> None:
+        """Let go of the texts that are kept; see `prompt_cache`."""
+        self.pair.forget()
 
     def encode(self, prompt: str | Sequence[Message], chat: bool = False) -> list[int]:
         """Token ids of a prompt, as `generate` takes them; see specbranch.text.encoding.encode."""

@@ -79,13 +79,13 @@ class DecodingLoop:
     def _prefill(self, prompt: Sequence[int]) -> Tree:
         """The target reads the prompt but its last token, which becomes the root."""
         begin = self.clock()
-        self.verifier.prefill(prompt)
+        read = self.verifier.prefill(prompt)
         if self.drafter is not None:
             self.drafter.begin(prompt)
         self.workers.wait()
-        self.stats.prompt_tokens = len(prompt)
+        self.stats.prompt_tokens, self.stats.reused_tokens = len(prompt), len(prompt) - 1 - read
         self.stats.prefill_seconds = self.clock() - begin
-        self.costs.target_read.record(len(prompt) - 1, self.stats.prefill_seconds)
+        self.costs.target_read.record(read, self.stats.prefill_seconds)
         return Tree(prompt[-1], len(prompt) - 1)
 
     def _read(self, tree: Tree, prompt_tokens: int, remaining: int) -> None:
@@ -94,7 +94,7 @@ class DecodingLoop:
             return
         end = tree.position + 1 + remaining
         gaps = {excerpt: len(self.drafter.gap(excerpt, end)) for excerpt in self.reading.excerpts}
-        tokens = {excerpt: tree.position - gap for excerpt, gap in gaps.items()}
+        tokens = {excerpt: self.drafter.unread(excerpt, end) for excerpt in gaps}
         excerpt = self.reading.choose(Unread(self.costs, tokens, remaining))
         if excerpt is None:
             return

@@ -46,8 +46,9 @@ class Verifier(Protocol):
     def most_tokens(self, position: int) -> int:
         """That a round may commit whose root stands at `position`: there a target may have to begin anew."""
 
-    def prefill(self, prompt: Sequence[int]) -> None:
-        """Start a text: commit the prompt but its last token, which is the first root."""
+    def prefill(self, prompt: Sequence[int]) -> int:
+        """Start a text: commit the prompt but its last token, which is the first root. Returns how many tokens had to
+        be read; the others were known from an earlier text."""
 
     def verify(self, trunk: Trunk) -> Pending:
         """Judge a trunk. On a device this only starts; elsewhere the verdict is there when it returns."""
@@ -73,6 +74,9 @@ class Drafter(Protocol):
     def gap(self, excerpt: Excerpt, tokens: int) -> range:
         """The positions of the prompt that it would leave out of a text of at most so many tokens, told to read no
         more than an excerpt."""
+
+    def unread(self, excerpt: Excerpt, tokens: int) -> int:
+        """How many tokens `read` would read."""
 
     def read(self, excerpt: Excerpt, tokens: int) -> None:
         """Read that, and what was committed since, but the last token: the root. From then on it may propose."""

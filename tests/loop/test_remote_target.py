@@ -54,8 +54,9 @@ class RemoteVerifier:
         answer: int = self._ask("most_tokens", position)
         return answer
 
-    def prefill(self, prompt: Sequence[int]) -> None:
+    def prefill(self, prompt: Sequence[int]) -> int:
         self._ask("prefill", list(prompt))
+        return len(prompt) - 1
 
     def verify(self, trunk: Trunk) -> Ready:
         return Ready(self._ask("verify", trunk))

@@ -106,11 +106,12 @@ class LanguageTarget:
     def most_tokens(self, position: int) -> int:
         return self.turn - position if self.turn > position else MANY
 
-    def prefill(self, prompt: Sequence[int]) -> None:
+    def prefill(self, prompt: Sequence[int]) -> int:
         assert not self.text, "the target: a prompt behind a text"
         self.time.now += self.read_cost * (len(prompt) - 1)
         self.text = list(prompt[:-1])
         self._state = state_of(self.text)
+        return len(self.text)
 
     def verify(self, trunk: Trunk) -> Ready:
         assert self.verdict is None, "the target: verified twice without a commit"
@@ -199,6 +200,9 @@ class LanguageDrafter:
     def gap(self, excerpt: Excerpt, tokens: int) -> range:
         assert tokens == self.end, "the draft: another end of the text"
         return excerpt.gap(self.prompt_tokens)
+
+    def unread(self, excerpt: Excerpt, tokens: int) -> int:
+        return len(self.committed) - 1 - len(self.gap(excerpt, tokens))
 
     def read(self, excerpt: Excerpt, tokens: int) -> None:
         assert self.left_out is None, "the draft: reads twice"

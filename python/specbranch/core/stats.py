@@ -72,6 +72,7 @@ class Stats:
     time inside the models, prefill apart. draft_context_tokens: of the prompt, that the draft read; 0 where it read
     none and the text was decoded without it. draft_prefill_seconds: what that took, whenever it was; part of
     prefill_seconds. plain_token_seconds: of a token without a draft, as measured; 0 where that is not known.
+    reused_tokens: of the prompt, that the target did not have to read: it kept them from an earlier text.
     """
 
     method: str = ""
@@ -82,6 +83,7 @@ class Stats:
     row_dependent: str = ""
     overlap: bool = False
     prompt_tokens: int = 0
+    reused_tokens: int = 0
     new_tokens: int = 0
     seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -199,6 +201,7 @@ class Stats:
             "row_dependent": self.row_dependent,
             "overlap": self.overlap,
             "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
             "new_tokens": self.new_tokens,
             "seconds": self.seconds,
             "prefill_seconds": self.prefill_seconds,

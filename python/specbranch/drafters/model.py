@@ -40,7 +40,7 @@ class ModelDrafter:
         self.rules = rules
         self.forecast: Forecast | None = None
         self._text: list[int] = []  # committed, the root included: what the cache lacks of it is caught up with
-        self._prompt_tokens = 0
+        self._prompt_tokens, self._known, self._has_read = 0, 0, False
 
     @property
     def burst(self) -> int:
@@ -54,24 +54,42 @@ class ModelDrafter:
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Start a text; see stages.Drafter."""
-        self._text, self._prompt_tokens = list(prompt), len(prompt)
-        self.runner.model.cache.rollback(0)
+        self._text, self._prompt_tokens, self._has_read = list(prompt), len(prompt), False
+        self.runner.model.cache.restart(0)
+        self._known = self.runner.model.known(self._text[:-1])
 
     def gap(self, excerpt: Excerpt, tokens: int) -> range:
         """What it would leave out; see stages.Drafter."""
         gap = excerpt.gap(self._prompt_tokens)
         return gap if self.runner.model.may_skip(gap, tokens) else NO_GAP
 
+    def unread(self, excerpt: Excerpt, tokens: int) -> int:
+        """See stages.Drafter."""
+        gap = self.gap(excerpt, tokens)
+        return len(self._text) - 1 - len(gap) - (min(self._known, gap.start) if gap else self._known)
+
+    def _before(self, gap: range) -> list[int]:
+        """What is read before a gap, or where there is none."""
+        return self._text[: gap.start] if gap else self._text[:-1]
+
     def read(self, excerpt: Excerpt, tokens: int) -> None:
         """Read the prompt or its ends, and what was committed since; see stages.Drafter."""
         model, text, gap = self.runner.model, self._text, self.gap(excerpt, tokens)
-        self.runner.reset(tokens - len(gap))
+        self.runner.reset(tokens - len(gap), self._before(gap))
+        self._has_read, known = True, model.cache.length
         model.begin(text[: self._prompt_tokens], gap)
         if model.must_reread(len(text) - 1):  # before there are rows: it only says how angles are chosen
             model.reread(text, len(text) - 1)
-        for part in (text[: gap.start], text[gap.stop : -1]):
+        for part in (self._before(gap)[known:], text[gap.stop : -1] if gap else []):
             if part:
                 self.runner.prefill(part)
+
+    def keep(self) -> None:
+        """The text is over: its rows may serve a text that begins alike. What was kept before stays if nothing was
+        read."""
+        model = self.runner.model
+        if self._has_read:
+            model.keep(self._text[: model.position], self._prompt_tokens)
 
     def propose(
         self,

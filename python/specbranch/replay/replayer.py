@@ -46,8 +46,8 @@ class ReplayVerifier:
     def most_tokens(self, position: int) -> int:
         return len(self.text)
 
-    def prefill(self, prompt: Sequence[int]) -> None:
-        pass
+    def prefill(self, prompt: Sequence[int]) -> int:
+        return len(prompt) - 1
 
     def commit(self, path: Sequence[int]) -> None:
         self.time.now += self.costs.round
@@ -86,6 +86,7 @@ class ReplayDrafter:
     forecast: Forecast | None = None
     _ran: set[int] = field(default_factory=set)
     _seen: int = 0
+    _position: int = 0
 
     def __post_init__(self) -> None:
         self._tokens = self.text.tokens.tolist()
@@ -94,15 +95,19 @@ class ReplayDrafter:
         self._turns = [i for i in range(len(self.text)) if self._tails[i * TAIL][0][0] >= 0]
 
     def begin(self, prompt: Sequence[int]) -> None:
-        pass
+        self._position = len(prompt) - 1
 
     def gap(self, excerpt: Excerpt, tokens: int) -> range:
         return excerpt.gap(self.text.prompt_tokens)
+
+    def unread(self, excerpt: Excerpt, tokens: int) -> int:
+        return self._position - len(self.gap(excerpt, tokens))
 
     def read(self, excerpt: Excerpt, tokens: int) -> None:
         self._seen = self.text.prompt_tokens - 1
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int], tokens: Sequence[int]) -> None:
+        self._position += len(tokens)
         self._seen += len([node for node in path if node in self._ran])
         self._ran = {survivors[node] for node in self._ran if node in survivors}
         self.room = MOST_NODES - len(self._ran)

@@ -173,6 +173,26 @@ class BranchCache(Cache):
             raise SpecBranchError(f"cannot roll back to {length} rows: {self.length} are committed")
         self.length, self.nodes, self.ancestors = length, [], []
 
+    @inference
+    def adopt(self, other: BranchCache, rows: int, release: bool = False) -> None:
+        """Begin with the first rows of another cache, which is freed layer by layer if it is to be."""
+        for mine, theirs in zip(self.branch_layers, other.branch_layers, strict=True):
+            if theirs.keys is None or theirs.values is None:
+                continue
+            if not mine.is_initialized:
+                mine.lazy_initialization(theirs.keys, theirs.values)
+            assert mine.keys is not None
+            assert mine.values is not None
+            mine.keys[:, :, :rows] = theirs.keys[:, :, :rows]
+            mine.values[:, :, :rows] = theirs.values[:, :, :rows]
+            if release:
+                theirs.keys = theirs.values = None
+        self.restart(rows)
+
+    def restart(self, rows: int) -> None:
+        """Begin with the first rows of what is there."""
+        self.length, self.nodes, self.ancestors = rows, [], []
+
     def release(self) -> None:
         """Free the buffers now: cache and layers refer to each other, so Python would take its time."""
         for layer in self.branch_layers:

@@ -20,6 +20,7 @@ from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.fused.probe import leave_different
 from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.kept import LEAST, Kept, state_of
 from specbranch.runtime.modes import inference
 from specbranch.runtime.packed import PackedLinear
 from specbranch.runtime.rotary import context_length
@@ -50,6 +51,7 @@ class CachedModel:
         self.tap: FeatureTap | None = None  # what reads its hidden states
         self.prompt_end = -1  # the last position of what was read at once: see `begin`
         self.gap = NO_GAP  # positions of the text that have no rows
+        self.kept: Kept | None = None  # of the text before
         self.support, own_logits = check_supported(model, role)
         if own_logits is not None:
             with trying(f"{role} model {type(model).__name__}"):
@@ -59,7 +61,7 @@ class CachedModel:
     def another(self) -> CachedModel:
         """The same model with a cache of its own, for another text."""
         fresh = copy.copy(self)
-        fresh.cache, fresh.tap = BranchCache(self.layers, 0, self.device), None
+        fresh.cache, fresh.tap, fresh.kept = BranchCache(self.layers, 0, self.device), None, None
         return fresh
 
     @contextmanager
@@ -77,18 +79,58 @@ class CachedModel:
         """What the tap saw in the newest forward; nothing without one."""
         return [] if self.tap is None else self.tap.newest
 
-    def reset(self, tokens: int) -> None:
-        """Start a new text that takes at most `tokens` rows; the buffers are kept when they are large enough.
+    def reset(self, tokens: int, text: Sequence[int] = ()) -> None:
+        """Start a new text that takes at most `tokens` rows; the buffers are kept when they are large enough. text: how
+        it begins; of that, the rows that are kept are part of the prefix already.
 
         Raises SpecBranchError when the model's context or the memory is too small.
         """
         self.check(tokens)
-        if not self.holds(tokens):
-            self.cache.release()  # there is not always memory for both
-            rows = -(-rows_for(tokens) // self.granularity) * self.granularity
+        known, self.kept = self.known(text), None
+        if self.holds(tokens):
+            self.cache.restart(known)
+        else:
+            rows, before = -(-rows_for(tokens) // self.granularity) * self.granularity, self.cache
+            if not known:
+                before.release()  # there is not always memory for both
             self.cache = BranchCache(self.layers, rows, self.device)
-        self.cache.rollback(0)
+            if known:
+                self.cache.adopt(before, known, release=True)
+                before.release()
         self.prompt_end, self.gap = -1, NO_GAP
+
+    def keep(self, text: Sequence[int], prompt: int) -> None:
+        """Let the rows of a text that is over, from its first token on, serve a text that begins alike. prompt: how
+        many of them were read at once."""
+        if self.support.by_length or self.support.rereads or len(text) != self.position:
+            return  # angles that depend on the prompt's length; an end in the middle of something
+        exact = self.role == "draft" or self.device.type == "cpu"
+        rows = (self.gap.start if self.gap else len(text)) if exact else prompt - prompt % PREFILL_CHUNK
+        self.kept = Kept(text[:rows], state_of(self.model))
+
+    def forget_stale(self) -> None:
+        """Keep nothing of another text where the model is another one since."""
+        if self.kept is not None and self.kept.state != state_of(self.model):
+            self.kept = None
+
+    def known(self, text: Sequence[int]) -> int:
+        """How many tokens of a text's beginning are kept."""
+        if self.kept is None:
+            return 0
+        common = self.kept.common(text)
+        if self.role == "target" and self.device.type != "cpu":
+            common -= common % PREFILL_CHUNK
+        return common
+
+    def adopt(self, other: CachedModel, text: Sequence[int]) -> None:
+        """Keep what another cache of this model keeps of a text."""
+        known = other.known(text)
+        if known >= LEAST and other.kept is not None:
+            if not self.holds(known):
+                self.cache.release()
+                self.cache = BranchCache(self.layers, other.cache.capacity, self.device)
+            self.cache.adopt(other.cache, known)
+            self.kept = Kept(other.kept.tokens[:known], other.kept.state)
 
     @property
     def context(self) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.attach import Attachment, forked
 from specbranch.runtime.graphs.runner import CapturedRunner
 from specbranch.runtime.hrad.tap import FeatureTap
+from specbranch.runtime.kept import LEAST
 from specbranch.runtime.locks import Lock, locked
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.placement import make_runner, make_workers
@@ -35,6 +36,7 @@ class Slot:
     draft: Runner | None
     _tap: FeatureTap | None = None
     _owner: ref[object] | None = None
+    used: int = 0  # when, in takes of the pair
 
     @property
     def free(self) -> bool:
@@ -60,12 +62,37 @@ class Slot:
             raise SpecBranchError(f"{what} needs a draft model: pass draft=")
         return self.draft
 
-    def reset(self, tokens: int, draft: bool = True) -> None:
-        """Start a text of at most `tokens` tokens. The draft makes room when it reads. Raises SpecBranchError when it
-        does not fit."""
-        self.target.reset(tokens)
+    def reset(self, text: Sequence[int], tokens: int, draft: bool = True) -> None:
+        """Start a text of at most `tokens` tokens, which begins with `text`. The draft makes room when it reads. Raises
+        SpecBranchError when it does not fit."""
+        self.target.reset(tokens, text[:-1])
         if draft and self.draft is not None:
             self.draft.model.check(tokens)
+
+    @property
+    def keeps(self) -> int:
+        """Tokens that the target keeps of the text before."""
+        kept = self.target.model.kept
+        return 0 if kept is None else len(kept.tokens)
+
+    def adopt(self, other: Slot, text: Sequence[int]) -> None:
+        """Keep what another slot keeps of a text."""
+        for mine, theirs in ((self.target, other.target), (self.draft, other.draft)):
+            if mine is not None and theirs is not None:
+                with mine.device.running():
+                    mine.model.adopt(theirs.model, text)
+
+    def forget(self) -> None:
+        """Keep nothing of the text before."""
+        for runner in (self.target, self.draft):
+            if runner is not None:
+                runner.model.kept = None
+
+    def forget_stale(self) -> None:
+        """See CachedModel.forget_stale."""
+        for runner in (self.target, self.draft):
+            if runner is not None:
+                runner.model.forget_stale()
 
     def another(self) -> Slot:
         """The same models with caches of their own."""
@@ -86,11 +113,13 @@ class Pair:
         target_threads: int | None = None,
         cuda_graphs: bool = True,
         priority: str = "target",
+        prompt_cache: int = 0,
     ) -> None:
         """See SpecBranch.__init__. Raises SpecBranchError for a model or option that cannot be used."""
         if threads is not None and threads < 1:
             raise SpecBranchError(f"threads is {threads}; expected at least 1")
-        self._made_of = target, draft, threads, target_threads, cuda_graphs, priority
+        self._made_of = target, draft, threads, target_threads, cuda_graphs, priority, prompt_cache
+        self.prompt_cache = prompt_cache
         self.threads = 1 if forked() else torch.get_num_threads() if threads is None else threads
         for model, role in ((target, "target"), (draft, "draft")):
             if model is not None:
@@ -103,6 +132,7 @@ class Pair:
             self.first.target, self.first.draft, self.threads, None if forked() else target_threads
         )
         self._slots = [self.first]
+        self._takes = 0
         self._lock = Lock()  # a stream may be collected, and give its slot back, anywhere
         _pairs.add(self)
 
@@ -144,26 +174,60 @@ class Pair:
         """The models as they are to run, with this pair's threads. draft: both of them."""
         return Attachment(self.models[: 1 + draft], tap, self.threads)
 
-    def take(self, owner: object) -> Slot:
-        """A slot for `owner` alone, until it is given back."""
+    def take(self, owner: object, text: Sequence[int] = ()) -> Slot:
+        """A slot for `owner` alone, until it is given back. text: how its text begins; the slot keeps of that what any
+        free one keeps."""
         self.workers.wait()  # a second Ctrl-C ends the wait for a verification that goes on
 
         def taken() -> Slot:
-            slot = next((slot for slot in self._slots if slot.free), None)
-            if slot is None:
-                slot = self.first.another()
-                self._slots.append(slot)
-            slot._owner = ref(owner)
+            free = [slot for slot in self._slots if slot.free]
+            for slot in free:
+                slot.forget_stale()
+            known = {slot: slot.target.model.known(text) for slot in free}
+            source = max(free, key=known.__getitem__, default=None)
+            if source is None or known[source] < LEAST:
+                slot = self._spare(free)
+            elif (kept := source.target.model.kept) and kept.is_continued(known[source]):
+                slot = source
+            else:
+                slot = self._spare(free)
+                if slot is not source:
+                    slot.adopt(source, text)
+            self._takes += 1
+            slot.used, slot._owner = self._takes, ref(owner)
             return slot
 
         return locked([self._lock], taken)
+
+    def forget(self) -> None:
+        """Keep nothing of earlier texts, and no caches but one's."""
+
+        def forgotten() -> None:
+            for slot in [slot for slot in self._slots if slot.free]:
+                slot.forget()
+                if slot is not self.first:
+                    self._slots.remove(slot)
+
+        locked([self._lock], forgotten)
+
+    def _spare(self, free: Sequence[Slot]) -> Slot:
+        """A slot that keeps nothing, a new one, or the one whose text was used longest ago."""
+        empty = next((slot for slot in free if not slot.keeps), None)
+        if empty is not None:
+            return empty
+        if len(free) < max(1, self.prompt_cache):
+            self._slots.append(self.first.another())
+            return self._slots[-1]
+        return min(free, key=lambda slot: slot.used)
 
     def give_back(self, slot: Slot) -> None:
         """The slot is free again; its buffers are kept while there are few."""
 
         def given() -> None:
             slot._owner = None
-            for spare in [slot for slot in self._slots if slot.free][KEPT:]:
+            free = [slot for slot in self._slots if slot.free and slot is not self.first]
+            free.sort(key=lambda slot: (slot.keeps > 0, slot.used))
+            for spare in free[: len(free) + self.first.free - max(KEPT, self.prompt_cache)]:
                 self._slots.remove(spare)
 
         locked([self._lock], given)

@@ -105,8 +105,9 @@ class Runner(Protocol):
     def another(self) -> Runner:
         """The same model on the same device, for another text."""
 
-    def reset(self, tokens: int) -> None:
-        """Start a new text of at most `tokens` tokens. Raises SpecBranchError when it does not fit."""
+    def reset(self, tokens: int, text: Sequence[int] = ()) -> None:
+        """Start a new text of at most `tokens` tokens, which begins with `text`; see CachedModel.reset. Raises
+        SpecBranchError when it does not fit."""
 
     def prefill(self, tokens: Sequence[int]) -> None:
         """Commit a chain of tokens behind the prefix."""
@@ -156,8 +157,9 @@ class EagerRunner:
         fresh.model = self.model.another()
         return fresh
 
-    def reset(self, tokens: int) -> None:
-        self.model.reset(tokens)
+    def reset(self, tokens: int, text: Sequence[int] = ()) -> None:
+        with self.device.running():
+            self.model.reset(tokens, text)
 
     def prefill(self, tokens: Sequence[int]) -> None:
         with self.device.running():

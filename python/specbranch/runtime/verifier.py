@@ -25,7 +25,8 @@ class ModelVerifier:
         self.sampling = sampling
         self.predictor = predictor
         self.walk = walk
-        self._text: list[int] = []  # of the rows in the cache, where the model may have to read them anew
+        self._text: list[int] = []  # of the rows in the cache
+        self._prompt = 0
         self._trunk = Trunk((), (), 0)
 
     @property
@@ -36,10 +37,16 @@ class ModelVerifier:
         """See stages.Verifier."""
         return self.runner.model.most_tokens(position)
 
-    def prefill(self, prompt: Sequence[int]) -> None:
-        self._text = list(prompt[:-1])
+    def prefill(self, prompt: Sequence[int]) -> int:
+        self._text, self._prompt = list(prompt[:-1]), len(prompt)
         self.runner.model.begin(prompt)
-        self.runner.prefill(prompt[:-1])
+        unread = prompt[self.runner.model.position : -1]
+        self.runner.prefill(unread)
+        return len(unread)
+
+    def keep(self) -> None:
+        """The text is over: its rows may serve a text that begins alike."""
+        self.runner.model.keep(self._text, self._prompt - 1)
 
     def verify(self, trunk: Trunk) -> Pending:
         """One target forward over the trunk; it is waited for when the result is asked for."""

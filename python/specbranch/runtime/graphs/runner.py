@@ -88,10 +88,10 @@ class CapturedRunner:
             return EagerRunner(model, self.device, self.note.removeprefix("eager: "))
         return CapturedRunner(model, self.device, self.most_rows)
 
-    def reset(self, tokens: int) -> None:
+    def reset(self, tokens: int, text: Sequence[int] = ()) -> None:
         if not self.model.holds(tokens):
             self._forget()  # else the graphs would keep the old cache's memory
-        self.model.reset(tokens)
+        self.eager.reset(tokens, text)
 
     def prefill(self, tokens: Sequence[int]) -> None:
         self.eager.prefill(tokens)
