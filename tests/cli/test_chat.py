@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import re
 import select
 import signal
 import sys
@@ -69,6 +70,16 @@ def test_each_line_is_answered_with_all_before_it(capsys, monkeypatch, engine, t
     captured = capsys.readouterr()
     assert captured.out == "".join(f"{text}\n" for text in (*said, fresh))
     assert captured.err == "specbranch: cut off after 8 tokens, which --max-new-tokens sets\n" * 3
+
+
+@pytest.mark.parametrize(("options", "reuses"), [([], True), (["--prompt-cache", "0"], False)])
+def test_the_next_answer_reads_what_is_new_only(capsys, monkeypatch, template, options, reuses):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("def f(x):\n/stats\ndef g(x):\n/stats\n"))
+    assert cli.main(["chat", *PAIR, "--chat-template", template, "--max-new-tokens", "8", *options]) == 0
+    out = capsys.readouterr().out
+    first, second = (int(found) for found in re.findall(r"^reused tokens: (\d+)$", out, re.MULTILINE))
+    assert first == 0
+    assert (second > 4) == reuses
 
 
 def test_commands(capsys, monkeypatch, engine):

@@ -116,7 +116,7 @@ def test_a_second_signal_ends_it_at_once():
 # ---- what it is told
 
 
-def test_a_name_a_template_and_a_limit_of_its_own(tmp_path):
+def test_a_name_a_template_a_limit_and_a_cache_of_its_own(tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     options = ["--served-model-name", "mine", "--chat-template", str(template), "--max-new-tokens", "5", "--quiet"]
@@ -126,6 +126,10 @@ def test_a_name_a_template_and_a_limit_of_its_own(tmp_path):
         answer = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": PROMPT}])
         plain = SpecBranch.from_pretrained("bundled", dtype="float32", method="autoregressive")
         assert answer.choices[0].message.content == plain.generate(PROMPT, max_new_tokens=5).text
+        longer = PROMPT + "    x = 1\n"
+        again = client.chat.completions.create(model="mine", messages=[{"role": "user", "content": longer}])
+        assert again.choices[0].message.content == plain.generate(longer, max_new_tokens=5).text
+        assert (again.usage.prompt_tokens_details.cached_tokens or 0) > 5
         with pytest.raises(openai.NotFoundError):
             client.completions.create(model="bundled", prompt="x")
         server.process.send_signal(signal.SIGINT)

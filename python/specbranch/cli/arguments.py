@@ -96,12 +96,6 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_chat_template(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--chat-template", metavar="FILE", help="a Jinja template to use in place of the tokenizer's chat template"
-    )
-
-
 def check_devices(args: argparse.Namespace) -> None:
     """Refuse devices that nothing runs on, and warn of switches for GPUs in a run without one. Raises ValueError."""
     if args.draft_device is not None and args.draft is None:

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import add_chat_template, add_models, add_sampling, sampling_options, text
+from specbranch.cli.arguments import add_models, add_sampling, sampling_options, text
 from specbranch.cli.drafting import add_drafting, add_hrad, add_method, check_method
-from specbranch.cli.loading import load_engine
+from specbranch.cli.loading import add_chat, load_engine
 from specbranch.cli.messages import FAILURE, complain, one_line
 from specbranch.text.generation_config import ANSWER_TOKENS, new_tokens
 
@@ -28,6 +28,7 @@ COMMANDS = {
 }
 STATS = (  # of Stats.as_dict, as /stats has them
     "prompt_tokens",
+    "reused_tokens",
     "new_tokens",
     "seconds",
     "prefill_seconds",
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_models(parser, draft_required=False)
     add_method(parser)
     parser.add_argument("--system", type=text, metavar="TEXT", help="the system message")
-    add_chat_template(parser)
+    add_chat(parser)
     add_sampling(parser, from_checkpoint=True, new_tokens=ANSWER_TOKENS)
     add_hrad(parser)
     add_drafting(parser)

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import OVERLAP, check_devices
+from specbranch.cli.arguments import OVERLAP, check_devices, whole
 from specbranch.cli.drafting import drafting_options
 from specbranch.cli.terminal import status
 from specbranch.runtime.choices import draft_of
@@ -25,8 +25,23 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="transformers")
 
 
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """Arguments of commands whose prompts are conversations."""
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja template to use in place of the tokenizer's chat template"
+    )
+    parser.add_argument(
+        "--prompt-cache",
+        type=whole(0),
+        default=1,
+        metavar="N",
+        help="keep the caches of so many texts: of a prompt that begins like one the rest alone is read; 0 keeps none "
+        "(default: %(default)s)",
+    )
+
+
 def load_engine(args: argparse.Namespace) -> SpecBranch:
-    """Load the pair of `add_models`, with the options of `add_drafting`, `add_hrad` and `add_chat_template` where a
+    """Load the pair of `add_models`, with the options of `add_drafting`, `add_hrad` and `add_chat` where a
     command has them.
 
     Raises ValueError for devices that nothing runs on, and OSError for a chat template that cannot be read.
@@ -52,6 +67,7 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
         draft_context=args.draft_context,
         threads=args.threads,
         hrad=getattr(args, "hrad", None),
+        prompt_cache=getattr(args, "prompt_cache", 0),
         **drafting_options(args),
     )
     if template is not None and engine.tokenizer is not None:
@@ -60,7 +76,7 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
 
 
 def chat_template(args: argparse.Namespace) -> str | None:
-    """What the file of `add_chat_template` holds. Raises OSError or ValueError that names it."""
+    """What the file of `add_chat` holds. Raises OSError or ValueError that names it."""
     if args.chat_template is None:
         return None
     try:

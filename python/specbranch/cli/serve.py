@@ -6,9 +6,9 @@ import argparse
 import signal
 import sys
 
-from specbranch.cli.arguments import add_chat_template, add_models, text, whole
+from specbranch.cli.arguments import add_models, text, whole
 from specbranch.cli.drafting import add_drafting, add_hrad, add_method, check_method
-from specbranch.cli.loading import load_engine
+from specbranch.cli.loading import add_chat, load_engine
 from specbranch.cli.messages import INTERRUPTED, complain
 
 HELP = "serve a model to clients of OpenAI's API"
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--served-model-name", type=text, metavar="NAME", help="the model's name in requests (default: --target)"
     )
-    add_chat_template(parser)
+    add_chat(parser)
     parser.add_argument(
         "--max-new-tokens",
         type=whole(1),

@@ -64,9 +64,11 @@ class Reply:
         usage = {"usage": None} if self.asked.include_usage else {}
         return {**self.head, "object": self.chunk_object, "choices": choices, **usage}
 
-    def _usage(self, generation: Generation) -> dict[str, int]:
-        new = len(generation.tokens)
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": new, "total_tokens": self.prompt_tokens + new}
+    def _usage(self, generation: Generation) -> dict[str, Any]:
+        prompt, new = self.prompt_tokens, len(generation.tokens)
+        reused = {"cached_tokens": generation.stats.reused_tokens}
+        counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return {**counts, "prompt_tokens_details": reused}
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         raise NotImplementedError
