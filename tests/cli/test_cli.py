@@ -218,7 +218,7 @@ def test_a_setting_that_specbranch_lacks_is_one_line_on_stderr(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0
     assert errors.decode() == (
-        "specbranch: warning: the checkpoint's generation_config has repetition_penalty 1.1, num_beams 4, which "
+        "specbranch: warning: the checkpoint's generation_config has num_beams 4, which "
         "specbranch does not have: the text will differ from that of transformers' generate\n"
     )
 

@@ -123,16 +123,16 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N prompts of each file")
 
 
-def add_sampling(parser: argparse.ArgumentParser, *, from_checkpoint: bool = False) -> None:
-    """from_checkpoint: what is not given is None, and so as the checkpoint's generation_config says; else it has a
-    default of its own, so that runs can be compared."""
+def add_sampling(parser: argparse.ArgumentParser, *, from_checkpoint: bool = False, new_tokens: int = 128) -> None:
+    """from_checkpoint: what is not given is None, and so as the checkpoint's generation_config says, new_tokens where
+    it does not say how many; else it has a default of its own, so that runs can be compared."""
 
     def add(name: str, help: str, own: str = "", **kind: Any) -> None:
         shown = f"the checkpoint's{own}" if from_checkpoint else f"{SAMPLING[name]:g}"
         default = None if from_checkpoint else SAMPLING[name]
         parser.add_argument(flag(name), default=default, help=f"{help} (default: {shown})", **kind)
 
-    add("max_new_tokens", "most tokens of an answer", ", or else 128", type=whole(1), metavar="N")
+    add("max_new_tokens", "most tokens of an answer", f", or else {new_tokens}", type=whole(1), metavar="N")
     add("temperature", "0 is greedy decoding", type=number(0, math.inf), metavar="T")
     add("top_k", "sample from the K likeliest tokens; 0 is off", type=whole(0), metavar="K")
     share = number(0, 1, open_low=True)

@@ -9,6 +9,7 @@ from dataclasses import Field
 from typing import Any
 
 from specbranch.cli.arguments import flag, number, whole
+from specbranch.cli.messages import complain
 from specbranch.policies.methods import METHODS, make_policy, options_of
 
 DEFAULT_METHOD = "specbranch"
@@ -22,6 +23,21 @@ def add_drafting(parser: argparse.ArgumentParser, methods: Sequence[str] = METHO
         if len(methods) > 1:
             text = f"{', '.join(fields)}: {text}"
         group.add_argument(switch(name), help=text.replace("%", "%%"), **_kind_of_value(name, fields))
+
+
+def add_method(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD, help="default: %(default)s")
+
+
+def check_method(args: argparse.Namespace) -> None:
+    """Refuse a method without the draft that it needs, and options without effect on it; a draft without effect is
+    warned of and left out. Raises ValueError."""
+    if args.draft is None and args.method != "autoregressive":
+        raise ValueError(f"--method {args.method} needs --draft")
+    check_used(args, [args.method])
+    if args.draft is not None and args.method == "autoregressive":
+        complain("warning: no effect with --method autoregressive: --draft")
+        args.draft = None
 
 
 def add_hrad(parser: argparse.ArgumentParser) -> None:

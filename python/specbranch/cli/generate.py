@@ -9,13 +9,12 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.arguments import add_models, add_sampling, sampling_options, text, whole
-from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
+from specbranch.cli.drafting import add_drafting, add_hrad, add_method, check_method
 from specbranch.cli.files import Output, write_json
 from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import progress
 from specbranch.cli.trace import is_trace
-from specbranch.policies.methods import METHODS
 from specbranch.text.prompts import Prompt, read_prompts, read_text
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts", metavar="FILE", help="JSON lines with id and prompt or messages; - is standard input"
     )
     parser.add_argument("--chat", action="store_true", help="apply the chat template to --prompt")
-    parser.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD, help="default: %(default)s")
+    add_method(parser)
     add_sampling(parser, from_checkpoint=True)
     parser.add_argument(
         "--stop", type=text, action="append", metavar="TEXT", help="end before this text; may be repeated"
@@ -60,16 +59,11 @@ def run(args: argparse.Namespace) -> int:
     A prompt of a file that fails (too long, for example) is reported on stderr, the others have their turn, and the
     exit status is 1. Ctrl-C prints what the current prompt has so far and ends with 130.
     """
-    if args.draft is None and args.method != "autoregressive":
-        raise ValueError(f"--method {args.method} needs --draft")
     if args.chat and args.prompt is None:
         raise ValueError('--chat has no effect with --prompts; in a prompt file a line says "chat": true')
     if args.limit is not None and args.prompts is None:
         raise ValueError("--limit has no effect with --prompt; it is for --prompts")
-    check_used(args, [args.method])
-    if args.draft is not None and args.method == "autoregressive":
-        complain("warning: no effect with --method autoregressive: --draft")
-        args.draft = None
+    check_method(args)
     if args.prompts is None:
         given = read_text() if args.prompt == "-" else args.prompt
         prompts = [Prompt(id="prompt", text=given, chat=args.chat)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import OVERLAP, check_devices
+from specbranch.cli.arguments import OVERLAP, check_devices, whole
 from specbranch.cli.drafting import drafting_options
 from specbranch.cli.terminal import status
 from specbranch.runtime.choices import draft_of
@@ -24,14 +25,31 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", module="transformers")
 
 
-def load_engine(args: argparse.Namespace) -> SpecBranch:
-    """Load the pair of `add_models`, with the options of `add_drafting` and `add_hrad` where a command has them.
+def add_chat(parser: argparse.ArgumentParser, kept: int = 1) -> None:
+    """Arguments of commands whose prompts are conversations. kept: texts whose caches are kept, usually."""
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="a Jinja template to use in place of the tokenizer's chat template"
+    )
+    parser.add_argument(
+        "--prompt-cache",
+        type=whole(0),
+        default=kept,
+        metavar="N",
+        help="keep the caches of so many texts: of a prompt that begins like one the rest alone is read; 0 keeps none "
+        "(default: %(default)s)",
+    )
 
-    Raises ValueError for devices that nothing runs on.
+
+def load_engine(args: argparse.Namespace) -> SpecBranch:
+    """Load the pair of `add_models`, with the options of `add_drafting`, `add_hrad` and `add_chat` where a
+    command has them.
+
+    Raises ValueError for devices that nothing runs on, and OSError for a chat template that cannot be read.
     """
     check_devices(args)
     args.draft, args.draft_weights = draft_of(args.target, args.draft, args.draft_weights)
-    return load_pair(
+    template = chat_template(args) if hasattr(args, "chat_template") else None
+    engine = load_pair(
         args.target,
         args.draft,
         dtype=args.dtype,
@@ -49,8 +67,27 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
         draft_context=args.draft_context,
         threads=args.threads,
         hrad=getattr(args, "hrad", None),
+        prompt_cache=getattr(args, "prompt_cache", 0),
         **drafting_options(args),
     )
+    if template is not None and engine.tokenizer is not None:
+        engine.tokenizer.chat_template = template
+    return engine
+
+
+def chat_template(args: argparse.Namespace) -> str | None:
+    """What the file of `add_chat` holds. Raises OSError or ValueError that names it."""
+    if args.chat_template is None:
+        return None
+    try:
+        template = Path(args.chat_template).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--chat-template {args.chat_template}: not UTF-8: {error}") from None
+    except OSError as error:
+        raise OSError(f"--chat-template {args.chat_template}: {error.strerror}") from None
+    if not template.strip():
+        raise ValueError(f"--chat-template {args.chat_template} is empty")
+    return template
 
 
 def load_pair(target: str, draft: str | None, **options: Any) -> SpecBranch:

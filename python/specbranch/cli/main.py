@@ -22,7 +22,7 @@ from specbranch.cli.messages import (
 )
 from specbranch.core.extras import check_installed
 
-COMMANDS = ("generate", "bench", "record", "plan", "train-hrad", "demo", "doctor")
+COMMANDS = ("generate", "chat", "serve", "bench", "record", "plan", "train-hrad", "demo", "doctor")
 SAYS_WHAT_IS_MISSING = ("doctor",)  # and runs without it
 
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.argv = arguments
         command = module(args.command)
         if args.command not in SAYS_WHAT_IS_MISSING:
-            check_installed(f"specbranch {args.command}", "cli")
+            check_installed(f"specbranch {args.command}", getattr(command, "EXTRA", "cli"))
         with claim(args, command.OUTPUTS):
             status: int = command.run(args)
         sys.stdout.flush()
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def module(command: str) -> Any:
-    """The module of a command: HELP, OUTPUTS, add_arguments(parser) and run(args). Importing it loads neither torch nor
+    """The module of a command: HELP, OUTPUTS, add_arguments(parser), run(args), and EXTRA where `cli` will not do. Importing it loads neither torch nor
     any package of an extra, so that --help is quick and there without them."""
     return importlib.import_module(f"specbranch.cli.{command.replace('-', '_')}")
 

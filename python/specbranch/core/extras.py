@@ -12,6 +12,7 @@ MODELS = ("transformers", "safetensors", "tokenizers", "gguf")
 PACKAGES = {  # of each extra in pyproject.toml, under the names by which they are imported
     "transformers": MODELS,
     "cli": (*MODELS, "rich"),
+    "serve": (*MODELS, "rich", "starlette", "uvicorn"),
     "plot": ("matplotlib",),
     "accelerate": ("accelerate",),
 }

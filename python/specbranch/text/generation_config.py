@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
 NEW_TOKENS = 128  # transformers' own default is 20
+ANSWER_TOKENS = 1024  # of a server and a chat, whose users name no number
 GREEDY: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 SAMPLED: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "top_p": 1.0, "min_p": 0.0}  # transformers' defaults
 LEAST_TOP_P = 1e-30
@@ -130,9 +131,9 @@ def sampling(
     return Sampling(**{**own, **given, "seed": seed})
 
 
-def new_tokens(config: object, asked: int | None, prompt: int, context: int | None) -> int:
+def new_tokens(config: object, asked: int | None, prompt: int, context: int | None, usual: int = NEW_TOKENS) -> int:
     """The most new tokens after a prompt of so many: what was asked for, else what transformers' `generate` takes from
-    the checkpoint, else NEW_TOKENS and no more than the model's context has room for.
+    the checkpoint, else the usual and no more than the model's context has room for.
 
     Raises SpecBranchError for a value that cannot be used, and where the prompt alone is longer than the checkpoint's
     max_length.
@@ -147,7 +148,7 @@ def new_tokens(config: object, asked: int | None, prompt: int, context: int | No
                 f"the prompt has {prompt} tokens, and {OWNER} ends a text at max_length {length}: pass max_new_tokens"
             )
         return int(length - prompt)
-    return NEW_TOKENS if context is None else max(1, min(NEW_TOKENS, context - prompt))
+    return usual if context is None else max(1, min(usual, context - prompt))
 
 
 def _own(config: object, name: str, check: Callable[..., Any], default: Any, **limits: float) -> Any:

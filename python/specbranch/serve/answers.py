@@ -1,0 +1,160 @@
+"""One request's generation: it waits for its turn, runs in a thread, and its pieces arrive in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from specbranch.core.errors import SpecBranchError
+from specbranch.core.generation import Generation, GenerationFailed, TextStream, TokenLogprob
+from specbranch.engine import SpecBranch
+from specbranch.serve.queue import Place, Queue
+from specbranch.serve.refusal import Refusal
+from specbranch.serve.requests import Asked
+from specbranch.text.generation_config import ANSWER_TOKENS, new_tokens
+from specbranch.text.prompt_ids import prompt_ids
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that follows what came before. logprobs: of the tokens committed since, where they were asked for; their
+    text may come with a later piece."""
+
+    text: str
+    logprobs: Sequence[TokenLogprob] = ()
+
+
+class Left(Exception):
+    """The client is gone."""
+
+    def __init__(self) -> None:
+        super().__init__("the client left")
+
+
+Event = Piece | Generation | Exception  # the last two end an answer
+
+
+class Answers:
+    """max_new_tokens: of a request that names no limit; None: as the checkpoint says, or else 1,024, where the context
+    has room for so many. options: of every generation, as `SpecBranch.stream` takes them. done: is told of each answer
+    that is over."""
+
+    def __init__(
+        self,
+        engine: SpecBranch,
+        queue: Queue,
+        max_new_tokens: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        done: Callable[[Answer], None] = lambda answer: None,
+    ) -> None:
+        self.engine, self.queue, self.options, self.done = engine, queue, dict(options or {}), done
+        self.max_new_tokens = max_new_tokens
+        self.encoder = ThreadPoolExecutor(1, "encode")  # one: not every tokenizer bears two threads
+        self.generators = ThreadPoolExecutor(queue.at_once, "generate")
+
+    def begin(self, asked: Asked, path: str, left: Callable[[], Coroutine[Any, Any, None]]) -> Answer:
+        """left: returns when the client is gone. Raises Refusal when the queue takes no more."""
+        answer = Answer(self, asked, path, self.queue.enter())
+        answer.watch(left)
+        return answer
+
+    def encode(self, asked: Asked) -> tuple[list[int], int]:
+        """The prompt, and the most new tokens. Raises SpecBranchError, and Refusal for what the context cannot hold."""
+        engine, target = self.engine, self.engine.pair.target.model
+        vocabulary = engine.pair.vocabulary
+        for token in asked.adjustments.bias:
+            if token >= vocabulary:
+                message = f"logit_bias: token id {token} is outside the target's vocabulary of {vocabulary}"
+                raise Refusal(400, message, param="logit_bias")
+        ids = prompt_ids(engine.tokenizer, asked.prompt, vocabulary)
+        wanted = self.max_new_tokens if asked.max_new_tokens is None else asked.max_new_tokens
+        config = engine.target.generation_config
+        most = new_tokens(config, wanted, len(ids), target.context, usual=ANSWER_TOKENS)
+        try:
+            target.check(len(ids) + most)
+        except SpecBranchError as error:
+            field = "messages" if asked.chat else "prompt"
+            raise Refusal(400, str(error), param=field, code="context_length_exceeded") from None
+        return ids, most
+
+    def open(self, asked: Asked, ids: list[int], most: int) -> TextStream:
+        options = {**self.options, **asked.options, **asked.adjustments.options(len(ids))}
+        if asked.logprobs is not None:
+            options["logprobs"] = asked.logprobs
+        return self.engine.stream(ids, max_new_tokens=most, seed=asked.seed, **options)
+
+
+class Answer:
+    """Its events are Pieces, then a Generation, or an exception in place of it."""
+
+    def __init__(self, answers: Answers, asked: Asked, path: str, place: Place) -> None:
+        self.asked, self.path = asked, path
+        self.prompt_tokens = 0
+        self.characters = 0  # handed on
+        self._known = 0  # log probabilities handed on
+        self.outcome: Generation | Exception | None = None
+        self._answers, self._place = answers, place
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._reading = self._left = False
+        self._task = asyncio.create_task(self._run())
+        self._watch: asyncio.Task[None] | None = None
+
+    def watch(self, left: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._watch = asyncio.create_task(left())
+        self._watch.add_done_callback(lambda _: self.leave())
+
+    async def event(self) -> Event:
+        return await self._events.get()
+
+    def leave(self) -> None:
+        """The client is gone: it waits no longer, or its generation ends before the next round."""
+        self._left = True
+        if not self._reading:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            in_thread = self._loop.run_in_executor
+            ids, most = await in_thread(self._answers.encoder, self._answers.encode, self.asked)
+            self.prompt_tokens = len(ids)
+            await self._place.turn()
+            stream = self._answers.open(self.asked, ids, most)
+            self._reading = True
+            self.outcome = await in_thread(self._answers.generators, self._read, stream)
+        except asyncio.CancelledError:
+            self.outcome = Left()
+        except Exception as error:
+            self.outcome = error
+        finally:
+            self._place.leave()
+            assert self.outcome is not None
+            self._events.put_nowait(self.outcome)
+            self._answers.done(self)
+
+    def _read(self, stream: TextStream) -> Generation:
+        """In a thread: hand on what the engine commits. Raises Left when the client left."""
+        try:
+            with stream:
+                while not self._left and (text := stream.advance()) is not None:
+                    self._hand_on(text, stream)
+        except GenerationFailed as failure:
+            self._hand_on_rest(failure.generation)
+            raise
+        if stream.generation is None:
+            raise Left
+        self._hand_on_rest(stream.generation)
+        return stream.generation
+
+    def _hand_on_rest(self, generation: Generation) -> None:
+        """What was committed, but held back until now."""
+        self._hand_on(generation.text[self.characters :], generation)
+
+    def _hand_on(self, text: str, source: TextStream | Generation) -> None:
+        fresh = (source.logprobs or [])[self._known :]
+        self.characters, self._known = self.characters + len(text), self._known + len(fresh)
+        if text or fresh:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, Piece(text, fresh))
