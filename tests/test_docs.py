@@ -16,7 +16,7 @@ import pytest
 
 import specbranch
 import specbranch_ext
-from specbranch.cli.main import COMMANDS, build_parser
+from specbranch.cli.main import build_parser
 from specbranch.text.generation_config import OWNER
 
 ROOT = Path(__file__).parents[1]

@@ -99,8 +99,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def module(command: str) -> Any:
-    """The module of a command: HELP, OUTPUTS, add_arguments(parser), run(args), and EXTRA where `cli` will not do. Importing it loads neither torch nor
-    any package of an extra, so that --help is quick and there without them."""
+    """The module of a command: HELP, OUTPUTS, add_arguments(parser), run(args), and EXTRA where `cli` will not do.
+
+    Importing it loads neither torch nor transformers, so that --help is quick.
+    """
     return importlib.import_module(f"specbranch.cli.{command.replace('-', '_')}")
 
 
