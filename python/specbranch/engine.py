@@ -367,12 +367,14 @@ class SpecBranch:
         rules = Rules(logprobs=alternatives)
         new_tokens = self._settings.new_tokens(config, max_new_tokens, len(ids))
         eos = ids_of(config.eos_token_id, f"{OWNER}: eos_token_id")
-        fields = processed(config, sampling.temperature > 0)
-        if fields or any(given.values()):
+        sampled = sampling.temperature > 0
+        if processed(config, sampled) or any(given.values()):
+            acting = {*processed(config, sampled), *processed(self.target.generation_config, sampled)}
+            fields = {name: getattr(config, name) for name in acting}
             settings = {**given, **fields, **as_settings(sampling, new_tokens, eos)}
             device = self.pair.target.model.device
             handed = prepared(self.target, torch.tensor([ids], device=device), settings)
-            filters, rest, _ = fused(handed.processors, sampling.temperature > 0)
+            filters, rest, _ = fused(handed.processors, sampled)
             sampling = Sampling(**filters, seed=sampling.seed)
             rules = Rules(rest, (), beside_ours(handed), logprobs=alternatives)
         return Request(

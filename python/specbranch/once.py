@@ -51,9 +51,10 @@ def generate(
     given = lists(logits_processor, stopping_criteria)
     if ends := checked(strings, tokenizer):
         given["stopping_criteria"].append(StopStringCriteria(tokenizer, list(ends)))  # type: ignore[arg-type]
+        given["stop_strings"] = None  # or generate would look for the tokenizer, which a callable does not get
     call: Any = target.generate
     answer: Tensor | GenerateDecoderOnlyOutput = call(
-        inputs, custom_generate=_engine(target, draft), stop_strings=None, **given, **arguments
+        inputs, custom_generate=_engine(target, draft), **given, **arguments
     )
     return answer
 

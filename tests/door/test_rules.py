@@ -81,6 +81,15 @@ def test_a_checkpoint_s_penalty_counts(bundled_pair: SpecBranch, monkeypatch: py
     assert found == greedy(bundled_pair, PROMPTS[0], max_new_tokens=NEW, stop_strings=None)
 
 
+def test_a_neutral_value_wins_over_the_checkpoint_s(bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch) -> None:
+    rules: dict[str, Any] = {"logits_processor": Bans(), "max_new_tokens": NEW}
+    expected = bundled_pair.generate(PROMPTS[0], **rules).tokens
+    monkeypatch.setattr(bundled_pair.target, "generation_config", GenerationConfig(repetition_penalty=1.5))
+    assert bundled_pair.generate(PROMPTS[0], **rules).tokens != expected
+    neutral = GenerationConfig(repetition_penalty=1.0)
+    assert bundled_pair.generate(PROMPTS[0], generation_config=neutral, **rules).tokens == expected
+
+
 def test_messages_are_a_prompt(bundled_pair: SpecBranch) -> None:
     assert bundled_pair.tokenizer is not None
     messages = [{"role": "user", "content": "def f(x):"}]
