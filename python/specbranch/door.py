@@ -30,6 +30,7 @@ from specbranch.core.sampling import Sampling
 from specbranch.request import Drafting, Request
 from specbranch.runtime.rules import Rules, Said, is_stateless
 from specbranch.text.generation_config import LEAST_TOP_P, lacking
+from specbranch.text.prompt_ids import prompt_ids
 from specbranch.text.vocabulary import ids_of
 
 MODES = ("greedy_search", "sample", "assisted_generation")
@@ -102,8 +103,8 @@ def asked_of_generate() -> dict[str, Any]:
     return {}
 
 
-def requests(handed: HandedOver, seed: int | None, drafting: Drafting) -> list[Request]:
-    """One for each text of the batch, with seeds from `seed` on, or from torch's generator.
+def requests(handed: HandedOver, seed: int | None, drafting: Drafting, vocabulary: int) -> list[Request]:
+    """One for each text of the batch, with seeds from `seed` on, or from torch's generator. vocabulary: the target's.
 
     Raises SpecBranchError for what cannot be honoured.
     """
@@ -114,9 +115,8 @@ def requests(handed: HandedOver, seed: int | None, drafting: Drafting) -> list[R
     if rows > 1 and (keep_scores or keep_logits):
         raise _refused("output_scores and output_logits", "for one text at a time", f"a batch of {rows}")
     made = []
-    for row, ids in enumerate(handed.ids):
-        start = padding_before(handed.model_arguments.get("attention_mask"), row, len(ids))
-        text = [int(token) for token in ids]
+    for row, text in enumerate(handed.ids.tolist()):
+        start = padding_before(handed.model_arguments.get("attention_mask"), row, len(text))
         own = [_of_row(processor, row, rows) for processor in handed.processors]
         filters, rest, warpers = fused(own, bool(handed.config.do_sample))
         criteria = beside_ours(handed)
@@ -127,7 +127,7 @@ def requests(handed: HandedOver, seed: int | None, drafting: Drafting) -> list[R
         chosen = (_drawn() if seed is None else seed + row) if sampled else 0
         made.append(
             Request(
-                ids=text[start:],
+                ids=prompt_ids(None, text[start:], vocabulary),
                 new_tokens=int(handed.config.max_length) - len(text),
                 sampling=Sampling(**filters, seed=chosen),
                 eos=handed.eos,
@@ -200,7 +200,7 @@ def padding_before(mask: Tensor | None, row: int, length: int) -> int:
     """How many ids of a row are padding. Raises SpecBranchError for a mask of another kind."""
     if mask is None:
         return 0
-    seen = [int(value) for value in mask[row]]
+    seen = mask[row].int().tolist()
     start = seen.index(1) if 1 in seen else len(seen)
     if len(seen) != length or seen != [0] * start + [1] * (length - start) or start == length:
         raise _refused(f"attention_mask {shown(seen)}", "ones, with zeros (padding) on the left only")

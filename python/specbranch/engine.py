@@ -327,7 +327,7 @@ class SpecBranch:
         )
         texts: list[list[int]] = []
         said = Said()
-        for request in requests(handed, seed, Drafting(method, overlap, draft_context)):
+        for request in requests(handed, seed, Drafting(method, overlap, draft_context), self.pair.vocabulary):
             said = Said()
             try:
                 self.last = self._decoded(partial(_same, request), handed.streamer, said, told=True)

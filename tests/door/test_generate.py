@@ -273,6 +273,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, r"attention_mask \[1, 0, 1, 1\].*zeros \(padding\) on the left"),
     ({"attention_mask": torch.tensor([[1, 1, 1, 0]])}, "attention_mask"),
     ({"position_ids": torch.tensor([[3, 4, 5, 6]])}, "position_ids"),
+    ({"input_ids": torch.tensor([[3, 99]])}, "token id 99 is outside the target's vocabulary of 32"),
     ({"inputs_embeds": torch.ones(1, 4, 32)}, "inputs_embeds"),
     ({"past_key_values": "a cache"}, "past_key_values"),
 ]
