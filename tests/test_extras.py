@@ -139,10 +139,12 @@ def test_the_extras_are_those_of_pyproject() -> None:
         name: re.findall(r'"([\w-]+(?:\[[\w,-]+\])?)', line)
         for name, line in re.findall(r"^(\w+) = \[(.*?)\]$", table, re.M | re.S)
     }
+
+    def all_of(extra: str) -> list[str]:
+        parts = [all_of(each[11:-1]) if each.startswith("specbranch[") else [each] for each in found[extra]]
+        return [name for part in parts for name in part]
+
     for extra, packages in PACKAGES.items():
-        names = [
-            name for each in found[extra] for name in (found[each[11:-1]] if each.startswith("specbranch[") else [each])
-        ]
-        assert tuple(names) == packages, extra
+        assert tuple(all_of(extra)) == packages, extra
     assert re.search(r'^dependencies = \["torch>=[\d.]+", "numpy"\]', declared, re.M)
     assert importlib.metadata.version("specbranch")

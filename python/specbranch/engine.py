@@ -89,16 +89,16 @@ class SpecBranch:
         Raises SpecBranchError for a model or option that cannot be used.
         """
         check_loaded(target, draft, hrad)
-        self.target, self.draft, self.tokenizer = target, draft, tokenizer
+        self.target, self.draft = target, draft
         threads, target_threads = count("threads", threads), count("target_threads", target_threads)
         kept = whole("prompt_cache", prompt_cache, least=0)
         self.pair = Pair(target, draft, threads, target_threads, flag("cuda_graphs", cuda_graphs), priority, kept)
-        self.hrad: HRad | None = None
+        predictor = None
         if hrad is not None:
             if draft is None:
                 raise SpecBranchError("hrad predicts for a pair: pass draft=")
-            self.hrad = hrad if isinstance(hrad, HRad) else load_hrad(hrad, target, draft)
-        self.decoder = Decoder(self.pair, tokenizer, Drafting(method, overlap, draft_context, options), self.hrad)
+            predictor = hrad if isinstance(hrad, HRad) else load_hrad(hrad, target, draft)
+        self.decoder = Decoder(self.pair, tokenizer, Drafting(method, overlap, draft_context, options), predictor)
         self.last: Generation | None = None
         self._settings = CheckpointSettings(target)
 
@@ -178,6 +178,23 @@ class SpecBranch:
             prompt_cache=prompt_cache,
             **options,
         )
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self.decoder.tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.decoder.tokenizer = tokenizer
+
+    @property
+    def hrad(self) -> HRad | None:
+        """The predictor that there is."""
+        return self.decoder.hrad
+
+    @hrad.setter
+    def hrad(self, predictor: HRad | None) -> None:
+        self.decoder.hrad = predictor
 
     @property
     def draft_excerpt(self) -> Excerpt:

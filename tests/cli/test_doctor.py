@@ -131,8 +131,8 @@ def test_doctor_and_generate_refuse_in_the_same_words(capsys, tmp_path, name, ro
 
 def test_doctor_warns_of_what_generate_warns_of(tmp_path):
     folder = copy_of_target(tmp_path)
-    settings("generation_config.json", repetition_penalty=1.3)(folder)
+    settings("generation_config.json", num_beams=3)(folder)
     findings = doctor.examine(str(folder), "bundled", load="cpu")
     assert findings["ready"]
     (warning,) = findings["loaded"]["warnings"]
-    assert "repetition_penalty" in warning
+    assert "num_beams" in warning

@@ -42,6 +42,7 @@ READ = (
     "--draft",
     "--prompts",
     "--prompt",
+    "--chat-template",
     "--hrad",
 )  # arguments that are no outputs, though they are names
 

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import openai
@@ -169,8 +168,3 @@ def test_without_the_extra_it_says_what_to_install(capsys, monkeypatch, missing)
     monkeypatch.setitem(sys.modules, missing, None)
     expected = f"specbranch: error: specbranch serve needs {missing}: pip install 'specbranch[serve]'\n"
     assert failure(capsys) == expected
-
-
-def test_the_extra_is_declared():
-    pyproject = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    assert 'serve = ["starlette' in pyproject

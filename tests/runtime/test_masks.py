@@ -112,6 +112,9 @@ def test_a_family_is_refused_by_name(family: str) -> None:
     config = family_config(family, **more)
     model = family_model(config)
     message = asked(model)
+    if reason == NO_INTERFACE and isinstance(message, Support):  # newer transformers, where it honours it
+        same_text(model)
+        return
     assert isinstance(message, str)
     assert re.search(f"target model {type(model).__name__}.*{reason}", message), message
     assert asked(on_meta(config)) == message

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -158,7 +159,7 @@ class EagerRunner:
         return fresh
 
     def reset(self, tokens: int, text: Sequence[int] = ()) -> None:
-        with self.device.running():
+        with self.device.running() if self.model.kept else nullcontext():  # which may have to be copied
             self.model.reset(tokens, text)
 
     def prefill(self, tokens: Sequence[int]) -> None:
