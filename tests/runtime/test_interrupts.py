@@ -18,6 +18,7 @@ from specbranch import GenerationFailed, SpecBranch
 from specbranch.core.messages import Trunk
 from specbranch.loop import DecodingLoop
 from specbranch.runtime.attention import current
+from specbranch.runtime.modes import inference, no_grad, outside_inference
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.runtime.workers import Threads
 
@@ -47,6 +48,19 @@ def test_an_interrupt_at_any_moment_leaves_the_models_as_found(bundled_pair, tex
     with ThreadPoolExecutor(1) as other:  # the locks are free too
         again = other.submit(bundled_pair.generate, PROMPTS[0], max_new_tokens=NEW, **settings)
         assert again.result(timeout=60).tokens == texts[0]
+
+
+def test_modes_are_those_of_torch() -> None:
+    def modes() -> tuple[bool, bool]:
+        return torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+
+    assert inference(modes)() == (True, False)
+    assert no_grad(modes)() == (False, False)
+    assert outside_inference(modes)() == (False, False)
+    assert inference(outside_inference(modes))() == (False, False)
+    assert no_grad(inference(outside_inference(modes)))() == (False, False)
+    assert outside_inference(inference(modes))() == (True, False)
+    assert modes() == (False, True)
 
 
 IN_EVERY_FORWARD = {"modes.py", "attention.py", "attach.py", "locks.py", "model.py", "contextlib.py", "grad_mode.py"}

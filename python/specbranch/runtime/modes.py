@@ -25,7 +25,8 @@ def inference(function: Callable[P, T]) -> Callable[P, T]:
 
 def outside_inference(function: Callable[P, T]) -> Callable[P, T]:
     """`torch.inference_mode(False)`, still without gradients, as a decorator."""
-    return no_grad(lambda *args, **kwargs: _inference(False, function, *args, **kwargs))
+    within = no_grad(function)  # inside: the mode's end turns gradients on
+    return wraps(function)(lambda *args, **kwargs: _inference(False, within, *args, **kwargs))
 
 
 def no_grad(function: Callable[P, T]) -> Callable[P, T]:
