@@ -94,8 +94,9 @@ def test_sigterm_ends_it_when_all_have_their_answers(bundled_pair):
     assert long == bundled_pair.generate(PROMPT, max_new_tokens=900).text
     assert short == [bundled_pair.generate(PROMPT, max_new_tokens=20, seed=n, temperature=1).text for n in (1, 2)]
     assert ended == 0
-    assert lines[0] == "specbranch: shutting down: 3 requests are still answered; a second signal ends at once"
-    assert sorted(line.split(", ")[-1] for line in lines[1:]) == ["length"] * 3 + ["the server is shutting down"]
+    told = "specbranch: shutting down: 3 requests are still answered; a second signal ends at once"
+    lines.remove(told)  # a tenth of a second after the signal, so that the refusal may come first
+    assert sorted(line.split(", ")[-1] for line in lines) == ["length"] * 3 + ["the server is shutting down"]
 
 
 def test_a_second_signal_ends_it_at_once():
