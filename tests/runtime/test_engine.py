@@ -201,7 +201,7 @@ def test_an_interrupt_between_two_rounds_keeps_the_text(bundled_pair: SpecBranch
     stream = bundled_pair.stream(PROMPT, max_new_tokens=64)
     first = next(stream)
     with pytest.raises(GenerationInterrupted) as caught:
-        stream._pieces.throw(KeyboardInterrupt)
+        stream.hand_in(KeyboardInterrupt())
     assert caught.value.generation.text.startswith(first)
     assert 0 < len(caught.value.generation.tokens) < 64
 

@@ -128,16 +128,21 @@ class Chat:
         said, fault = "", ""
         try:
             with closing(self.stream([*self.messages, question])) as stream:
-                for piece in stream:
-                    said += piece
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
+                try:
+                    for piece in stream:
+                        said += piece
+                        sys.stdout.write(piece)
+                        sys.stdout.flush()
+                except GenerationInterrupted:
+                    raise
+                except KeyboardInterrupt as interrupt:  # between two pieces
+                    stream.hand_in(interrupt)
             self.last = stream.generation
         except (GenerationFailed, GenerationInterrupted) as ending:
             self.last, whole = ending.generation, ending.generation.text
             sys.stdout.write(whole[len(said) :])  # committed, but held back until now
             said, fault = whole, f"error: {one_line(ending)}" if isinstance(ending, GenerationFailed) else "interrupted"
-        except KeyboardInterrupt:  # between two pieces
+        except KeyboardInterrupt:  # before the first piece or behind the last one
             fault = "interrupted"
         except OSError:  # of the output
             raise

@@ -140,15 +140,20 @@ def _print_stream(engine: SpecBranch, ids: list[int], options: dict[str, Any]) -
     written = ""
     with closing(engine.stream(ids, **options)) as stream:
         try:
-            for piece in stream:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-                written += piece
+            try:
+                for piece in stream:
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
+                    written += piece
+            except GenerationInterrupted:
+                raise
+            except KeyboardInterrupt as interrupt:  # between two rounds
+                stream.hand_in(interrupt)
         except (GenerationFailed, GenerationInterrupted) as ending:
             rest = ending.generation.text.removeprefix(written)  # committed, but held back until now
             sys.stdout.write(rest + "\n")
             raise
-        except KeyboardInterrupt:  # between two rounds
+        except KeyboardInterrupt:  # before the first round or behind the last one
             sys.stdout.write("\n")
             raise
     sys.stdout.write("\n")

@@ -75,11 +75,16 @@ class TextStream(Iterator[str]):
                 piece = next(self._pieces, None)
             except GenerationInterrupted:
                 raise
-            except KeyboardInterrupt as interrupt:  # it came between two rounds: hand it in, so that the text is kept
-                piece = self._pieces.throw(interrupt)
+            except KeyboardInterrupt as interrupt:  # it came between two rounds
+                piece = self.hand_in(interrupt)
             if not isinstance(piece, Generation):
                 return piece
             self.generation = piece
+
+    def hand_in(self, interrupt: KeyboardInterrupt) -> str | Generation:
+        """For an interrupt that came while somebody had a piece: it ends the stream as one within a round does, with a
+        GenerationInterrupted that holds what was committed."""
+        return self._pieces.throw(interrupt)
 
     def __enter__(self) -> TextStream:
         return self
