@@ -298,7 +298,8 @@ class SpecBranch:
         """`generate`, giving the text piece by piece as it is committed, never half a character.
 
         An iterator, and a context manager that stops generating: `with engine.stream(prompt) as pieces: …`
-        The arguments are checked, and errors raised, when the iteration starts.
+        What is wrong with the prompt, its length or the method is raised when the iteration starts, other arguments at
+        once.
         """
         config = self._settings.under(generation_config)
         ask = partial(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def sent(value: object) -> bytes:
     return b"data: " + encoded(value) + b"\n\n"
 
 
-class Reply:
+class Reply(ABC):
     """One answer. What both endpoints have; `seed` is ours: with it, the same request gives the same text."""
 
     whole_object, chunk_object, prefix = "", "", ""
@@ -70,15 +71,17 @@ class Reply:
         counts = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
         return {**counts, "prompt_tokens_details": reused}
 
+    @abstractmethod
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        raise NotImplementedError
+        """Of some tokens, as this protocol has them."""
 
+    @abstractmethod
     def _choice(self, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
-        raise NotImplementedError
+        """A choice of a whole answer."""
 
+    @abstractmethod
     def _part(self, text: str, logprobs: dict[str, Any] | None, reason: str | None) -> dict[str, Any]:
         """A choice of a chunk."""
-        raise NotImplementedError
 
 
 class ChatReply(Reply):
