@@ -95,7 +95,7 @@ def split(model: CachedModel, rows: int, rounds: int, unfused: bool) -> dict[str
     attachments = {name: Attachment([model.model], forward_of=of) for name, of in forwards.items()}
     attachments["fused"].turn(lambda: model.prefill([1 + i % 500 for i in range(PREFIX)]))
     batch = model.place(range(rows), [-1] + [0] * (rows - 1), [7] * rows, [PREFIX] + [PREFIX + 1] * (rows - 1))
-    inputs = Inputs.of(batch, model.device)
+    inputs = Inputs.of([batch], model.device)
     calls = {name: recorded(attachments[name], lambda: model.forward(inputs)) for name in forwards}
 
     def seconds(name: str, work: Callable[[], object]) -> float:

@@ -16,6 +16,7 @@ from specbranch.core.checks import shown
 from specbranch.core.errors import SpecBranchError, SpecBranchWarning
 from specbranch.core.excerpt import ALL, Excerpt, check_draft_context
 from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted
+from specbranch.decoding import Decoding
 from specbranch.drafters.model import ModelDrafter
 from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
@@ -28,6 +29,7 @@ from specbranch.runtime.hrad.predictor import HRad, Predictor
 from specbranch.runtime.packed import weight_format
 from specbranch.runtime.pair import Pair, Slot
 from specbranch.runtime.rules import DraftRules, Said, Walk
+from specbranch.runtime.together import Together
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.detokenizer import TextBuilder
 
@@ -64,12 +66,14 @@ class Decoder:
         slot = self.pair.take(owner=builder, text=request.ids[:-1])
         try:
             walk = self._walk(request, builder, said)
-            loop = self._loop(slot, calibrator, request, walk)
-            slot.reset(request.ids, len(request.ids) + request.new_tokens, draft=loop.drafter is not None)
-            attachment = self.pair.attachment(slot.target.model.tap, draft=loop.drafter is not None)
-            reason, rounds = "length", loop.rounds(request.ids, request.new_tokens)
+            text = self._decoding(slot, calibrator, request, walk)
+            drafted = text.drafter is not None
+            slot.reset(request.ids, len(request.ids) + request.new_tokens, draft=drafted)
+            attachment = self.pair.attachment(slot.target.model.tap, draft=drafted)
+            loop = DecodingLoop(self.pair.workers, Together())
+            reason, rounds = "length", loop.rounds(text, request.ids, request.new_tokens)
 
-            result = partial(self._result, slot, loop, request, said, builder, begin)
+            result = partial(self._result, slot, text, request, said, builder, begin)
 
             def over(committed: list[int]) -> bool:
                 return any(builder.add(token) for token in committed) if walk is None else walk.over
@@ -100,8 +104,8 @@ class Decoder:
                 raise GenerationFailed(f"generation ended early: {error}", generation) from error
             finally:
                 rounds.close()
-                self._keep(loop)
-                if loop.policy.calibrated:
+                self._keep(text)
+                if text.policy.calibrated:
                     self.calibrator = calibrator  # what it learned serves the generations that begin from now on
                 self._lengths.record(len(builder.tokens), ended=reason == "stop")
         finally:
@@ -109,10 +113,10 @@ class Decoder:
         yield builder.fresh(final=True)
         yield result(reason)
 
-    def _keep(self, loop: DecodingLoop) -> None:
+    def _keep(self, text: Decoding) -> None:
         """Let the text serve those that begin alike. Not where rows depend on each other."""
         if self.pair.prompt_cache and not self._row_dependence:
-            for stage in (loop.verifier, loop.drafter):
+            for stage in (text.verifier, text.drafter):
                 if isinstance(stage, (ModelVerifier, ModelDrafter)):
                     stage.keep()
 
@@ -123,13 +127,13 @@ class Decoder:
         ids = torch.tensor([[*request.padding, *request.ids]], device=self.pair.target.model.device)
         return Walk(request.rules, ids, request.sampling, builder.add, said)
 
-    def _loop(
+    def _decoding(
         self,
         slot: Slot,
         calibrator: Calibrator,
         request: Request,
         walk: Walk | None,
-    ) -> DecodingLoop:
+    ) -> Decoding:
         own, asked, sampling = self.drafting, request.drafting, request.sampling
         policy = make_policy(asked.method or own.method or "", {**own.options, **asked.options})
         drafter = None
@@ -145,7 +149,7 @@ class Decoder:
         slot.target.model.tap = None if predictor is None else predictor.tap
         verifier = ModelVerifier(slot.target, sampling, predictor, walk)
         reading = self._reading(policy, asked.draft_context)
-        return DecodingLoop(verifier, drafter, policy, self.costs[policy.name], self.pair.workers, mode, reading)
+        return Decoding(verifier, drafter, policy, self.costs[policy.name], self.pair.workers, mode, reading)
 
     def _draft_rules(self, request: Request, slot: Slot) -> DraftRules | None:
         processors = request.rules.for_draft
@@ -182,18 +186,18 @@ class Decoder:
     def _result(
         self,
         slot: Slot,
-        loop: DecodingLoop,
+        text: Decoding,
         request: Request,
         said: Said,
         builder: TextBuilder,
         begin: float,
         reason: str,
     ) -> Generation:
-        stats = loop.stats
+        stats = text.stats
         stats.seconds = time.perf_counter() - begin
         stats.target_runner = slot.target.note
         stats.target_weights = weight_format(slot.target.model.model)
-        if slot.draft is not None and loop.drafter is not None:
+        if slot.draft is not None and text.drafter is not None:
             stats.draft_runner = slot.draft.note
             stats.draft_weights = weight_format(slot.draft.model.model)
         stats.row_dependent = self._row_dependence

@@ -1,232 +1,173 @@
-"""The decoding loop of one text: draft, choose a trunk, verify it while the draft goes on, commit.
+"""The decoding loop: draft, choose a trunk, verify it while the draft goes on, commit.
 
-Every method is this loop with another policy. The loop alone grows the tree, and only `_commit` changes what the two
-models hold.
+Every method is this loop with another policy. Texts may go through a round together: a draft step of all is one
+forward, and so are their trunks. What a text decides and keeps is in decoding.py.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from specbranch.core.excerpt import ALL
-from specbranch.core.messages import Forecast, Trunk, Verdict
-from specbranch.core.stats import Stats
-from specbranch.core.tree import Tree
-from specbranch.policies.backoff import Backoff
-from specbranch.policies.costs import Costs
-from specbranch.policies.policy import Expansion, InFlight, Policy, State
-from specbranch.policies.reading import AtOnce, Reading, Unread
-from specbranch.stages import Drafter, Pending, ShouldContinue, Verifier, Workers
+from specbranch.core.messages import Trunk, Verdict
+from specbranch.decoding import Decoding
+from specbranch.policies.policy import NOTHING, Expansion, InFlight, State
+from specbranch.stages import Forwards, OneByOne, PendingVerdicts, ShouldContinue, Verdicts, Workers
 
-READ_ALL = AtOnce(ALL)
+
+@dataclass(eq=False)
+class Turn:
+    """One text's part in a round. error: of this text alone, which then is over."""
+
+    text: Decoding
+    state: State = field(init=False)
+    expansion: Expansion = NOTHING
+    steps: int = 0
+    flight: InFlight | None = None  # once there is a trunk
+    trunk: Trunk = field(init=False)
+    verdict: Verdict = field(init=False)
+    error: Exception | None = None
+    committed: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """What is raised within concerns this text only."""
+        try:
+            yield
+        except Exception as error:
+            self.error = error
 
 
 class DecodingLoop:
-    """Decodes one text.
+    """Rounds of texts over one pair of models. forwards: how texts share them."""
 
-    overlap: True, False, or None to take what the costs prefer. reading: when the draft reads, and what. drafting:
-    whether it has read the text; before that, decoding is autoregressive. saved: seconds, by drafting in this text so
-    far; negative where it has lost some.
-    """
-
-    def __init__(
-        self,
-        verifier: Verifier,
-        drafter: Drafter | None,
-        policy: Policy,
-        costs: Costs,
-        workers: Workers,
-        overlap: bool | None,
-        reading: Reading = READ_ALL,
-    ) -> None:
-        self.verifier, self.drafter, self.policy = verifier, drafter, policy
-        self.costs, self.workers, self.overlap, self.reading = costs, workers, overlap, reading
-        self.drafting = False
-        self.saved = 0.0
+    def __init__(self, workers: Workers, forwards: Forwards | None = None) -> None:
+        self.workers, self.forwards = workers, forwards or OneByOne()
         self.clock = workers.clock
-        self.backoff = Backoff()
-        self.forecast: Forecast | None = None
-        self.stats = Stats(method=policy.name)
-        self._lessons: list[tuple[Tree, list[int], Verdict]] = []
 
-    def rounds(self, prompt: Sequence[int], max_new_tokens: int) -> Generator[list[int], None, None]:
-        """Yield the tokens that each round commits, at most `max_new_tokens` in all, for as long as it is asked."""
-        tree = self._prefill(prompt)
-        remaining = max_new_tokens
+    def rounds(self, text: Decoding, prompt: Sequence[int], max_new_tokens: int) -> Generator[list[int], None, None]:
+        """Yield the tokens that each round of one text commits, at most `max_new_tokens` in all, for as long as it is
+        asked."""
+        text.begin(prompt, max_new_tokens)
         try:
-            while remaining > 0:
-                self._read(tree, len(prompt), remaining)
-                state = self._state(min(remaining, self.verifier.most_tokens(tree.position)))
-                self.stats.begin_round(self.clock(), state.overlapped)
-                self._draft_before(tree, state)
-                flight = self._choose_trunk(tree, state)
-                trunk = Trunk.of(tree, flight.nodes)
-                if state.overlapped:
-                    pending = self.workers.submit(self.verifier, trunk)
-                    self._draft_during(tree, flight, pending, state)
-                    verdict = pending.result()
-                else:
-                    verdict = self.verifier.verify(trunk).result()
-                committed, tree = self._commit(tree, flight, verdict)
-                self._measure(state, trunk, verdict, len(committed))
-                remaining -= len(committed)
-                yield committed
+            while text.remaining > 0:
+                (turn,) = self.round([text])
+                if turn.error is not None:
+                    raise turn.error
+                yield turn.committed
         finally:
             self.workers.wait()
-            self._learn()
+            text.learn()
 
-    def _prefill(self, prompt: Sequence[int]) -> Tree:
-        """The target reads the prompt but its last token, which becomes the root."""
+    def round(self, texts: Sequence[Decoding]) -> list[Turn]:
+        """One round of texts that are not over. Each commits a token at least, or has an error; what goes wrong for all
+        of them is raised."""
+        turns = [Turn(text) for text in texts]
+        for turn in turns:
+            with turn.own_errors():
+                turn.text.read()
+        overlapped = next((text.choose_overlap() for text in texts if text.may_overlap), False)
         begin = self.clock()
-        read = self.verifier.prefill(prompt)
-        if self.drafter is not None:
-            self.drafter.begin(prompt)
-        self.workers.wait()
-        self.stats.prompt_tokens, self.stats.reused_tokens = len(prompt), len(prompt) - 1 - read
-        self.stats.prefill_seconds = self.clock() - begin
-        self.costs.target_read.record(read, self.stats.prefill_seconds)
-        return Tree(prompt[-1], len(prompt) - 1)
+        for turn in _going(turns):
+            turn.state = turn.text.state(overlapped)
+            turn.text.stats.begin_round(begin, turn.state.overlapped)
+        self._draft_before(_going(turns), overlapped)
+        asked = _going(turns)
+        if not asked:
+            return turns
+        for turn in asked:
+            turn.flight = turn.text.choose_trunk(turn.state)
+            turn.trunk = Trunk.of(turn.text.tree, turn.flight.nodes)
+        verify = partial(self.forwards.verify, [(turn.text.verifier, turn.trunk) for turn in asked])
+        if overlapped:
+            verdicts = self.workers.submit(verify)
+            self._draft_during(asked, verdicts)
+        else:
+            verdicts = PendingVerdicts(verify())
+        committed = [
+            turn for turn, verdict in zip(asked, verdicts.results(), strict=True) if self._commit(turn, verdict)
+        ]
+        self._measure(committed, overlapped)
+        return turns
 
-    def _read(self, tree: Tree, prompt_tokens: int, remaining: int) -> None:
-        """The draft reads the text, or the ends of the prompt and what follows, as soon as that is expected to pay."""
-        if self.drafter is None or self.drafting:
-            return
-        end = tree.position + 1 + remaining
-        gaps = {excerpt: len(self.drafter.gap(excerpt, end)) for excerpt in self.reading.excerpts}
-        tokens = {excerpt: self.drafter.unread(excerpt, end) for excerpt in gaps}
-        excerpt = self.reading.choose(Unread(self.costs, tokens, remaining))
-        if excerpt is None:
-            return
-        begin = self.clock()
-        self.drafter.read(excerpt, end)
-        self.workers.wait()
-        seconds = self.clock() - begin
-        self.drafting = True
-        self.costs.record_reading(tokens[excerpt], seconds)
-        self.stats.add_reading(prompt_tokens - gaps[excerpt], seconds)
+    def _draft_before(self, turns: list[Turn], overlapped: bool) -> None:
+        """Draft while that is worth a step: what it costs is shared by the texts that want it."""
+        while turns:
+            for turn in turns:
+                state = turn.state if len(turns) == 1 else replace(turn.state, sharing=len(turns))
+                turn.expansion = turn.text.policy.draft_before(turn.text.tree, state)
+                turn.steps = turn.text.steps(turn.expansion)
+            wanting = [turn for turn in turns if turn.steps]
+            if len(wanting) == len(turns):
+                self._expand(turns, overlapped, lambda under_way: True)
+            turns = _going(wanting)
 
-    def _state(self, remaining: int) -> State:
-        overlapped = False
-        if self.policy.overlaps and self.drafting:
-            saved = self.saved if self.policy.thrifty else math.inf
-            overlapped = self.costs.choose_overlap(saved) if self.overlap is None else self.overlap
-        mode = self.costs.mode(overlapped)
-        losing = -self.saved > self.costs.bearable_loss(self.stats.new_tokens)
-        burst = 1 if self.drafter is None else min(self.drafter.burst, mode.burst())
-        retry = self.backoff.over(mode.step_price)
-        return State(overlapped, mode, self.costs.acceptance, remaining, retry, burst, self.forecast, losing)
-
-    # ---- Draft, choose
-
-    def _draft_before(self, tree: Tree, state: State) -> None:
-        while steps := self._steps(expansion := self.policy.draft_before(tree, state)):
-            self._expand(tree, expansion, steps, None, state, lambda under_way: True)
-
-    def _choose_trunk(self, tree: Tree, state: State) -> InFlight:
-        choice = self.policy.choose_trunk(tree, state)
-        size = len(tree)
-        nodes = tuple(tree.take(each) for each in choice.choices[: self.verifier.most_rows])
-        self.stats.drafted += len(tree) - size
-        return InFlight(nodes, nodes[min(choice.branch_point, len(nodes) - 1)])
-
-    def _draft_during(self, tree: Tree, flight: InFlight, pending: Pending, state: State) -> None:
+    def _draft_during(self, turns: list[Turn], verdicts: Verdicts) -> None:
         """Grow branches until the target is done, or until it would have to wait for the next step."""
-        begin, cost = self.clock(), self.costs.overlapped
+        begin, first = self.clock(), turns[0].text
+        cost = first.costs.overlapped
+        trunks = sum(len(turn.trunk) for turn in turns)
 
         def should_continue(under_way: int) -> bool:
             """Whether one more step would end with the target, or at most half a step later."""
-            if pending.done():
+            if verdicts.done():
                 return False
-            if not cost.target.known or self.stats.overlapped_rounds < 2:
+            if not cost.target.known or first.stats.overlapped_rounds < 2:
                 return True
-            left = cost.target.of(len(flight.nodes)) - (self.clock() - begin)
-            return left >= (under_way + 0.5) * cost.draft.of(len(expansion.choices))
+            left = cost.target.of(trunks) - (self.clock() - begin)
+            rows = sum(len(turn.expansion.choices) for turn in wanting)
+            return left >= (under_way + 0.5) * cost.draft.of(rows)
 
         with self.workers.draft_threads():
-            while not pending.done():
-                expansion = self.policy.draft_during(tree, flight, state)
-                steps = self._steps(expansion)
-                if not steps or not should_continue(0):
+            while not verdicts.done():
+                for turn in turns:
+                    assert turn.flight is not None
+                    turn.expansion = turn.text.policy.draft_during(turn.text.tree, turn.flight, turn.state)
+                    turn.steps = turn.text.steps(turn.expansion)
+                wanting = [turn for turn in _going(turns) if turn.steps]
+                if not wanting or not should_continue(0):
                     break
-                self._expand(tree, expansion, steps, flight, state, should_continue)
+                self._expand(wanting, True, should_continue)
 
-    def _steps(self, expansion: Expansion) -> int:
-        """How many of the steps that the policy wants there is room for."""
-        if self.drafter is None or not self.drafting or not expansion.choices:
-            return 0
-        return min(expansion.steps, self.drafter.room // len(expansion.choices))
+    def _expand(self, turns: list[Turn], overlapped: bool, should_continue: ShouldContinue) -> None:
+        """Run the draft where the policies want, in the same forwards."""
+        for turn in turns:
+            turn.text.learn()
+        begin = self.clock()
+        asked = [turn.text.take(turn.expansion) for turn in turns]
+        drafted = self.forwards.propose(asked, min(turn.steps for turn in turns), should_continue)
+        for turn, (_, _, nodes), found in zip(turns, asked, drafted, strict=True):
+            if isinstance(found, Exception):
+                turn.error = found
+            else:
+                turn.text.grow(nodes, found, turn.flight)
+        taken = max((found.steps for found in drafted if not isinstance(found, Exception)), key=len, default=[])
+        for costs in {id(turn.text.costs): turn.text.costs for turn in turns}.values():
+            for step in taken:  # the host's part too: a row must be worth that as well
+                costs.mode(overlapped).draft.record(step.rows, (self.clock() - begin) / len(taken))
 
-    def _expand(
-        self,
-        tree: Tree,
-        expansion: Expansion,
-        steps: int,
-        flight: InFlight | None,
-        state: State,
-        should_continue: ShouldContinue,
-    ) -> None:
-        """Run the draft where the policy wants, and make nodes of as many of its candidates as it wants."""
-        assert self.drafter is not None
-        self._learn()
-        begin, size = self.clock(), len(tree)
-        nodes = [tree.take(choice) for choice in expansion.choices]
-        drafted = self.drafter.propose(tree, nodes, steps, should_continue)
-        for node in tree.descend(nodes, drafted.proposals):
-            tree.branch(node, self.policy.width(tree, node, flight))
-        each = (self.clock() - begin) / len(drafted.steps)  # the host's part too: a row must be worth that as well
-        for step in drafted.steps:
-            self.costs.mode(state.overlapped).draft.record(step.rows, each)
-            self.stats.add_draft(step)
-        self.stats.drafted += len(tree) - size
+    def _commit(self, turn: Turn, verdict: Verdict | Exception) -> bool:
+        if isinstance(verdict, Exception):
+            turn.error = turn.error or verdict
+        elif turn.error is None and turn.flight is not None:
+            turn.verdict, turn.committed = verdict, turn.text.commit(turn.flight, verdict)
+        return turn.error is None
 
-    # ---- Commit, learn
-
-    def _commit(self, tree: Tree, flight: InFlight, verdict: Verdict) -> tuple[list[int], Tree]:
-        """Both caches take the accepted path; the tree starts again at the target's next token, with what was drafted
-        below it."""
-        path = [0, *(flight.nodes[place] for place in verdict.path)]
-        committed = [*tree.tokens(path[1:]), verdict.next_token]
-        node = tree.child(path[-1], verdict.next_token)
-        self.stats.count(tree, len(flight.nodes) - 1, path, node)
-        survivors: dict[int, int] = {}
-        if node is None:
-            rerooted = Tree(verdict.next_token, tree.position + len(committed))
-        else:
-            rerooted, survivors = tree.reroot(node)
-        self.verifier.commit(verdict.path)
-        if self.drafter is not None:
-            self.drafter.commit(path, survivors, committed)
-            self._lessons.append((tree, path, verdict))
-        self.forecast = verdict.forecast
-        self.stats.new_tokens += len(committed)
-        return committed, rerooted
-
-    def _learn(self) -> None:
-        """Update the calibrator from the latest verdicts. Called just before the next draft step, so that it runs while
-        the target is busy."""
-        if self.drafter is not None:
-            for tree, path, verdict in self._lessons:
-                self.drafter.learn(tree, path, verdict.next_token, verdict.forecast)
-        self._lessons.clear()
-
-    def _measure(self, state: State, trunk: Trunk, verdict: Verdict, tokens: int) -> None:
+    def _measure(self, turns: list[Turn], overlapped: bool) -> None:
         """Keep what the round cost and gave, for the rounds to come."""
-        mode = self.costs.mode(state.overlapped)
-        mode.target.record(verdict.step.rows, verdict.step.seconds)
-        self.stats.add_target(verdict.step)
-        round = self.stats.end_round(self.clock(), tokens)
-        self.stats.plain_token_seconds = self.costs.plain
-        if not self.drafting:
-            self.costs.idle += round.seconds
-            return
-        drafted = bool(round.draft) or len(trunk) > 1
-        gain = tokens * self.costs.plain - round.seconds if drafted and mode.target.known else 0.0
-        self.saved += gain
-        self.backoff.record(bool(round.draft), gain / max(self.costs.plain, 1e-9), state.retry)
-        self.costs.record_drafted(round.seconds, tokens)
-        mode.record_round(round.seconds, tokens)
-        last = verdict.path[-1] if verdict.path else 0
-        self.costs.record_verdict(len(verdict.path), rejected=last in trunk.parents)
-        self.stats.overlapped_rounds += state.overlapped
-        self.stats.overlap = self.stats.overlapped_rounds > 0
+        end, tokens = self.clock(), sum(len(turn.committed) for turn in turns)
+        for costs in {id(turn.text.costs): turn.text.costs for turn in turns}.values():
+            mine = [turn for turn in turns if turn.text.costs is costs]
+            mode, step = costs.mode(overlapped), mine[0].verdict.step
+            mode.target.record(step.rows, step.seconds)
+            for turn in mine:
+                turn.text.measure(turn.state, turn.trunk, turn.verdict, len(turns), end)
+            if any(turn.text.drafting for turn in mine):
+                mode.record_round(mine[0].text.stats.log[-1].seconds, tokens)
+
+
+def _going(turns: Sequence[Turn]) -> list[Turn]:
+    """Those of texts that are not over."""
+    return [turn for turn in turns if turn.error is None]

@@ -36,6 +36,48 @@ class Ready:
         return self.verdict
 
 
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """There will be no verdict."""
+
+    error: Exception
+
+    def done(self) -> bool:
+        return True
+
+    def result(self) -> Verdict:
+        raise self.error
+
+
+class Verdicts(Protocol):
+    """The verdicts of several texts that are being made."""
+
+    def done(self) -> bool: ...
+
+    def results(self) -> list[Verdict | Exception]:
+        """Wait for them. An exception concerns its text only."""
+
+
+@dataclass(frozen=True, slots=True)
+class PendingVerdicts:
+    """Those of one step, which are there at once."""
+
+    pending: Sequence[Pending]
+
+    def done(self) -> bool:
+        return all(each.done() for each in self.pending)
+
+    def results(self) -> list[Verdict | Exception]:
+        return [_result(each) for each in self.pending]
+
+
+def _result(pending: Pending) -> Verdict | Exception:
+    try:
+        return pending.result()
+    except Exception as error:
+        return error
+
+
 class Verifier(Protocol):
     """The target: judges drafted tokens. It sees trunks, which are plain integers, and never the tree."""
 
@@ -98,13 +140,37 @@ class Drafter(Protocol):
         """Take a verdict's labels, and a predictor's forecast for the round to come."""
 
 
+Nodes = tuple[Drafter, Tree, Sequence[int]]
+"""Where in a text's tree its draft is to run."""
+
+
+class Forwards(Protocol):
+    """How the trunks and the draft steps of several texts are run: together where the models can."""
+
+    def verify(self, texts: Sequence[tuple[Verifier, Trunk]]) -> Sequence[Pending]:
+        """Judge a trunk of each text."""
+
+    def propose(self, texts: Sequence[Nodes], steps: int, should_continue: ShouldContinue) -> list[Drafted | Exception]:
+        """See Drafter.propose. A text whose logits cannot be sampled has the error."""
+
+
+class OneByOne:
+    """Each text by itself."""
+
+    def verify(self, texts: Sequence[tuple[Verifier, Trunk]]) -> Sequence[Pending]:
+        return [verifier.verify(trunk) for verifier, trunk in texts]
+
+    def propose(self, texts: Sequence[Nodes], steps: int, should_continue: ShouldContinue) -> list[Drafted | Exception]:
+        return [drafter.propose(tree, nodes, steps, should_continue) for drafter, tree, nodes in texts]
+
+
 class Workers(Protocol):
     """Runs the target beside the draft, and is the clock."""
 
     def clock(self) -> float:
         """Seconds."""
 
-    def submit(self, target: Verifier, trunk: Trunk) -> Pending:
+    def submit(self, verify: Callable[[], Sequence[Pending]]) -> Verdicts:
         """Start verifying; the caller goes on."""
 
     def draft_threads(self) -> AbstractContextManager[None]:

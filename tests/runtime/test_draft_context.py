@@ -83,7 +83,7 @@ def test_every_token_that_is_read_has_its_own_position(family: str, excerpt: Exc
         cached = drafter.runner.model
         assert (cached.cache.length, cached.position) == (len(PROMPT) - 1 - len(gap), len(PROMPT) - 1)
         batch = cached.place([0], [-1], [PROMPT[-1]], [len(PROMPT) - 1])
-        logits = cached.forward(Inputs.of(batch, cached.device))[0]
+        logits = cached.forward(Inputs.of([batch], cached.device))[0]
     places = [place for place in range(len(PROMPT)) if place not in gap]
     expected = own_logits(model, [PROMPT[place] for place in places], places)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)

@@ -48,7 +48,7 @@ def tree_logits(model: PreTrainedModel, attachment: Attachment | None = None, ro
         parents = [-1, 0, 0, 1, 2][:rows]
         positions = [len(PROMPT) + depth for depth in (0, 1, 1, 2, 2)][:rows]
         batch = cached.place(range(rows), parents, [5, 9, 2, 7, 7][:rows], positions)
-        return cached.forward(Inputs.of(batch, cached.device))
+        return cached.forward(Inputs.of([batch], cached.device))
 
     return attachment.turn(forward)
 

@@ -26,7 +26,7 @@ def tree() -> Tree:
 def score(cached: CachedModel, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Tensor:
     """Logits after each of `nodes`."""
     batch = place(cached, tree, nodes, backlog)
-    return cached.forward(Inputs.of(batch, cached.device), slice(batch.leaves))
+    return cached.forward(Inputs.of([batch], cached.device), slice(batch.leaves))
 
 
 def eager(model: PreTrainedModel, tokens: list[int]) -> Tensor:

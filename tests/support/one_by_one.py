@@ -21,12 +21,12 @@ def rows_that_differ(model: PreTrainedModel, vocabulary: int = 32) -> int:
     with cached.attached():
         cached.prefill(PROMPT)
         batch = place(cached, tree, range(1 + SIBLINGS))
-        together = cached.forward(Inputs.of(batch, cached.device))
+        together = cached.forward(Inputs.of([batch], cached.device))
         cached.cache.rollback(len(PROMPT))
-        root = cached.forward(Inputs.of(place(cached, Tree(5, len(PROMPT)), [0]), cached.device))
+        root = cached.forward(Inputs.of([place(cached, Tree(5, len(PROMPT)), [0])], cached.device))
         cached.cache.commit([0])
         alone = [root[0]]
         for token in tokens:
-            alone.append(cached.forward(Inputs.of(place(cached, Tree(token, len(PROMPT) + 1), [0]), cached.device))[0])
+            alone.append(cached.forward(Inputs.of([place(cached, Tree(token, len(PROMPT) + 1), [0])], cached.device))[0])
             cached.cache.rollback(len(PROMPT) + 1)
     return sum(not torch.equal(a, b) for a, b in zip(together, alone, strict=True))

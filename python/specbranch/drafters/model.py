@@ -14,7 +14,7 @@ from specbranch.core.tree import Proposals, Signals, Tree
 from specbranch.policies.calibration import Calibrator
 from specbranch.runtime.cache import MAX_BACKLOG
 from specbranch.runtime.rules import DraftRules
-from specbranch.runtime.runner import Guessed, Runner, Samples
+from specbranch.runtime.runner import Guessed, Leaves, Runner, Samples
 from specbranch.stages import ShouldContinue
 
 
@@ -99,7 +99,13 @@ class ModelDrafter:
         should_continue: ShouldContinue = lambda under_way: True,
     ) -> Drafted:
         """Run over `nodes`, then over the first candidates of each step; see stages.Drafter."""
-        model, cache = self.runner.model, self.runner.model.cache
+        leaves = self.place(tree, nodes)
+        (samples,) = self.runner.draft([leaves], self.candidates, self.vocabulary, steps, should_continue)
+        return self.drafted(tree, nodes, samples)
+
+    def place(self, tree: Tree, nodes: Sequence[int]) -> Leaves:
+        """The nodes' part of a forward, whose rows they take."""
+        model = self.runner.model
         if model.must_reread(tree.position):
             with self.runner.device.running():
                 model.reread(self._text, tree.position)
@@ -107,25 +113,25 @@ class ModelDrafter:
         if len(backlog) > MAX_BACKLOG:  # after rounds without the draft
             self.runner.prefill(backlog[:-MAX_BACKLOG])
             backlog = backlog[-MAX_BACKLOG:]
-        depths = [tree.depth[node] for node in nodes]
         batch = model.place(
             nodes,
             [tree.parent[node] for node in nodes],
             tree.tokens(nodes),
-            [tree.position + depth for depth in depths],
+            [tree.position + tree.depth[node] for node in nodes],
             backlog,
         )
-        samples = self.runner.draft(
-            batch, self.candidates, self.vocabulary, self.sampling, steps, should_continue, self._rules(tree, nodes)
-        )
-        for step in range(1, len(samples)):  # the rows of the nodes that Tree.descend will make
+        return Leaves(model, batch, self.sampling, self._rules(tree, nodes))
+
+    def drafted(self, tree: Tree, nodes: Sequence[int], samples: Sequence[Samples]) -> Drafted:
+        """What the samples say, below `nodes` step by step; the nodes that Tree.descend makes of them have rows."""
+        for step in range(1, len(samples)):
             first = len(tree) + (step - 1) * len(nodes)
             above = nodes if step == 1 else range(first - len(nodes), first)
-            cache.add(range(first, first + len(nodes)), above)
+            self.runner.model.cache.add(range(first, first + len(nodes)), above)
         proposals = [
-            self._proposals(each, place, depth + step)
+            self._proposals(each, place, tree.depth[node] + step)
             for step, each in enumerate(samples)
-            for place, depth in enumerate(depths)
+            for place, node in enumerate(nodes)
         ]
         if self.calibrator is not None:
             proposals = self.calibrator.correct(proposals)
@@ -157,9 +163,9 @@ class ModelDrafter:
 
     def _proposals(self, samples: Samples, place: int, depth: int) -> Proposals:
         """One node's candidates, with the draft's own confidence in each."""
-        tokens, scores = samples.tokens[place], samples.scores[place]
+        tokens, scores = samples.tokens[place][: self.candidates], samples.scores[place]
         count = len(tokens) if tokens[-1] >= 0 else sum(token >= 0 for token in tokens)
-        if count == 0:  # on a device, where a kernel cannot raise
+        if count == 0:  # on a device, or beside other texts, where the op does not raise
             raise ValueError("draft_logits: a row has NaN or +inf, or masks every token")
         confidence = samples.confidence[place] if self.sampling.temperature == 0 else agreement(scores[:count])
         margin = scores[0] - scores[1] if count > 1 else math.inf

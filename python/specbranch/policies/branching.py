@@ -170,7 +170,7 @@ class Hedging(Options, Branching):
         worth = tree.reach_of(path[-1]) * state.acceptance
         if len(path) == 1:
             worth *= FIRST_STEP
-        return worth >= state.costs.step_price + state.costs.row_price
+        return worth >= state.step_price + state.costs.row_price
 
     def _sure(self, tree: Tree, path: list[Choice]) -> bool:
         return len(path) == 1 or tree.chance_of(path[-1]) >= self.epsilon

@@ -122,12 +122,11 @@ class ModeCosts:
         """Let the rounds measured so far count little from now on."""
         self.seconds, self.tokens = STALE * self.seconds, STALE * self.tokens
 
-    @property
-    def step_price(self) -> float:
-        """Committed tokens that a draft step must bring, to pay for itself."""
+    def step_price(self, sharing: int = 1) -> float:
+        """Committed tokens that a draft step must bring to each of the texts that share it, to pay for itself."""
         if not (self.draft.known and self.target.known):
             return self.size
-        return self.draft.of(1) / max(self.token_value, 1e-9)
+        return self.draft.of(sharing) / sharing / max(self.token_value, 1e-9)
 
     @property
     def row_price(self) -> float:
@@ -202,7 +201,7 @@ class Costs:
     @property
     def saving(self) -> float:
         """Seconds that a draft is expected to save at each token."""
-        guess = guessed_token_cost(self.acceptance, self.serial.step_price, self.serial.row_price)
+        guess = guessed_token_cost(self.acceptance, self.serial.step_price(), self.serial.row_price)
         return self.plain * (1 - self.gain.token_cost(guess))
 
     def bearable_loss(self, tokens: int) -> float:

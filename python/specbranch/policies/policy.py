@@ -22,7 +22,7 @@ class State:
     recent chance that the target agrees with a drafted token. remaining: tokens that may still be committed. retry: it
     is time to give a draft that did not pay another chance. burst: draft steps that are best asked for at once, because
     the draft needs no host between them. forecast: a learned predictor's, for the next drafted tokens (H-RAD). losing:
-    drafting has cost this text as much as is bearable.
+    drafting has cost this text as much as is bearable. sharing: texts that would share the next draft step.
     """
 
     overlapped: bool
@@ -33,6 +33,12 @@ class State:
     burst: int = 1
     forecast: Forecast | None = None
     losing: bool = False
+    sharing: int = 1
+
+    @property
+    def step_price(self) -> float:
+        """Committed tokens that a draft step must bring to this text, to pay for itself."""
+        return self.costs.step_price(self.sharing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from specbranch.core.excerpt import Excerpt
 from specbranch.core.messages import Drafted, Forecast, Step, Trunk, Verdict
 from specbranch.core.stats import Stats
 from specbranch.core.tree import MOST_NODES, Proposals, Signals, Tree
+from specbranch.decoding import Decoding
 from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
@@ -199,12 +200,12 @@ def replay(
         drafter = None
         if policy.candidates > 0:
             drafter = ReplayDrafter(text, time, costs, policy.candidates, calibrator if policy.calibrated else None)
-        loop = DecodingLoop(ReplayVerifier(text, time, costs, predictor), drafter, policy, measured, time, overlap)
+        decoding = Decoding(ReplayVerifier(text, time, costs, predictor), drafter, policy, measured, time, overlap)
         prompt = [0] * text.prompt_tokens
         count = 0
-        for committed in loop.rounds(prompt, len(text)):
+        for committed in DecodingLoop(time).rounds(decoding, prompt, len(text)):
             count += len(committed)
-        loop.stats.seconds = time.now
-        loop.stats.new_tokens = count
-        results.append(loop.stats)
+        decoding.stats.seconds = time.now
+        decoding.stats.new_tokens = count
+        results.append(decoding.stats)
     return results

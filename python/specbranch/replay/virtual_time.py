@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from specbranch.core.messages import Trunk, Verdict
-from specbranch.stages import Verifier
+from specbranch.core.messages import Verdict
+from specbranch.stages import Pending, PendingVerdicts
 
 
 @dataclass
@@ -20,11 +20,11 @@ class VirtualTime:
     def clock(self) -> float:
         return self.now
 
-    def submit(self, target: Verifier, trunk: Trunk) -> VirtualPending:
+    def submit(self, verify: Callable[[], Sequence[Pending]]) -> VirtualVerdicts:
         begin, self.overlapped = self.now, True
-        verdict = target.verify(trunk).result()
+        verdicts = PendingVerdicts(verify()).results()
         end, self.now = self.now, begin
-        return VirtualPending(self, verdict, end)
+        return VirtualVerdicts(self, verdicts, end)
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
@@ -35,15 +35,15 @@ class VirtualTime:
 
 
 @dataclass
-class VirtualPending:
+class VirtualVerdicts:
     time: VirtualTime
-    verdict: Verdict
+    verdicts: list[Verdict | Exception]
     end: float
 
     def done(self) -> bool:
         return self.time.now >= self.end
 
-    def result(self) -> Verdict:
+    def results(self) -> list[Verdict | Exception]:
         self.time.now = max(self.time.now, self.end)
         self.time.overlapped = False
-        return self.verdict
+        return self.verdicts

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 from specbranch.core.errors import SpecBranchError
 from specbranch.runtime.attach import Attachment
 from specbranch.runtime.batch import Inputs
-from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.cache import BranchCache, Buffers
 from specbranch.runtime.cache_argument import cache_argument
 from specbranch.runtime.masks import probe_ids
 from specbranch.runtime.modes import no_grad
@@ -27,8 +27,8 @@ TOLERANCE_16_BIT = 0.1
 NOISE = 3  # so many times what the model is off from itself is still rounding
 
 
-class ElsewhereCache(BranchCache):
-    """It pretends to be longer than it is: what a model makes of the length, instead of the positions, then shows."""
+class ElsewhereBuffers(Buffers):
+    """They pretend to be longer than they are: what a model makes of the length, instead of the positions, then shows."""
 
     pretended = 0
 
@@ -64,14 +64,14 @@ def over_a_tree(cached: CachedModel, attachment: Attachment) -> Tensor:
     """The logits over `probe_ids` as rows of a tree, each but the last with a sibling."""
     tokens = probe_ids(cached.model).tolist()
     rows = 2 * len(tokens) - 1  # token, sibling of the next, next, …
-    elsewhere = ElsewhereCache(cached.layers, rows + 1, cached.device)
+    elsewhere = ElsewhereBuffers(cached.layers, rows + 1, cached.device)
     elsewhere.pretended = positions_of(cached.model.config.get_text_config()) - 1
-    kept, cached.cache = cached.cache, elsewhere
+    kept, cached.cache = cached.cache, BranchCache(elsewhere, 0, rows)
     parents = [-1, *((row - 1) // 2 * 2 for row in range(1, rows))]
     mixed = [tokens[row // 2] if row % 2 == 0 else 0 for row in range(rows)]
     try:
         batch = cached.place(range(rows), parents, mixed, [(row + 1) // 2 for row in range(rows)])
-        inputs = Inputs.of(batch, cached.device)
+        inputs = Inputs.of([batch], cached.device)
         return attachment.turn(lambda: cached.forward(inputs))[::2]
     finally:
         cached.cache = kept

@@ -34,11 +34,14 @@ def no_mask(device: torch.device) -> Tensor:
 class TreeContext:
     """What the attention and the rotary embeddings of one forward need to know; see `run_in`.
 
-    prefix_length: int64 [], committed cache rows. ancestors: int64 [n, words], or None for a chain of new rows.
+    prefix_length: int64 [], committed cache rows; [s] of several texts. ancestors: int64 [n, words], or None for a chain
+    of new rows.
     by_position: whether a row's bits must not depend on where the tree lies in the cache: see `tree_attention`.
     windows: the sliding window of each layer, in the order of the calls, where the model does not hand it over.
     prompt_end: the position by which rotary embeddings that choose by the length of the text choose for the rows
-    before it. first_in_window: the cache row, of a place where the text has a gap, before which no window reaches.
+    before it. first_in_window: the cache row, of a place where the text has a gap, before which no window reaches; int64
+    [s] where it differs from text to text. starts, sequence: as `tree_attention` takes them; None for one text at the
+    buffers' beginning.
     calls: how many layers have asked, so that a model that ignores the registered attention is found out.
     """
 
@@ -47,7 +50,9 @@ class TreeContext:
     by_position: bool = True
     windows: tuple[int | None, ...] | None = None
     prompt_end: int = -1
-    first_in_window: int = 0
+    first_in_window: int | Tensor = 0
+    starts: Tensor | None = None
+    sequence: Tensor | None = None
     calls: int = 0
     _angles: dict[tuple[int, bool], tuple[tuple[Tensor, Tensor], Tensor, Tensor]] = field(default_factory=dict)
 
@@ -60,18 +65,24 @@ class TreeContext:
             kept = self._angles[key] = (given, cos.float(), sin.float()) if wide else (given, cos, sin)
         return kept[1:]
 
+    @property
+    def gapped(self) -> bool:
+        """Whether there is a first_in_window."""
+        return isinstance(self.first_in_window, Tensor) or self.first_in_window > 0
+
     def next_window(self, handed: int | None) -> int | None:
         """The sliding window of the layer that asks now; handed: by the model."""
         window = handed if self.windows is None else self.windows[self.calls]
         self.calls += 1
         return window
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """prefix_length and ancestors on a layer's device: a model may be spread over several."""
-        if self.prefix_length.device == device:
-            return self.prefix_length, self.ancestors
-        ancestors = None if self.ancestors is None else self.ancestors.to(device, non_blocking=True)
-        return self.prefix_length.to(device, non_blocking=True), ancestors
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """prefix_length, ancestors, starts and sequence on a layer's device: a model may be spread over several."""
+        ancestors, starts, sequence = (
+            each if each is None or each.device == device else each.to(device, non_blocking=True)
+            for each in (self.ancestors, self.starts, self.sequence)
+        )
+        return self.prefix_length.to(device, non_blocking=True), ancestors, starts, sequence
 
 
 _context: ContextVar[TreeContext | None] = ContextVar("specbranch", default=None)
@@ -122,22 +133,28 @@ def attend(
 ) -> Tensor:
     """The attention of the next layer: query [n, Hq, D], keys and values [Hkv, capacity, D] to [n, Hq, D]."""
     sliding_window = context.next_window(sliding_window)
-    prefix_length, ancestors = context.on(query.device)
-    if context.first_in_window and sliding_window is not None:
-        keys, values = keys[:, context.first_in_window :], values[:, context.first_in_window :]
-        prefix_length = (prefix_length - context.first_in_window).clamp(min=0)  # 0 when a capture warms up
-    out: Tensor = _tree_attention(
-        query,
-        keys,
-        values,
-        prefix_length,
-        ancestors,
-        query.shape[2] ** -0.5 if scale is None else scale,
-        sliding_window or 0,
-        softcap or 0.0,
-        context.by_position,
-    )
-    return out
+    prefix_length, ancestors, starts, sequence = context.on(query.device)
+    if sliding_window is not None and context.gapped:
+        first = context.first_in_window
+        if starts is None:
+            keys, values = keys[:, int(first) :], values[:, int(first) :]
+        else:
+            starts = starts + first
+        prefix_length = (prefix_length - first).clamp(min=0)  # 0 when a capture warms up
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    rest = (scale, sliding_window or 0, softcap or 0.0, context.by_position)
+    if starts is None:
+        out: Tensor = _tree_attention(query, keys, values, prefix_length, ancestors, *rest)
+        return out
+    outs = []
+    for q in range(len(starts)):
+        of = sequence == q
+        k, v = keys[:, int(starts[q]) :], values[:, int(starts[q]) :]
+        if bool(of.any()):
+            outs.append(
+                _tree_attention(query[of], k, v, prefix_length[q], None if ancestors is None else ancestors[of], *rest)
+            )
+    return torch.cat(outs)
 
 
 AttentionInterface.register(ATTENTION, specbranch_attention)

@@ -17,9 +17,9 @@ WORD = 64  # ancestor bits in an int64
 class Batch:
     """n rows of one forward over new nodes behind a committed prefix.
 
-    tokens, positions: of each row. rows: the cache row that its K/V are written to. ancestors: bit j is set where it
-    sees cache row prefix + j, its own included. prefix: committed cache rows. leaves: how many of the rows, the first
-    ones, are asked for; the others only catch up with the text.
+    tokens, positions: of each row. rows: the row of the text's cache that its K/V are written to. ancestors: bit j is
+    set where it sees row prefix + j, its own included. prefix: committed rows. leaves: how many of the rows, the first
+    ones, are asked for; the others only catch up with the text. start: the buffers' row where the text's cache begins.
     """
 
     tokens: tuple[int, ...]
@@ -28,6 +28,7 @@ class Batch:
     ancestors: tuple[int, ...]
     prefix: int
     leaves: int
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -43,37 +44,55 @@ class Batch:
             tuple(bits | 1 << (row - self.prefix) for bits, row in zip(self.ancestors, rows, strict=False)),
             self.prefix,
             count,
+            self.start,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a model is called with: ids, positions, rows int64 [n], prefix int64 [], and ancestors int64 [n, words] or,
-    for a chain of new rows, None."""
+    """What a model is called with: ids, positions, rows (of the buffers) int64 [n], prefix int64 [], and ancestors int64
+    [n, words] or, for a chain of new rows, None.
+
+    Of several texts, or one that is not the first in its buffers: prefix and starts int64 [s], and which text a row
+    belongs to, sequence int64 [n], in ascending order.
+    """
 
     ids: Tensor
     positions: Tensor
     rows: Tensor
     prefix: Tensor
     ancestors: Tensor | None
+    starts: Tensor | None = None
+    sequence: Tensor | None = None
 
     @staticmethod
-    def of(batch: Batch, device: torch.device) -> Inputs:
-        words = (max(batch.ancestors).bit_length() + WORD - 1) // WORD
+    def of(batches: Sequence[Batch], device: torch.device) -> Inputs:
+        """Text after text."""
+        first = batches[0]
+        ancestors = [bits for batch in batches for bits in batch.ancestors]
+        words = (max(ancestors).bit_length() + WORD - 1) // WORD
+        joined = len(batches) > 1 or first.start > 0
+        prefix = [batch.prefix for batch in batches]
+        places = [place for place, batch in enumerate(batches) for _ in batch.rows]
         return Inputs(
-            torch.tensor(batch.tokens, device=device),
-            torch.tensor(batch.positions, device=device),
-            torch.tensor(batch.rows, device=device),
-            torch.tensor(batch.prefix, device=device),
-            torch.from_numpy(pack(batch.ancestors, words)).to(device),
+            torch.tensor([token for batch in batches for token in batch.tokens], device=device),
+            torch.tensor([position for batch in batches for position in batch.positions], device=device),
+            torch.tensor([batch.start + row for batch in batches for row in batch.rows], device=device),
+            torch.tensor(prefix if joined else prefix[0], device=device),
+            torch.from_numpy(pack(ancestors, words)).to(device),
+            torch.tensor([batch.start for batch in batches], device=device) if joined else None,
+            torch.tensor(places, device=device) if joined else None,
         )
 
     @staticmethod
-    def chain(ids: Tensor, prefix: int, position: int) -> Inputs:
+    def chain(ids: Tensor, prefix: int, position: int, start: int = 0) -> Inputs:
         """Tokens of the text itself, int64 [n], behind the prefix; the first stands at `position`."""
-        rows = torch.arange(prefix, prefix + len(ids), device=ids.device)
+        rows, device = torch.arange(prefix, prefix + len(ids), device=ids.device), ids.device
         positions = rows if position == prefix else rows + (position - prefix)
-        return Inputs(ids, positions, rows, torch.full((), prefix, device=ids.device), ancestors=None)
+        if not start:
+            return Inputs(ids, positions, rows, torch.full((), prefix, device=device), ancestors=None)
+        before, starts = torch.full((1,), prefix, device=device), torch.full((1,), start, device=device)
+        return Inputs(ids, positions, rows + start, before, None, starts, torch.zeros_like(ids))
 
 
 def pack(ancestors: Sequence[int], words: int) -> NDArray[np.int64]:

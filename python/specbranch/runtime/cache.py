@@ -1,4 +1,5 @@
-"""The branch cache: one preallocated K/V buffer per layer, committed prefix first, then the rows of tree nodes."""
+"""The branch cache: one preallocated K/V buffer per layer; of each text in it the committed prefix first, then the rows
+of tree nodes."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class BranchLayer(CacheLayerMixin):
     is_croppable = False
     is_sliding = False
 
-    def __init__(self, owner: BranchCache) -> None:
+    def __init__(self, owner: Buffers) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.owner = owner
 
@@ -42,7 +43,7 @@ class BranchLayer(CacheLayerMixin):
     def _buffer(self, states: torch.Tensor) -> torch.Tensor:
         batch, heads, _, width = states.shape
         if batch != 1:
-            raise SpecBranchError(f"the branch cache holds one sequence; got a batch of {batch}")
+            raise SpecBranchError(f"the branch cache takes texts as rows of one batch; got a batch of {batch}")
         return states.new_empty(1, heads, self.owner.capacity, width)
 
     def update(
@@ -81,22 +82,72 @@ class BranchLayer(CacheLayerMixin):
         self.owner.length = 0
 
 
-class BranchCache(Cache):
-    """All layers' buffers, with the row of every tree node.
+class Buffers(Cache):
+    """All layers' keys and values, of one text or of several that have rows of their own.
 
-    capacity: rows of each buffer. length: committed rows. nodes: the tree node in each row behind them, so node
-    nodes[j] sits at row length + j. ancestors: of each one, bit j set where it is, or is below, nodes[j]. rows: int64
-    [n], where the forward in progress writes.
+    capacity: rows of each buffer. rows: int64 [n], where the forward in progress writes. length: committed rows of the
+    text that it is for, if it is for one. Of several texts each gets its rows by `take`.
     """
 
     def __init__(self, layers: int, capacity: int, device: torch.device | str = "cpu") -> None:
         self.capacity = capacity
         self.length = 0
-        self.nodes: list[int] = []
-        self.ancestors: list[int] = []
         self.rows = torch.empty(0, dtype=torch.int64, device=device)
         self.branch_layers = [BranchLayer(self) for _ in range(layers)]
+        self._taken: list[BranchCache] = []  # in the order of their rows
         super().__init__(layers=list(self.branch_layers))
+
+    def rows_on(self, device: torch.device) -> torch.Tensor:
+        """`rows` on a layer's device: a model may be spread over several."""
+        return self.rows if self.rows.device == device else self.rows.to(device, non_blocking=True)
+
+    def take(self, rows: int) -> BranchCache | None:
+        """Rows for one more text; None where there is no room between the others. The very last row stays nobody's:
+        what pads a captured batch is written there."""
+        start = 0
+        for place, other in enumerate([*self._taken, None]):
+            end = self.capacity - 1 if other is None else other.start
+            if end - start >= rows:
+                self._taken.insert(place, BranchCache(self, start, rows))
+                return self._taken[place]
+            start = end if other is None else other.start + other.capacity
+        return None
+
+    def give_back(self, cache: BranchCache) -> None:
+        """Its rows are free for other texts."""
+        self._taken.remove(cache)
+
+    def release(self) -> None:
+        """Free the memory now: buffers and layers refer to each other, so Python would take its time."""
+        for layer in self.branch_layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        self.capacity = 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Keys and values of every layer that has been written to, [Hkv, capacity, D]."""
+        both = [buffer for layer in self.branch_layers for buffer in (layer.keys, layer.values)]
+        return [buffer[0] for buffer in both if buffer is not None]
+
+
+class BranchCache:
+    """One text's rows of the buffers, with the row of every tree node.
+
+    start: the first one. capacity: how many. length: committed ones, from the first on; this and all that follows
+    counts from there. nodes: the tree node in each row behind them, so node nodes[j] sits at row length + j. ancestors:
+    of each one, bit j set where it is, or is below, nodes[j].
+    """
+
+    def __init__(self, buffers: Buffers, start: int, capacity: int) -> None:
+        self.buffers, self.start, self.capacity = buffers, start, capacity
+        self.length = 0
+        self.nodes: list[int] = []
+        self.ancestors: list[int] = []
+
+    @staticmethod
+    def alone(layers: int, capacity: int, device: torch.device | str = "cpu") -> BranchCache:
+        """A text with buffers of its own."""
+        return BranchCache(Buffers(layers, capacity + 1, device), 0, capacity)
 
     @property
     def used(self) -> int:
@@ -104,17 +155,13 @@ class BranchCache(Cache):
 
     @property
     def room(self) -> int:
-        """Rows that are still free. The last row is nobody's: what pads a captured batch is written there."""
-        return self.capacity - 1 - self.used
+        """Rows that are still free."""
+        return self.capacity - self.used
 
     @property
     def tree_room(self) -> int:
         """Tree nodes that there may still be before the next commit."""
         return min(self.room, MOST_NODES - len(self.nodes))
-
-    def rows_on(self, device: torch.device) -> torch.Tensor:
-        """`rows` on a layer's device: a model may be spread over several."""
-        return self.rows if self.rows.device == device else self.rows.to(device, non_blocking=True)
 
     def reserve(self, count: int) -> None:
         """Raise SpecBranchError when there are no `count` free rows."""
@@ -143,10 +190,11 @@ class BranchCache(Cache):
 
     @inference  # the buffers are inference tensors: they were made in a forward
     def move(self, rows: Sequence[int], start: int) -> None:
-        """Move cache rows, in order, to `start` and behind it."""
+        """Move rows, in order, to `start` and behind it."""
         if rows:
-            for device, buffers in groupby(self.buffers(), key=lambda buffer: buffer.device):
-                kv_commit(list(buffers), torch.tensor(rows, device=device), start)
+            for device, tensors in groupby(self.buffers.tensors(), key=lambda tensor: tensor.device):
+                moved = torch.tensor([self.start + row for row in rows], device=device)
+                kv_commit(list(tensors), moved, self.start + start)
 
     def accept(self, path: Sequence[int], survivors: Mapping[int, int]) -> list[int]:
         """Take note of a commit; return the rows that must move behind the prefix, in order, none if they are in place.
@@ -175,16 +223,17 @@ class BranchCache(Cache):
 
     @inference
     def adopt(self, other: BranchCache, rows: int, release: bool = False) -> None:
-        """Begin with the first rows of another cache, which is freed layer by layer if it is to be."""
-        for mine, theirs in zip(self.branch_layers, other.branch_layers, strict=True):
+        """Begin with the first rows of another text. release: free its buffers, layer by layer."""
+        here, there = slice(self.start, self.start + rows), slice(other.start, other.start + rows)
+        for mine, theirs in zip(self.buffers.branch_layers, other.buffers.branch_layers, strict=True):
             if theirs.keys is None or theirs.values is None:
                 continue
             if not mine.is_initialized:
                 mine.lazy_initialization(theirs.keys, theirs.values)
             assert mine.keys is not None
             assert mine.values is not None
-            mine.keys[:, :, :rows] = theirs.keys[:, :, :rows]
-            mine.values[:, :, :rows] = theirs.values[:, :, :rows]
+            mine.keys[:, :, here] = theirs.keys[:, :, there]
+            mine.values[:, :, here] = theirs.values[:, :, there]
             if release:
                 theirs.keys = theirs.values = None
         self.restart(rows)
@@ -194,13 +243,7 @@ class BranchCache(Cache):
         self.length, self.nodes, self.ancestors = rows, [], []
 
     def release(self) -> None:
-        """Free the buffers now: cache and layers refer to each other, so Python would take its time."""
-        for layer in self.branch_layers:
-            layer.keys = layer.values = None
-            layer.is_initialized = False
+        """Free the buffers, which are this text's alone."""
+        self.buffers.release()
         self.capacity = 0
-        self.length, self.nodes, self.ancestors = 0, [], []
-
-    def buffers(self) -> list[torch.Tensor]:
-        buffers = [buffer for layer in self.branch_layers for buffer in (layer.keys, layer.values)]
-        return [buffer[0] for buffer in buffers if buffer is not None]
+        self.restart(0)

@@ -47,7 +47,7 @@ class CachedModel:
         self.vocabulary = model.config.get_text_config().vocab_size
         # Nobody asks for a prefill's logits, and a head is as large as some layers together.
         self.prefill_keeps = slice(0, 0) if head_takes_nothing(model) else slice(-1, None)
-        self.cache = BranchCache(self.layers, 0, self.device)
+        self.cache = BranchCache.alone(self.layers, 0, self.device)
         self.cache_argument = cache_argument(type(model))
         self.granularity = 1  # of the cache's capacity: a larger one is made anew less often
         self.tap: FeatureTap | None = None  # what reads its hidden states
@@ -60,10 +60,11 @@ class CachedModel:
                 leave_different(self)
                 check_agreement(self, own_logits)
 
-    def another(self) -> CachedModel:
-        """The same model with a cache of its own, for another text."""
+    def another(self, cache: BranchCache | None = None) -> CachedModel:
+        """The same model for another text. cache: rows for it among those of others; None for a cache of its own."""
         fresh = copy.copy(self)
-        fresh.cache, fresh.tap, fresh.kept = BranchCache(self.layers, 0, self.device), None, None
+        fresh.cache = BranchCache.alone(self.layers, 0, self.device) if cache is None else cache
+        fresh.tap, fresh.kept = None, None
         return fresh
 
     @contextmanager
@@ -95,7 +96,7 @@ class CachedModel:
             rows, before = -(-rows_for(tokens) // self.granularity) * self.granularity, self.cache
             if not known:
                 before.release()  # there is not always memory for both
-            self.cache = BranchCache(self.layers, rows, self.device)
+            self.cache = BranchCache.alone(self.layers, rows, self.device)
             if known:
                 self.cache.adopt(before, known, release=True)
                 before.release()
@@ -130,9 +131,14 @@ class CachedModel:
         if known >= LEAST and other.kept is not None:
             if not self.holds(known):
                 self.cache.release()
-                self.cache = BranchCache(self.layers, other.cache.capacity, self.device)
+                self.cache = BranchCache.alone(self.layers, other.cache.capacity, self.device)
             self.cache.adopt(other.cache, known)
             self.kept = Kept(other.kept.tokens[:known], other.kept.state)
+
+    @property
+    def joins(self) -> bool:
+        """Whether texts may share a forward: not where angles depend on how long a text is."""
+        return not (self.support.by_length or self.support.rereads)
 
     @property
     def context(self) -> int | None:
@@ -211,7 +217,8 @@ class CachedModel:
         ids = torch.tensor(self._known(tokens), dtype=torch.int64, device=self.device)
         for chunk in ids.split(PREFILL_CHUNK) if tokens else ():
             behind_gap = start >= self.gap.start
-            self.forward(Inputs.chain(chunk, start, self._position(start)), self.prefill_keeps, behind_gap)
+            inputs = Inputs.chain(chunk, start, self._position(start), self.cache.start)
+            self.forward(inputs, self.prefill_keeps, behind_gap)
             start += len(chunk)
             self.cache.length = max(self.cache.length, start)
 
@@ -245,18 +252,33 @@ class CachedModel:
             (*ancestors, *((1 << i + 1) - 1 for i in range(len(backlog)))),
             prefix,
             len(nodes),
+            cache.start,
         )
 
     @inference
-    def forward(self, inputs: Inputs, keep: slice = slice(None), behind_gap: bool = True) -> Tensor:
+    def forward(
+        self,
+        inputs: Inputs,
+        keep: slice | Tensor = slice(None),
+        behind_gap: bool = True,
+        beside: Sequence[CachedModel] = (),
+    ) -> Tensor:
         """One forward; logits of the rows that `keep` selects, [n, V], in the model's dtype. behind_gap: where its rows
-        are, if the text has a gap."""
-        self.cache.rows = inputs.rows
+        are, if the text has a gap. beside: this model with the other texts that have rows in it."""
+        buffers = self.cache.buffers
+        buffers.rows, buffers.length = inputs.rows, self.cache.length
         # A text is the target's: a draft may be off in the last bits, and is faster so with several leaves.
         by_position = self.role == "target"
-        first = self.first_in_window if behind_gap else 0
+        first = tuple(each.first_in_window if behind_gap else 0 for each in (self, *beside))
         context = TreeContext(
-            inputs.prefix, inputs.ancestors, by_position, self.support.windows, self.prompt_end, first
+            inputs.prefix,
+            inputs.ancestors,
+            by_position,
+            self.support.windows,
+            self.prompt_end,
+            first[0] if len({*first}) == 1 else torch.tensor(first, device=inputs.prefix.device),
+            inputs.starts,
+            inputs.sequence,
         )
         out = run_in(
             context,
@@ -266,7 +288,7 @@ class CachedModel:
             attention_mask=no_mask(self.device),
             use_cache=True,
             logits_to_keep=keep,
-            **{self.cache_argument: self.cache},
+            **{self.cache_argument: buffers},
         )
         if context.calls != self.layers:
             raise SpecBranchError(
@@ -296,5 +318,5 @@ def head_takes_nothing(model: PreTrainedModel) -> bool:
 
 
 def rows_for(tokens: int) -> int:
-    """Cache rows for a text of so many tokens, its tree, and what pads a captured batch."""
-    return tokens + TREE_ROWS + 1
+    """Cache rows for a text of so many tokens and its tree."""
+    return tokens + TREE_ROWS

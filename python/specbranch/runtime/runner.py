@@ -1,7 +1,8 @@
 """Step runners: one model's prefill, steps and commits, with the host told only what it needs.
 
-A step is a forward with the op that reads its logits: `verify` for the target, `draft_sample` for the draft. The eager
-runner calls the model; the captured one (graphs/runner.py) replays CUDA graphs. Both give the same results.
+A step is a forward with the op that reads its logits: `verify` for the target, `draft_sample` for the draft. Several
+texts may share it. The eager runner calls the model; the captured one (graphs/runner.py) replays CUDA graphs. Both give
+the same results.
 """
 
 from __future__ import annotations
@@ -10,27 +11,44 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from specbranch.core.messages import Step, Verdict
 from specbranch.core.sampling import Sampling
 from specbranch.runtime.batch import Batch, Inputs
-from specbranch.runtime.cache import TREE_ROWS
+from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.device import Device, Host, Mark, step_between
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.modes import inference
 from specbranch.stages import ShouldContinue
-from specbranch_ext import draft_sample, verify
+from specbranch_ext import DraftSample, draft_sample, verify
 
 Guessed = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
+class Leaves:
+    """One text's part of some draft steps.
+
+    rules: what the logits of a step [b, V] become before they are sampled, given the tokens of this call behind each
+    leaf.
+    """
+
+    model: CachedModel
+    batch: Batch
+    sampling: Sampling
+    rules: Guessed | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Samples:
-    """`draft_sample`'s results at the leaves of one step, as lists: [b][k], [b][k], [b][k], [b]."""
+    """`draft_sample`'s results at one text's leaves in one step, as lists: [b][k], [b][k], [b][k], [b]. A row that
+    cannot be sampled has tokens -1. step: with the rows of all texts."""
 
     tokens: list[list[int]]
     scores: list[list[float]]
@@ -41,16 +59,21 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class PendingVerdict:
-    """A verdict on its way to host memory: [accepted, next token, path …].
+    """A verdict on its way to host memory.
 
-    hidden: what the model's tap saw, until the next step.
+    host: of all `texts` of the step, accepted of each, then the next token of each, then the path of each, which begins
+    at its first row. text, first, rows: which one it is, and its rows. hidden: what the model's tap saw at these, until
+    the next step.
     """
 
     host: Tensor
     begin: Mark
     end: Mark
-    rows: int
     hidden: list[Tensor]
+    texts: int = 1
+    text: int = 0
+    first: int = 0
+    rows: int | None = None
 
     def done(self) -> bool:
         return self.end.done()
@@ -58,10 +81,13 @@ class PendingVerdict:
     def result(self) -> Verdict:
         """Wait for it. Raises ValueError for logits that cannot be sampled."""
         self.end.wait()
-        accepted, next_token, *path = self.host.tolist()
-        if next_token < 0:  # on a device, where a kernel cannot raise
+        accepted, next_token = self.host[self.text :: self.texts][:2].tolist()
+        if next_token < 0:  # on a device, or beside other texts, where the op does not raise
             raise ValueError("target_logits: a row has NaN or +inf, or masks every token")
-        return Verdict(tuple(path[:accepted]), next_token, step_between(self.begin, self.end, self.rows, self.begin))
+        begin = 2 * self.texts + self.first
+        path = (self.host[begin : begin + accepted] - self.first).tolist()
+        rows = len(self.host) - 2 * self.texts if self.rows is None else self.rows
+        return Verdict(tuple(path), next_token, step_between(self.begin, self.end, rows, self.begin))
 
 
 Walked = tuple[tuple[int, ...], int]
@@ -78,6 +104,7 @@ class PendingWalk:
     end: Mark
     device: Device
     hidden: list[Tensor]
+    rows: int
 
     def done(self) -> bool:
         return self.end.done()
@@ -89,7 +116,19 @@ class PendingWalk:
         path, next_token = self.walk(self.logits)
         walked = self.device.mark()
         walked.wait()
-        return Verdict(path, next_token, step_between(self.begin, walked, len(self.logits), self.begin))
+        return Verdict(path, next_token, step_between(self.begin, walked, self.rows, self.begin))
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One text's part of a step of the target. parents: of each row, -1 for the first. walk: what makes a verdict of
+    its logits [n, V], in place of the op."""
+
+    model: CachedModel
+    batch: Batch
+    parents: Sequence[int]
+    sampling: Sampling
+    walk: Callable[[Tensor], Walked] | None = None
 
 
 class Runner(Protocol):
@@ -106,6 +145,9 @@ class Runner(Protocol):
     def another(self) -> Runner:
         """The same model on the same device, for another text."""
 
+    def beside(self, cache: BranchCache) -> Runner:
+        """The same again for another text in these buffers, which may share steps."""
+
     def reset(self, tokens: int, text: Sequence[int] = ()) -> None:
         """Start a new text of at most `tokens` tokens, which begins with `text`; see CachedModel.reset. Raises
         SpecBranchError when it does not fit."""
@@ -113,29 +155,19 @@ class Runner(Protocol):
     def prefill(self, tokens: Sequence[int]) -> None:
         """Commit a chain of tokens behind the prefix."""
 
-    def verify(
-        self,
-        batch: Batch,
-        parents: Sequence[int],
-        sampling: Sampling,
-        walk: Callable[[Tensor], Walked] | None = None,
-    ) -> PendingVerdict | PendingWalk:
-        """Start a step of the target. parents: of each row, -1 for the first. walk: what makes a verdict of its logits
-        [n, V], in place of the op."""
+    def verify(self, texts: Sequence[Judged]) -> Sequence[PendingVerdict | PendingWalk]:
+        """Start a step of the target; a verdict for each text. `texts` have the same buffers, and join."""
 
     def draft(
         self,
-        batch: Batch,
+        texts: Sequence[Leaves],
         candidates: int,
         vocabulary: int,
-        sampling: Sampling,
         steps: int,
         should_continue: ShouldContinue,
-        rules: Guessed | None = None,
-    ) -> list[Samples]:
-        """Steps of the draft: over the batch, then each over the first candidates of the one before, until there are
-        `steps` of them or `should_continue`, asked before each but the first, says no. rules: what the logits of a step
-        [b, V] become before they are sampled, given the tokens of this call behind each leaf."""
+    ) -> list[list[Samples]]:
+        """Steps of the draft, for each text: over its batch, then each over the first candidates of the one before,
+        until there are `steps` of them or `should_continue`, asked before each but the first, says no."""
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None:
         """See BranchCache.commit."""
@@ -158,6 +190,11 @@ class EagerRunner:
         fresh.model = self.model.another()
         return fresh
 
+    def beside(self, cache: BranchCache) -> EagerRunner:
+        fresh = copy.copy(self)
+        fresh.model = self.model.another(cache)
+        return fresh
+
     def reset(self, tokens: int, text: Sequence[int] = ()) -> None:
         with self.device.running() if self.model.kept else nullcontext():  # which may have to be copied
             self.model.reset(tokens, text)
@@ -171,58 +208,139 @@ class EagerRunner:
             self.model.cache.commit(path, survivors)
 
     @inference
-    def verify(
-        self,
-        batch: Batch,
-        parents: Sequence[int],
-        sampling: Sampling,
-        walk: Callable[[Tensor], Walked] | None = None,
-    ) -> PendingVerdict | PendingWalk:
+    def verify(self, texts: Sequence[Judged]) -> Sequence[PendingVerdict | PendingWalk]:
         begin = self.device.mark()
         with self.device.running():
-            inputs = Inputs.of(batch, self.model.device)
-            logits = self.model.forward(inputs)
-            if walk is not None:
-                return PendingWalk(logits, walk, begin, self.device.mark(), self.device, self.model.hidden)
-            verdict = verify(
-                logits,
-                inputs.ids,
-                torch.tensor(parents, device=inputs.ids.device),
-                inputs.positions + 1,
-                **sampling.op_arguments,
-            )
-            result = torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
+            inputs, logits, spans = self._forward([(text.model, text.batch) for text in texts])
+            hidden = texts[0].model.hidden
+            result = judged(logits, inputs, texts, spans)
         host = self.device.host_memory(len(result))
         self.device.copy(host, result)
-        return PendingVerdict(host, begin, self.device.mark(), len(batch), self.model.hidden)
+        end, rows = self.device.mark(), len(logits)
+        return [
+            PendingVerdict(host, begin, end, [each[span] for each in hidden], len(texts), place, span.start, rows)
+            if text.walk is None
+            else PendingWalk(logits[span], text.walk, begin, end, self.device, [each[span] for each in hidden], rows)
+            for place, (text, span) in enumerate(zip(texts, spans, strict=True))
+        ]
 
     @inference
     def draft(
         self,
-        batch: Batch,
+        texts: Sequence[Leaves],
         candidates: int,
         vocabulary: int,
-        sampling: Sampling,
         steps: int,
         should_continue: ShouldContinue,
-        rules: Guessed | None = None,
-    ) -> list[Samples]:
-        samples: list[Samples] = []
-        behind: list[list[int]] = [[] for _ in range(batch.leaves)]
-        while len(samples) < steps and (not samples or should_continue(0)):
+    ) -> list[list[Samples]]:
+        samples: list[list[Samples]] = [[] for _ in texts]
+        batches = [text.batch for text in texts]
+        behind: list[list[list[int]]] = [[[] for _ in range(batch.leaves)] for batch in batches]
+        for step in range(steps):
+            if step and not should_continue(0):
+                break
             begin = self.device.mark()
             with self.device.running():
-                inputs = Inputs.of(batch, self.model.device)
-                logits = self.model.forward(inputs, keep=slice(batch.leaves))[:, :vocabulary]
-                logits = logits if rules is None else rules(logits, behind)
-                positions = inputs.positions[: batch.leaves] + 1
-                sample = draft_sample(logits, positions, candidates, **sampling.op_arguments)
+                parts = [(text.model, batch) for text, batch in zip(texts, batches, strict=True)]
+                inputs, logits, spans = self._forward(parts, leaves_only=True)
+                logits = logits[:, :vocabulary]
+                logits = guessed(logits, texts, behind, spans)
+                leaves = leaf_rows(batches, inputs.ids.device)
+                positions = inputs.positions[leaves] + 1
+                sample = sampled(logits, positions, candidates, texts, spans)
                 tokens, scores, confidence, entropy = (part.tolist() for part in sample)
-            took = step_between(begin, self.device.mark(), len(batch), begin)
-            samples.append(Samples(tokens, scores, confidence, entropy, took))
+            took = step_between(begin, self.device.mark(), sum(map(len, batches)), begin)
+            for found, span in zip(samples, spans, strict=True):
+                found.append(Samples(tokens[span], scores[span], confidence[span], entropy[span], took))
             first = [row[0] for row in tokens]
             if min(first) < 0:
                 break  # a row that cannot be sampled: nothing can follow it
-            behind = [[*tokens, token] for tokens, token in zip(behind, first, strict=True)]
-            batch = batch.below(first)
+            behind = [
+                [[*tail, token] for tail, token in zip(tails, first[span], strict=True)]
+                for tails, span in zip(behind, spans, strict=True)
+            ]
+            batches = [batch.below(first[span]) for batch, span in zip(batches, spans, strict=True)]
         return samples
+
+    def _forward(
+        self, texts: Sequence[tuple[CachedModel, Batch]], leaves_only: bool = False
+    ) -> tuple[Inputs, Tensor, list[slice]]:
+        """A forward over some texts' batches: its logits, and which of them are whose."""
+        (model, _), *others = texts
+        batches = [batch for _, batch in texts]
+        inputs = Inputs.of(batches, model.device)
+        keep = leaf_rows(batches, model.device) if leaves_only else slice(None)
+        logits = model.forward(inputs, keep=keep, beside=[other for other, _ in others])
+        return inputs, logits, spans_of([batch.leaves if leaves_only else len(batch) for batch in batches])
+
+
+def leaf_rows(batches: Sequence[Batch], device: torch.device) -> slice | Tensor:
+    """Which rows of a forward are leaves."""
+    if len(batches) == 1:
+        return slice(batches[0].leaves)
+    if all(len(batch) == batch.leaves for batch in batches):
+        return slice(None)
+    spans = spans_of([len(batch) for batch in batches])
+    rows = [span.start + leaf for span, batch in zip(spans, batches, strict=True) for leaf in range(batch.leaves)]
+    return torch.tensor(rows, device=device)
+
+
+def spans_of(counts: Sequence[int]) -> list[slice]:
+    """Which rows are whose, of texts with so many each."""
+    ends = list(accumulate(counts))
+    return [slice(end - count, end) for count, end in zip(counts, ends, strict=True)]
+
+
+def judged(logits: Tensor, inputs: Inputs, texts: Sequence[Judged], spans: Sequence[slice]) -> Tensor:
+    """What PendingVerdict takes: accepted, next token and path of each text, int64 [2s + n]."""
+    positions = inputs.positions + 1
+    if len(texts) == 1:
+        text = texts[0]
+        if text.walk is not None:
+            return positions[:0]
+        parents = torch.tensor(text.parents, device=positions.device)
+        verdict = verify(logits, inputs.ids, parents, positions, **text.sampling.op_arguments)
+        return torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
+    accepted, following, paths = [], [], []
+    for text, span in zip(texts, spans, strict=True):
+        parents = torch.tensor(text.parents, device=positions.device)
+        try:
+            verdict = verify(logits[span], inputs.ids[span], parents, positions[span], **text.sampling.op_arguments)
+        except ValueError:
+            accepted.append(torch.tensor(0))
+            following.append(torch.tensor(-1))
+            paths.append(parents)
+            continue
+        accepted.append(verdict.accepted)
+        following.append(verdict.next_token)
+        paths.append(verdict.path + span.start)
+    return torch.cat([torch.stack(accepted), torch.stack(following), *paths])
+
+
+def guessed(
+    logits: Tensor, texts: Sequence[Leaves], behind: Sequence[Sequence[Sequence[int]]], spans: Sequence[slice]
+) -> Tensor:
+    """The logits under each text's rules."""
+    if all(text.rules is None for text in texts):
+        return logits
+    parts = [
+        logits[span] if text.rules is None else text.rules(logits[span], tails)
+        for text, tails, span in zip(texts, behind, spans, strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    wide = max(part.shape[1] for part in parts)
+    return torch.cat([pad(part.float(), (0, wide - part.shape[1]), value=-torch.inf) for part in parts])
+
+
+def sampled(
+    logits: Tensor, positions: Tensor, candidates: int, texts: Sequence[Leaves], spans: Sequence[slice]
+) -> DraftSample:
+    """`draft_sample` for each text's leaves."""
+    if len(texts) == 1:
+        return draft_sample(logits, positions, candidates, **texts[0].sampling.op_arguments)
+    parts = [
+        draft_sample(logits[span], positions[span], candidates, **text.sampling.op_arguments)
+        for text, span in zip(texts, spans, strict=True)
+    ]
+    return DraftSample(*(torch.cat(each) for each in zip(*parts, strict=True)))

@@ -10,7 +10,7 @@ from specbranch.core.messages import Trunk, Verdict
 from specbranch.core.sampling import Sampling
 from specbranch.runtime.hrad.predictor import Predictor
 from specbranch.runtime.rules import Walk
-from specbranch.runtime.runner import PendingVerdict, PendingWalk, Runner
+from specbranch.runtime.runner import Judged, PendingVerdict, PendingWalk, Runner
 from specbranch.stages import Pending
 
 
@@ -50,6 +50,11 @@ class ModelVerifier:
 
     def verify(self, trunk: Trunk) -> Pending:
         """One target forward over the trunk; it is waited for when the result is asked for."""
+        (pending,) = self.runner.verify([self.place(trunk)])
+        return self.pending(pending)
+
+    def place(self, trunk: Trunk) -> Judged:
+        """The trunk's part of a forward, whose rows it takes."""
         self._trunk = trunk
         model = self.runner.model
         if model.must_reread(trunk.position):
@@ -57,7 +62,10 @@ class ModelVerifier:
                 model.reread([*self._text, trunk.tokens[0]], trunk.position)
         batch = model.place(range(len(trunk)), trunk.parents, trunk.tokens, trunk.positions)
         walk = None if self.walk is None else partial(self.walk, trunk)
-        pending = self.runner.verify(batch, trunk.parents, self.sampling, walk)
+        return Judged(model, batch, trunk.parents, self.sampling, walk)
+
+    def pending(self, pending: PendingVerdict | PendingWalk) -> Pending:
+        """With the forecast, if there is a predictor."""
         return pending if self.predictor is None else PendingForecast(pending, self.predictor)
 
     def commit(self, path: Sequence[int]) -> None:

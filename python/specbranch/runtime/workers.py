@@ -14,9 +14,9 @@ from weakref import WeakSet, finalize
 
 import torch
 
-from specbranch.core.messages import Trunk
+from specbranch.core.messages import Verdict
 from specbranch.runtime.device import Device
-from specbranch.stages import Pending, Verifier
+from specbranch.stages import Pending, PendingVerdicts, Verdicts
 
 T = TypeVar("T")
 
@@ -92,6 +92,13 @@ def _wait_for_workers() -> None:
         worker.wait()
 
 
+class VerifyingTask:
+    """Verdicts that a Worker makes."""
+
+    def __init__(self, task: Task[list[Verdict | Exception]]) -> None:
+        self.done, self.results = task.done, task.result
+
+
 class Threads:
     """Runs the target on a thread of its own while the caller's thread drafts, each with its share of torch's threads.
 
@@ -108,11 +115,11 @@ class Threads:
         """Seconds."""
         return time.perf_counter()
 
-    def submit(self, target: Verifier, trunk: Trunk) -> Pending:
+    def submit(self, verify: Callable[[], Sequence[Pending]]) -> Verdicts:
         """Verify on the target's thread."""
         if self._worker is None:
             self._worker = Worker(self.target)
-        return self._worker.submit(lambda: target.verify(trunk).result())
+        return VerifyingTask(self._worker.submit(lambda: PendingVerdicts(verify()).results()))
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:
@@ -144,8 +151,8 @@ class Streams:
         """Seconds."""
         return time.perf_counter()
 
-    def submit(self, target: Verifier, trunk: Trunk) -> Pending:
-        return target.verify(trunk)
+    def submit(self, verify: Callable[[], Sequence[Pending]]) -> Verdicts:
+        return PendingVerdicts(verify())
 
     @contextmanager
     def draft_threads(self) -> Iterator[None]:

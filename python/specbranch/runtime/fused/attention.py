@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import specbranch_ext  # noqa: F401  (it registers the ops)
 from specbranch.runtime.attention import TreeContext, attend
-from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.cache import Buffers
 from specbranch.runtime.fused.code import named, same_class, same_code
 from specbranch.runtime.fused.norms import Norm, norm_of
 from specbranch.runtime.fused.products import Product, is_bare, joint_product, product_of
@@ -91,7 +91,7 @@ class Attention:
     window: int | None
     softcap: float | None
 
-    def __call__(self, hidden: Tensor, angles: Angles, cache: BranchCache, context: TreeContext) -> Tensor:
+    def __call__(self, hidden: Tensor, angles: Angles, cache: Buffers, context: TreeContext) -> Tensor:
         """hidden [1, n, H] to [1, n, H]; the K/V of the rows are written to the cache."""
         query, key, value = self.projected(hidden)
         cos, sin = context.angles(angles, self.late)
@@ -117,7 +117,7 @@ class Attention:
         output: Tensor = self.output(mixed.view(1, len(mixed), -1))
         return output
 
-    def buffers(self, cache: BranchCache, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def buffers(self, cache: Buffers, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The cache's keys and values of this layer, [Hkv, capacity, D]."""
         return cache.branch_layers[self.number].buffers(hidden, self.heads[1], self.width)
 

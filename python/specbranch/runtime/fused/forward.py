@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from specbranch.runtime.attention import current
-from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.cache import Buffers
 from specbranch.runtime.cache_argument import NAMES
 from specbranch.runtime.fused.attention import Attention, attention_of
 from specbranch.runtime.fused.causal_lm import CausalLM, causal_lm_of
@@ -75,7 +75,7 @@ def _in_context(module: nn.Module, fused: Layer | Attention, *args: Any, **kwarg
     context, angles = current(), kwargs.get("position_embeddings")
     cache = next((kwargs[name] for name in CACHE if name in kwargs), None)
     ours = len(args) < 2 and kwargs.keys() <= KNOWN
-    if context is None or angles is None or not isinstance(cache, BranchCache) or not ours:
+    if context is None or angles is None or not isinstance(cache, Buffers) or not ours:
         return type(module).forward(module, *args, **kwargs)
     output = fused(args[0] if args else kwargs["hidden_states"], angles, cache, context)
     return output if isinstance(fused, Layer) else (output, None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from specbranch.runtime.attention import TreeContext
-from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.cache import Buffers
 from specbranch.runtime.fused.attention import Angles, Attention, attention_of
 from specbranch.runtime.fused.code import same_class
 from specbranch.runtime.fused.mlp import Mlp, mlp_of
@@ -47,10 +47,10 @@ class Layer:
     bound: Any
     inner: tuple[nn.Module, ...]
 
-    def __call__(self, hidden: Tensor, angles: Angles, cache: BranchCache, context: TreeContext) -> Tensor:
+    def __call__(self, hidden: Tensor, angles: Angles, cache: Buffers, context: TreeContext) -> Tensor:
         """hidden [1, n, H] to [1, n, H]."""
         # Who looks at operators (a recording, a profile of them) is to see them.
-        if self.bound is not None and not context.first_in_window and not _operators_are_watched():
+        if self.bound is not None and context.starts is None and not context.gapped and not _operators_are_watched():
             return self._in_one_call(hidden, angles, cache, context)
         parts = self.parts
         attended = parts.attention(parts.first(hidden), angles, cache, context)
@@ -62,7 +62,7 @@ class Layer:
             output = parts.behind[1](output)
         return hidden + output
 
-    def _in_one_call(self, hidden: Tensor, angles: Angles, cache: BranchCache, context: TreeContext) -> Tensor:
+    def _in_one_call(self, hidden: Tensor, angles: Angles, cache: Buffers, context: TreeContext) -> Tensor:
         attention = self.parts.attention
         output = torch.empty_like(hidden)
         self.bound.run(

@@ -42,7 +42,7 @@ def kernels_of_step(cached: CachedModel) -> dict[str, int]:
     inputs = Inputs(rows, rows, rows, torch.zeros((), dtype=torch.int64, device=meta), ancestors)
     found = {}
     for name, of in (("fused", None), ("as_they_are", exact_forward)):
-        cached.cache = BranchCache(cached.layers, 2 * ROWS, meta)
+        cached.cache = BranchCache.alone(cached.layers, 2 * ROWS, meta)
         step = partial(cached.forward, inputs)
         with Attachment([cached.model], forward_of=of).attached():
             step()  # what is set up lazily

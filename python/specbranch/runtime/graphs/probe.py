@@ -37,7 +37,7 @@ def why_not_captured(model: PreTrainedModel) -> str | None:
 @inference
 def _probe(cached: CachedModel) -> None:
     meta = torch.device("meta")
-    cached.cache = BranchCache(cached.layers, 2 * PROBED_ROWS, meta)
+    cached.cache = BranchCache.alone(cached.layers, 2 * PROBED_ROWS, meta)
     rows = torch.arange(PROBED_ROWS, device=meta)
     ancestors = torch.ones(PROBED_ROWS, 1, dtype=torch.int64, device=meta)
     scalar = torch.zeros((), dtype=torch.int64, device=meta)

@@ -16,7 +16,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from specbranch.core.sampling import Sampling
 from specbranch.runtime.batch import WORD, Batch
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.device import Graph, GraphDevice, Mark, step_between
@@ -24,7 +23,7 @@ from specbranch.runtime.graphs.memory import STEPS, StaticCommit, StaticInputs, 
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.modes import inference
-from specbranch.runtime.runner import EagerRunner, Guessed, PendingVerdict, PendingWalk, Samples, Walked
+from specbranch.runtime.runner import EagerRunner, Judged, Leaves, PendingVerdict, PendingWalk, Runner, Samples
 from specbranch.stages import ShouldContinue
 from specbranch_ext import draft_sample, kv_commit, verify
 
@@ -88,6 +87,11 @@ class CapturedRunner:
             return EagerRunner(model, self.device, self.note.removeprefix("eager: "))
         return CapturedRunner(model, self.device, self.most_rows)
 
+    def beside(self, cache: BranchCache) -> Runner:
+        """Eager: graphs are for one text."""
+        reason = self.note.removeprefix("eager: ") if self._failed else "several texts share the steps"
+        return EagerRunner(self.model.another(cache), self.device, reason)
+
     def reset(self, tokens: int, text: Sequence[int] = ()) -> None:
         if not self.model.holds(tokens):
             self._forget()  # else the graphs would keep the old cache's memory
@@ -96,41 +100,37 @@ class CapturedRunner:
     def prefill(self, tokens: Sequence[int]) -> None:
         self.eager.prefill(tokens)
 
-    def verify(
-        self,
-        batch: Batch,
-        parents: Sequence[int],
-        sampling: Sampling,
-        walk: Callable[[Tensor], Walked] | None = None,
-    ) -> PendingVerdict | PendingWalk:
-        found = self._captured(len(batch) <= self.most_rows, self._verify_graph)
+    def verify(self, texts: Sequence[Judged]) -> Sequence[PendingVerdict | PendingWalk]:
+        batch, walk = texts[0].batch, texts[0].walk
+        fits = is_captured_alone(texts) and len(batch) <= self.most_rows
+        found = self._captured(fits, self._verify_graph)
         if found is None:
-            return self.eager.verify(batch, parents, sampling, walk)
-        begin = self.device.mark()
-        self.inputs.fill(batch, list(parents), sampling)
+            return self.eager.verify(texts)
+        begin, rows = self.device.mark(), len(batch)
+        self.inputs.fill(batch, list(texts[0].parents), texts[0].sampling)
         found.graph.replay()
         done = self.device.mark()
         if walk is not None:
-            return PendingWalk(found.logits[: len(batch)], walk, begin, done, self.device, found.hidden)
-        return PendingVerdict(found.host, begin, done, len(batch), found.hidden)
+            return [PendingWalk(found.logits[:rows], walk, begin, done, self.device, found.hidden, rows)]
+        return [PendingVerdict(found.host, begin, done, found.hidden, rows=rows)]
 
     def draft(
         self,
-        batch: Batch,
+        texts: Sequence[Leaves],
         candidates: int,
         vocabulary: int,
-        sampling: Sampling,
         steps: int,
         should_continue: ShouldContinue,
-        rules: Guessed | None = None,
-    ) -> list[Samples]:
-        fits = rules is None and len(batch) <= DRAFT_ROWS[-1]  # a graph cannot ask the host
+    ) -> list[list[Samples]]:
+        batch = texts[0].batch
+        # A graph cannot ask the host.
+        fits = is_captured_alone(texts) and texts[0].rules is None and len(batch) <= DRAFT_ROWS[-1]
         rows = [len(batch), batch.leaves] if steps > 1 else [len(batch)]
         found = self._captured(fits, partial(self._draft_graphs, candidates, vocabulary, rows))
         if found is None:
-            return self.eager.draft(batch, candidates, vocabulary, sampling, steps, should_continue, rules)
+            return self.eager.draft(texts, candidates, vocabulary, steps, should_continue)
         marks = [self.device.mark()]
-        self.inputs.fill(batch, [], sampling)
+        self.inputs.fill(batch, [], texts[0].sampling)
         found.by_rows[fitting(DRAFT_ROWS, len(batch))].replay()
         marks.append(self.device.mark())
         while len(marks) <= min(steps, STEPS) and self._turn(marks, should_continue):
@@ -139,7 +139,7 @@ class CapturedRunner:
         self.device.copy(found.host.buffer, found.samples.buffer)
         arrived = self.device.mark()
         arrived.wait()
-        return self._samples(found.host, batch, marks)
+        return [self._samples(found.host, batch, marks)]
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int]) -> None:
         cache = self.model.cache
@@ -177,7 +177,7 @@ class CapturedRunner:
 
     def _captured(self, fits: bool, find: Callable[[], T]) -> T | None:
         """What `find` captures or has captured; None for a step that must run eagerly."""
-        if self._failed or not fits or not self.model.cache.buffers():
+        if self._failed or not fits or not self.model.cache.buffers.tensors():
             return None
         try:
             if self.model.cache is not self._cache:
@@ -192,7 +192,7 @@ class CapturedRunner:
         self._forget()
         cache, where = self.model.cache, self.model.device
         rows, words = max(self.most_rows, DRAFT_ROWS[-1]), TREE_ROWS // WORD
-        self.inputs = StaticInputs(rows, words, cache.capacity - 1, self.device, where)
+        self.inputs = StaticInputs(rows, words, cache.buffers.capacity - 1, self.device, where)
         self._commit = StaticCommit(TREE_ROWS, self.device, where)
         self._cache = cache
 
@@ -265,7 +265,7 @@ class CapturedRunner:
     def _commit_graph(self, count: int) -> Graph:
         size = fitting(COMMIT_ROWS, count)
         if size not in self._committing:
-            buffers, static = self.model.cache.buffers(), self._commit
+            buffers, static = self.model.cache.buffers.tensors(), self._commit
             static.fill([], 0)
             self._committing[size] = self._capture(lambda: kv_commit(buffers, static.rows[:size], static.start))
         return self._committing[size]
@@ -278,6 +278,10 @@ class CapturedRunner:
             run()
         self.device.mark().wait()
         return self.device.capture(run)
+
+
+def is_captured_alone(texts: Sequence[Judged] | Sequence[Leaves]) -> bool:
+    return len(texts) == 1 and texts[0].batch.start == 0
 
 
 def fitting(sizes: Sequence[int], n: int) -> int:

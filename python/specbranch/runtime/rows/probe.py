@@ -160,9 +160,9 @@ class Probe:
         positions = (min(POSITION, limit - 1),) * rows
         alone = tuple(1 << row for row in range(rows))
         batch = Batch(tuple(tokens), positions, tuple(range(rows)), alone, prefix=0, leaves=rows)
-        cached.cache = BranchCache(cached.layers, rows + 1, cached.device)
+        cached.cache = BranchCache.alone(cached.layers, rows, cached.device)
         with trying(f"{cached.role} model {type(self.model).__name__}"):
-            cached.forward(Inputs.of(batch, cached.device))
+            cached.forward(Inputs.of([batch], cached.device))
 
     # ---- Routes
 
