@@ -39,6 +39,7 @@ class TreeContext:
     windows: the sliding window of each layer, in the order of the calls, where the model does not hand it over.
     prompt_end: the position by which rotary embeddings that choose by the length of the text choose for the rows
     before it. first_in_window: the cache row, of a place where the text has a gap, before which no window reaches.
+    starts, sequence: where the rows of several texts lie, as `tree_attention` takes them; prefix_length is then [s].
     calls: how many layers have asked, so that a model that ignores the registered attention is found out.
     """
 
@@ -48,6 +49,8 @@ class TreeContext:
     windows: tuple[int | None, ...] | None = None
     prompt_end: int = -1
     first_in_window: int = 0
+    starts: Tensor | None = None
+    sequence: Tensor | None = None
     calls: int = 0
     _angles: dict[tuple[int, bool], tuple[tuple[Tensor, Tensor], Tensor, Tensor]] = field(default_factory=dict)
 
@@ -66,12 +69,16 @@ class TreeContext:
         self.calls += 1
         return window
 
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """prefix_length and ancestors on a layer's device: a model may be spread over several."""
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """prefix_length, ancestors, starts and sequence on a layer's device: a model may be spread over several."""
         if self.prefix_length.device == device:
-            return self.prefix_length, self.ancestors
-        ancestors = None if self.ancestors is None else self.ancestors.to(device, non_blocking=True)
-        return self.prefix_length.to(device, non_blocking=True), ancestors
+            return self.prefix_length, self.ancestors, self.starts, self.sequence
+
+        def there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        prefix_length = self.prefix_length.to(device, non_blocking=True)
+        return prefix_length, there(self.ancestors), there(self.starts), there(self.sequence)
 
 
 _context: ContextVar[TreeContext | None] = ContextVar("specbranch", default=None)
@@ -122,7 +129,7 @@ def attend(
 ) -> Tensor:
     """The attention of the next layer: query [n, Hq, D], keys and values [Hkv, capacity, D] to [n, Hq, D]."""
     sliding_window = context.next_window(sliding_window)
-    prefix_length, ancestors = context.on(query.device)
+    prefix_length, ancestors, starts, sequence = context.on(query.device)
     if context.first_in_window and sliding_window is not None:
         keys, values = keys[:, context.first_in_window :], values[:, context.first_in_window :]
         prefix_length = (prefix_length - context.first_in_window).clamp(min=0)  # 0 when a capture warms up
@@ -136,6 +143,8 @@ def attend(
         sliding_window or 0,
         softcap or 0.0,
         context.by_position,
+        starts,
+        sequence,
     )
     return out
 

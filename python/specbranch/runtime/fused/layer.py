@@ -72,6 +72,8 @@ class Layer:
             *attention.buffers(cache, hidden),
             context.prefix_length,
             context.ancestors,
+            context.starts,
+            context.sequence,
             context.next_window(attention.window) or 0,
             output,
             torch.get_num_threads(),
