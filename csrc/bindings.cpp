@@ -14,6 +14,7 @@
 #ifdef SPECBRANCH_EMULATED
 #include "emulator/emulator.h"
 #endif
+#include "attention/python_sequences.h"
 #include "attention/rotary_commit.h"
 #include "attention/tree_attention.h"
 #include "cache/kv_commit.h"
@@ -92,8 +93,8 @@ void ancestor_mask(Object parents, Object ancestors, Object depths, int64_t hand
 }
 
 void tree_attention(Object query, Object keys, Object values, Object prefix_length, Object ancestors, double scale,
-                    int64_t sliding_window, double softcap, bool by_position, Object output, int64_t handle,
-                    Object workspace, Object tickets) {
+                    int64_t sliding_window, double softcap, bool by_position, Object starts, Object sequence,
+                    Object output, int64_t handle, Object workspace, Object tickets) {
   TreeAttentionParams params;
   params.query = tensor(query, "query");
   params.keys = tensor(keys, "keys");
@@ -101,15 +102,16 @@ void tree_attention(Object query, Object keys, Object values, Object prefix_leng
   params.prefix_length = tensor(prefix_length, "prefix_length");
   params.chain = ancestors.is_none();
   if (!params.chain) params.ancestors = tensor(ancestors, "ancestors");
+  params.ragged = take_sequences(starts, sequence, &params.starts, &params.sequence);
   params.output = tensor(output, "output");
   params.scale = scale;
   params.sliding_window = sliding_window;
   params.softcap = softcap;
   params.by_position = by_position;
-  params.launch =
-      launch_on({&params.query, &params.keys, &params.values, &params.prefix_length, &params.ancestors, &params.output},
-                handle, workspace, tickets);
-  params.tree_rows = check_tree_attention(params);
+  params.launch = launch_on({&params.query, &params.keys, &params.values, &params.prefix_length, &params.ancestors,
+                             &params.starts, &params.sequence, &params.output},
+                            handle, workspace, tickets);
+  check_tree_attention(params);
   py::gil_scoped_release unlocked;
   run_tree_attention(params);
 }

@@ -88,7 +88,7 @@ def test_a_layer_on_another_device_is_given_its_rows_and_ancestors_there() -> No
         assert (keys.device.type, values.shape) == (device, (1, 2, 16, 8))
     context = TreeContext(torch.tensor(4), torch.ones(3, 1, dtype=torch.int64))
     assert context.on(torch.device("cpu"))[1] is context.ancestors
-    assert [part.device for part in context.on(meta)] == [meta, meta]
+    assert [part if part is None else part.device for part in context.on(meta)] == [meta, meta, None, None]
     assert TreeContext(torch.tensor(4)).on(meta)[1] is None
 
 

@@ -147,15 +147,25 @@ def tree_attention(draw: Draw) -> dict[str, Any]:
     tree = draw(st.integers(0, 3)) if n > 0 else 0  # nodes that are not among the queries
     chain = draw(st.booleans())
     capacity = prefix + n + (0 if chain else tree) + draw(st.integers(0, 5))
+    placed: dict[str, Any] = {"prefix_length": scalar(draw, prefix), "starts": None, "sequence": None}
+    if rarely(draw, 3):
+        texts = draw(st.integers(1, 4))
+        starts = draw(st.lists(st.integers(0, 20), min_size=texts, max_size=texts))
+        capacity += max(starts)
+        placed = {
+            "prefix_length": vector(draw, st.integers(0, prefix), texts),
+            "starts": Ints(tuple(starts)),
+            "sequence": Ints(tuple(sorted(draw(st.lists(st.integers(0, texts - 1), min_size=n, max_size=n))))),
+        }
 
     def floats(*shape: int) -> Floats:
         return Floats(shape, draw(one_of(fills)), dtype, draw(one_of(LAYOUTS)), draw(SEEDS))
 
     return {
+        **placed,
         "query": floats(n, heads[0], dims[0]),
         "keys": floats(heads[1], max(capacity, 1), dims[0]),
         "values": floats(heads[1], max(capacity, 1), dims[1]),
-        "prefix_length": scalar(draw, prefix),
         "ancestors": None if chain else Ancestors(parents_of(draw, n + tree, unused=True), tree),
         "scale": draw(one_of(SCALES)),
         "sliding_window": draw(one_of(WINDOWS)),

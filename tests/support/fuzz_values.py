@@ -227,7 +227,10 @@ class Call:
 _LOGITS, _ROWS = Floats((2, 5)), Ints((0, 1))
 _SAMPLING = {"seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _CACHE = {"query": Floats((2, 1, 4)), "keys": Floats((1, 5, 4)), "values": Floats((1, 5, 4)), "prefix_length": 1}
-_ATTENTION = {"ancestors": None, "scale": None, "sliding_window": None, "softcap": None, "by_position": True}
+_ATTENTION = {
+    **{"ancestors": None, "scale": None, "sliding_window": None, "softcap": None, "by_position": True},
+    **{"starts": None, "sequence": None},
+}
 _NORMS = {name: Floats((4,)) for name in ("query_norm", "key_norm")}
 _ROTARY = {"query": Floats((2, 3, 4)), "cos": Floats((2, 4)), "sin": Floats((2, 4)), "rows": Ints((0, 1)), **_NORMS}
 _PAIR = {name: Floats((2, 1, 4)) for name in ("key", "value")} | {

@@ -78,11 +78,14 @@ class TreeContext:
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """prefix_length, ancestors, starts and sequence on a layer's device: a model may be spread over several."""
-        ancestors, starts, sequence = (
-            each if each is None or each.device == device else each.to(device, non_blocking=True)
-            for each in (self.ancestors, self.starts, self.sequence)
-        )
-        return self.prefix_length.to(device, non_blocking=True), ancestors, starts, sequence
+        if self.prefix_length.device == device:
+            return self.prefix_length, self.ancestors, self.starts, self.sequence
+
+        def there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        prefix_length = self.prefix_length.to(device, non_blocking=True)
+        return prefix_length, there(self.ancestors), there(self.starts), there(self.sequence)
 
 
 _context: ContextVar[TreeContext | None] = ContextVar("specbranch", default=None)
@@ -141,20 +144,20 @@ def attend(
         else:
             starts = starts + first
         prefix_length = (prefix_length - first).clamp(min=0)  # 0 when a capture warms up
-    scale = query.shape[2] ** -0.5 if scale is None else scale
-    rest = (scale, sliding_window or 0, softcap or 0.0, context.by_position)
-    if starts is None:
-        out: Tensor = _tree_attention(query, keys, values, prefix_length, ancestors, *rest)
-        return out
-    outs = []
-    for q in range(len(starts)):
-        of = sequence == q
-        k, v = keys[:, int(starts[q]) :], values[:, int(starts[q]) :]
-        if bool(of.any()):
-            outs.append(
-                _tree_attention(query[of], k, v, prefix_length[q], None if ancestors is None else ancestors[of], *rest)
-            )
-    return torch.cat(outs)
+    out: Tensor = _tree_attention(
+        query,
+        keys,
+        values,
+        prefix_length,
+        ancestors,
+        query.shape[2] ** -0.5 if scale is None else scale,
+        sliding_window or 0,
+        softcap or 0.0,
+        context.by_position,
+        starts,
+        sequence,
+    )
+    return out
 
 
 AttentionInterface.register(ATTENTION, specbranch_attention)
