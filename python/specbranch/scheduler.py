@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.generation import Generation, GenerationFailed
@@ -20,16 +21,12 @@ from specbranch.runtime.together import Together
 
 @dataclass(eq=False)
 class Ticket:
-    """One request that was handed to a Scheduler.
+    """One request that was handed to a Scheduler. said: what it has said so far. begin: when it was asked for. outcome:
+    the Generation, or the error in place of it, once it is over."""
 
-    ask: checks what is asked for, when it is about to begin. said: what it has said so far. outcome: the Generation, or
-    the error in place of it, once it is over.
-    """
-
-    ask: Callable[[], Request]
+    request: Request
     said: Said = field(default_factory=Said)
     begin: float = field(default_factory=time.perf_counter)
-    request: Request | None = None
     job: Job | None = None
     outcome: Generation | Exception | None = None
     left: bool = False
@@ -59,6 +56,8 @@ class Scheduler:
         self.running: list[Ticket] = []
 
     def add(self, ticket: Ticket) -> None:
+        """Raises SpecBranchError for a text that can never have room."""
+        self.pool.check(ticket.request.tokens)
         self.waiting.append(ticket)
 
     @property
@@ -98,9 +97,6 @@ class Scheduler:
         while self.waiting and len(self.running) < self.most:
             ticket = self.waiting[0]
             try:
-                if ticket.request is None:
-                    ticket.request = ticket.ask()
-                    self.pool.check(ticket.request.tokens)
                 if not self._begin(ticket, ticket.request):
                     break
             except Exception as error:
@@ -153,13 +149,10 @@ class Scheduler:
             self.pool.give_back(ticket.job.slot)
         ticket.outcome = outcome if isinstance(outcome, Exception) else outcome()
 
-    def close(self) -> list[Generation]:
-        """End all that run, where they stand; what was said so far."""
+    def close(self, reason: str) -> None:
+        """End all that run where they stand, and forget those that wait."""
         self.decoder.pair.workers.wait()
-        said = []
+        self.waiting.clear()
         for ticket in list(self.running):
-            assert ticket.job is not None
-            generation = ticket.job.result("interrupted")
-            said.append(generation)
-            self._end(ticket, lambda generation=generation: generation)
-        return said
+            if ticket.job is not None:
+                self._end(ticket, partial(ticket.job.result, reason))

@@ -165,7 +165,8 @@ class Costs:
     right, and what it brings.
 
     size: parameters of the draft's forward over those of the target's, which says what the draft takes until that is
-    measured. texts: that share the rounds; times of a token are of a round divided by the tokens of all. idle: seconds of texts that it did not read, since it last read one. drafted: of those that it did.
+    measured. texts: that share the rounds; times of a token are of a round divided by the tokens of all. idle: seconds
+    of texts that it did not read, since it last read one. drafted: of those that it did.
     """
 
     size: float = SIZE_PRIOR

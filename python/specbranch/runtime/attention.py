@@ -34,14 +34,14 @@ def no_mask(device: torch.device) -> Tensor:
 class TreeContext:
     """What the attention and the rotary embeddings of one forward need to know; see `run_in`.
 
-    prefix_length: int64 [], committed cache rows; [s] of several texts. ancestors: int64 [n, words], or None for a chain
-    of new rows.
+    prefix_length: int64 [], committed cache rows; [s] of several texts. ancestors: int64 [n, words], or None for a
+    chain of new rows. starts, sequence: where the rows of several texts lie, as `tree_attention` takes them; None for
+    one text at the buffers' beginning.
     by_position: whether a row's bits must not depend on where the tree lies in the cache: see `tree_attention`.
     windows: the sliding window of each layer, in the order of the calls, where the model does not hand it over.
     prompt_end: the position by which rotary embeddings that choose by the length of the text choose for the rows
-    before it. first_in_window: the cache row, of a place where the text has a gap, before which no window reaches; int64
-    [s] where it differs from text to text. starts, sequence: as `tree_attention` takes them; None for one text at the
-    buffers' beginning.
+    before it. first_in_window: the cache row, of a place where the text has a gap, before which no window reaches;
+    int64 [s] where it differs from text to text.
     calls: how many layers have asked, so that a model that ignores the registered attention is found out.
     """
 

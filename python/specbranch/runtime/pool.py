@@ -48,13 +48,11 @@ class Pool:
         source = max(known, key=known.__getitem__, default=None)
         if source is not None and known[source] < LEAST:
             source = None
-        slot = source
-        kept = None if source is None else source.target.model.kept
-        if source is None or not (
-            kept is not None and kept.is_continued(known[source]) and source.target.model.holds(tokens)
-        ):
-            slot = self._new(rows_for(tokens), source)
-        if slot is None:
+        if source is not None and _goes_on(source, known[source], tokens):
+            slot = source
+        elif (found := self._new(rows_for(tokens), source)) is not None:
+            slot = found
+        else:
             return None
         self._takes += 1
         slot.used, slot._owner = self._takes, ref(owner)
@@ -106,3 +104,9 @@ class Pool:
         for runner in runners:
             if runner is not None:
                 runner.model.cache.buffers.give_back(runner.model.cache)
+
+
+def _goes_on(slot: Slot, known: int, tokens: int) -> bool:
+    """Whether a text of so many tokens can take the slot as it is; known: how many of them it keeps."""
+    kept = slot.target.model.kept
+    return kept is not None and kept.is_continued(known) and slot.target.model.holds(tokens)
