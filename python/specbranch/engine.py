@@ -32,19 +32,23 @@ from specbranch.door import (
     requests,
 )
 from specbranch.request import Drafting, Request
-from specbranch.runtime.choices import SELF, draft_of
+from specbranch.runtime.choices import CACHE_TOKENS, SELF, draft_of
 from specbranch.runtime.hrad.predictor import HRad, load_hrad
 from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
+from specbranch.runtime.model import rows_for
 from specbranch.runtime.packing import pack_loaded
 from specbranch.runtime.pair import Pair
 from specbranch.runtime.rules import Rules, Said
 from specbranch.runtime.weights import unwrapped
+from specbranch.scheduler import Scheduler
 from specbranch.several import Several, TextStreams, is_several
 from specbranch.text.encoding import Message, encode, is_chat
 from specbranch.text.generation_config import OWNER, CheckpointSettings, Layered, processed
 from specbranch.text.prompt_ids import PromptInput, prompt_ids
 from specbranch.text.stopping import stop_strings
 from specbranch.text.vocabulary import check_vocabularies, ids_of
+
+LONGEST = 32768  # of a text, where a configuration does not say
 
 Messages = Sequence[Message] | Sequence[Sequence[Message]]
 Prompts = PromptInput | Sequence[PromptInput]
@@ -288,15 +292,20 @@ class SpecBranch:
             GenerationFailed: the generation ended early, out of memory or on NaN logits; holds what was committed.
         """
         asks = self._asks(
-            one_of(prompt, messages),
-            self._settings.under(generation_config),
-            (temperature, top_k, top_p, min_p),
-            seed,
-            max_new_tokens,
-            stop,
-            lists(logits_processor, stopping_criteria),
-            logprobs,
-            Drafting(method, overlap, draft_context, options),
+            prompt,
+            messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            logprobs=logprobs,
+            drafting=Drafting(method, overlap, draft_context, options),
         )
         if isinstance(asks, list):
             if streamer is not None:
@@ -341,15 +350,20 @@ class SpecBranch:
         its length or the method is raised when the iteration starts, other arguments at once.
         """
         asks = self._asks(
-            one_of(prompt, messages),
-            self._settings.under(generation_config),
-            (temperature, top_k, top_p, min_p),
-            seed,
-            max_new_tokens,
-            stop,
-            lists(logits_processor, stopping_criteria),
-            logprobs,
-            Drafting(method, overlap, draft_context, options),
+            prompt,
+            messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            logprobs=logprobs,
+            drafting=Drafting(method, overlap, draft_context, options),
         )
         if isinstance(asks, list):
             return TextStreams(partial(Several, self.decoder, asks, self.max_requests, self.cache_tokens))
@@ -416,19 +430,47 @@ class SpecBranch:
             pass
         return several.generations()
 
+    def request(self, prompt: PromptInput, **arguments: Any) -> Request:
+        """What `generate` makes of the same arguments, checked, for a `scheduler`. Raises SpecBranchError."""
+        how = ("method", "overlap", "draft_context")
+        drafting = Drafting(**{name: arguments.pop(name) for name in how if name in arguments})
+        asks = self._asks(prompt, drafting=drafting, **arguments)
+        if isinstance(asks, list):
+            raise SpecBranchError("there are several prompts; expected one a request")
+        return asks()
+
+    def scheduler(self, max_requests: int | None = None, cache_tokens: int | None = None) -> Scheduler:
+        """For requests that come one by one and share their rounds; None: as the engine was told, or else room for one
+        text as long as the context, and for max_requests of CACHE_TOKENS."""
+        most = self.max_requests if max_requests is None else max_requests
+        rows = self.cache_tokens if cache_tokens is None else cache_tokens
+        if rows is None:
+            context = self.pair.target.model.context or LONGEST
+            rows = max(rows_for(context), most * rows_for(min(context, CACHE_TOKENS)))
+        return Scheduler(self.decoder, most, rows)
+
     def _asks(
         self,
-        prompt: PromptInput | Sequence[PromptInput],
-        config: Layered,
-        filters: tuple[float | None, int | None, float | None, float | None],
-        seed: int | Sequence[int],
-        max_new_tokens: int | None,
-        stop: str | Sequence[str] | None,
-        given: Mapping[str, Any],
-        logprobs: int | None,
+        prompt: Prompts | None,
+        messages: Messages | None = None,
+        *,
         drafting: Drafting,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        logprobs: int | None = None,
     ) -> Callable[[], Request] | list[Callable[[], Request]]:
         """What makes the request of a prompt; of several, one for each."""
+        prompt, config = one_of(prompt, messages), self._settings.under(generation_config)
+        given = lists(logits_processor, stopping_criteria)
+        filters = temperature, top_k, top_p, min_p
         rest = max_new_tokens, stop, given, logprobs, drafting
         if not is_several(prompt):
             sampling = self._settings.sampling(config, *filters, seed)  # type: ignore[arg-type]

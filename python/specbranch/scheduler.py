@@ -83,7 +83,7 @@ class Scheduler:
             ticket.job.text.costs = self.decoder.costs_of(ticket.job.text.policy.name, len(jobs))
         try:
             turns = self.loop.round([ticket.job.text for ticket in self.running if ticket.job is not None])
-        except (MemoryError, RuntimeError, ValueError) as error:  # of a forward, and so of all
+        except Exception as error:  # of a forward, and so of all
             for ticket in list(self.running):
                 self._fail(ticket, error)
             return touched + list(jobs.values())
