@@ -27,14 +27,14 @@ SHORT = {"prompt": PROMPT, "max_tokens": 4}
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When each round of any generation began. None is shorter than 50 ms."""
-    verify, begun = ModelVerifier.verify, list[float]()
+    verify, begun = ModelVerifier.place, list[float]()
 
     def slow(self, trunk):
         begun.append(time.perf_counter())
         time.sleep(0.05)
         return verify(self, trunk)
 
-    monkeypatch.setattr(ModelVerifier, "verify", slow)
+    monkeypatch.setattr(ModelVerifier, "place", slow)
     return begun
 
 
