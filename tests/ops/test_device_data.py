@@ -95,6 +95,9 @@ def test_kv_commit_moves_no_row_out_of_range():
             if 0 <= start + i < 10:
                 expected[:, start + i] = guard[:, row]
         assert torch.equal(buffer, expected)
+    buffer.copy_(guard)
+    kv_commit([buffer], torch.tensor([5, 4, -1, 10, 7, 8]), torch.tensor([4, 2**40, 6, 7, -1, -(2**63)]))
+    assert buffer[0, :, 0].tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -134,29 +134,37 @@ def test_all_small_texts(implementation: str) -> None:
                 number += 1
 
 
-@settings(max_examples=60, deadline=None)
-@given(data=st.data())
-def test_texts_of_all_sizes(data: st.DataObject, implementation: str) -> None:
-    count = data.draw(st.integers(1, 5))
+@st.composite
+def drawn_texts(draw: Any) -> Texts:
+    count = draw(st.integers(1, 5))
     parents = []
     for _ in range(count):
-        nodes = data.draw(st.integers(0, 9) | st.sampled_from([17, 40, 70]))
-        parents.append([-1, *(data.draw(st.integers(-1, node - 1)) for node in range(1, nodes))][:nodes])
-    prefixes = [data.draw(st.integers(0, 9) | st.sampled_from([63, 64, 130, 500, 513])) for _ in range(count)]
-    starts = [data.draw(st.integers(0, 700)) for _ in range(count)]
-    if not any(parents):
-        return
-    texts = Texts(
-        starts,
-        prefixes,
+        nodes = draw(st.integers(0, 9) | st.sampled_from([17, 40, 70]))
+        parents.append([-1, *(draw(st.integers(-1, node - 1)) for node in range(1, nodes))][:nodes])
+    return Texts(
+        draw(st.lists(st.integers(0, 700), min_size=count, max_size=count)),
+        [draw(st.integers(0, 9) | st.sampled_from([63, 64, 130, 500, 513])) for _ in range(count)],
         parents,
-        chain=data.draw(st.booleans()),
-        heads=data.draw(st.sampled_from([(1, 1), (4, 2), (6, 1), (14, 2)])),
-        dims=data.draw(st.sampled_from([(16, 16), (64, 40), (33, 20), (128, 128), (256, 130), (300, 400)])),
-        dtype=data.draw(st.sampled_from(list(TOLERANCE))),
-        spare=data.draw(st.integers(0, 70)),
+        chain=draw(st.booleans()),
+        heads=draw(st.sampled_from([(1, 1), (4, 2), (6, 1), (14, 2)])),
+        dims=draw(st.sampled_from([(16, 16), (64, 40), (33, 20), (128, 128), (256, 130), (300, 400)])),
+        dtype=draw(st.sampled_from(list(TOLERANCE))),
+        spare=draw(st.integers(0, 70)),
     )
-    texts.check(implementation == "cpu", **data.draw(st.sampled_from(VARIANTS)))
+
+
+@on_cpu
+@settings(max_examples=150, deadline=None)
+@given(texts=drawn_texts(), variant=st.sampled_from(VARIANTS))
+def test_texts_of_all_sizes(texts: Texts, variant: dict[str, Any]) -> None:
+    texts.check(on_cpu=True, **variant)
+
+
+@pytest.mark.parametrize("implementation", NAMES[1:], indirect=True)
+@settings(max_examples=20, deadline=None)
+@given(texts=drawn_texts(), variant=st.sampled_from(VARIANTS))
+def test_texts_of_all_sizes_on_a_device(texts: Texts, variant: dict[str, Any]) -> None:
+    texts.check(on_cpu=False, **variant)
 
 
 @pytest.mark.parametrize("by_position", [True, False])
@@ -273,28 +281,29 @@ def test_bad_input(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bad_data_on_a_device(dtype: torch.dtype, dims: tuple[int, int], chain: bool, by_position: bool) -> None:
     """A query that starts, prefix_length or sequence send nowhere gets NaN, and no other."""
-    texts = Texts([0, 40, 300], [30, 200, 90], [[-1, 0], [-1, 0, 0], [-1]], chain, dims=dims, dtype=dtype)
-    clean = texts.together(by_position=by_position)
-    for name, q, values in (
-        ("starts", 1, (-1, 2**40, -(2**63), 2**63 - 1, texts.capacity, texts.capacity - 202)),
-        ("prefixes", 1, (-1, 2**40, -(2**63), 2**63 - 1, texts.capacity - 42)),
+    texts = Texts([0, 40, 300], [30, 200, 90], [[-1, 0], [-1, 0, 0], [-1]], chain, dims=dims, dtype=dtype, spare=9)
+    for buffer in texts.cache:
+        buffer.nan_to_num_(1.0)
+    capacity, others = texts.capacity, texts.sequence != 1
+    clean, tree_rows = texts.together(by_position=by_position), torch.tensor([1, 2, 1, 2, 3, 1])
+
+    def check_marked(wrong: Tensor) -> None:
+        marked = texts.together(by_position=by_position).isnan().flatten(1)
+        assert torch.equal(marked.all(1), wrong)
+        assert torch.equal(marked.any(1), wrong)
+
+    for place, values in (
+        (texts.starts, [-1, 2**40, -(2**63), 2**63 - 1, *range(capacity - 204, capacity - 199), capacity + 1]),
+        (texts.prefixes, [-1, 2**40, -(2**63), 2**63 - 1, *range(capacity - 44, capacity - 39)]),
     ):
-        before = getattr(texts, name)[q]
+        before = place[1]
         for value in values:
-            getattr(texts, name)[q] = value
-            result = texts.together(by_position=by_position)
-            own = texts.sequence == q
-            if chain and value in (texts.capacity - 202, texts.capacity - 42):
-                own[2:4] = False  # the first queries still have room
-                assert not result[~own].isnan().any()
-            elif value in (texts.capacity - 202, texts.capacity - 42):
-                own = result.isnan().flatten(1).all(1)
-                assert own.any()
-                assert not own[texts.sequence != q].any()
-            assert result[own].isnan().all()
-            others = texts.sequence != q
-            assert torch.equal(bits(result[others]), bits(clean[others]))
-        getattr(texts, name)[q] = before
+            place[1] = value
+            start, prefix = texts.starts[1], texts.prefixes[1]
+            beyond = torch.tensor([start + prefix + rows > capacity for rows in tree_rows.tolist()])
+            check_marked(~others & (beyond | (min(start, prefix) < 0)))
+            assert torch.equal(bits(texts.together(by_position=by_position)[others]), bits(clean[others]))
+        place[1] = before
     for sequence, wrong in (
         ([0, 0, 1, 1, 1, 9], [5]),
         ([-5, 0, 1, 1, 1, 2], [0]),
@@ -304,11 +313,7 @@ def test_bad_data_on_a_device(dtype: torch.dtype, dims: tuple[int, int], chain: 
         ([-(2**63), 2**63 - 1] * 3, [0, 1, 2, 3, 4, 5]),
     ):
         texts.sequence = torch.tensor(sequence)
-        result = texts.together(by_position=by_position)
-        nans = torch.zeros(6, dtype=torch.bool)
-        nans[wrong] = True
-        assert torch.equal(result.isnan().flatten(1).all(1), nans)
-        assert torch.equal(result.isnan().flatten(1).any(1), nans)
+        check_marked(torch.tensor([i in wrong for i in range(6)]))
 
 
 def test_registration() -> None:

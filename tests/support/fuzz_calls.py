@@ -296,7 +296,9 @@ def kv_commit(draw: Draw) -> dict[str, Any]:
     return {
         "buffers": [buffer() for _ in range(draw(st.integers(0, 4)))],
         "rows": vector(draw, st.integers(0, capacity - 1), m),
-        "start": scalar(draw, draw(st.integers(0, capacity - m))),
+        "start": Ints(tuple(draw(st.permutations(range(capacity)))[:m]))
+        if rarely(draw, 3)
+        else scalar(draw, draw(st.integers(0, capacity - m))),
     }
 
 

@@ -56,7 +56,9 @@ def commit_what_fits(buffers: list[Tensor], rows: Tensor, start: int | Tensor) -
     """On a device: a row outside the buffer, or one that would go there, does not move."""
     for buffer in buffers:
         old, capacity = buffer.clone(), buffer.shape[1]
-        for to, row in enumerate(rows.tolist(), int(start)):
+        each = isinstance(start, Tensor) and start.dim() == 1
+        places = torch.as_tensor(start).tolist() if each else range(int(start), int(start) + len(rows))
+        for to, row in zip(places, rows.tolist(), strict=True):
             if 0 <= row < capacity and 0 <= to < capacity:
                 buffer[:, to] = old[:, row]
 
