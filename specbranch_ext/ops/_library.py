@@ -106,6 +106,8 @@ def seeds(value: int | Tensor, positions: Tensor) -> Tensor:
     """The seed of all rows as `int64_scalar` has it; of each row, as many as positions, it is passed through."""
     if isinstance(value, Tensor) and value.dim() == 1 and value.dtype == torch.int64:
         if value.shape != positions.shape:
-            raise ValueError(f"seed: expected shape [] or {list(positions.shape)}, as positions has, got {describe(value)}")
+            raise ValueError(
+                f"seed: expected shape [] or {list(positions.shape)}, as positions has, got {describe(value)}"
+            )
         return value
     return int64_scalar(value, "seed", positions.device)

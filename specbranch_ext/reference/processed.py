@@ -1,5 +1,6 @@
 """From raw logits to scaled logits, kept tokens and perturbed scores, as verify and draft_sample define them."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +26,7 @@ def sampled(
         seeds = torch.as_tensor(seed).expand(len(positions))
         each = [None] * len(positions) if filters is None else filters.expand(len(positions), 4)
         rows = [
-            sampled(logits[i : i + 1], positions[i : i + 1], seeds[i], each[i], *options)
-            for i in range(len(positions))
+            sampled(logits[i : i + 1], positions[i : i + 1], seeds[i], each[i], *options) for i in range(len(positions))
         ]
         processed, scores = zip(*rows, strict=True)
         return Processed(*(torch.cat(part) for part in zip(*processed, strict=True))), torch.cat(scores)
@@ -47,6 +47,9 @@ def numbers(
     if filters is None:
         return temperature, top_k, top_p, min_p
     temperature, most, top_p, min_p = filters.tolist()
+    scales = temperature == 0 or 1e-38 <= temperature <= 1e38
+    if not (scales and 0 <= most < math.inf and most == int(most) and 0 < top_p <= 1 and 0 <= min_p <= 1):
+        raise ValueError(f"filters: expected values in range, got {filters.tolist()}")
     return temperature, int(most), top_p, min_p
 
 

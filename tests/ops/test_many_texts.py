@@ -1,5 +1,6 @@
 """Rows of several texts in one call of verify and draft_sample: each has the bits that it has alone."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pytest
@@ -46,7 +47,7 @@ def together(texts: list[Text], absent: int = 0) -> dict[str, Any]:
     }
 
 
-def assert_equal(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def assert_equal(ours: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
     for a, b in zip(ours, expected, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
@@ -207,7 +208,7 @@ def test_rows_before_the_first_root_and_texts_that_are_not_there():
         assert result.target_tokens.tolist() == [1, 2, 3, 4, 0, 1, 2]
         assert result.path.tolist() == [-1] * 7
         assert result.accepted.tolist() == [0, 0] + [0] * len(ended)
-        assert result.next_token.tolist() == [3, 1] + ended
+        assert result.next_token.tolist() == [3, 1, *ended]
     tokens[[3, 6]] = torch.tensor([3, 1])
     result = verify(logits, tokens, parents, positions, roots=torch.tensor([2, 5]))
     assert result.path.tolist() == [-1, -1, 3, -1, -1, 6, -1]
