@@ -102,9 +102,9 @@ class Ints:
 
 @dataclass(frozen=True)
 class Doubles:
-    """float64 [4]: the tensor `filters`."""
+    """float64 [4], or [n, 4] for tuples of tuples: the tensor `filters`."""
 
-    values: tuple[float, ...]
+    values: tuple[float, ...] | tuple[tuple[float, ...], ...]
 
     def make(self) -> Tensor:
         return torch.tensor(self.values, dtype=torch.float64)
@@ -252,7 +252,7 @@ _INPUTS = {
 _CHAIN = {"draft_logits": Floats((1, 5)), "tokens": _ROWS, "positions": _ROWS, "block": True}
 
 EXAMPLES = [
-    Call("verify", {"target_logits": _LOGITS, **_TREE, **_SAMPLING, "filters": None}),
+    Call("verify", {"target_logits": _LOGITS, **_TREE, **_SAMPLING, "filters": None, "roots": None}),
     Call("draft_sample", {"draft_logits": _LOGITS, "positions": _ROWS, "k": 2, **_SAMPLING, "filters": None}),
     Call("verify_rejection", {"target_logits": _LOGITS, **_CHAIN, **_SAMPLING}),
     Call("gumbel_noise", {"positions": _ROWS, "vocabulary": 5, "seed": 1}),
