@@ -119,7 +119,7 @@ BUGS = [
     Bug(LOOP, "DecodingLoop._steps", "// len(expansion.choices)", "", "the draft: no room"),
     Bug(POLICY, "extend", "[path[-1]]", "[Choice(path[-1].node)]", "runs twice over a node"),
     Bug(BRANCHING, "Hedging.draft_during", ", state.remaining - 1)", ", state.remaining + 9)", NO_TOKEN),
-    Bug(BRANCHING, "Hedging.draft_during", "max(1, depth - deepest)", "state.burst", NO_TOKEN),
+    Bug(BRANCHING, "Hedging.draft_during", "max(1, depth - tree.deepest(choices))", "state.burst", NO_TOKEN),
     # Counts, and what was asked for
     Bug(LOOP, CHOOSE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
     Bug(LOOP, EXPAND, "in drafted.steps:", "in drafted.steps[:1]:", "draft steps are miscounted"),
