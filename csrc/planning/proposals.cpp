@@ -16,8 +16,8 @@ using namespace py::literals;
 struct Row {
   Nodes tokens;
   std::vector<double> scores, confidence;
-  bool has_confidence;
-  double entropy;
+  bool has_confidence = false;
+  double entropy = 0;
 
   SampledRow get() const {
     if (scores.size() != tokens.size() || (has_confidence && confidence.size() != tokens.size())) {
@@ -48,9 +48,13 @@ void add_step(ProposalRows& rows, py::handle tokens, py::handle scores, py::hand
   std::optional<Items> all_confidence;
   if (!confidence.is_none()) all_confidence = column(confidence, "confidence");
   ProposalColumns step;  // whole, or nothing is added
+  Row row;
+  row.has_confidence = all_confidence.has_value();
   for (int64_t i = 0; i < nodes; ++i) {
-    Row row{integers(all_tokens[i]), numbers(all_scores[i]), {}, all_confidence.has_value(), number(all_entropy[i])};
-    if (all_confidence) row.confidence = numbers((*all_confidence)[i]);
+    read_integers(all_tokens[i], row.tokens);
+    read_numbers(all_scores[i], row.scores);
+    if (all_confidence) read_numbers((*all_confidence)[i], row.confidence);
+    row.entropy = number(all_entropy[i]);
     add_sampled(step, row.get(), depths[i], depths[i] == 0 ? forecast.first : forecast.second);
   }
   rows.nodes = nodes;
@@ -76,7 +80,12 @@ void bind_proposals(py::module_& m) {
       .def(py::init<>())
       .def("add", &add_step, "tokens"_a, "scores"_a, "confidence"_a, "entropy"_a, "depths"_a, "forecast"_a)
       .def("__len__", &ProposalRows::steps)
-      .def("__getitem__", &step_of);
+      .def("__getitem__", &step_of)
+      .def("__iter__", [](const ProposalRows& rows) {
+        py::list steps;
+        for (int64_t step = 0; step < rows.steps(); ++step) steps.append(step_of(rows, step));
+        return py::iter(steps);
+      });
 }
 
 }  // namespace specbranch

@@ -54,24 +54,22 @@ class Items {
   int64_t size_;
 };
 
-inline std::vector<int64_t> integers(py::handle sequence) {
+inline void read_integers(py::handle sequence, std::vector<int64_t>& values) {
   const Items items(sequence, "expected a sequence of integers");
-  std::vector<int64_t> values(items.size());
+  values.resize(items.size());
   for (int64_t i = 0; i < items.size(); ++i) values[i] = integer(items[i]);
-  return values;
 }
 
-inline std::vector<double> numbers(py::handle sequence) {
+inline void read_numbers(py::handle sequence, std::vector<double>& values) {
   const Items items(sequence, "expected a sequence of numbers");
-  std::vector<double> values(items.size());
+  values.resize(items.size());
   for (int64_t i = 0; i < items.size(); ++i) values[i] = number(items[i]);
-  return values;
 }
 
-// A named tuple; `items` is used up.
-inline py::object named_tuple(PyTypeObject* type, py::tuple items) {
+// A named tuple of some items.
+inline py::object named_tuple(PyTypeObject* type, const py::tuple& items) {
   if (!type) throw std::runtime_error("specbranch.core.tree is not imported");
-  const py::tuple arguments = py::make_tuple(std::move(items));
+  const py::tuple arguments = py::make_tuple(items);
   auto made = py::reinterpret_steal<py::object>(PyTuple_Type.tp_new(type, arguments.ptr(), nullptr));
   if (!made) throw py::error_already_set();
   return made;

@@ -202,6 +202,12 @@ def test_a_rank_that_no_candidate_has_is_refused() -> None:
             call(small(), Choice(0, 2))
 
 
+def run() -> ProposalRows:
+    rows = ProposalRows()
+    rows.add(**STEP)
+    return rows
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -209,7 +215,8 @@ def test_a_rank_that_no_candidate_has_is_refused() -> None:
         (lambda: Tree(1, 0).note(0, ((1,), (1.0,))), "expected a Proposals"),  # type: ignore[arg-type]
         (lambda: Tree(1, 0).note(0, Proposals((1,), (1.0,), (1.0,))), "expected a Signals"),  # type: ignore[arg-type]
         (lambda: Tree(1, 0).descend([0], [[]]), "expected 1 in each step, one for each node, got 0"),
-        (lambda: Tree(1, 0).descend([0], [[Proposals((1,), (1.0,))], []]), "expected 1 in each step, one for each node, got 0"),
+        (lambda: Tree(1, 0).descend([0], [[Proposals((1,), (1.0,))], []]), "expected 1 in each step"),
+        (lambda: Tree(1, 0).descend([0, 0], run()), "expected 2 in each step, one for each node, got 1"),
         (lambda: small().adopt(small(), 0), "a tree with a root only"),
         (lambda: Calibrator().correct([Proposals((1,), (1.0,))]), "some with signals"),
         (lambda: Calibrator().correct([Proposals((), (), Signals(0.5, 1, 1, 0))]), "expected candidates"),
@@ -324,8 +331,7 @@ STEP: dict[str, Any] = {
     ],
 )
 def test_a_step_that_is_none_is_refused(changed: dict[str, Any], said: str) -> None:
-    rows = ProposalRows()
-    rows.add(**STEP)
+    rows = run()
     with pytest.raises(ValueError, match=said):
         rows.add(**{**STEP, **changed})
     assert len(rows) == 1
@@ -338,10 +344,11 @@ def test_a_step_that_is_none_is_refused(changed: dict[str, Any], said: str) -> N
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
-    largest = max(map(abs, sum(expected["covariance"], [])))
+    largest = max(map(max, expected["covariance"]))  # on the diagonal
     for name, value in expected.items():
         if name == "covariance":
-            assert sum(found[name], []) == pytest.approx(sum(value, []), rel=1e-12, abs=1e-12 * largest)
+            for row, wanted in zip(found[name], value, strict=True):
+                assert row == pytest.approx(wanted, rel=1e-12, abs=1e-12 * largest)
         else:
             assert found[name] == pytest.approx(value, rel=1e-12, abs=1e-12)
 

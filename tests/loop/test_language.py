@@ -102,16 +102,26 @@ BUGS = [
     Bug(MESSAGES, "Trunk.of", "tree.position)", "tree.position + 1)", "the target: the root stands elsewhere"),
     Bug(POLICY, "whole_path", "[: state.remaining]", "", NO_TOKEN),
     Bug(BRANCHING, "Hedging._siblings", " and choice not in chosen", "", TWICE),
-    Bug(BRANCHING, "Hedging._siblings", "or tree.depth[node] + 1 >= state.remaining", "", NO_TOKEN),
+    Bug(BRANCHING, "Hedging._siblings", "or depth_of[node] + 1 >= state.remaining", "", NO_TOKEN),
     # The tree
-    Bug(TREE, "PlainTree.reroot", "self.position + self.depth[node]", "self.position", "the root is not the last token"),
+    Bug(
+        TREE, "PlainTree.reroot", "self.position + self.depth[node]", "self.position", "the root is not the last token"
+    ),
     Bug(TREE, "PlainTree.reroot", "kept[self.parent[old]]", "new - 1", "a row in the draft's cache is another node's"),
     Bug(TREE, "PlainTree.reroot", "tree.note(new,", "tree.note(max(0, new - 1),", "proposals of another node"),
-    Bug(TREE, "PlainTree.descend", "Choice(node, 0)", "Choice(node, 1)", "a row in the draft's cache is another node's"),
+    Bug(
+        TREE, "PlainTree.descend", "Choice(node, 0)", "Choice(node, 1)", "a row in the draft's cache is another node's"
+    ),
     Bug(TREE, "PlainTree.branch", "if not self._is_child(node, rank)", "if True", TWICE),
     Bug(TREE, "PlainTree.untried", "if token not in known", "if True", TWICE),
     Bug(TREE, "PlainTree.undrafted", "proposals is None and", "", "runs twice over a node"),
-    Bug(TREE, "PlainTree.likeliest", "stale = self.proposals[node] is not None", "stale = False", "runs twice over a node"),
+    Bug(
+        TREE,
+        "PlainTree.likeliest",
+        "stale = self.proposals[node] is not None",
+        "stale = False",
+        "runs twice over a node",
+    ),
     Bug(TREE, "PlainTree.likeliest", "stale = self._is_child(node, rank)", "stale = False", TWICE),
     Bug(TREE, "PlainTree.likeliest", "self.depth[node] < depth", "self.depth[node] <= depth", NO_TOKEN),
     # Drafting

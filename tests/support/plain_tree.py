@@ -59,11 +59,11 @@ class PlainTree:
         Those candidates become nodes, in that order. Returns all the nodes where something was noted.
         """
         below, everywhere = list(nodes), list(nodes)
-        for step in range(len(proposals)):
+        for step, row in enumerate(proposals):
             if step:
                 below = [self.take(Choice(node, 0)) for node in below]
                 everywhere += below
-            for node, found in zip(below, proposals[step], strict=True):
+            for node, found in zip(below, row, strict=True):
                 self.note(node, found)
         return everywhere
 

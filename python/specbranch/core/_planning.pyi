@@ -1,7 +1,7 @@
 """The compiled tree and calibration: csrc/planning binds csrc/tree. In plain Python: tests/support/plain_tree.py and
 plain_calibration.py."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from specbranch.core.tree import Choice, Proposals, Signals
@@ -27,6 +27,7 @@ class ProposalRows:
         Raises ValueError for a row without candidates."""
     def __len__(self) -> int: ...
     def __getitem__(self, step: int) -> list[Proposals]: ...
+    def __iter__(self) -> Iterator[list[Proposals]]: ...
 
 class Tree:
     """See specbranch.core.tree.Tree."""

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from specbranch.core import _planning
-from specbranch.core._planning import ProposalRows as ProposalRows
+try:
+    from specbranch.core import _planning
+except ImportError as error:
+    raise ImportError(
+        "specbranch was imported without its compiled module `specbranch.core._planning`. Build it with "
+        f"`pip install .` or, to work on the source, `pip install -e .` in the repository root. The cause: {error}"
+    ) from error
 
+ProposalRows = _planning.ProposalRows
 MOST_NODES = 240  # that a draft may run over between two commits
 
 

@@ -124,12 +124,13 @@ class Hedging(Options, Branching):
         found: list[tuple[float, Choice]] = []  # (-reach, choice)
         best = [self._least(state)] * self.siblings  # the greatest chances so far, the least of them first
         chosen = set(path)
+        reach_of, depth_of = tree.reach, tree.depth
 
         def look_below(node: int) -> None:
             ranks = self.outcomes.ranks(tree, node, branch_point)
-            if not ranks or tree.reach[node] <= best[0] or tree.depth[node] + 1 >= state.remaining:
+            if not ranks or reach_of[node] <= best[0] or depth_of[node] + 1 >= state.remaining:
                 return
-            ranks = ranks if tree.depth[node] < self.max_depth else 0
+            ranks = ranks if depth_of[node] < self.max_depth else 0
             for reach, choice in tree.offers(node, ranks, best[0]):
                 if reach > best[0] and choice not in chosen:
                     heappush(found, (-reach, choice))
