@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.arguments import add_models, add_sampling, sampling_options, text, whole
@@ -20,6 +21,7 @@ from specbranch.text.prompts import Prompt, read_prompts, read_text
 if TYPE_CHECKING:
     from specbranch import Generation, SpecBranch
     from specbranch.core.stats import Stats
+    from specbranch.request import Request
 
 
 HELP = "generate text for a prompt or a file of prompts"
@@ -46,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_hrad(parser)
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N prompts of the file")
+    parser.add_argument(
+        "--batch",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="prompts of the file that are decoded at once (default: 1)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, one for each prompt")
     parser.add_argument(
         "--trace", metavar="FILE", help="write when each model ran, for chrome://tracing or ui.perfetto.dev"
@@ -54,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate for every prompt in turn.
+    """Generate for every prompt in turn, or for --batch of them at once; what is printed is in the order of the file.
 
     A prompt of a file that fails (too long, for example) is reported on stderr, the others have their turn, and the
     exit status is 1. Ctrl-C prints what the current prompt has so far and ends with 130.
@@ -63,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError('--chat has no effect with --prompts; in a prompt file a line says "chat": true')
     if args.limit is not None and args.prompts is None:
         raise ValueError("--limit has no effect with --prompt; it is for --prompts")
+    if args.batch > 1 and args.prompts is None:
+        raise ValueError("--batch has no effect with --prompt; it is for --prompts")
     check_method(args)
     if args.prompts is None:
         given = read_text() if args.prompt == "-" else args.prompt
@@ -72,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     engine = load_engine(args)
     runs: list[tuple[str, Stats]] = []
     try:
-        return _generate_all(engine, prompts, args, runs)
+        return (_generate_together if args.batch > 1 else _generate_all)(engine, prompts, args, runs)
     finally:  # also when interrupted
         if args.trace is not None:
             from specbranch.cli.trace import trace
@@ -120,6 +131,78 @@ def _generate_all(
                 failed = True
             bar.done()
     return FAILURE if failed else 0
+
+
+def _generate_together(
+    engine: SpecBranch, prompts: list[Prompt], args: argparse.Namespace, runs: list[tuple[str, Stats]]
+) -> int:
+    """Generate for several prompts at once. Each is printed when it and those before it are over."""
+    from specbranch import GenerationInterrupted
+    from specbranch.core.errors import SpecBranchError
+    from specbranch.several import Several
+    from specbranch.text.encoding import encode
+
+    options = {**sampling_options(args, engine.target.generation_config), "stop": args.stop, "method": args.method}
+    outcomes: dict[int, Generation | Exception] = {}
+    asked, places = [], []
+    for number, prompt in enumerate(prompts):
+        try:
+            ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
+            asked.append(partial(_same, engine.request(ids, **options)))
+            places.append(number)
+        except SpecBranchError as error:
+            outcomes[number] = error
+    several = Several(engine.decoder, asked, args.batch, engine.cache_tokens)
+    printed, failed = 0, False
+    with progress(len(prompts), shown=not sys.stdout.isatty()) as bar:
+        while True:
+            while printed in outcomes:
+                failed |= not _print_outcome(prompts[printed], printed, outcomes[printed], args, runs)
+                bar.done()
+                printed += 1
+            if printed == len(prompts):
+                return FAILURE if failed else 0
+            bar.next(prompts[printed].id)
+            try:
+                touched = several.advance()
+            except GenerationInterrupted as interrupt:
+                for number, generation in zip(places, interrupt.generations, strict=True):
+                    if number >= printed:
+                        _print_outcome(prompts[number], number, outcomes.get(number, generation), args, runs)
+                complain("interrupted")
+                return INTERRUPTED
+            for place in touched:
+                if (outcome := several.tickets[place].outcome) is not None:
+                    outcomes[places[place]] = outcome
+
+
+def _same(request: Request) -> Request:
+    return request
+
+
+def _print_outcome(
+    prompt: Prompt,
+    number: int,
+    outcome: Generation | Exception,
+    args: argparse.Namespace,
+    runs: list[tuple[str, Stats]],
+) -> bool:
+    """False for an error, which may come with a part of the text."""
+    from specbranch import GenerationFailed
+
+    generation = outcome.generation if isinstance(outcome, GenerationFailed) else outcome
+    if not args.json:
+        print(f"{chr(10) if number else ''}=== {prompt.id}")
+    if not isinstance(generation, Exception):
+        runs.append((prompt.id, generation.stats))
+        if args.json:
+            _print_json(prompt, generation)
+        else:
+            print(generation.text, flush=True)
+            _print_summary(generation)
+    if isinstance(outcome, Exception):
+        complain(f"error: prompt {prompt.id}: {one_line(outcome)}")
+    return not isinstance(outcome, Exception)
 
 
 def _print_json(prompt: Prompt, generation: Generation) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,13 @@ class Samples:
     confidence: list[list[float]]
     entropy: list[float]
     step: Step
+
+    def best(self, k: int) -> Samples:
+        """The first k candidates of each leaf: another text of the step may have wanted more."""
+        if len(self.tokens[0]) <= k:
+            return self
+        tokens, scores = [row[:k] for row in self.tokens], [row[:k] for row in self.scores]
+        return Samples(tokens, scores, [row[:k] for row in self.confidence], self.entropy, self.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,29 +299,38 @@ def spans_of(counts: Sequence[int]) -> list[slice]:
 
 
 def judged(logits: Tensor, inputs: Inputs, texts: Sequence[Judged], spans: Sequence[slice]) -> Tensor:
-    """What PendingVerdict takes: accepted, next token and path of each text, int64 [2s + n]."""
-    positions = inputs.positions + 1
+    """What PendingVerdict takes: accepted and next token of each text, and their paths, int64 [2s + n]."""
+    device, positions = logits.device, inputs.positions + 1
     if len(texts) == 1:
         text = texts[0]
         if text.walk is not None:
             return positions[:0]
-        parents = torch.tensor(text.parents, device=positions.device)
+        parents = torch.tensor(text.parents, device=device)
         verdict = verify(logits, inputs.ids, parents, positions, **text.sampling.op_arguments)
         return torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
-    accepted, following, paths = [], [], []
-    for text, span in zip(texts, spans, strict=True):
-        parents = torch.tensor(text.parents, device=positions.device)
-        try:
-            verdict = verify(logits[span], inputs.ids[span], parents, positions[span], **text.sampling.op_arguments)
-        except ValueError:
-            accepted.append(torch.tensor(0))
-            following.append(torch.tensor(-1))
-            paths.append(parents)
-            continue
-        accepted.append(verdict.accepted)
-        following.append(verdict.next_token)
-        paths.append(verdict.path + span.start)
-    return torch.cat([torch.stack(accepted), torch.stack(following), *paths])
+    above = [
+        parent if parent < 0 else span.start + parent
+        for text, span in zip(texts, spans, strict=True)
+        for parent in text.parents
+    ]
+    verdict = verify(
+        logits,
+        inputs.ids,
+        torch.tensor(above, device=device),
+        positions,
+        **sampling_of_rows([text.sampling for text in texts], spans, device),
+        roots=torch.tensor([span.start for span in spans], device=device),
+    )
+    return torch.cat([verdict.accepted, verdict.next_token, verdict.path])
+
+
+def sampling_of_rows(samplings: Sequence[Sampling], spans: Sequence[slice], device: torch.device) -> dict[str, Any]:
+    """seed and filters of each row, as the ops take them."""
+    rows = [sampling for sampling, span in zip(samplings, spans, strict=True) for _ in range(span.start, span.stop)]
+    return {
+        "seed": torch.tensor([sampling.seed for sampling in rows], device=device),
+        "filters": torch.tensor([sampling.filters for sampling in rows], dtype=torch.float64, device=device),
+    }
 
 
 def guessed(
@@ -339,8 +355,5 @@ def sampled(
     """`draft_sample` for each text's leaves."""
     if len(texts) == 1:
         return draft_sample(logits, positions, candidates, **texts[0].sampling.op_arguments)
-    parts = [
-        draft_sample(logits[span], positions[span], candidates, **text.sampling.op_arguments)
-        for text, span in zip(texts, spans, strict=True)
-    ]
-    return DraftSample(*(torch.cat(each) for each in zip(*parts, strict=True)))
+    of_rows = sampling_of_rows([text.sampling for text in texts], spans, logits.device)
+    return draft_sample(logits, positions, candidates, **of_rows)
