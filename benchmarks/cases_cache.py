@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 
 import torch
+from cases_texts import attention_over_texts, commit_of_texts
 from op_case import Built, Case, Peer, dtypes
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -35,6 +36,7 @@ def tree_attention_cases(device: str, flex: bool = False) -> Iterator[Case]:
         for n, prefix in [(256, 0), (256, 1024)]:
             for dtype in dtypes(device):
                 yield attention_case(device, *head_counts, n, prefix, dtype, flex, chain=True)
+        yield attention_over_texts(device, *head_counts)
 
 
 def attention_case(
@@ -151,6 +153,7 @@ def kv_commit_cases(device: str) -> Iterator[Case]:
             for m in (1, 4, 8):
                 rows = [702 + 2 * i for i in range(m)]
                 yield commit_case(device, f"{m} rows of a branch", rows, layers, 8, quick=(layers, m) == (32, 8))
+    yield commit_of_texts(device, *((28, 2) if device == "cpu" else (32, 8)))
 
 
 def commit_case(device: str, what: str, rows: list[int], layers: int, heads: int, quick: bool) -> Case:

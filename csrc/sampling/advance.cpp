@@ -49,7 +49,11 @@ void check_advance(const AdvanceParams& p) {
   check_shape(p.ancestors, {n, -1}, "[n, words]");
   check_dtype(p.ancestors, Dtype::int64);
   check_contiguous(p.ancestors);
-  check_number(p.prefix);
+  if (p.prefix.dims != 0 && (p.prefix.dims != 1 || p.prefix.shape[0] != n)) {
+    fail("prefix: expected shape [] or [n] = [" + std::to_string(n) + "], got " + shape_text(p.prefix));
+  }
+  check_dtype(p.prefix, Dtype::int64);
+  check_contiguous(p.prefix);
   check_number(p.slot);
   if (p.launch.on_cuda()) return;  // the kernel writes nothing
   const int64_t slot = *p.slot.as<const int64_t>();

@@ -24,7 +24,7 @@ struct AdvanceParams {
   Tensor rows;            // int64 [n]: the cache row of each row's K/V
   Tensor strides;         // int64 [n], read only: how many cache rows further a row goes; 0 for padding
   Tensor ancestors;       // int64 [n, words]: bit j says that the row sees cache row prefix + j
-  Tensor prefix;          // int64 [], read only
+  Tensor prefix;          // int64 [], or [n] for rows of several texts, read only
   Tensor slot;            // int64 []
   int64_t spare = 0;      // the cache row of padding
 };
@@ -32,7 +32,8 @@ struct AdvanceParams {
 // Throws std::invalid_argument naming the tensor and what was expected.
 void check_advance(const AdvanceParams& params);
 
-// The parameters must have passed the check. Padding becomes a copy of the first row. A cache row that ancestors has no
+// The parameters must have passed the check. Padding becomes a copy of the first row, or with a prefix for each row of
+// the one with a stride before it. A cache row that ancestors has no
 // bit for gets none: in the last step of a burst, whose next batch nobody runs, there may be no room for it.
 void run_advance(const AdvanceParams& params);
 

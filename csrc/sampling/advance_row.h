@@ -19,6 +19,7 @@ struct StepInputs {
   uint64_t* ancestors;
   int64_t words;
   const int64_t* prefix;
+  int64_t prefix_stride;
   int64_t spare;
 };
 
@@ -33,6 +34,7 @@ inline StepInputs step_inputs(const AdvanceParams& p) {
           p.ancestors.as<uint64_t>(),
           p.ancestors.shape[1],
           p.prefix.as<const int64_t>(),
+          p.prefix.dims,  // 0 for one that is of all rows
           p.spare};
 }
 
@@ -41,14 +43,24 @@ SPECBRANCH_HD inline int64_t wrapping_sum(int64_t a, int64_t b) {
   return static_cast<int64_t>(static_cast<uint64_t>(a) + static_cast<uint64_t>(b));
 }
 
-// Writes row i only. Padding reads the first row, which therefore comes last. No word has the bit of a cache row beyond
+SPECBRANCH_HD inline bool is_padding(const StepInputs& step, int64_t i) { return step.strides[i] <= 0; }
+
+// The row that padding copies: the first one, or with several texts the one with a stride before it, which is of its own
+// text.
+SPECBRANCH_HD inline int64_t copied_by(const StepInputs& step, int64_t i) {
+  if (step.prefix_stride == 0) return 0;
+  while (i > 0 && is_padding(step, i)) --i;
+  return i;
+}
+
+// Writes row i only. Padding reads another row, which therefore comes later. No word has the bit of a cache row beyond
 // them.
 SPECBRANCH_HD inline void advance_row(const StepInputs& step, int64_t i) {
-  const bool real = step.strides[i] > 0;
-  const int64_t from = real ? i : 0;
+  const bool real = !is_padding(step, i);
+  const int64_t from = real ? i : copied_by(step, i);
   const int64_t stride = step.strides[from], next_row = wrapping_sum(step.rows[from], stride);
   const int64_t token = step.tokens[from * step.k], position = step.positions[from];
-  const uint64_t bit = static_cast<uint64_t>(next_row) - static_cast<uint64_t>(*step.prefix);
+  const uint64_t bit = static_cast<uint64_t>(next_row) - static_cast<uint64_t>(step.prefix[from * step.prefix_stride]);
   for (int64_t w = 0; w < step.words; ++w) {
     const bool has_bit = stride > 0 && bit / 64 == static_cast<uint64_t>(w);
     step.ancestors[i * step.words + w] =

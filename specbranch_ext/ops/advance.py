@@ -35,7 +35,8 @@ def advance(
     `sample` goes to the buffers at `slot`, which becomes the next one. A row with a stride goes on with its first
     token, at the next position, in the cache row that is its stride further, and sees that row too. A row without one
     is padding: it becomes a copy of the first row, so that nothing comes of it that the first row has not, in the
-    cache row `spare`. When an error is raised, nothing is written.
+    cache row `spare`. With a prefix for each row it copies the last row before it that has a stride (the first row,
+    where there is none): that is of its own text. When an error is raised, nothing is written.
 
     Args:
         buffers: the results of every step of the burst, contiguous, written: tokens int64 [S, R, k], scores and
@@ -51,7 +52,8 @@ def advance(
         ancestors: int64 [n, words], contiguous, written: bit j % 64 of word j // 64 says that a row sees the cache row
             prefix + j. A next cache row beyond them gets no bit: the batch behind a burst's last step, which nobody
             runs, may lie there.
-        prefix: int64 []: the number of committed cache rows.
+        prefix: int64 []: the number of committed cache rows. For rows of several texts in one cache int64 [n],
+            contiguous: of each row, the cache row behind what its text has committed.
         slot: int64 [], written.
         spare: a cache row that nobody reads.
 

@@ -29,12 +29,14 @@ def advance(
         buffer[int(slot), :n] = part
 
     new_rows = rows + strides
-    bit = new_rows - prefix
+    bit = new_rows - prefix  # of all rows, or of each
     in_word = torch.arange(ancestors.shape[1]) == (bit // WORD)[:, None]
     sets = real[:, None] & in_word
     seen = ancestors | torch.where(sets, torch.ones_like(ancestors) << (bit % WORD)[:, None], 0)
 
     source = torch.where(real, torch.arange(n), 0)
+    if prefix.dim() > 0 and n > 0:
+        source = source.cummax(0).values
     ids[:] = sample[0][source, 0].clamp(min=0)
     positions[:] = positions[source] + 1
     next_positions[:] = positions + 1

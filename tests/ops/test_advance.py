@@ -96,7 +96,8 @@ def check(step: Step, sample: DraftSample) -> None:
     for buffer, was, part in zip(step.buffers, before.buffers, sample, strict=True):
         was[slot, :n] = part
         assert torch.equal(buffer, was)
-    assert (step.prefix, step.slot) == (before.prefix, slot + 1)
+    assert torch.equal(step.prefix, before.prefix)
+    assert step.slot == slot + 1
     assert torch.equal(step.strides, before.strides)
 
 
@@ -180,6 +181,52 @@ def test_a_cache_row_beyond_the_words_gets_no_bit(row: int) -> None:
     assert step.ids.tolist() == [5, 6, 5]
 
 
+def beside_each_other(steps: list[Step]) -> Step:
+    """The rows of several texts, each with its prefix."""
+    names = ("ids", "positions", "next_positions", "rows", "strides", "ancestors")
+    joined = {name: torch.cat([vars(step)[name] for step in steps]) for name in names}
+    joined["prefix"] = torch.cat([step.prefix.expand(len(step.ids)) for step in steps])
+    joined = {name: around(column) for name, column in joined.items()}
+    n = len(joined["ids"])
+    buffers = [around(torch.full((SLOTS, n, 1), GUARD, dtype=d)) for d in (torch.int64, *[torch.float32] * 2)]
+    buffers.append(around(torch.full((SLOTS, n), GUARD, dtype=torch.float32)))
+    return Step(buffers=tuple(buffers), **joined, slot=around(ints(1)), spare=999)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_rows_of_several_texts_go_on_as_each_text_does(data: st.DataObject) -> None:
+    words = data.draw(st.integers(1, 3))
+    texts = data.draw(st.lists(batches(words, most=3), min_size=1, max_size=4))
+    rows = [len(text) + data.draw(st.integers(0, 2)) for text in texts]
+    step = beside_each_other([Step.of(text, n, words) for text, n in zip(texts, rows, strict=True)])
+    for _ in range(3):
+        n = len(step.ids)
+        sample = sample_of([[token] for token in data.draw(st.lists(st.integers(-1, 99), min_size=n, max_size=n))])
+        check(step, sample)
+        first = 0
+        for q, (text, count) in enumerate(zip(texts, rows, strict=True)):
+            own, padding = slice(first, first + count), count - text.leaves
+            tokens = sample.tokens[first : first + text.leaves, 0].clamp(min=0).tolist()
+            texts[q] = text = text.below(tokens)
+            assert step.ids[own].tolist() == [*text.tokens, *text.tokens[-1:] * padding]
+            assert step.positions[own].tolist() == [*text.positions, *text.positions[-1:] * padding]
+            assert step.rows[own].tolist() == [*text.rows, *[999] * padding]
+            bits = pack((*text.ancestors, *text.ancestors[-1:] * padding), words)
+            assert step.ancestors[own].tolist() == bits.tolist()
+            first += count
+
+
+def test_padding_of_several_texts_without_a_row_to_copy() -> None:
+    step = Step.of(chain(4), 4, words=1)
+    step.prefix, step.strides = ints([7, 7, 9, 9]), around(ints([0, 0, 2, 0]))
+    step.rows[2] = 12
+    check(step, sample_of([[1], [2], [3], [4]]))
+    assert step.ids.tolist() == [1, 1, 3, 3]
+    assert step.rows.tolist() == [999, 999, 14, 999]
+    assert step.ancestors.flatten().tolist() == [1, 1, 4 | 1 << 5, 4 | 1 << 5]
+
+
 def test_rows_do_not_depend_on_their_number() -> None:
     few, many = Step.of(chain(3), 3, words=2), Step.of(chain(3), 64, words=2)
     sample = sample_of([[i] for i in range(64)])
@@ -257,7 +304,10 @@ def test_slots_out_of_range(changes: dict[str, Tensor], message: str) -> None:
         ({"strides": ints(2)}, "strides: expected shape \\[n\\]"),
         ({"ancestors": ints([1, 2])}, "ancestors: expected shape \\[n, words\\]"),
         ({"ancestors": ints([[1, 2, 3, 4]] * 2)[:, :2]}, "ancestors: expected a contiguous"),
-        ({"prefix": ints([7])}, "prefix: expected shape \\[\\], got \\[1\\]"),
+        ({"prefix": ints([7])}, "prefix: expected shape \\[\\] or \\[n\\] = \\[2\\], got \\[1\\]"),
+        ({"prefix": ints([[7, 8]])}, "prefix: expected shape \\[\\] or \\[n\\]"),
+        ({"prefix": ints([7, 8, 9])[::2]}, "prefix: expected a contiguous"),
+        ({"prefix": torch.tensor([7.0, 8.0])}, "prefix: expected int64, got float32"),
         ({"slot": torch.tensor(0.0)}, "slot: expected int64, got float32"),
     ],
 )

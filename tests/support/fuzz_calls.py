@@ -349,7 +349,7 @@ def advance(draw: Draw) -> dict[str, Any]:
         "rows": vector(draw, st.integers(prefix - 20, prefix + 64 * words), n),
         "strides": Ints((*[stride] * leaves, *[draw(one_of([0, 0, -1]))] * (n - leaves))),
         "ancestors": numbers(n, words),
-        "prefix": Ints(prefix),
+        "prefix": vector(draw, st.integers(0, prefix), n) if rarely(draw, 3) else Ints(prefix),
         "slot": Ints(draw(st.integers(0, slots - 1))),
         "spare": draw(st.integers(0, 999) | one_of(ENDS)),
     }

@@ -25,7 +25,7 @@ void advance(const AdvanceParams& p) {
   store(p.sample.confidence, p.buffers.confidence, *slot);
   store(p.sample.entropy, p.buffers.entropy, *slot);
   const StepInputs step = step_inputs(p);
-  for (int64_t i = p.ids.shape[0] - 1; i >= 0; --i) advance_row(step, i);
+  for (int64_t i = p.ids.shape[0] - 1; i >= 0; --i) advance_row(step, i);  // what padding copies lies before it
   ++*slot;
 }
 

@@ -1,5 +1,5 @@
-// One block: there is little to do, and what other threads read can be written behind a barrier: the first row, which
-// padding copies, and the slot.
+// One block: there is little to do, and what other threads read can be written behind a barrier: the rows that padding
+// copies, and the slot.
 //
 // A slot outside [0, S) cannot raise here: nothing is written.
 #include "sampling/advance_row.h"
@@ -36,12 +36,13 @@ __global__ void __launch_bounds__(threads)
   }
   for (int64_t i = threadIdx.x; i < n; i += threads) {
     to.entropy[first_row + i] = from.entropy[i];
-    if (i > 0) advance_row(step, i);
+    if (i > 0 && is_padding(step, i)) advance_row(step, i);
   }
   __syncthreads();
-  if (threadIdx.x > 0) return;
-  if (n > 0) advance_row(step, 0);
-  *slot_pointer = slot + 1;
+  for (int64_t i = threadIdx.x; i < n; i += threads) {
+    if (i == 0 || !is_padding(step, i)) advance_row(step, i);
+  }
+  if (threadIdx.x == 0) *slot_pointer = slot + 1;
 }
 
 }  // namespace
