@@ -142,6 +142,7 @@ def verify_cases(device: str) -> Iterator[Case]:
     if device != "cpu":  # as a captured step has it
         for options in OPTIONS[:3]:
             yield verify_case(device, 9, QWEN, "peaked", torch.float32, options, quick=True, in_memory=True)
+    yield verify_texts_case(device, texts=8, rows=4)
 
 
 def filters_in_memory(device: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -186,6 +187,44 @@ def verify_case(
 
     description = describe(rows, vocabulary, what, dtype, options) + (", in memory" if in_memory else "")
     return Case("verify", description, build, rows * vocabulary * dtype.itemsize, quick=quick)
+
+
+def options_of_texts(device: str, texts: int, rows: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Other options and seeds for every text: of each by themselves, and of all their rows for one call."""
+    seeds = torch.arange(texts, device=device)
+    options = [{"seed": seeds[i]} | filters_in_memory(device, OPTIONS[i % len(OPTIONS)]) for i in range(texts)]
+    filters = torch.stack([each["filters"] for each in options]).repeat_interleave(rows, dim=0)
+    return options, {"seed": seeds.repeat_interleave(rows), "filters": filters}
+
+
+def verify_texts_case(device: str, texts: int, rows: int) -> Case:
+    """A chain of each text, each sampled in its own way."""
+
+    def build() -> Built:
+        logits = peaked_logits(texts * rows, QWEN, device)
+        roots, chain = torch.arange(texts, device=device) * rows, torch.arange(rows, device=device)
+        tokens, positions = torch.zeros(texts * rows, dtype=torch.int64, device=device), (chain + 100).repeat(texts)
+        parents = (roots.unsqueeze(1) + chain - 1).where(chain > 0, -1).flatten()
+        each, of_all = options_of_texts(device, texts, rows)
+
+        def ours() -> Verification:
+            return verify(logits, tokens, parents, positions, roots=roots, **of_all)
+
+        def one_by_one() -> list[Verification]:
+            parts = logits.split(rows)
+            return [
+                verify(parts[i], tokens[:rows], parents[:rows], positions[:rows], **options)
+                for i, options in enumerate(each)
+            ]
+
+        def check() -> None:
+            expected = torch.cat([alone.target_tokens for alone in one_by_one()])
+            assert torch.equal(ours().target_tokens, expected), "other tokens than a call for each text"
+
+        return Built(ours, {"a call for each text": Peer(one_by_one)}, check)
+
+    description = f"{texts} texts of {rows} rows of {QWEN}, peaked, float32, each with filters of its own"
+    return Case("verify", description, build, texts * rows * QWEN * 4)
 
 
 def verify_rejection_cases(device: str) -> Iterator[Case]:
@@ -235,6 +274,7 @@ def draft_sample_cases(device: str) -> Iterator[Case]:
         for rows in (1, 3) if device == "cpu" else (1, 8):
             for options in OPTIONS[:4]:
                 yield draft_sample_case(device, rows, what, options, quick=what == "peaked" and options == OPTIONS[1])
+    yield draft_texts_case(device, texts=8)
 
 
 def draft_sample_case(device: str, rows: int, what: str, options: dict[str, Any], quick: bool) -> Case:
@@ -256,3 +296,28 @@ def draft_sample_case(device: str, rows: int, what: str, options: dict[str, Any]
 
     description = f"{describe(rows, QWEN, what, torch.float32, options)}, k {k}"
     return Case("draft_sample", description, build, rows * QWEN * 4, quick=quick)
+
+
+def draft_texts_case(device: str, texts: int) -> Case:
+    """A row of each text, each sampled in its own way."""
+    k = 4
+
+    def build() -> Built:
+        logits, positions = peaked_logits(texts, QWEN, device), torch.arange(texts, device=device) + 100
+        each, of_all = options_of_texts(device, texts, rows=1)
+
+        def ours() -> DraftSample:
+            return draft_sample(logits, positions, k, **of_all)
+
+        def one_by_one() -> list[DraftSample]:
+            rows = zip(logits.split(1), positions.split(1), each, strict=True)
+            return [draft_sample(row, position, k, **options) for row, position, options in rows]
+
+        def check() -> None:
+            expected = torch.cat([alone.tokens for alone in one_by_one()])
+            assert torch.equal(ours().tokens, expected), "other tokens than a call for each text"
+
+        return Built(ours, {"a call for each text": Peer(one_by_one)}, check)
+
+    description = f"{texts} texts of a row of {QWEN}, peaked, float32, each with filters of its own, k {k}"
+    return Case("draft_sample", description, build, texts * QWEN * 4)

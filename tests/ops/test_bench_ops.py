@@ -206,7 +206,8 @@ def test_a_peer_that_must_not_be_captured_never_is_and_is_compared_as_called():
 
 def test_the_peers_that_wait_or_run_on_the_host_are_marked():
     for op, name in (("verify", "softmax, sort, cumsum, noise"), ("ancestor_mask", "reference on the CPU")):
-        for case in bench_ops.CASES[op]("cpu"):
+        cases = [case for case in bench_ops.CASES[op]("cpu") if "texts" not in case.what]
+        for case in cases:
             assert case.build().peers[name].never_captured
 
 

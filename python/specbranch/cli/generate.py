@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate for every prompt in turn, or for --batch of them at once; what is printed is in the order of the file.
+    """Generate for every prompt in turn, or for --max-requests of them at once; what is printed is in the order of the file.
 
     A prompt of a file that fails (too long, for example) is reported on stderr, the others have their turn, and the
     exit status is 1. Ctrl-C prints what the current prompt has so far and ends with 130.
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError('--chat has no effect with --prompts; in a prompt file a line says "chat": true')
     if args.limit is not None and args.prompts is None:
         raise ValueError("--limit has no effect with --prompt; it is for --prompts")
-    if args.batch > 1 and args.prompts is None:
-        raise ValueError("--batch has no effect with --prompt; it is for --prompts")
+    if args.max_requests > 1 and args.prompts is None:
+        raise ValueError("--max-requests has no effect with --prompt; it is for --prompts")
     check_method(args)
     if args.prompts is None:
         given = read_text() if args.prompt == "-" else args.prompt
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     engine = load_engine(args)
     runs: list[tuple[str, Stats]] = []
     try:
-        return (_generate_together if args.batch > 1 else _generate_all)(engine, prompts, args, runs)
+        return (_generate_together if args.max_requests > 1 else _generate_all)(engine, prompts, args, runs)
     finally:  # also when interrupted
         if args.trace is not None:
             from specbranch.cli.trace import trace
@@ -152,7 +152,7 @@ def _generate_together(
             places.append(number)
         except SpecBranchError as error:
             outcomes[number] = error
-    several = Several(engine.decoder, asked, args.batch, engine.cache_tokens)
+    several = Several(engine.decoder, asked, args.max_requests, engine.cache_tokens)
     printed, failed = 0, False
     with progress(len(prompts), shown=not sys.stdout.isatty()) as bar:
         while True:
