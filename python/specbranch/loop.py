@@ -126,7 +126,7 @@ class DecodingLoop:
     def _choose_trunk(self, tree: Tree, state: State) -> InFlight:
         choice = self.policy.choose_trunk(tree, state)
         size = len(tree)
-        nodes = tuple(tree.take(each) for each in choice.choices[: self.verifier.most_rows])
+        nodes = tuple(tree.take_all(choice.choices[: self.verifier.most_rows]))
         self.stats.drafted += len(tree) - size
         return InFlight(nodes, nodes[min(choice.branch_point, len(nodes) - 1)])
 
@@ -170,10 +170,11 @@ class DecodingLoop:
         assert self.drafter is not None
         self._learn()
         begin, size = self.clock(), len(tree)
-        nodes = [tree.take(choice) for choice in expansion.choices]
+        nodes = tree.take_all(expansion.choices)
         drafted = self.drafter.propose(tree, nodes, steps, should_continue)
         for node in tree.descend(nodes, drafted.proposals):
-            tree.branch(node, self.policy.width(tree, node, flight))
+            if width := self.policy.width(tree, node, flight):
+                tree.branch(node, width)
         each = (self.clock() - begin) / len(drafted.steps)  # the host's part too: a row must be worth that as well
         for step in drafted.steps:
             self.costs.mode(state.overlapped).draft.record(step.rows, each)

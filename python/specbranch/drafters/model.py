@@ -106,10 +106,11 @@ class ModelDrafter:
         if len(backlog) > MAX_BACKLOG:  # after rounds without the draft
             self.runner.prefill(backlog[:-MAX_BACKLOG])
             backlog = backlog[-MAX_BACKLOG:]
-        depths = [tree.depth[node] for node in nodes]
+        depth_of, parent_of = tree.depth, tree.parent
+        depths = [depth_of[node] for node in nodes]
         batch = model.place(
             nodes,
-            [tree.parent[node] for node in nodes],
+            [parent_of[node] for node in nodes],
             tree.tokens(nodes),
             [tree.position + depth for depth in depths],
             backlog,
