@@ -87,16 +87,17 @@ def round_seconds(make: Any, calibrator: Any, note: Callable[..., None], random:
         end = tree.take(tree.best_choices()[-1])
         note(tree, [end], Sampled(random, 1), calibrator)
     choice = timed("choose a trunk", lambda: policy.choose_trunk(tree, state))
-    nodes = tuple(tree.take(each) for each in choice.choices)
+    nodes = tuple(tree.take_all(choice.choices))
     flight = InFlight(nodes, nodes[choice.branch_point])
 
     def step() -> None:
         expansion = policy.draft_during(tree, flight, state)
         assert len(expansion.choices) == LEAVES
-        leaves = [tree.take(each) for each in expansion.choices]
+        leaves = tree.take_all(expansion.choices)
         note(tree, leaves, sampled, calibrator)
         for leaf in leaves:
-            tree.branch(leaf, policy.width(tree, leaf, flight))
+            if width := policy.width(tree, leaf, flight):
+                tree.branch(leaf, width)
 
     while len(tree) < NODES + LEAVES:
         sampled = Sampled(random, LEAVES)

@@ -82,6 +82,7 @@ void bind_tree(py::module_& m) {
       .def_property_readonly("children", &view_of<ChildrenAt>)
       .def("add", &Tree::add, "parent"_a, "token"_a, "reach"_a)
       .def("take", &Tree::take, "choice"_a)
+      .def("take_all", &Tree::take_all, "choices"_a)
       .def(
           "note",
           [](PythonTree& tree, int64_t node, py::handle proposals) {

@@ -67,6 +67,12 @@ int64_t Tree::take(Choice choice) {
   return add(choice.node, token, reach_of(choice));
 }
 
+Nodes Tree::take_all(const Choices& choices) {
+  Nodes nodes;
+  for (const Choice& choice : choices) nodes.push_back(take(choice));
+  return nodes;
+}
+
 void Tree::note(int64_t node, const Proposals& proposals) {
   at(node).proposals = proposals_.size();  // before the columns grow: this checks the node
   proposals_.add(proposals);
@@ -97,7 +103,10 @@ void Tree::branch(int64_t node, int64_t width) {
 
 std::vector<std::pair<int64_t, int64_t>> Tree::adopt(const Tree& other, int64_t node) {
   if (size() != 1) throw std::invalid_argument("expected a tree with a root only");
-  const double top = other.node(node).reach;
+  const Node& root = other.node(node);
+  const double top = root.reach;
+  position_ = other.position_ + root.depth;
+  nodes_[0].token = root.token;
   std::vector<std::pair<int64_t, int64_t>> kept;
   Nodes place(other.size(), -1);
   for (const int64_t old : other.below(node)) {

@@ -53,11 +53,12 @@ class Tree {
   // ---- Growing
   int64_t add(int64_t parent, int64_t token, double reach);
   int64_t take(Choice choice);
+  Nodes take_all(const Choices& choices);
   void note(int64_t node, const Proposals& proposals);
   Nodes descend(const Nodes& nodes, const ProposalRows& rows);
   void branch(int64_t node, int64_t width);
-  // Of a tree with a root only: take over what lies below a node of another tree that has the root's token. Returns the
-  // old and the new index of every node that survives.
+  // Of a tree with a root only: become the subtree at a node of another tree. Returns the old and the new index of every
+  // node that survives.
   std::vector<std::pair<int64_t, int64_t>> adopt(const Tree& other, int64_t node);
 
   // ---- Asking

@@ -111,7 +111,7 @@ class Decoding:
     def choose_trunk(self, state: State) -> InFlight:
         tree, choice = self.tree, self.policy.choose_trunk(self.tree, state)
         size = len(tree)
-        nodes = tuple(tree.take(each) for each in choice.choices[: self.verifier.most_rows])
+        nodes = tuple(tree.take_all(choice.choices[: self.verifier.most_rows]))
         self.stats.drafted += len(tree) - size
         return InFlight(nodes, nodes[min(choice.branch_point, len(nodes) - 1)])
 
@@ -121,7 +121,7 @@ class Decoding:
         """Where the draft is to run; a candidate becomes a node."""
         assert self.drafter is not None
         size = len(self.tree)
-        nodes = [self.tree.take(choice) for choice in expansion.choices]
+        nodes = self.tree.take_all(expansion.choices)
         self.stats.drafted += len(self.tree) - size
         return self.drafter, self.tree, nodes
 
@@ -129,7 +129,8 @@ class Decoding:
         """Make nodes of as many of the draft's candidates as the policy wants."""
         tree, size = self.tree, len(self.tree)
         for node in tree.descend(nodes, drafted.proposals):
-            tree.branch(node, self.policy.width(tree, node, flight))
+            if width := self.policy.width(tree, node, flight):
+                tree.branch(node, width)
         for step in drafted.steps:
             self.stats.add_draft(step)
         self.stats.drafted += len(tree) - size

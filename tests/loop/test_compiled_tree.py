@@ -92,6 +92,7 @@ class Trees(RuleBasedStateMachine):
     @rule(data=st.data())
     def take(self, data: st.DataObject) -> None:
         self.both("take", self.choice(data))
+        self.both("take_all", [self.choice(data) for _ in range(2)])
         self.check()
 
     @rule(data=st.data(), width=st.integers(0, 5))
@@ -168,6 +169,7 @@ def small() -> Tree:
         lambda tree, node: tree.add(node, 1, 0.5),
         lambda tree, node: tree.take(Choice(node)),
         lambda tree, node: tree.take(Choice(node, 0)),
+        lambda tree, node: tree.take_all([Choice(0), Choice(node)]),
         lambda tree, node: tree.note(node, Proposals((1,), (1.0,))),
         lambda tree, node: tree.descend([node], [[Proposals((1,), (1.0,))]]),
         lambda tree, node: tree.branch(node, 1),

@@ -47,6 +47,10 @@ class PlainTree:
             return choice.node
         return self.add(choice.node, self._at(choice.node).tokens[choice.rank], self.reach_of(choice))
 
+    def take_all(self, choices: Sequence[Choice]) -> list[int]:
+        """`take` each, in order."""
+        return [self.take(choice) for choice in choices]
+
     def note(self, node: int, proposals: Proposals) -> None:
         """Keep what the draft proposes after `node`; no candidate becomes a node yet."""
         self.proposals[node] = proposals

@@ -55,6 +55,8 @@ class Tree:
         """Append a node; returns its index."""
     def take(self, choice: Choice) -> int:
         """The node of a choice; a candidate becomes one."""
+    def take_all(self, choices: Sequence[Choice]) -> list[int]:
+        """`take` each, in order."""
     def note(self, node: int, proposals: Proposals) -> None:
         """Keep what the draft proposes after `node`; no candidate becomes a node yet."""
     def descend(self, nodes: Sequence[int], proposals: ProposalRows | Sequence[Sequence[Proposals]]) -> list[int]:
@@ -65,8 +67,8 @@ class Tree:
     def branch(self, node: int, width: int) -> None:
         """Make nodes of the first `width` candidates of `node`; those that are nodes already stay."""
     def adopt(self, other: Tree, node: int) -> dict[int, int]:
-        """Of a tree with a root only, with the token of a node of another tree: take over what lies below that.
-        Returns the map from old to new indices."""
+        """Of a tree with a root only: become the subtree at `node` of another tree. Returns the map from old to new
+        indices of what survives."""
 
     # ---- Asking
 

@@ -68,5 +68,5 @@ class Tree(_planning.Tree):
 
     def reroot(self, node: int) -> tuple[Tree, dict[int, int]]:
         """The subtree at `node` as a tree of its own, and the map from old to new indices of what survives."""
-        tree = Tree(self.token[node], self.position + self.depth[node])
+        tree = Tree(0, 0)
         return tree, tree.adopt(self, node)

@@ -112,11 +112,12 @@ class ModelDrafter:
         if len(backlog) > MAX_BACKLOG:  # after rounds without the draft
             self.runner.prefill(backlog[:-MAX_BACKLOG])
             backlog = backlog[-MAX_BACKLOG:]
+        depth_of, parent_of = tree.depth, tree.parent
         batch = model.place(
             nodes,
-            [tree.parent[node] for node in nodes],
+            [parent_of[node] for node in nodes],
             tree.tokens(nodes),
-            [tree.position + tree.depth[node] for node in nodes],
+            [tree.position + depth_of[node] for node in nodes],
             backlog,
         )
         return Leaves(model, batch, self.sampling, self._rules(tree, nodes))
@@ -127,12 +128,13 @@ class ModelDrafter:
             first = len(tree) + (step - 1) * len(nodes)
             above = nodes if step == 1 else range(first - len(nodes), first)
             self.runner.model.cache.add(range(first, first + len(nodes)), above)
-        proposals = ProposalRows()
+        depth_of, proposals = tree.depth, ProposalRows()
+        depths = [depth_of[node] for node in nodes]
         odds = (0.0, 0.0) if self.forecast is None else (self.forecast.log_odds(0), self.forecast.log_odds(1))
         for step, each in enumerate(samples):
             each = each.best(self.candidates)
             confidence = each.confidence if self.sampling.temperature == 0 else None
-            below = [tree.depth[node] + step for node in nodes]
+            below = [depth + step for depth in depths]
             proposals.add(each.tokens, each.scores, confidence, each.entropy, below, odds)
         if self.calibrator is not None:
             proposals = self.calibrator.correct(proposals)
