@@ -12,6 +12,7 @@ from specbranch.core.messages import Trunk, Verdict
 from specbranch.core.sampling import Sampling
 from specbranch.core.tree import Choice, Tree
 from specbranch.drafters.model import ModelDrafter
+from specbranch.decoding import Decoding
 from specbranch.loop import DecodingLoop
 from specbranch.policies.costs import Costs
 from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice
@@ -65,7 +66,7 @@ class RandomVerifier(ModelVerifier):
     """Runs the target, then accepts a random path and goes on with a random token, drafted or not."""
 
     chance: random.Random
-    loop: "SpyLoop"
+    decoding: "SpyDecoding"
 
     def verify(self, trunk: Trunk) -> Ready:
         step = super().verify(trunk).result().step
@@ -78,7 +79,7 @@ class RandomVerifier(ModelVerifier):
         while (children := below()) and self.chance.random() < 0.6:
             path.append(self.chance.choice(children))
         refused = {trunk.tokens[place] for place in below()}
-        tree, nodes = self.loop.tree, self.loop.nodes
+        tree, nodes = self.decoding.tree, self.decoding.nodes
         drafted = tree.tokens(tree.children[nodes[path[-1] if path else 0]])
         others = [token for token in drafted if token not in refused]
         if not others or self.chance.random() >= 0.7:
@@ -86,15 +87,14 @@ class RandomVerifier(ModelVerifier):
         return Ready(Verdict(tuple(path), self.chance.choice(others), step))
 
 
-class SpyLoop(DecodingLoop):
-    """Shows the tree of the round, and keeps the text."""
+class SpyDecoding(Decoding):
+    """Shows the round's trunk."""
 
-    tree: Tree
     nodes: tuple[int, ...]
 
-    def _choose_trunk(self, tree: Tree, state: State) -> InFlight:
-        flight = super()._choose_trunk(tree, state)
-        self.tree, self.nodes = tree, flight.nodes
+    def choose_trunk(self, state: State) -> InFlight:
+        flight = super().choose_trunk(state)
+        self.nodes = flight.nodes
         return flight
 
 
@@ -103,9 +103,9 @@ def assert_holds(cache: BranchCache, cached: CachedModel, text: list[int]) -> No
     fresh = DynamicCache(config=cached.model.config)
     with torch.no_grad():
         cached.model(torch.tensor([text[: cache.length]]), **{cached.cache_argument: fresh})
-    for ours, theirs in zip(cache.layers, fresh.layers, strict=True):
+    for ours, theirs in zip(cache.buffers.branch_layers, fresh.layers, strict=True):
         for name in ("keys", "values"):
-            held = getattr(ours, name)[:, :, : cache.length]
+            held = getattr(ours, name)[:, :, cache.start : cache.start + cache.length]
             torch.testing.assert_close(held, getattr(theirs, name), rtol=0, atol=1e-4)
 
 
@@ -123,9 +123,11 @@ def test_caches_equal_a_fresh_forward_after_every_round(captured: bool) -> None:
         verifier = RandomVerifier(target_runner, Sampling())
         verifier.chance = chance
         drafter = ModelDrafter(draft_runner, Sampling(), 3, 32)
-        loop = verifier.loop = SpyLoop(verifier, drafter, RandomPolicy(chance), Costs(), Threads(1), overlap=False)
+        workers = Threads(1)
+        decoding = SpyDecoding(verifier, drafter, RandomPolicy(chance), Costs(), workers, overlap=False)
+        verifier.decoding = decoding
         prompt = [chance.randrange(32) for _ in range(chance.randint(1, 9))]
-        stepper, text = loop.rounds(prompt, 150), list(prompt)
+        stepper, text = DecodingLoop(workers).rounds(decoding, prompt, 150), list(prompt)
         for _ in range(TEXT):
             with target.attached(), draft.attached():
                 if not (committed := next(stepper, None)):
@@ -140,6 +142,6 @@ def test_caches_equal_a_fresh_forward_after_every_round(captured: bool) -> None:
             if draft.cache.length:
                 assert_holds(draft.cache, draft, text)
             moved += bool(draft.cache.nodes)
-        hits += loop.stats.hits
+        hits += decoding.stats.hits
     assert hits > ROUNDS // 10  # the drafted work did survive often
     assert moved > ROUNDS // 20  # with rows of its own in the draft's cache

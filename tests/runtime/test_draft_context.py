@@ -41,7 +41,7 @@ def drafter_of(model: PreTrainedModel) -> ModelDrafter:
 
 def rows_of(drafter: ModelDrafter) -> list[Tensor]:
     cache = drafter.runner.model.cache
-    return [buffer[:, : cache.length].clone() for buffer in cache.buffers()]
+    return [buffer[:, : cache.length].clone() for buffer in cache.buffers.tensors()]
 
 
 def window_mask(places: Sequence[int], window: int | None) -> Tensor:
