@@ -13,8 +13,8 @@ from tiny import tiny_model
 from specbranch import METHODS, SpecBranch
 from specbranch.core.messages import Trunk
 from specbranch.core.sampling import Sampling
-from specbranch.drafters.model import ModelDrafter
 from specbranch.decoding import Decoding
+from specbranch.drafters.model import ModelDrafter
 from specbranch.loop import DecodingLoop
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy

@@ -11,8 +11,8 @@ from transformers import DynamicCache
 from specbranch.core.messages import Trunk, Verdict
 from specbranch.core.sampling import Sampling
 from specbranch.core.tree import Choice, Tree
-from specbranch.drafters.model import ModelDrafter
 from specbranch.decoding import Decoding
+from specbranch.drafters.model import ModelDrafter
 from specbranch.loop import DecodingLoop
 from specbranch.policies.costs import Costs
 from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice

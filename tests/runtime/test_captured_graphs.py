@@ -155,7 +155,9 @@ def test_a_cache_that_grows_is_freed_first(monkeypatch: pytest.MonkeyPatch) -> N
     for device in devices:
         device.graphs.clear()  # the stand-in's own references
     old = [
-        weakref.ref(layer.keys) for runner in (pair.pair.target, pair.pair.draft) for layer in runner.model.cache.buffers.layers
+        weakref.ref(layer.keys)
+        for runner in (pair.pair.target, pair.pair.draft)
+        for layer in runner.model.cache.buffers.layers
     ]
     assert all(buffer() is not None for buffer in old)
     made: list[int] = []

@@ -15,11 +15,10 @@ from jobs import NEW, PROMPTS, state
 from tiny import tiny_model
 
 from specbranch import GenerationFailed, SpecBranch
-from specbranch.core.messages import Trunk
 from specbranch.loop import DecodingLoop
 from specbranch.runtime.attention import current
 from specbranch.runtime.modes import inference, no_grad, outside_inference
-from specbranch.runtime.verifier import ModelVerifier
+from specbranch.runtime.together import Together
 from specbranch.runtime.workers import Threads
 
 
@@ -125,7 +124,7 @@ def test_an_interrupt_while_an_engine_is_made_leaves_the_models_as_found() -> No
 def test_a_second_interrupt_leaves_a_verification_that_disturbs_nobody(
     bundled_pair, texts, untouched, monkeypatch
 ) -> None:
-    verify, wait = ModelVerifier.verify, Threads.wait
+    verify, wait = Together.verify, Threads.wait
     waits = itertools.count()
     asked, answered = threading.Event(), threading.Event()
 

@@ -13,7 +13,7 @@ import pytest
 from serving import Served, served
 
 from specbranch import Generation, SpecBranch, bundled
-from specbranch.runtime.verifier import ModelVerifier
+from specbranch.runtime.together import Together
 from specbranch.serve.answers import Answers, Piece
 from specbranch.serve.queue import Queue
 from specbranch.serve.refusal import Refusal
@@ -27,14 +27,14 @@ SHORT = {"prompt": PROMPT, "max_tokens": 4}
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When each round of any generation began. None is shorter than 50 ms."""
-    verify, begun = ModelVerifier.verify, list[float]()
+    verify, begun = Together.verify, list[float]()
 
-    def slow(self, trunk):
+    def slow(self, texts):
         begun.append(time.perf_counter())
         time.sleep(0.05)
-        return verify(self, trunk)
+        return verify(self, texts)
 
-    monkeypatch.setattr(ModelVerifier, "verify", slow)
+    monkeypatch.setattr(Together, "verify", slow)
     return begun
 
 
