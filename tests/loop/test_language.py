@@ -50,52 +50,60 @@ def test_every_method_says_what_the_target_says(method: str, overlap: bool | Non
         assert sum(stats.hits for stats in texts) > len(texts)
 
 
-LOOP, TREE, MESSAGES, STATS = (
+LOOP, DECODING, TREE, MESSAGES, STATS = (
     "specbranch.loop",
+    "specbranch.decoding",
     "specbranch.core.tree",
     "specbranch.core.messages",
     "specbranch.core.stats",
 )
 POLICY, BRANCHING = "specbranch.policies.policy", "specbranch.policies.branching"
-ROUNDS, COMMIT, CHOOSE = "DecodingLoop.rounds", "DecodingLoop._commit", "DecodingLoop._choose_trunk"
-EXPAND, PREFILL = "DecodingLoop._expand", "DecodingLoop._prefill"
+ROUNDS, ROUND, EXPAND = "DecodingLoop.rounds", "DecodingLoop.round", "DecodingLoop._expand"
+COMMIT, CHOOSE, STATE = "Decoding.commit", "Decoding.choose_trunk", "Decoding.state"
+BEGIN, TAKE, GROW = "Decoding.begin", "Decoding.take", "Decoding.grow"
 NO_TOKEN, TWICE = "a token that cannot be committed", "a token twice below one parent"
 
 BUGS = [
     # The text
-    Bug(LOOP, COMMIT, "tree.tokens(path[1:])", "tree.tokens(path[1:-1])", "a lesson about other tokens"),
-    Bug(LOOP, COMMIT, "in verdict.path)", "in reversed(verdict.path))", "the target's cache is not the text"),
-    Bug(LOOP, COMMIT, "child(path[-1]", "child(path[0]", "the root is not the last token"),
-    Bug(LOOP, COMMIT, "tree.position + len(committed)", "tree.position + len(path) - 1", "the root is not the last"),
-    Bug(LOOP, ROUNDS, "committed, tree = ", "committed, _ = ", "the target: the root stands elsewhere"),
-    Bug(LOOP, ROUNDS, "remaining -= len(committed)", "remaining -= 1", NO_TOKEN),
-    Bug(LOOP, PREFILL, "len(prompt) - 1)", "len(prompt))", "the draft: another end of the text"),
-    # What the models are told
-    Bug(LOOP, COMMIT, "self.verifier.commit(verdict.path)", "self.verifier.commit(verdict.path[:-1])", "another path"),
-    Bug(LOOP, COMMIT, "self.verifier.commit(verdict.path)", "pass", "the target: no commit"),
-    Bug(LOOP, ROUNDS, "pending.result()", "self.verifier.verify(trunk).result()", "verified twice without a commit"),
-    Bug(LOOP, PREFILL, "self.drafter.begin(prompt)", "self.drafter.begin(prompt[:-1])", "the root stands elsewhere"),
-    Bug(LOOP, COMMIT, "survivors, committed)", "survivors, committed[:-1])", "the draft was not told of the text"),
-    Bug(LOOP, COMMIT, "commit(path, survivors", "commit(path[1:], survivors", "the root is not committed"),
-    Bug(LOOP, COMMIT, "commit(path, survivors", "commit(path, {}", "proposals without a row"),
+    Bug(DECODING, COMMIT, "tree.tokens(path[1:])", "tree.tokens(path[1:-1])", "a lesson about other tokens"),
+    Bug(DECODING, COMMIT, "in verdict.path)", "in reversed(verdict.path))", "the target's cache is not the text"),
+    Bug(DECODING, COMMIT, "child(path[-1]", "child(path[0]", "the root is not the last token"),
     Bug(
-        LOOP,
+        DECODING, COMMIT, "tree.position + len(committed)", "tree.position + len(path) - 1", "the root is not the last"
+    ),
+    Bug(DECODING, COMMIT, "self.tree, self.forecast =", "_, self.forecast =", "the root is not the last token"),
+    Bug(DECODING, COMMIT, "remaining -= len(committed)", "remaining -= 1", NO_TOKEN),
+    Bug(DECODING, BEGIN, "len(prompt) - 1)", "len(prompt))", "the draft: another end of the text"),
+    # What the models are told
+    Bug(
+        DECODING,
+        COMMIT,
+        "self.verifier.commit(verdict.path)",
+        "self.verifier.commit(verdict.path[:-1])",
+        "another path",
+    ),
+    Bug(DECODING, COMMIT, "self.verifier.commit(verdict.path)", "pass", "the target: no commit"),
+    Bug(LOOP, ROUND, "PendingVerdicts(verify())", "(verify(), PendingVerdicts(verify()))[1]", "twice without a commit"),
+    Bug(DECODING, BEGIN, "self.drafter.begin(prompt)", "self.drafter.begin(prompt[:-1])", "the root stands elsewhere"),
+    Bug(DECODING, COMMIT, "survivors, committed)", "survivors, committed[:-1])", "the draft was not told of the text"),
+    Bug(DECODING, COMMIT, "commit(path, survivors", "commit(path[1:], survivors", "the root is not committed"),
+    Bug(DECODING, COMMIT, "commit(path, survivors", "commit(path, {}", "proposals without a row"),
+    Bug(
+        DECODING,
         COMMIT,
         "commit(path, survivors",
         "commit(path, {k: v + 1 for k, v in survivors.items()}",
         "another node's",
     ),
-    Bug(LOOP, COMMIT, "append((tree, path", "append((rerooted, path", "a lesson about another tree"),
-    Bug(LOOP, COMMIT, "self.forecast = verdict.forecast", "pass", "another forecast"),
-    Bug(LOOP, "DecodingLoop._learn", "self._lessons.clear()", "pass", "a lesson twice"),
-    Bug(LOOP, EXPAND, "self._learn()", "pass", "goes on before it has learned"),
-    Bug(LOOP, ROUNDS, "self._learn()", "pass", "a verdict that it never learned"),
+    Bug(DECODING, COMMIT, "append((tree, path", "append((rerooted, path", "a lesson about another tree"),
+    Bug(DECODING, COMMIT, "self.tree, self.forecast =", "self.tree, _ =", "another forecast"),
+    Bug(DECODING, "Decoding.learn", "self._lessons.clear()", "pass", "a lesson twice"),
+    Bug(LOOP, EXPAND, "turn.text.learn()", "pass", "goes on before it has learned"),
+    Bug(LOOP, ROUNDS, "text.learn()", "pass", "a verdict that it never learned"),
     # The trunk
-    Bug(LOOP, CHOOSE, "[: self.verifier.most_rows]", "", "too many rows"),
-    Bug(
-        LOOP, ROUNDS, "min(remaining, self.verifier.most_tokens(tree.position))", "remaining", "a trunk beyond its turn"
-    ),
-    Bug(LOOP, CHOOSE, "choice.choices[:", "choice.choices[:1] + choice.choices[2 :", "a parent is missing"),
+    Bug(DECODING, CHOOSE, "[: self.verifier.most_rows]", "", "too many rows"),
+    Bug(DECODING, STATE, "self.verifier.most_tokens(self.tree.position)", "10**6", "a trunk beyond its turn"),
+    Bug(DECODING, CHOOSE, "choice.choices[:", "choice.choices[:1] + choice.choices[2 :", "a parent is missing"),
     Bug(MESSAGES, "Trunk.of", "place.get(tree.parent[node], -1)", "tree.parent[node]", "a parent is missing"),
     Bug(MESSAGES, "Trunk.of", "tree.position)", "tree.position + 1)", "the target: the root stands elsewhere"),
     Bug(POLICY, "whole_path", "[: state.remaining]", "", NO_TOKEN),
@@ -113,19 +121,21 @@ BUGS = [
     Bug(TREE, "Tree.likeliest", "stale = self._is_child(node, rank)", "stale = False", TWICE),
     Bug(TREE, "Tree.likeliest", "self.depth[node] < depth", "self.depth[node] <= depth", NO_TOKEN),
     # Drafting
-    Bug(LOOP, EXPAND, "drafted.proposals)", "drafted.proposals[:1])", "runs twice over a node"),
-    Bug(LOOP, "DecodingLoop._steps", "// len(expansion.choices)", "", "the draft: no room"),
+    Bug(DECODING, GROW, "drafted.proposals)", "drafted.proposals[:1])", "runs twice over a node"),
+    Bug(DECODING, "Decoding.steps", "// len(expansion.choices)", "", "the draft: no room"),
     Bug(POLICY, "extend", "[path[-1]]", "[Choice(path[-1].node)]", "runs twice over a node"),
     Bug(BRANCHING, "Hedging.draft_during", ", state.remaining - 1)", ", state.remaining + 9)", NO_TOKEN),
     Bug(BRANCHING, "Hedging.draft_during", "max(1, depth - deepest)", "state.burst", NO_TOKEN),
     # Counts, and what was asked for
-    Bug(LOOP, CHOOSE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
-    Bug(LOOP, EXPAND, "in drafted.steps:", "in drafted.steps[:1]:", "draft steps are miscounted"),
-    Bug(LOOP, COMMIT, "len(flight.nodes) - 1", "len(flight.nodes)", "verified tokens are miscounted"),
+    Bug(DECODING, CHOOSE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, TAKE, "self.stats.drafted += len(self.tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, GROW, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, GROW, "in drafted.steps:", "in drafted.steps[:1]:", "draft steps are miscounted"),
+    Bug(DECODING, COMMIT, "len(flight.nodes) - 1", "len(flight.nodes)", "verified tokens are miscounted"),
     Bug(STATS, "Stats.count", "tree.below(next_node)", "(next_node,)", "wasted tokens are miscounted"),
     Bug(STATS, "Stats.count", "next_node is not None", "len(path) > 1", "a hit is not counted"),
     Bug(
-        LOOP, "DecodingLoop._state", "if self.overlap is None else self.overlap", "", "overlapped, and was told not to"
+        DECODING, "Decoding.choose_overlap", "if self.overlap is None else self.overlap", "", "overlapped, and was told"
     ),
 ]
 
@@ -149,5 +159,8 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
 
 
 def test_a_bug_that_cannot_be_planted_is_an_error() -> None:
-    with pytest.raises(AssertionError, match="no longer has one 'magic'"), planted(Bug(LOOP, COMMIT, "magic", "", "")):
+    with (
+        pytest.raises(AssertionError, match="no longer has one 'magic'"),
+        planted(Bug(DECODING, COMMIT, "magic", "", "")),
+    ):
         pass
