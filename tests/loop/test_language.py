@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from checked_loop import Case
+from checked_mix import Mix, Text
 from planted import Bug, planted
 
 from specbranch.core.stats import Stats
@@ -138,6 +139,105 @@ BUGS = [
         DECODING, "Decoding.choose_overlap", "if self.overlap is None else self.overlap", "", "overlapped, and was told"
     ),
 ]
+
+
+BEFORE, DURING, MEASURE = "DecodingLoop._draft_before", "DecodingLoop._draft_during", "DecodingLoop._measure"
+BY_COSTS = "{id(turn.text.costs): turn.text.costs for turn in turns}.values()"
+BY_TEXT = "[turn.text.costs for turn in turns]"
+SPITE, ON = "commits in spite of its error", "goes on after an error"
+
+SHARED_BUGS = [
+    # Whose is what
+    Bug(LOOP, ROUND, "zip(asked, verdicts", "zip(asked[::-1], verdicts", "another path than the verdict's"),
+    Bug(LOOP, EXPAND, "asked, drafted, strict", "asked, drafted[::-1], strict", "proposals of another node"),
+    Bug(LOOP, EXPAND, "zip(turns, asked", "zip(turns[::-1], asked", "other steps than the draft's"),
+    Bug(LOOP, EXPAND, "min(turn.steps", "max(turn.steps", "the draft: no room"),
+    Bug(DECODING, STATE, "overlapped and self.may_overlap", "overlapped", "a draft that has not read"),
+    # A text that is over
+    Bug(LOOP, "Turn.own_errors", "self.error = error", "raise", "one text's error ends the round of all"),
+    Bug(LOOP, ROUND, "asked = _going(turns)", "asked = [each for each in turns if hasattr(each, 'state')]", "a trunk"),
+    Bug(LOOP, BEFORE, "_going(wanting)", "wanting", ON),
+    Bug(LOOP, DURING, "in _going(turns)", "in turns", ON),
+    Bug(LOOP, EXPAND, "turn.error = found", "raise found", "one text's error ends the round of all"),
+    Bug(LOOP, "DecodingLoop._commit", "turn.error is None and", "", SPITE),
+    Bug(LOOP, "DecodingLoop._commit", "turn.error = turn.error or verdict", "raise verdict", "ends the round of all"),
+    # What a step costs
+    Bug(LOOP, EXPAND, BY_COSTS, BY_TEXT, "the draft's steps are not recorded once"),
+    Bug(LOOP, MEASURE, BY_COSTS, BY_TEXT, "another step than the target's"),
+    Bug(
+        LOOP,
+        MEASURE,
+        "mode.target.record(step.rows, step.seconds)",
+        "[mode.target.record(step.rows, step.seconds) for _ in mine]",
+        "the target's step is not recorded once",
+    ),
+    Bug(LOOP, EXPAND, "/ len(taken)", "/ len(turns)", "other seconds than the draft's"),
+    Bug(LOOP, EXPAND, "record(step.rows", "record(step.rows // len(turns)", "the draft's steps are not recorded once"),
+    Bug(LOOP, MEASURE, "sum(len(turn.committed) for turn in turns)", "len(turns[0].committed)", "the round is not"),
+    Bug(LOOP, MEASURE, "turn.verdict, len(turns)", "turn.verdict, 1", "a text's share of the round"),
+    Bug(LOOP, MEASURE, "any(turn.text.drafting for turn in mine)", "True", "the round is not recorded once"),
+    Bug(LOOP, BEFORE, "sharing=len(turns)", "sharing=1", "a step that others share than was said"),
+    Bug(LOOP, ROUND, "for text in texts if text.may_overlap", "for text in texts", "recorded of the other mode"),
+]
+
+
+def mixes(seeds: range, overlap: bool | None, shared: bool = True) -> Iterator[Text]:
+    for seed in seeds:
+        mix = Mix.draw(seed, METHODS, overlap, shared)
+        try:
+            yield from mix.run()
+        except AssertionError as error:
+            raise AssertionError(f"{error} ({mix})") from error
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "one by one"])
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(range(TEXTS // 2), id="fifty"),
+        pytest.param(range(TEXTS // 2, 20 * TEXTS), id="thousands", marks=pytest.mark.nightly),
+    ],
+)
+@pytest.mark.parametrize("overlap", OVERLAP)
+def test_texts_that_go_together_say_what_each_says_alone(overlap: bool | None, seeds: range, shared: bool) -> None:
+    """Of any methods and lengths; they come, rest and go between rounds, and some of them fail."""
+    texts = list(mixes(seeds, overlap, shared))
+    assert len(texts) > 3 * len(seeds)
+    whole = [text for text in texts if len(text.tokens) == text.case.new_tokens]
+    failed = [text for text in texts if text.fails and text not in whole]
+    assert len(whole) > 0.7 * len(texts)
+    assert len(failed) > 0.1 * len(texts)
+    assert sum(bool(text.tokens) for text in failed) > 0.3 * len(failed)
+    assert sum(text.decoding.stats.hits for text in texts) > len(texts)
+
+
+def test_texts_that_go_together_share_the_time_of_their_steps() -> None:
+    """Steps whose rows cost nothing: two texts take what the longer one takes alone."""
+    case = Case(1, "specbranch", False, prompt=(1, 2), new_tokens=30, draft_cost=(0.1, 0.0))
+    both = Mix(1, (case, case), (0, 0), (("", 0), ("", 0)), 0.0, True).run()
+    (alone,) = Mix(1, (case,), (0,), (("", 0),), 0.0, True).run()
+    for text in both:
+        assert text.decoding.stats.log[-1].end == alone.decoding.stats.log[-1].end
+        assert text.decoding.stats.target_forwards == alone.decoding.stats.target_forwards
+        assert [step.rows for step in text.decoding.stats.log[0].draft] == [
+            2 * step.rows for step in alone.decoding.stats.log[0].draft
+        ]
+
+
+@pytest.mark.parametrize("bug", SHARED_BUGS, ids=[f"{bug.function}-{bug.right}" for bug in SHARED_BUGS])
+def test_a_planted_bug_of_rounds_together_is_found(bug: Bug) -> None:
+    said = set()
+    with planted(bug):
+        for seed in range(2 * TEXTS):
+            for overlap in OVERLAP:
+                try:
+                    Mix.draw(seed, METHODS[1:] if seed % 2 else METHODS, overlap).run()
+                except Exception as error:
+                    now = {str(error), str(error.__context__)}
+                    if any(bug.symptom in each for each in now):
+                        return
+                    said |= now
+    pytest.fail(f"not found: {bug}; found: {said}")
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=[f"{bug.function}-{bug.right}" for bug in BUGS])

@@ -45,6 +45,10 @@ class CheckedDecoding(Decoding):
         assert state.forecast == self.verifier.forecast, "another forecast than the newest verdict's"
         return state
 
+    def choose_trunk(self, state: State) -> InFlight:
+        assert self.drafter is None or not self.drafter.failed, "a trunk of a text that has an error"
+        return super().choose_trunk(state)
+
     def commit(self, flight: InFlight, verdict: Verdict) -> list[int]:
         tree = self.tree
         self.grown += len(tree) - self.left

@@ -84,6 +84,10 @@ class Language:
         return text[len(prompt) :]
 
 
+class Trouble(Exception):
+    """What one text has alone."""
+
+
 def step_of(time: VirtualTime, cost: tuple[float, float], rows: int) -> Step:
     """A forward over so many rows, which the clock goes on by."""
     begin, time.now = time.now, time.now + cost[0] + cost[1] * rows
@@ -94,7 +98,8 @@ def step_of(time: VirtualTime, cost: tuple[float, float], rows: int) -> Step:
 class LanguageTarget:
     """cost: seconds of a forward, and of each row more. read_cost: of a token of the prompt. end: tokens of prompt and
     text, of which none may be verified that comes later. turn: the position at which it begins anew, which no round may
-    pass. text: the cache. predictor: makes up forecasts, where there is one. forecast, trunk: the newest."""
+    pass. text: the cache. predictor: makes up forecasts, where there is one. forecast, trunk: the newest. fails: which
+    trunk there is no verdict about; 0 for none. judged: trunks so far."""
 
     language: Language
     time: VirtualTime
@@ -108,6 +113,12 @@ class LanguageTarget:
     forecast: Forecast | None = None
     verdict: Verdict | None = None
     trunk: Trunk | None = None
+    fails: int = 0
+    judged: int = 0
+
+    @property
+    def failed(self) -> bool:
+        return 0 < self.fails <= self.judged
 
     def most_tokens(self, position: int) -> int:
         return self.turn - position if self.turn > position else MANY
@@ -125,6 +136,7 @@ class LanguageTarget:
 
     def judge(self, trunk: Trunk) -> tuple[tuple[int, ...], int]:
         """The accepted places, and the token behind them."""
+        assert not self.failed, "the target: goes on after an error"
         assert self.verdict is None, "the target: verified twice without a commit"
         assert len(trunk) <= self.most_rows, "the target: too many rows"
         assert trunk.position == len(self.text), "the target: the root stands elsewhere"
@@ -134,7 +146,9 @@ class LanguageTarget:
         assert len(set(places)) == len(places), "the target: a token twice below one parent"
         assert max(trunk.positions) < self.end - 1, "the target: a token that cannot be committed"
         assert trunk.position >= self.turn or max(trunk.positions) < self.turn, "the target: a trunk beyond its turn"
-        self.trunk = trunk
+        self.trunk, self.judged = trunk, self.judged + 1
+        if self.failed:
+            raise Trouble
         state = advance(self._state, trunk.tokens[0])
         path: list[int] = []
         while True:
@@ -183,7 +197,8 @@ class Lesson(NamedTuple):
 class LanguageDrafter:
     """read_cost: seconds of a token that it reads. committed: the text that it was told of. prompt_tokens: of it.
     left_out: positions of it that it did not read; None before it read. text: what its cache stands for. rows: of the
-    tree, by node. capacities: rows at most, round by round; where there are few, the draft comes and goes."""
+    tree, by node. capacities: rows at most, round by round; where there are few, the draft comes and goes. fails: which
+    step cannot be sampled; 0 for none. ran: steps so far. unreadable: it fails when it is to read."""
 
     language: Language
     time: VirtualTime
@@ -202,6 +217,13 @@ class LanguageDrafter:
     steps: list[Step] = field(default_factory=list)
     forecast: Forecast | None = None
     commits: int = 0
+    fails: int = 0
+    ran: int = 0
+    unreadable: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return 0 < self.fails <= self.ran
 
     @property
     def room(self) -> int:
@@ -220,6 +242,8 @@ class LanguageDrafter:
 
     def read(self, excerpt: Excerpt, tokens: int) -> None:
         assert self.left_out is None, "the draft: reads twice"
+        if self.unreadable:
+            raise Trouble
         self.left_out = self.gap(excerpt, tokens)
         self.text = self.committed[:-1]
         self._state = state_of(self.text)
@@ -238,6 +262,7 @@ class LanguageDrafter:
 
     def run(self, tree: Tree, nodes: Sequence[int], steps: int) -> Iterator[list[Proposals]]:
         """What each step says, when it is asked for."""
+        assert not self.failed, "the draft: goes on after an error"
         assert self.left_out is not None, "the draft: has not read the text"
         assert not self.lessons, "the draft: goes on before it has learned"
         assert tree.position == len(self.committed) - 1, "the draft: the root stands elsewhere"
@@ -261,6 +286,9 @@ class LanguageDrafter:
                 first = len(tree) + (step - 1) * len(nodes)
                 above = [self.rows[node] for node, *_ in new]
                 new = [(first + i, row.proposals.tokens[0], row.path, row.state) for i, row in enumerate(above)]
+            self.ran += 1
+            if self.failed:
+                raise Trouble
             yield [self._run(node, token, path, state) for node, token, path, state in new]
 
     def _run(self, node: int, token: int, above: tuple[int, ...], state: int) -> Proposals:
