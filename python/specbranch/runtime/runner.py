@@ -336,11 +336,25 @@ def guessed(
 def sampled(
     logits: Tensor, positions: Tensor, candidates: int, texts: Sequence[Leaves], spans: Sequence[slice]
 ) -> DraftSample:
-    """`draft_sample` for each text's leaves."""
+    """`draft_sample` for each text's leaves. Of several texts, the rows of one that cannot be sampled are what the op
+    makes of such rows on a device."""
     if len(texts) == 1:
         return draft_sample(logits, positions, candidates, **texts[0].sampling.op_arguments)
-    parts = [
-        draft_sample(logits[span], positions[span], candidates, **text.sampling.op_arguments)
-        for text, span in zip(texts, spans, strict=True)
-    ]
+    parts = []
+    for text, span in zip(texts, spans, strict=True):
+        try:
+            part = draft_sample(logits[span], positions[span], candidates, **text.sampling.op_arguments)
+        except ValueError:
+            part = unsampled(len(positions[span]), candidates, logits.device)
+        parts.append(part)
     return DraftSample(*(torch.cat(each) for each in zip(*parts, strict=True)))
+
+
+def unsampled(rows: int, candidates: int, device: torch.device) -> DraftSample:
+    shape = rows, candidates
+    return DraftSample(
+        torch.full(shape, -1, device=device),
+        torch.full(shape, -torch.inf, device=device),
+        torch.zeros(shape, device=device),
+        torch.full((rows,), torch.nan, device=device),
+    )
