@@ -135,5 +135,5 @@ ifneq ($(strip $(shell cat $(VENV)/.torch 2>/dev/null)),$(strip $(TORCH)))
 endif
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info python/*.egg-info specbranch_ext/_*.so
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info specbranch_ext/_*.so python/specbranch/core/_*.so
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,4 +1,5 @@
-"""pip's door to CMake: builds the torch-free `specbranch_ext._C`; the rest is in pyproject.toml."""
+"""pip's door to CMake: builds the torch-free `specbranch_ext._C` and `specbranch.core._planning`; the rest is in
+pyproject.toml."""
 
 import os
 import shlex
@@ -11,21 +12,23 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+MODULES = ("specbranch_ext._C", "specbranch.core._planning")
 
 
 class CMakeBuild(build_ext):
-    """Configure and build with CMake and ninja, into the folder where setuptools expects the module.
+    """Configure and build with CMake and ninja, into the folders where setuptools expects the modules.
 
     Environment: SPECBRANCH_CUDA = auto (default), 1 (fail when it cannot be built) or 0;
     SPECBRANCH_CUDA_ARCHITECTURES, for example "80;90", or "all" of the release list; CMAKE_BUILD_PARALLEL_LEVEL;
     CMAKE_ARGS, more arguments for CMake, quoted as in a shell.
     """
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
+        """All at once: CMake knows what they share."""
         import pybind11
 
         more = cmake_args()
-        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        core, planning = (Path(self.get_ext_fullpath(name)).resolve() for name in MODULES)
         # setuptools gives every editable install a new folder; a fixed one rebuilds only what changed.
         build_dir = (
             ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
@@ -45,16 +48,17 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DSPECBRANCH_MODULE_DIR={module.parent}",
+            f"-DSPECBRANCH_MODULE_DIR={core.parent}",
+            f"-DSPECBRANCH_PLANNING_DIR={planning.parent}",
             f"-DSPECBRANCH_CUDA={os.environ.get('SPECBRANCH_CUDA', 'auto')}",
             f"-DSPECBRANCH_CUDA_ARCHITECTURES={os.environ.get('SPECBRANCH_CUDA_ARCHITECTURES', '')}",
-            # Only the tests use it. Beside the sources, because setuptools knows of one module only.
+            # Only the tests use it. Beside the sources, because setuptools does not know of it.
             f"-DSPECBRANCH_EMULATED={'ON' if self.editable_mode else 'OFF'}",
             f"-DSPECBRANCH_EMULATED_DIR={ROOT / 'specbranch_ext'}",
             *more,
         ]
         subprocess.run(configure, check=True)
-        targets = ["_C", "_emulated"] if self.editable_mode else ["_C"]
+        targets = ["_C", "_planning", *(["_emulated"] if self.editable_mode else [])]
         subprocess.run(["cmake", "--build", str(build_dir), "--target", *targets], check=True)
 
 
@@ -67,4 +71,4 @@ def cmake_args() -> list[str]:
         sys.exit(f"error: CMAKE_ARGS={value}: expected arguments quoted as in a shell: {error}")
 
 
-setup(ext_modules=[Extension("specbranch_ext._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+setup(ext_modules=[Extension(name, sources=[]) for name in MODULES], cmdclass={"build_ext": CMakeBuild})

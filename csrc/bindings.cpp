@@ -14,6 +14,7 @@
 #ifdef SPECBRANCH_EMULATED
 #include "emulator/emulator.h"
 #endif
+#include "attention/python_sequences.h"
 #include "attention/rotary_commit.h"
 #include "attention/tree_attention.h"
 #include "cache/kv_commit.h"
@@ -37,16 +38,20 @@
 namespace specbranch {
 namespace {
 
-// The tensor `filters` in place of numbers: read here on the CPU, by the kernel on a CUDA device. launch_on has checked
-// its device.
+// The tensor `filters` in place of numbers: on the CPU, those of all rows are read and those of each row checked here.
+// launch_on has checked its device.
 template <typename Params>
-void take_filters(Params& params, const Tensor& filters) {
-  check_filters_tensor(filters, params.filters);
-  if (params.launch.on_cuda()) {
-    params.filters_in_memory = filters.as<const Filters>();
+void take_filters(Params& params, const Tensor& filters, const Tensor& logits) {
+  check_filters_tensor(filters, params.filters, logits.shape[0]);
+  const Filters* first = filters.as<const Filters>();
+  const bool by_row = filters.dims == 2;
+  if (by_row || params.launch.on_cuda()) {
+    params.filters_in_memory = {first, by_row};
   } else {
-    params.filters = *filters.as<const Filters>();
+    params.filters = *first;
   }
+  if (!by_row || params.launch.on_cuda()) return;
+  for (int64_t i = 0; i < filters.shape[0]; ++i) check_filters(first[i], "filters: row " + std::to_string(i) + ": ");
 }
 
 py::dict build_info() {
@@ -92,8 +97,8 @@ void ancestor_mask(Object parents, Object ancestors, Object depths, int64_t hand
 }
 
 void tree_attention(Object query, Object keys, Object values, Object prefix_length, Object ancestors, double scale,
-                    int64_t sliding_window, double softcap, bool by_position, Object output, int64_t handle,
-                    Object workspace, Object tickets) {
+                    int64_t sliding_window, double softcap, bool by_position, Object starts, Object sequence,
+                    Object output, int64_t handle, Object workspace, Object tickets) {
   TreeAttentionParams params;
   params.query = tensor(query, "query");
   params.keys = tensor(keys, "keys");
@@ -101,15 +106,16 @@ void tree_attention(Object query, Object keys, Object values, Object prefix_leng
   params.prefix_length = tensor(prefix_length, "prefix_length");
   params.chain = ancestors.is_none();
   if (!params.chain) params.ancestors = tensor(ancestors, "ancestors");
+  params.ragged = take_sequences(starts, sequence, &params.starts, &params.sequence);
   params.output = tensor(output, "output");
   params.scale = scale;
   params.sliding_window = sliding_window;
   params.softcap = softcap;
   params.by_position = by_position;
-  params.launch =
-      launch_on({&params.query, &params.keys, &params.values, &params.prefix_length, &params.ancestors, &params.output},
-                handle, workspace, tickets);
-  params.tree_rows = check_tree_attention(params);
+  params.launch = launch_on({&params.query, &params.keys, &params.values, &params.prefix_length, &params.ancestors,
+                             &params.starts, &params.sequence, &params.output},
+                            handle, workspace, tickets);
+  check_tree_attention(params);
   py::gil_scoped_release unlocked;
   run_tree_attention(params);
 }
@@ -266,11 +272,12 @@ void packed_linear(Object input, Object packed, const std::string& format, const
 #endif
 
 void verify(Object target_logits, Object tokens, Object parents, Object positions, Object seed, double temperature,
-            int64_t top_k, double top_p, double min_p, Object filters, Object target_tokens, Object path,
+            int64_t top_k, double top_p, double min_p, Object filters, Object roots, Object target_tokens, Object path,
             Object accepted, Object next_token, int64_t handle, Object workspace, Object tickets) {
   RowReport report;
-  Tensor filters_tensor;
+  Tensor filters_tensor, roots_tensor;
   if (!filters.is_none()) filters_tensor = tensor(filters, "filters");
+  if (!roots.is_none()) roots_tensor = tensor(roots, "roots");
   VerifyParams params{{},
                       tensor(target_logits, "target_logits"),
                       tensor(tokens, "tokens"),
@@ -278,17 +285,19 @@ void verify(Object target_logits, Object tokens, Object parents, Object position
                       tensor(positions, "positions"),
                       tensor(seed, "seed"),
                       {temperature, static_cast<double>(top_k), top_p, min_p},
-                      nullptr,
+                      {},
+                      !roots.is_none(),
+                      roots_tensor,
                       tensor(target_tokens, "target_tokens"),
                       tensor(path, "path"),
                       tensor(accepted, "accepted"),
                       tensor(next_token, "next_token"),
                       &report};
-  params.launch =
-      launch_on({&params.target_logits, &params.tokens, &params.parents, &params.positions, &params.seed,
-                 &filters_tensor, &params.target_tokens, &params.path, &params.accepted, &params.next_token},
-                handle, workspace, tickets);
-  if (!filters.is_none()) take_filters(params, filters_tensor);
+  params.launch = launch_on(
+      {&params.target_logits, &params.tokens, &params.parents, &params.positions, &params.seed, &filters_tensor,
+       &params.roots, &params.target_tokens, &params.path, &params.accepted, &params.next_token},
+      handle, workspace, tickets);
+  if (!filters.is_none()) take_filters(params, filters_tensor, params.target_logits);
   check_verify(params);
   {
     py::gil_scoped_release unlocked;
@@ -336,7 +345,7 @@ void draft_sample(Object draft_logits, Object positions, int64_t /*k*/, Object s
                            tensor(positions, "positions"),
                            tensor(seed, "seed"),
                            {temperature, static_cast<double>(top_k), top_p, min_p},
-                           nullptr,
+                           {},
                            tensor(tokens, "tokens"),
                            tensor(scores, "scores"),
                            tensor(confidence, "confidence"),
@@ -345,7 +354,7 @@ void draft_sample(Object draft_logits, Object positions, int64_t /*k*/, Object s
   params.launch = launch_on({&params.draft_logits, &params.positions, &params.seed, &filters_tensor, &params.tokens,
                              &params.scores, &params.confidence, &params.entropy},
                             handle, workspace);
-  if (!filters.is_none()) take_filters(params, filters_tensor);
+  if (!filters.is_none()) take_filters(params, filters_tensor, params.draft_logits);
   check_draft_sample(params);
   {
     py::gil_scoped_release unlocked;

@@ -32,7 +32,8 @@ theirs = reference.draft_sample(logits, positions, 4, **given)
 assert torch.equal(ours.tokens, theirs.tokens), (ours, theirs)
 assert torch.equal(specbranch_ext.ancestor_mask(parents).depths, torch.tensor([0, 1, 2, 2, 1]))
 assert "transformers" not in sys.modules
-print(specbranch_ext.__file__, specbranch_ext._C.__file__, specbranch.__file__, sep="\\n")
+from specbranch.core import _planning
+print(specbranch_ext.__file__, specbranch_ext._C.__file__, specbranch.__file__, _planning.__file__, sep="\\n")
 """
 GENERATE = ["generate", "--target", "bundled", "--draft", "bundled", "--prompt", "def f(", "--max-new-tokens", "8"]
 NEEDS = "specbranch: error: specbranch generate needs transformers: pip install 'specbranch[cli]'\n"
@@ -119,7 +120,8 @@ def look_into(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith(".dist-info/METADATA"))
-    for name in ("specbranch_ext/py.typed", "specbranch/py.typed", "specbranch_ext/_C.pyi", "specbranch/__main__.py"):
+    typed = ("specbranch_ext/_C.pyi", "specbranch/core/_planning.pyi")
+    for name in ("specbranch_ext/py.typed", "specbranch/py.typed", "specbranch/__main__.py", *typed):
         check(name in names, f"{wheel.name} lacks {name}")
     stray = [name for name in names if "_emulated" in name or name.split("/")[0] in ("csrc", "tests", "benchmarks")]
     check(not stray, f"{wheel.name} has {stray}")

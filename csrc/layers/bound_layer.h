@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/python_sequences.h"
 #include "core/python_launch.h"
 #include "layers/decoder_layer.h"
 #include "layers/gated_activation.h"
@@ -47,7 +48,8 @@ class BoundLayer {
 
   // hidden and output [1, n, H].
   void run(Object hidden, Object cos, Object sin, Object rows, Object keys, Object values, Object prefix_length,
-           Object ancestors, int64_t sliding_window, Object output, int64_t threads) const {
+           Object ancestors, Object starts, Object sequence, int64_t sliding_window, Object output,
+           int64_t threads) const {
     DecoderLayerParams params;
     params.layer = &layer_;
     params.hidden = rows_of(tensor(hidden, "hidden"));
@@ -59,11 +61,13 @@ class BoundLayer {
     params.prefix_length = tensor(prefix_length, "prefix_length");
     params.chain = ancestors.is_none();
     if (!params.chain) params.ancestors = tensor(ancestors, "ancestors");
+    params.ragged = take_sequences(starts, sequence, &params.starts, &params.sequence);
     params.sliding_window = sliding_window;
     params.output = rows_of(tensor(output, "output"));
-    params.launch = launch_on({&params.hidden, &params.cos, &params.sin, &params.rows, &params.keys, &params.values,
-                               &params.prefix_length, &params.ancestors, &params.output},
-                              threads);
+    params.launch =
+        launch_on({&params.hidden, &params.cos, &params.sin, &params.rows, &params.keys, &params.values,
+                   &params.prefix_length, &params.ancestors, &params.starts, &params.sequence, &params.output},
+                  threads);
     py::gil_scoped_release unlocked;
     run_decoder_layer(params);
   }

@@ -48,9 +48,11 @@ struct DecoderLayerParams {
   Tensor cos, sin;       // see rotary_commit, as rows, keys and values
   Tensor rows;           // int64 [n]
   Tensor keys, values;   // [Hkv, C, D]
-  Tensor prefix_length;  // see tree_attention, as the next three
+  Tensor prefix_length;  // see tree_attention, as the next six
   bool chain = true;
   Tensor ancestors;
+  bool ragged = false;
+  Tensor starts, sequence;
   int64_t sliding_window = 0;
   Tensor output;  // [n, H], contiguous, written
 };

@@ -6,7 +6,8 @@
 namespace specbranch {
 
 void check_draft_sample(const DraftSampleParams& p) {
-  check_sampling_inputs(p.draft_logits, p.positions, p.seed);
+  check_sampling_inputs(p.draft_logits, p.positions);
+  check_seeds(p.seed, p.draft_logits.shape[0]);
   check_filters(p.filters);
   const int64_t b = p.draft_logits.shape[0], k = p.tokens.dims == 2 ? p.tokens.shape[1] : 0;
   if (k < 1 || k > p.draft_logits.shape[1]) {

@@ -9,14 +9,18 @@ struct DraftSampleParams {
   Launch launch;
   Tensor draft_logits;  // float32, bfloat16 or float16 [b, V]
   Tensor positions;     // int64 [b], of the token that each row predicts
-  Tensor seed;          // int64 []
+  Tensor seed;          // int64 [], or [b]
   Filters filters;
-  const Filters* filters_in_memory;  // of a CUDA device, or null: what the kernel reads in place of `filters`
-  Tensor tokens;                     // int64 [b, k], written, best first, padded with -1
-  Tensor scores;                     // float32 [b, k], written: scaled logit + noise
-  Tensor confidence;                 // float32 [b, k], written: the draft's probability
-  Tensor entropy;                    // float32 [b], written: nats
-  RowReport* report;                 // written
+  FiltersInMemory filters_in_memory;
+  Tensor tokens;      // int64 [b, k], written, best first, padded with -1
+  Tensor scores;      // float32 [b, k], written: scaled logit + noise
+  Tensor confidence;  // float32 [b, k], written: the draft's probability
+  Tensor entropy;     // float32 [b], written: nats
+  RowReport* report;  // written
+
+  // Rows with a seed or filters of their own are of several texts: one that cannot be sampled is not reported, but has
+  // tokens -1, scores -inf, confidence 0 and entropy NaN.
+  bool by_row() const { return seed.dims == 1 || filters_in_memory.by_row; }
 };
 
 void check_draft_sample(const DraftSampleParams& params);

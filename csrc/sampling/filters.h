@@ -40,9 +40,18 @@ struct Filters {
   SPECBRANCH_HD bool valid() const { return valid_temperature() && valid_top_k() && valid_top_p() && valid_min_p(); }
 };
 
-inline void check_filters(const Filters& f) {
-  const auto refuse = [](const char* name, double value, const char* expected) {
-    fail(std::string(name) + ": expected " + expected + ", got " + number_text(value));
+// Filters that the kernel reads in place of numbers: on the CPU one for each row, or none.
+struct FiltersInMemory {
+  const Filters* first = nullptr;
+  bool by_row = false;  // else one for all rows
+
+  SPECBRANCH_HD const Filters& of_row(int64_t row) const { return first[by_row ? row : 0]; }
+};
+
+// where: what the error's text begins with.
+inline void check_filters(const Filters& f, const std::string& where = "") {
+  const auto refuse = [&where](const char* name, double value, const char* expected) {
+    fail(where + name + ": expected " + expected + ", got " + number_text(value));
   };
   if (!f.valid_temperature()) refuse("temperature", f.temperature, "0 or a number from 1e-38 to 1e38");
   if (!f.valid_top_k()) refuse("top_k", f.top_k, "0 (off) or a whole number above");
@@ -50,8 +59,8 @@ inline void check_filters(const Filters& f) {
   if (!f.valid_min_p()) refuse("min_p", f.min_p, "a number from 0 to 1");
 }
 
-// filters float64 [4], given in place of numbers: those must be off.
-inline void check_filters_tensor(const Tensor& filters, const Filters& numbers) {
+// filters float64 [4], or [n, 4] for n rows, given in place of numbers: those must be off.
+inline void check_filters_tensor(const Tensor& filters, const Filters& numbers, int64_t n) {
   const auto refuse = [](const char* name, double value) {
     fail(std::string(name) + ": expected no number beside filters, got " + number_text(value));
   };
@@ -60,12 +69,30 @@ inline void check_filters_tensor(const Tensor& filters, const Filters& numbers) 
   if (numbers.top_p != 1.0) refuse("top_p", numbers.top_p);
   if (numbers.min_p != 0.0) refuse("min_p", numbers.min_p);
   check_dtype(filters, Dtype::float64);
-  check_shape(filters, {4}, "[4]");
+  if (filters.dims == 2) {
+    check_shape(filters, {n, 4}, "[n, 4]");
+  } else {
+    check_shape(filters, {4}, "[4]");
+  }
   check_contiguous(filters);
 }
 
-// logits [n, V] with contiguous rows, positions int64 [n], seed int64 [].
-inline void check_sampling_inputs(const Tensor& logits, const Tensor& positions, const Tensor& seed) {
+// seed int64 [].
+inline void check_seed(const Tensor& seed) {
+  check_dtype(seed, Dtype::int64);
+  if (seed.dims != 0) fail(std::string(seed.name) + ": expected shape [], got " + shape_text(seed));
+}
+
+// seed int64 [], or [n] for n rows.
+inline void check_seeds(const Tensor& seed, int64_t n) {
+  check_dtype(seed, Dtype::int64);
+  if (seed.dims == 0) return;
+  check_shape(seed, {n}, "[n]");
+  check_contiguous(seed);
+}
+
+// logits [n, V] with contiguous rows, positions int64 [n].
+inline void check_sampling_inputs(const Tensor& logits, const Tensor& positions) {
   check_shape(logits, {-1, -1}, "[n, V]");
   check_float(logits);
   check_last_dim_contiguous(logits);
@@ -75,13 +102,11 @@ inline void check_sampling_inputs(const Tensor& logits, const Tensor& positions,
   check_dtype(positions, Dtype::int64);
   check_shape(positions, {logits.shape[0]}, "[n]");
   check_contiguous(positions);
-  check_dtype(seed, Dtype::int64);
-  if (seed.dims != 0) fail(std::string(seed.name) + ": expected shape [], got " + shape_text(seed));
 }
 
 // Whether verify needs the row of a node: the root's, and every other one that is in the tree.
-SPECBRANCH_HD inline bool counts_in_tree(const int64_t* parents, int64_t node) {
-  return node == 0 || parents[node] >= 0;
+SPECBRANCH_HD inline bool counts_in_tree(const int64_t* parents, int64_t node, int64_t root = 0) {
+  return node == root || parents[node] >= 0;
 }
 
 // The first row that cannot be sampled, if any. Found while the kernel runs, raised by the caller.

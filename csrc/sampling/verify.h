@@ -7,20 +7,27 @@ namespace specbranch {
 
 // n tree nodes; node 0 is the root, parents come before children, -1 in parents elsewhere marks an unused node: it is
 // never accepted, and a row that cannot be sampled gives it target token -1 and does no harm.
+//
+// With roots the nodes are those of s texts: a tree begins at its root and ends before the next one; what lies before
+// the first is in no tree. A row that cannot be sampled is then not reported: its target token is -1, and the text that
+// needs it has nothing accepted and next_token -1. A root of -1, at the end, is of a text that is not there, with the
+// same result.
 struct VerifyParams {
   Launch launch;
   Tensor target_logits;  // float32, bfloat16 or float16 [n, V]: row i follows node i
   Tensor tokens;         // int64 [n], the root's is ignored
   Tensor parents;        // int64 [n]
   Tensor positions;      // int64 [n], of the token that row i predicts
-  Tensor seed;           // int64 []
+  Tensor seed;           // int64 [], or [n]
   Filters filters;
-  const Filters* filters_in_memory;  // of a CUDA device, or null: what the kernel reads in place of `filters`
-  Tensor target_tokens;              // int64 [n], written
-  Tensor path;                       // int64 [n], written: accepted nodes, padded with -1
-  Tensor accepted;                   // int64 [], written: how many nodes of path
-  Tensor next_token;                 // int64 [], written
-  RowReport* report;                 // written
+  FiltersInMemory filters_in_memory;
+  bool has_roots;
+  Tensor roots;          // int64 [s]; not without has_roots
+  Tensor target_tokens;  // int64 [n], written
+  Tensor path;           // int64 [n], written: accepted nodes from each root's place on, padded with -1
+  Tensor accepted;       // int64 [], or [s] with roots, written: how many nodes of path
+  Tensor next_token;     // likewise
+  RowReport* report;     // written
 };
 
 void check_verify(const VerifyParams& params);

@@ -6,7 +6,8 @@
 namespace specbranch {
 
 void check_verify_rejection(const VerifyRejectionParams& p) {
-  check_sampling_inputs(p.target_logits, p.positions, p.seed);
+  check_sampling_inputs(p.target_logits, p.positions);
+  check_seed(p.seed);
   check_filters(p.filters);
   const int64_t n = p.target_logits.shape[0], vocabulary = p.target_logits.shape[1];
   if (vocabulary > max_rejection_vocabulary) {

@@ -5,9 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Generator
-from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,6 +16,7 @@ from specbranch.core.excerpt import ALL, Excerpt, check_draft_context
 from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted
 from specbranch.decoding import Decoding
 from specbranch.drafters.model import ModelDrafter
+from specbranch.job import Job
 from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
@@ -26,7 +25,6 @@ from specbranch.policies.policy import Policy
 from specbranch.policies.reading import AtOnce, Lengths, Reading, WhenItPays
 from specbranch.request import Drafting, Request
 from specbranch.runtime.hrad.predictor import HRad, Predictor
-from specbranch.runtime.packed import weight_format
 from specbranch.runtime.pair import Pair, Slot
 from specbranch.runtime.rules import DraftRules, Said, Walk
 from specbranch.runtime.together import Together
@@ -44,7 +42,7 @@ class Decoder:
         self.pair, self.tokenizer, self.hrad = pair, tokenizer, hrad
         self.drafting = drafting
         self.calibrator = Calibrator()
-        self.costs: defaultdict[str, Costs] = defaultdict(partial(Costs, pair.relative_size))  # by method
+        self._costs: dict[tuple[str, int], Costs] = {}  # by method, and by texts at once, in powers of two
         self.excerpt = self._excerpt("auto" if drafting.draft_context is None else drafting.draft_context)
         self._overlap = check_overlap(drafting.overlap)
         self._lengths = Lengths()
@@ -59,31 +57,18 @@ class Decoder:
         said so far. whole: the text is one piece."""
         begin = time.perf_counter()
         request = ask()
-        builder = TextBuilder(self.tokenizer, request.eos, request.stop)
-        said.tokens = builder.tokens
-        self._check_rows()
-        calibrator = copy.deepcopy(self.calibrator)
+        builder = self.builder(request, said)
         slot = self.pair.take(owner=builder, text=request.ids[:-1])
         try:
-            walk = self._walk(request, builder, said)
-            text = self._decoding(slot, calibrator, request, walk)
-            drafted = text.drafter is not None
-            slot.reset(request.ids, len(request.ids) + request.new_tokens, draft=drafted)
-            attachment = self.pair.attachment(slot.target.model.tap, draft=drafted)
+            job = self.open(request, said, builder, slot, begin)
+            attachment = self.pair.attachment(slot.target.model.tap, draft=job.drafted)
             loop = DecodingLoop(self.pair.workers, Together())
-            reason, rounds = "length", loop.rounds(text, request.ids, request.new_tokens)
-
-            result = partial(self._result, slot, text, request, said, builder, begin)
-
-            def over(committed: list[int]) -> bool:
-                return any(builder.add(token) for token in committed) if walk is None else walk.over
+            rounds = loop.rounds(job.text, request.ids, request.new_tokens)
 
             def take_turn() -> bool:
                 """Decode for as long as nobody looks at the text or wants the models. False when it is over."""
-                nonlocal reason
                 for committed in rounds:
-                    if over(committed):
-                        reason = "stop"
+                    if job.take(committed):
                         break
                     if not whole or attachment.wanted:
                         return True
@@ -96,29 +81,54 @@ class Decoder:
                     if attachment.wanted:
                         time.sleep(0)  # or this thread would have the next turn too
             except KeyboardInterrupt as interrupt:
-                raise GenerationInterrupted(result("interrupted")) from interrupt
+                raise GenerationInterrupted(job.result("interrupted")) from interrupt
             except (MemoryError, RuntimeError, ValueError) as error:
                 if not builder.tokens:
                     raise
-                generation = result("error")
+                generation = job.result("error")
                 raise GenerationFailed(f"generation ended early: {error}", generation) from error
             finally:
                 rounds.close()
-                self._keep(text)
-                if text.policy.calibrated:
-                    self.calibrator = calibrator  # what it learned serves the generations that begin from now on
-                self._lengths.record(len(builder.tokens), ended=reason == "stop")
+                self.close(job)
         finally:
             self.pair.give_back(slot)
         yield builder.fresh(final=True)
-        yield result(reason)
+        yield job.result()
 
-    def _keep(self, text: Decoding) -> None:
-        """Let the text serve those that begin alike. Not where rows depend on each other."""
+    def builder(self, request: Request, said: Said) -> TextBuilder:
+        """Of a request's text. said: shows its tokens."""
+        builder = TextBuilder(self.tokenizer, request.eos, request.stop)
+        said.tokens = builder.tokens
+        return builder
+
+    def open(self, request: Request, said: Said, builder: TextBuilder, slot: Slot, begin: float) -> Job:
+        """Begin a text in a slot of its own. Raises SpecBranchError for what cannot be used or does not fit."""
+        self._check_rows()
+        calibrator = copy.deepcopy(self.calibrator)
+        walk = self._walk(request, builder, said)
+        text = self._decoding(slot, calibrator, request, walk)
+        slot.reset(request.ids, request.tokens, draft=text.drafter is not None)
+        return Job(request, said, builder, slot, text, walk, calibrator, begin, self._row_dependence)
+
+    def close(self, job: Job) -> None:
+        """A text is over, or left: let what it has taught serve others, and its rows those that begin alike."""
         if self.pair.prompt_cache and not self._row_dependence:
-            for stage in (text.verifier, text.drafter):
+            for stage in (job.text.verifier, job.text.drafter):
                 if isinstance(stage, (ModelVerifier, ModelDrafter)):
                     stage.keep()
+        if job.text.policy.calibrated:
+            self.calibrator = job.calibrator
+        self._lengths.record(len(job.builder.tokens), ended=job.reason == "stop")
+
+    def costs_of(self, method: str, texts: int = 1) -> Costs:
+        """What a method has cost with so many texts at once; where there were none, what is known from fewer."""
+        size = (texts - 1).bit_length()
+        if (method, size) not in self._costs:
+            fewer = [self._costs[method, less] for less in range(size) if (method, less) in self._costs]
+            self._costs[method, size] = fewer[-1].for_more() if fewer else Costs(self.pair.relative_size)
+        costs = self._costs[method, size]
+        costs.at_once(texts)
+        return costs
 
     def _walk(self, request: Request, builder: TextBuilder, said: Said) -> Walk | None:
         """None where no rule wants to be asked."""
@@ -149,7 +159,7 @@ class Decoder:
         slot.target.model.tap = None if predictor is None else predictor.tap
         verifier = ModelVerifier(slot.target, sampling, predictor, walk)
         reading = self._reading(policy, asked.draft_context)
-        return Decoding(verifier, drafter, policy, self.costs[policy.name], self.pair.workers, mode, reading)
+        return Decoding(verifier, drafter, policy, self.costs_of(policy.name), self.pair.workers, mode, reading)
 
     def _draft_rules(self, request: Request, slot: Slot) -> DraftRules | None:
         processors = request.rules.for_draft
@@ -182,28 +192,6 @@ class Decoder:
                 f"target {type(self.pair.target.model.model).__name__}: {found}", SpecBranchWarning, stacklevel=1
             )
         self._row_dependence = found
-
-    def _result(
-        self,
-        slot: Slot,
-        text: Decoding,
-        request: Request,
-        said: Said,
-        builder: TextBuilder,
-        begin: float,
-        reason: str,
-    ) -> Generation:
-        stats = text.stats
-        stats.seconds = time.perf_counter() - begin
-        stats.target_runner = slot.target.note
-        stats.target_weights = weight_format(slot.target.model.model)
-        if slot.draft is not None and text.drafter is not None:
-            stats.draft_runner = slot.draft.note
-            stats.draft_weights = weight_format(slot.draft.model.model)
-        stats.row_dependent = self._row_dependence
-        stats.end(len(builder.tokens))
-        logprobs = list(said.logprobs) if request.rules.logprobs is not None else None
-        return Generation(builder.text, builder.tokens, stats, reason, logprobs)
 
 
 def check_overlap(overlap: bool | str | None) -> bool | None:

@@ -120,9 +120,8 @@ def requests(handed: HandedOver, seed: int | None, drafting: Drafting, vocabular
         own = [_of_row(processor, row, rows) for processor in handed.processors]
         filters, rest, warpers = fused(own, bool(handed.config.do_sample))
         criteria = beside_ours(handed)
-        for criterion in criteria:
-            if rows > 1 and type(criterion) not in OWN_CRITERIA:
-                raise _refused(f"stopping_criteria: {type(criterion).__name__}", "for one text", f"a batch of {rows}")
+        if rows > 1:
+            check_shared({"stopping_criteria": criteria})
         sampled = filters["temperature"] > 0
         chosen = (_drawn() if seed is None else seed + row) if sampled else 0
         made.append(
@@ -219,6 +218,16 @@ def _of_row(processor: Any, row: int, rows: int) -> Any:
         processor = copy.copy(processor)
         processor.prompt_ignore_length = lengths[row : row + 1]
     return processor
+
+
+def check_shared(given: Mapping[str, Sequence[Any]]) -> None:
+    """Raises SpecBranchError for rules that may have a state, and so cannot be of several texts."""
+    for processor in given.get("logits_processor", ()):
+        if not is_stateless(processor):
+            raise _refused(f"logits_processor: {type(processor).__name__}", "for one text at a time", "several")
+    for criterion in given.get("stopping_criteria", ()):
+        if type(criterion) not in OWN_CRITERIA:
+            raise _refused(f"stopping_criteria: {type(criterion).__name__}", "for one text at a time", "several")
 
 
 def beside_ours(handed: HandedOver) -> list[Any]:

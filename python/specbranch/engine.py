@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -25,24 +25,33 @@ from specbranch.door import (
     as_settings,
     asked_of_generate,
     beside_ours,
+    check_shared,
     fused,
     lists,
     prepared,
     requests,
 )
 from specbranch.request import Drafting, Request
-from specbranch.runtime.choices import SELF, draft_of
+from specbranch.runtime.choices import CACHE_TOKENS, SELF, draft_of
 from specbranch.runtime.hrad.predictor import HRad, load_hrad
 from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
+from specbranch.runtime.model import rows_for
 from specbranch.runtime.packing import pack_loaded
 from specbranch.runtime.pair import Pair
 from specbranch.runtime.rules import Rules, Said
 from specbranch.runtime.weights import unwrapped
+from specbranch.scheduler import Scheduler
+from specbranch.several import Several, TextStreams, is_several
 from specbranch.text.encoding import Message, encode, is_chat
 from specbranch.text.generation_config import OWNER, CheckpointSettings, Layered, processed
 from specbranch.text.prompt_ids import PromptInput, prompt_ids
 from specbranch.text.stopping import stop_strings
 from specbranch.text.vocabulary import check_vocabularies, ids_of
+
+LONGEST = 32768  # of a text, where a configuration does not say
+
+Messages = Sequence[Message] | Sequence[Sequence[Message]]
+Prompts = PromptInput | Sequence[PromptInput]
 
 
 class SpecBranch:
@@ -71,6 +80,8 @@ class SpecBranch:
         cuda_graphs: bool = True,
         priority: str = "target",
         prompt_cache: int = 0,
+        max_requests: int = 8,
+        cache_tokens: int | None = None,
         **options: object,
     ) -> None:
         """Take loaded models.
@@ -83,8 +94,10 @@ class SpecBranch:
         cuda_graphs: on a GPU, replay steps that were captured; models whose steps cannot be captured run eagerly.
         priority: whose work goes first where both share a GPU: "target", "draft" or "none". prompt_cache: of how many
         texts caches are kept, for texts that begin alike and then read the rest only. (Weights that are written or
-        replaced and other adapters are noticed; for whatever else changes a model there is `forget`.) options: of the
-        policy, such as epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
+        replaced and other adapters are noticed; for whatever else changes a model there is `forget`.) max_requests:
+        texts that are decoded at once, of those that one call asks for. cache_tokens: rows of the cache that these
+        share; the others wait when it is full (default: as many as max_requests of them need). options: of the policy,
+        such as epsilon, k_max, max_trunk (SpecBranch) or length (speculative, PEARL).
 
         Raises SpecBranchError for a model or option that cannot be used.
         """
@@ -99,6 +112,8 @@ class SpecBranch:
                 raise SpecBranchError("hrad predicts for a pair: pass draft=")
             predictor = hrad if isinstance(hrad, HRad) else load_hrad(hrad, target, draft)
         self.decoder = Decoder(self.pair, tokenizer, Drafting(method, overlap, draft_context, options), predictor)
+        self.max_requests = whole("max_requests", max_requests, least=1)
+        self.cache_tokens = count("cache_tokens", cache_tokens)
         self.last: Generation | None = None
         self._settings = CheckpointSettings(target)
 
@@ -127,6 +142,8 @@ class SpecBranch:
         cuda_graphs: bool = True,
         priority: str = "target",
         prompt_cache: int = 0,
+        max_requests: int = 8,
+        cache_tokens: int | None = None,
         **options: object,
     ) -> SpecBranch:
         """Load a pair: directories, GGUF files, hub names, "bundled" for the pair in this package, or loaded models.
@@ -176,6 +193,8 @@ class SpecBranch:
             cuda_graphs=cuda_graphs,
             priority=priority,
             prompt_cache=prompt_cache,
+            max_requests=max_requests,
+            cache_tokens=cache_tokens,
             **options,
         )
 
@@ -214,17 +233,28 @@ class SpecBranch:
         """Token ids of a prompt, as `generate` takes them; see specbranch.text.encoding.encode."""
         return encode(self.tokenizer, prompt, chat)
 
+    @overload
+    def generate(
+        self, prompt: list[str] | list[list[int]] | list[list[Message]], **arguments: Any
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate(self, prompt: PromptInput, **arguments: Any) -> Generation: ...
+
+    @overload
+    def generate(self, prompt: None = None, *, messages: Sequence[Message], **arguments: Any) -> Generation: ...
+
     def generate(
         self,
-        prompt: PromptInput | None = None,
+        prompt: Prompts | None = None,
         *,
-        messages: Sequence[Message] | None = None,
+        messages: Messages | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: Any = None,
@@ -235,14 +265,15 @@ class SpecBranch:
         overlap: bool | str | None = None,
         draft_context: str | None = None,
         **options: object,
-    ) -> Generation:
+    ) -> Generation | list[Generation]:
         """Continue a prompt by at most max_new_tokens.
 
         prompt: text, token ids (a list, range or array [n], or a tensor or array of integers [n] or [1, n]), a
         tokenizer's output (input_ids, attention_mask), or chat messages, for the tokenizer's chat template; messages:
-        the last, by name. The text is a pure function of target, prompt, sampling parameters, rules and seed: method,
-        draft and overlap change the speed only. stop: strings that end the text. method, overlap, draft_context and
-        options: for this call only.
+        the last, by name. A list of such prompts is decoded at once, `max_requests` of them, and each text is what it
+        is alone; the result is a list too, and seed may be one. The text is a pure function of target, prompt, sampling
+        parameters, rules and seed: method, draft and overlap change the speed only. stop: strings that end the text.
+        method, overlap, draft_context and options: for this call only.
 
         What is None is as generation_config says, else as the checkpoint's does, else as transformers' `generate` has
         it: greedy decoding unless do_sample is set. A temperature above 0 samples, with their filters or transformers'
@@ -260,31 +291,48 @@ class SpecBranch:
             GenerationInterrupted: Ctrl-C; holds what was committed.
             GenerationFailed: the generation ended early, out of memory or on NaN logits; holds what was committed.
         """
-        config = self._settings.under(generation_config)
-        ask = partial(
-            self._request,
-            one_of(prompt, messages),
-            config,
-            self._settings.sampling(config, temperature, top_k, top_p, min_p, seed),
-            max_new_tokens,
-            stop,
-            lists(logits_processor, stopping_criteria),
-            logprobs,
-            Drafting(method, overlap, draft_context, options),
+        asks = self._asks(
+            prompt,
+            messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            logprobs=logprobs,
+            drafting=Drafting(method, overlap, draft_context, options),
         )
-        return self._decoded(ask, streamer, Said())
+        if isinstance(asks, list):
+            if streamer is not None:
+                raise SpecBranchError("streamer is for one prompt: use stream for several")
+            return self._decoded_together(asks)
+        return self._decoded(asks, streamer, Said())
+
+    @overload
+    def stream(self, prompt: list[str] | list[list[int]] | list[list[Message]], **arguments: Any) -> TextStreams: ...
+
+    @overload
+    def stream(self, prompt: PromptInput, **arguments: Any) -> TextStream: ...
+
+    @overload
+    def stream(self, prompt: None = None, *, messages: Sequence[Message], **arguments: Any) -> TextStream: ...
 
     def stream(
         self,
-        prompt: PromptInput | None = None,
+        prompt: Prompts | None = None,
         *,
-        messages: Sequence[Message] | None = None,
+        messages: Messages | None = None,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         stop: str | Sequence[str] | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: Any = None,
@@ -294,27 +342,33 @@ class SpecBranch:
         overlap: bool | str | None = None,
         draft_context: str | None = None,
         **options: object,
-    ) -> TextStream:
+    ) -> TextStream | TextStreams:
         """`generate`, giving the text piece by piece as it is committed, never half a character.
 
         An iterator, and a context manager that stops generating: `with engine.stream(prompt) as pieces: …`
-        What is wrong with the prompt, its length or the method is raised when the iteration starts, other arguments at
-        once.
+        Of several prompts: pieces come with the place of their prompt; see TextStreams. What is wrong with a prompt,
+        its length or the method is raised when the iteration starts, other arguments at once.
         """
-        config = self._settings.under(generation_config)
-        ask = partial(
-            self._request,
-            one_of(prompt, messages),
-            config,
-            self._settings.sampling(config, temperature, top_k, top_p, min_p, seed),
-            max_new_tokens,
-            stop,
-            lists(logits_processor, stopping_criteria),
-            logprobs,
-            Drafting(method, overlap, draft_context, options),
+        asks = self._asks(
+            prompt,
+            messages,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            generation_config=generation_config,
+            logits_processor=logits_processor,
+            stopping_criteria=stopping_criteria,
+            logprobs=logprobs,
+            drafting=Drafting(method, overlap, draft_context, options),
         )
+        if isinstance(asks, list):
+            return TextStreams(partial(Several, self.decoder, asks, self.max_requests, self.cache_tokens))
         said = Said()
-        return TextStream(self.decoder.decode(ask, said), said.logprobs)
+        return TextStream(self.decoder.decode(asks, said), said.logprobs)
 
     def __call__(
         self,
@@ -333,8 +387,8 @@ class SpecBranch:
 
         All that `generate` takes is honoured, or refused by name. seed: of the noise that tokens are sampled with, the
         next row of a batch with the next one; None draws it from torch's generator, so that `set_seed` decides. method,
-        overlap, draft_context: as for `generate` here. Texts of a batch are decoded one after the other. `last` is the
-        Generation of the newest.
+        overlap, draft_context: as for `generate` here. Texts of a batch are decoded at once, `max_requests` of them.
+        `last` is the Generation of the last one.
 
         Returns what `generate` returns: int64 [rows, n], or an output with sequences, scores and logits.
         """
@@ -343,16 +397,17 @@ class SpecBranch:
         handed = HandedOver(
             input_ids, logits_processor, stopping_criteria, generation_config, model_arguments, asked_of_generate()
         )
-        texts: list[list[int]] = []
-        said = Said()
-        for request in requests(handed, seed, Drafting(method, overlap, draft_context), self.pair.vocabulary):
-            said = Said()
-            try:
-                self.last = self._decoded(partial(_same, request), handed.streamer, said, told=True)
-            except GenerationFailed as failure:
-                raise failure.__cause__ or failure from None  # of a rule, as `generate` lets it out
-            texts.append(self.last.tokens)
-        return answer(handed, texts, said)
+        asked = requests(handed, seed, Drafting(method, overlap, draft_context), self.pair.vocabulary)
+        asks, said = [partial(_same, request) for request in asked], Said()
+        try:
+            if len(asks) == 1 or handed.streamer is not None:
+                made = [self._decoded(ask, handed.streamer, said, told=True) for ask in asks]
+            else:
+                made = self._decoded_together(asks)
+        except GenerationFailed as failure:
+            raise failure.__cause__ or failure from None  # of a rule, as `generate` lets it out
+        self.last = made[-1]
+        return answer(handed, [generation.tokens for generation in made], said)
 
     def _decoded(self, ask: Callable[[], Request], streamer: Any, said: Said, told: bool = False) -> Generation:
         """said: where it goes. told: the streamer has the prompt already."""
@@ -368,6 +423,68 @@ class SpecBranch:
             streamer.end()
         assert stream.generation is not None
         return stream.generation
+
+    def _decoded_together(self, asks: Sequence[Callable[[], Request]]) -> list[Generation]:
+        several = Several(self.decoder, asks, self.max_requests, self.cache_tokens)
+        while several.advance():
+            pass
+        return several.generations()
+
+    def request(self, prompt: PromptInput, **arguments: Any) -> Request:
+        """What `generate` makes of the same arguments, checked, for a `scheduler`. Raises SpecBranchError."""
+        how = ("method", "overlap", "draft_context")
+        drafting = Drafting(**{name: arguments.pop(name) for name in how if name in arguments})
+        asks = self._asks(prompt, drafting=drafting, **arguments)
+        if isinstance(asks, list):
+            raise SpecBranchError("there are several prompts; expected one a request")
+        return asks()
+
+    def scheduler(self, max_requests: int | None = None, cache_tokens: int | None = None) -> Scheduler:
+        """For requests that come one by one and share their rounds; None: as the engine was told, or else room for one
+        text as long as the context, and for max_requests of CACHE_TOKENS."""
+        most = self.max_requests if max_requests is None else max_requests
+        rows = self.cache_tokens if cache_tokens is None else cache_tokens
+        if rows is None:
+            context = self.pair.target.model.context or LONGEST
+            rows = max(rows_for(context), most * rows_for(min(context, CACHE_TOKENS)))
+        return Scheduler(self.decoder, most, rows)
+
+    def _asks(
+        self,
+        prompt: Prompts | None,
+        messages: Messages | None = None,
+        *,
+        drafting: Drafting,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        logprobs: int | None = None,
+    ) -> Callable[[], Request] | list[Callable[[], Request]]:
+        """What makes the request of a prompt; of several, one for each."""
+        prompt, config = one_of(prompt, messages), self._settings.under(generation_config)
+        given = lists(logits_processor, stopping_criteria)
+        filters = temperature, top_k, top_p, min_p
+        rest = max_new_tokens, stop, given, logprobs, drafting
+        if not is_several(prompt):
+            sampling = self._settings.sampling(config, *filters, seed)  # type: ignore[arg-type]
+            return partial(self._request, prompt, config, sampling, *rest)  # type: ignore[arg-type]
+        check_shared(given)
+        prompts: list[PromptInput] = list(prompt)  # type: ignore[arg-type]
+        seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple, range)) else [seed] * len(prompts)
+        if len(seeds) != len(prompts):
+            raise SpecBranchError(f"seed has {len(seeds)} elements; expected one for each of {len(prompts)} prompts")
+        samplings = [self._settings.sampling(config, *filters, each) for each in seeds]
+        return [
+            partial(self._request, one, config, sampling, *rest)
+            for one, sampling in zip(prompts, samplings, strict=True)
+        ]
 
     def _request(
         self,
@@ -410,7 +527,7 @@ def _same(request: Request) -> Request:
     return request
 
 
-def one_of(prompt: PromptInput | None, messages: Sequence[Message] | None) -> PromptInput:
+def one_of(prompt: Prompts | None, messages: Messages | None) -> Prompts:
     """Raises SpecBranchError unless there is one of the two."""
     if messages is None:
         if prompt is None:
@@ -418,6 +535,6 @@ def one_of(prompt: PromptInput | None, messages: Sequence[Message] | None) -> Pr
         return prompt
     if prompt is not None:
         raise SpecBranchError("there are both prompt and messages: expected one of them")
-    if not is_chat(messages):
+    if not is_chat(messages) and not (is_several(messages) and is_chat(messages[0])):
         raise SpecBranchError(f"messages is {shown(messages)}; expected a list of chat messages")
     return messages

@@ -32,3 +32,8 @@ class Request:
     padding: Sequence[int] = ()
     rules: Rules = field(default_factory=Rules)
     drafting: Drafting = field(default_factory=Drafting)
+
+    @property
+    def tokens(self) -> int:
+        """Of the text at most, its prompt included."""
+        return len(self.ids) + self.new_tokens

@@ -100,3 +100,14 @@ def int64_scalar(value: int | Tensor, name: str, device: torch.device) -> Tensor
             raise ValueError(f"{name}: expected an int or an int64 tensor of shape [], got {describe(value)}")
         return value
     return torch.scalar_tensor(value, dtype=torch.int64, device=device)  # half the time of torch.tensor
+
+
+def seeds(value: int | Tensor, positions: Tensor) -> Tensor:
+    """The seed of all rows as `int64_scalar` has it; of each row, as many as positions, it is passed through."""
+    if isinstance(value, Tensor) and value.dim() == 1 and value.dtype == torch.int64:
+        if value.shape != positions.shape:
+            raise ValueError(
+                f"seed: expected shape [] or {list(positions.shape)}, as positions has, got {describe(value)}"
+            )
+        return value
+    return int64_scalar(value, "seed", positions.device)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ._checks import checked
-from ._library import check_matrix, int64_scalar, register
+from ._library import check_matrix, register, seeds
 
 
 class DraftSample(NamedTuple):
@@ -71,29 +71,31 @@ def draft_sample(
         draft_logits: float32, bfloat16 or float16 [b, V]; rows may have any stride. -inf masks a token.
         positions: int64 [b], the absolute position of the token that each row predicts.
         k: how many candidates, 1 to V.
-        seed: int or int64 [].
+        seed: int or int64 [], or int64 [b] with one for each row.
         temperature: as in `verify`, and so are the next four. At 0 scores are the raw logits and confidence is their
             softmax, unfiltered.
         top_k: 0 is off.
         top_p: above 0; 1 is off.
         min_p: 0 is off.
-        filters: float64 [4] in place of the four numbers above.
+        filters: float64 [4] in place of the four numbers above, or [b, 4] with those of each row.
 
     Returns:
-        A `DraftSample`. Confidence is renormalised over the tokens that the filters keep.
+        A `DraftSample`. Confidence is renormalised over the tokens that the filters keep. A row's part has the bits
+        that it has alone, with its seed and its filters as numbers.
 
     Raises:
         ValueError: wrong shape, dtype or range, NaN or +inf in the logits, or a row that masks every token; the
-            message names the tensor and the row. On a CUDA device k is at most 256, and only shapes, dtypes and
-            options raise: a row that cannot be sampled has tokens -1, scores -inf, confidence 0 and entropy NaN. With
-            `filters` out of range no row can.
+            message names the tensor and the row. With a seed or filters for each row, the rows are those of several
+            texts, and one that cannot be sampled does not raise: it has tokens -1, scores -inf, confidence 0 and
+            entropy NaN. On a CUDA device k is at most 256, and only shapes, dtypes and options raise: there such a row
+            is always marked like that, and with filters out of range the rows that they are for are such rows.
     """
     return DraftSample(
         *_op(
             draft_logits,
             positions,
             k,
-            int64_scalar(seed, "seed", positions.device),
+            seeds(seed, positions),
             temperature,
             top_k,
             top_p,

@@ -25,7 +25,8 @@ def _workspace(query: Tensor, keys: Tensor, values: Tensor, *_: Any) -> tuple[An
 
 _op = register(
     "tree_attention(Tensor query, Tensor keys, Tensor values, Tensor prefix_length, Tensor? ancestors, "
-    "float scale, SymInt sliding_window, float softcap, bool by_position) -> Tensor",
+    "float scale, SymInt sliding_window, float softcap, bool by_position, Tensor? starts=None, "
+    "Tensor? sequence=None) -> Tensor",
     _outputs,
     workspace=_workspace,
     tickets=tickets,
@@ -44,6 +45,8 @@ def tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     by_position: bool = True,
+    starts: Tensor | None = None,
+    sequence: Tensor | None = None,
 ) -> Tensor:
     """Attention of tree nodes over one layer's cache: the prefix for all, tree rows by ancestor bits.
 
@@ -57,14 +60,18 @@ def tree_attention(
     lie, of the other queries, or of the number of threads. So a node has the bits of decoding its path token by
     token. On a CUDA device this holds among calls of the same shapes and dtype.
 
+    With `starts` and `sequence` the cache is one flat buffer for s texts, the sequences, which may overlap or have no
+    queries. A query sees its own sequence alone, whose rows begin at starts[q]: what is said here about the cache holds
+    for the rows from there on. Its result is bit for bit that of a call with its sequence alone.
+
     Args:
         query: [n, Hq, D] float32, bfloat16 or float16, rotary embedding applied. Here and in the next two,
             all strides but the last are free.
         keys: [Hkv, C, D], query's dtype. Hkv divides Hq; query head h reads KV head h // (Hq / Hkv).
         values: [Hkv, C, Dv], query's dtype.
-        prefix_length: int or int64 [].
+        prefix_length: int or int64 []; with starts int64 [s], contiguous.
         ancestors: int64 [n, words] as `ancestor_mask` gives them; every row holds its node's own bit. None: a
-            chain, query i sees tree rows 0 to i (a chunk of a prompt).
+            chain, query i sees tree rows 0 to i (a chunk of a prompt), i counted within its sequence.
         scale: factor on the scores, finite; None: D ** -0.5.
         sliding_window: a key is visible iff its position is fewer than this many positions before the
             query's; the position of a tree node is prefix_length + its depth. None: no window.
@@ -73,15 +80,17 @@ def tree_attention(
         by_position: sums in the order of positions, so that a query's bits do not depend on how the tree lies in
             the cache. False: in the order of rows, faster on a CUDA device for trees with several leaves. No
             difference on the CPU.
+        starts: int64 [s], contiguous: the cache row where each sequence begins. Given together with `sequence`.
+        sequence: int64 [n], contiguous: which sequence each query belongs to; it never decreases.
 
     Returns:
         [n, Hq, Dv] in query's dtype.
 
     Raises:
-        ValueError: wrong shape, dtype or stride, an empty row of ancestors, or tree rows beyond the capacity
-            C; the message names the tensor. On a CUDA device D and Dv are at most 512, and prefix_length and
-            ancestors are read by the kernel alone: a query that they send beyond the capacity gets NaN, one that sees
-            nothing gets zeros.
+        ValueError: wrong shape, dtype or stride, an empty row of ancestors, rows beyond the capacity C, or a
+            sequence that there is not or that comes too late; the message names the tensor. On a CUDA device D and Dv
+            are at most 512, and prefix_length, ancestors, starts and sequence are read by the kernel alone: a query
+            that they send beyond the capacity or whose sequence is wrong gets NaN, one that sees nothing gets zeros.
 
     Source: tree attention of SpecInfer (arXiv 2305.09781, section 4.2); online softmax over tiles and merging
     of splits as in FlashAttention (arXiv 2205.14135, section 3.1) and Flash-Decoding.
@@ -92,15 +101,21 @@ def tree_attention(
         raise ValueError(f"sliding_window: expected None or at least 1, got {sliding_window}")
     if softcap is not None and not softcap >= 1e-38:
         raise ValueError(f"softcap: expected None or a number from 1e-38 up, got {softcap}")
+    if starts is None and sequence is None:
+        prefix_length = int64_scalar(prefix_length, "prefix_length", query.device)
+    elif not isinstance(prefix_length, Tensor):
+        raise ValueError(f"prefix_length: expected int64 of shape [s], one of each text, got {describe(prefix_length)}")
     result: Tensor = _op(
         query,
         keys,
         values,
-        int64_scalar(prefix_length, "prefix_length", query.device),
+        prefix_length,
         ancestors,
         max(query.shape[2], 1) ** -0.5 if scale is None else scale,
         sliding_window or 0,
         softcap or 0.0,
         by_position,
+        starts,
+        sequence,
     )
     return result

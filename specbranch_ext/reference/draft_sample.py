@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops.draft_sample import DraftSample
-from .processed import numbers, perturbed_scores, process
+from .processed import by_row, sampled
 
 
 def draft_sample(
@@ -20,16 +20,18 @@ def draft_sample(
     filters: Tensor | None = None,
 ) -> DraftSample:
     """See `specbranch_ext.ops.draft_sample`."""
-    temperature, top_k, top_p, min_p = numbers(filters, temperature, top_k, top_p, min_p)
-    processed = process(draft_logits, temperature, top_k, top_p, min_p)
-    scores = perturbed_scores(processed, positions, seed, temperature)
+    processed, scores = sampled(draft_logits, positions, seed, filters, temperature, top_k, top_p, min_p)
+    usable = processed.z.amax(dim=1, keepdim=True).isfinite()
+    if not usable.all() and not by_row(seed, filters):
+        raise ValueError(f"draft_logits: row {int(usable.flatten().logical_not().nonzero()[0])} cannot be sampled")
+    scores = scores.masked_fill(~usable, -torch.inf)
     # A stable sort leaves ties in the order of their tokens.
     best, tokens = (part[:, :k] for part in scores.sort(dim=1, descending=True, stable=True))
     found = best > -torch.inf
 
     weight = torch.where(processed.kept, processed.weight, 0.0).to(torch.float64)
     probability = weight / weight.sum(dim=1, keepdim=True)
-    entropy = -torch.special.xlogy(probability, probability).sum(dim=1)
+    entropy = -torch.special.xlogy(probability, probability).sum(dim=1).masked_fill(~usable[:, 0], torch.nan)
     confidence = probability.gather(1, tokens)
     return DraftSample(
         tokens.masked_fill(~found, -1),

@@ -1,6 +1,7 @@
 """From raw logits to scaled logits, kept tokens and perturbed scores, as verify and draft_sample define them."""
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,28 @@ class Processed(NamedTuple):
     kept: Tensor
 
 
+def sampled(
+    logits: Tensor, positions: Tensor, seed: int | Tensor, filters: Tensor | None, *options: Any
+) -> tuple[Processed, Tensor]:
+    """The rows processed, and their perturbed scores: each as it is alone, with its own seed and filters."""
+    if by_row(seed, filters):
+        seeds = torch.as_tensor(seed).expand(len(positions))
+        each = [None] * len(positions) if filters is None else filters.expand(len(positions), 4)
+        rows = [
+            sampled(logits[i : i + 1], positions[i : i + 1], seeds[i], each[i], *options) for i in range(len(positions))
+        ]
+        processed, scores = zip(*rows, strict=True)
+        return Processed(*(torch.cat(part) for part in zip(*processed, strict=True))), torch.cat(scores)
+    temperature, top_k, top_p, min_p = numbers(filters, *options)
+    processed = process(logits, temperature, top_k, top_p, min_p)
+    return processed, perturbed_scores(processed, positions, seed, temperature)
+
+
+def by_row(seed: int | Tensor, filters: Tensor | None) -> bool:
+    """Whether rows have a seed or filters of their own."""
+    return (isinstance(seed, Tensor) and seed.dim() == 1) or (filters is not None and filters.dim() == 2)
+
+
 def numbers(
     filters: Tensor | None, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[float, int, float, float]:
@@ -24,6 +47,9 @@ def numbers(
     if filters is None:
         return temperature, top_k, top_p, min_p
     temperature, most, top_p, min_p = filters.tolist()
+    scales = temperature == 0 or 1e-38 <= temperature <= 1e38
+    if not (scales and 0 <= most < math.inf and most == int(most) and 0 < top_p <= 1 and 0 <= min_p <= 1):
+        raise ValueError(f"filters: expected values in range, got {filters.tolist()}")
     return temperature, int(most), top_p, min_p
 
 

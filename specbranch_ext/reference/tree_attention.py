@@ -1,5 +1,7 @@
 """tree_attention in plain torch, with a dense mask."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,12 +42,25 @@ def tree_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     by_position: bool = True,
+    starts: Tensor | None = None,
+    sequence: Tensor | None = None,
 ) -> Tensor:
     """As `specbranch_ext.tree_attention`: [n, Hq, D], [Hkv, C, D] and [Hkv, C, Dv] to [n, Hq, Dv].
 
     by_position makes no difference. In float64: besides rounding, a process's first float32 tanh in torch is now and
     then off by 1e-4 on one thread.
     """
+    if starts is not None and sequence is not None:
+        return _each_alone(
+            query,
+            keys,
+            values,
+            torch.as_tensor(prefix_length),
+            ancestors,
+            starts,
+            sequence,
+            {"scale": scale, "sliding_window": sliding_window, "softcap": softcap},
+        )
     prefix = int(prefix_length)
     if not 0 <= prefix <= keys.shape[1]:
         raise ValueError(f"prefix_length: expected 0 to {keys.shape[1]}, got {prefix}")
@@ -62,3 +77,26 @@ def tree_attention(
         scores = softcap * torch.tanh(scores / softcap)
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
     return torch.einsum("hnc,hcd->nhd", weights, v).to(query.dtype)
+
+
+def _each_alone(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    prefix_lengths: Tensor,
+    ancestors: Tensor | None,
+    starts: Tensor,
+    sequence: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """The queries of each sequence with the rows of the cache from its start on."""
+    if bool((sequence.diff() < 0).any()) or not set(sequence.tolist()) <= set(range(len(starts))):
+        raise ValueError(f"sequence: expected numbers from 0 to {len(starts) - 1} that do not decrease")
+    output = query.new_empty((*query.shape[:2], values.shape[2]))
+    for q, (start, prefix) in enumerate(zip(starts.tolist(), prefix_lengths.tolist(), strict=True)):
+        if not 0 <= start <= keys.shape[1]:
+            raise ValueError(f"starts: expected 0 to {keys.shape[1]}, got {start}")
+        own = sequence == q
+        bits = None if ancestors is None else ancestors[own]
+        output[own] = tree_attention(query[own], keys[:, start:], values[:, start:], prefix, bits, **options)
+    return output

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from filters import in_memory
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from specbranch_ext import draft_sample, verify
@@ -103,31 +104,69 @@ def test_large_vocabulary_draws_the_distribution():
         assert_law(group[tokens], probability)
 
 
+FIRST = torch.tensor([0.5, 0.0, -0.5, 1.0])
+SECOND = torch.tensor([[0.0, 1.0, 0.2, -1.0], [1.0, 0.0, 0.0, 0.5], [-1.0, 0.3, 2.0, 0.0], [0.0, 0.0, 0.7, 0.1]])
+DRAFT = torch.tensor([[1.0, 0.5, -0.5, 0.0]])
+
+
+def law_of_two_tokens(**options: Any) -> torch.Tensor:
+    """[4, 4]: of texts whose first token has the logits FIRST, and the second one those of SECOND[first]."""
+    return torch.stack([p * exact(row, **options) for p, row in zip(exact(FIRST, **options), SECOND, strict=True)])
+
+
 def test_speculated_sequences_have_the_target_law():
     """Whole two-token texts, drafted by another distribution with shared noise, verified as a tree."""
-    first = torch.tensor([0.5, 0.0, -0.5, 1.0])
-    table = torch.tensor([[0.0, 1.0, 0.2, -1.0], [1.0, 0.0, 0.0, 0.5], [-1.0, 0.3, 2.0, 0.0], [0.0, 0.0, 0.7, 0.1]])
-    draft_logits = torch.tensor([[1.0, 0.5, -0.5, 0.0]])
     parents = torch.tensor([-1, 0, 0])
     options: dict[str, Any] = {"temperature": 1.0, "top_p": 0.9}
-    law = torch.stack([p * exact(row, **options) for p, row in zip(exact(first, **options), table, strict=True)])
-
     texts, hits = [], 0
     for seed in range(8000):
-        drafted = draft_sample(draft_logits, torch.tensor([10]), 2, seed=seed, **options).tokens[0]
-        logits = torch.stack([first, *table[drafted]])
+        drafted = draft_sample(DRAFT, torch.tensor([10]), 2, seed=seed, **options).tokens[0]
+        logits = torch.stack([FIRST, *SECOND[drafted]])
         tokens = torch.cat([torch.tensor([0]), drafted])
         result = verify(logits, tokens, parents, torch.tensor([10, 11, 11]), seed=seed, **options)
         if result.accepted:
             hits += 1
             text = (tokens[result.path[0]], result.next_token)
         else:
-            again = table[result.next_token].unsqueeze(0)
+            again = SECOND[result.next_token].unsqueeze(0)
             second = verify(again, tokens[:1], parents[:1], torch.tensor([11]), seed=seed, **options)
             text = (result.next_token, second.next_token)
         texts.append(int(text[0]) * 4 + int(text[1]))
-    assert_law(torch.tensor(texts), law)
+    assert_law(torch.tensor(texts), law_of_two_tokens(**options))
     assert hits > 0.75 * len(texts)  # shared noise: far above the 0.5 of two uniform guesses
+
+
+def test_texts_of_one_call_have_each_the_target_law():
+    """The same for many texts, drafted together and verified together, each with its seed and filters."""
+    each = 20_000
+    texts = each * len(FILTERS)
+    seed = torch.arange(texts)
+    filters = torch.stack([in_memory(options) for options in FILTERS]).repeat(each, 1)
+    positions = torch.full((texts,), 10)
+    drafted = draft_sample(DRAFT.expand(texts, -1), positions, 2, seed=seed, filters=filters).tokens  # -1: the last one
+    logits = torch.cat([FIRST.expand(texts, 1, 4), SECOND[drafted]], dim=1).flatten(0, 1)
+    roots = 3 * torch.arange(texts)
+    parents = torch.stack([torch.full_like(roots, -1), roots, roots], dim=1).flatten()
+    tokens = torch.nn.functional.pad(drafted, (1, 0)).flatten()
+    result = verify(
+        logits,
+        tokens,
+        parents,
+        (positions.unsqueeze(1) + torch.tensor([0, 1, 1])).flatten(),
+        seed=seed.repeat_interleave(3),
+        filters=filters.repeat_interleave(3, dim=0),
+        roots=roots,
+    )
+    hit = result.accepted > 0
+    assert hit.double().mean() > 0.75
+    first = torch.where(hit, tokens[result.path[roots]], result.next_token)
+    unused = torch.full_like(roots, -1)
+    alone = verify(SECOND[first], unused, unused, positions + 1, seed=seed, filters=filters).target_tokens
+    second = torch.where(hit, result.next_token, alone)
+    assert torch.equal(second, alone)  # coupled: what the draft did changes no token
+    for text in range(len(FILTERS)):
+        drawn = (first * 4 + second)[text :: len(FILTERS)]
+        assert_law(drawn, law_of_two_tokens(**FILTERS[text]))
 
 
 @pytest.mark.parametrize("seed", range(5))

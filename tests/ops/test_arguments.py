@@ -53,6 +53,9 @@ def test_a_tensor_on_another_device_in_any_place(call: Call) -> None:
     optional: dict[str, Tensor] = {
         "filters": torch.tensor([1.0, 0, 1, 0], dtype=torch.float64),
         "ancestors": torch.tensor([[1], [3]]),
+        "starts": torch.tensor([0]),
+        "sequence": torch.tensor([0, 0]),
+        "roots": torch.tensor([0]),
     }
     tensors |= scalars | {name: value for name, value in optional.items() if name in arguments}
     for name, tensor in tensors.items():
@@ -116,7 +119,7 @@ def test_what_is_no_tensor(call: Call) -> None:
             refused(ValueError, r"activation: expected silu or gelu_tanh, got 'relu' \(str\)", call, activation="relu")
         elif name == "arithmetic":
             refused(TypeError, r"arithmetic: expected a str, got 3 \(int\)", call, arithmetic=3)
-        elif name in ("filters", "ancestors"):
+        elif name in ("filters", "ancestors", "starts", "sequence", "roots"):
             refused(TypeError, rf"{name}: expected a tensor or None, got list", call, **{name: [1.0]})
 
 

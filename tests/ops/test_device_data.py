@@ -1,5 +1,7 @@
 """Bad data on a device: a kernel cannot raise without waiting for it, so it marks what is wrong and stays in bounds."""
 
+from typing import Any
+
 import pytest
 import torch
 from implementations import NAMES
@@ -62,6 +64,80 @@ def test_verify_walks_no_parent_out_of_order():
     assert result.path.tolist() == [2, -1, -1, -1]  # node 1's parent comes later, node 3's never is on the path
 
 
+@pytest.mark.parametrize("size", [1, 400])
+@pytest.mark.parametrize(
+    ("roots", "here"),
+    [
+        ([0, 2, 4], [0, 2, 4]),
+        ([0, 2, 6], [0, 2, None]),
+        ([0, 2**40, 2**62], [0, None, None]),
+        ([-7, 0, 3], [None, 0, 3]),
+        ([-(2**63), 2, -1], [None, 2, None]),
+        ([0, -1, 3], [None] * 3),
+        ([3, 0, 4], [None] * 3),
+        ([2, 2, 4], [None] * 3),
+        ([0, 3, -9], [None] * 3),
+        ([9, 0, 3], [None] * 3),
+    ],
+)
+def test_verify_marks_the_texts_of_roots_that_there_are_not(roots, here, size):
+    """Each node is the child of the one before it, and accepted. `size`: so many nodes are one of the example's."""
+    n = 6 * size
+    logits = torch.zeros(n, 4)
+    logits[:, 3] = 1.0
+    tokens, parents = torch.full((n,), 3), torch.arange(n) - 1
+    for root in here:
+        parents[(root or 0) * size] = -1
+    given = torch.tensor([root * size if 0 < root <= 6 else root for root in roots])
+    result = verify(logits, tokens, parents, torch.arange(n), roots=given)
+    begins = [root for root in here if root is not None]
+    path = [-1] * n
+    for root, accepted, next_token in zip(here, result.accepted.tolist(), result.next_token.tolist(), strict=True):
+        if root is None:
+            assert (accepted, next_token) == (0, -1)
+            continue
+        end = next((other for other in begins if other > root), 6)
+        nodes = range(root * size + 1, end * size)
+        assert (accepted, next_token) == (len(nodes), 3)
+        path[root * size : root * size + len(nodes)] = nodes
+    assert result.path.tolist() == path
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "top_k": 1}], ids=str)
+def test_verify_walks_to_no_node_of_another_tree(options):
+    logits = torch.zeros(6, 10)
+    logits[:, 3] = 5.0
+    tokens, roots = torch.full((6,), 3), torch.tensor([1, 3])
+    for parents in ([-1, -1, 0, -1, 2, 1], [4, 5, 4, 0, 1, 2], [2**40, -1, -5, 1, 2**62, 0]):
+        result = verify(logits, tokens, torch.tensor(parents), torch.arange(6), roots=roots, **options)
+        assert result.path.tolist() == [-1] * 6
+        assert (result.accepted.tolist(), result.next_token.tolist()) == ([0, 0], [3, 3])
+    logits[4] = float("nan")  # needed, as it names a parent
+    result = verify(logits, tokens, torch.tensor([-1, -1, 1, -1, 2, -1]), torch.arange(6), roots=roots, **options)
+    assert (result.accepted.tolist(), result.next_token.tolist()) == ([1, 0], [3, -1])
+    assert result.path.tolist() == [-1, 2, -1, -1, -1, -1]
+
+
+@pytest.mark.parametrize(("place", "value"), [(0, -1.0), (0, float("nan")), (1, 2.5), (2, 0.0), (3, 1.5)])
+def test_filters_out_of_range_stop_their_row_alone(place, value):
+    logits = torch.randn(4, 3000, generator=torch.Generator().manual_seed(1))
+    filters = torch.tensor([[0.8, 5, 0.5, 0.01], [0, 0, 1, 0], [1, 0, 0.9, 0], [0.5, 0, 1, 0.1]], dtype=torch.float64)
+    tokens, positions = torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    arguments: dict[str, Any] = {"parents": torch.tensor([-1, 0, -1, 2]), "roots": torch.tensor([0, 2])}
+    clean = verify(logits, tokens, positions=positions, filters=filters, **arguments)
+    sample = draft_sample(logits, positions, 3, filters=filters)
+    bad = filters.clone()
+    bad[3, place] = value
+    result = verify(logits, tokens, positions=positions, filters=bad, **arguments)
+    assert result.target_tokens.tolist() == [*clean.target_tokens[:3].tolist(), -1]
+    assert result.next_token.tolist() == [clean.next_token[0].item(), -1]
+    marked = draft_sample(logits, positions, 3, filters=bad)
+    for ours, before in zip(marked, sample, strict=True):
+        assert torch.equal(ours[:3], before[:3])
+    assert marked.tokens[3].tolist() == [-1] * 3
+    assert marked.entropy[3].isnan()
+
+
 def test_draft_sample_marks_the_row():
     logits = torch.randn(3, 500, generator=torch.Generator().manual_seed(1))
     clean = draft_sample(logits, torch.arange(3), 4, temperature=1.0)
@@ -95,6 +171,9 @@ def test_kv_commit_moves_no_row_out_of_range():
             if 0 <= start + i < 10:
                 expected[:, start + i] = guard[:, row]
         assert torch.equal(buffer, expected)
+    buffer.copy_(guard)
+    kv_commit([buffer], torch.tensor([5, 4, -1, 10, 7, 8]), torch.tensor([4, 2**40, 6, 7, -1, -(2**63)]))
+    assert buffer[0, :, 0].tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize("normed", [False, True])

@@ -7,16 +7,18 @@ by rejection depends on all logits of target and draft: short chains with every 
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from filters import in_memory
 from implementations import on_cpu
 
 from specbranch_ext import ancestor_mask, draft_sample, reference, verify, verify_rejection
 
 pytestmark = pytest.mark.usefixtures("implementation")
 
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 1.0},
     {"temperature": 0.5, "top_k": 1},
@@ -84,6 +86,45 @@ def test_every_tree_with_unused_nodes_whose_rows_hold_nothing(n):
                 assert result.next_token == target[path[-1] if path else 0]
 
 
+def all_texts(n: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Every choice of roots among n rows, and every assignment of an earlier node of its tree, or none, to the rows."""
+    for roots in itertools.chain.from_iterable(itertools.combinations(range(n), s) for s in range(n + 1)):
+        own = [max((root for root in roots if root <= row), default=row) for row in range(n)]
+        for parents in itertools.product(*([-1, *range(own[row], row)] for row in range(n))):
+            yield roots, parents
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_every_call_of_several_texts(n, implementation):
+    positions = torch.arange(n)
+    target = [1, 0, 1, 1][:n]  # with one row of targets the tokens alone give every pattern of equality
+    for i, (roots, parents) in enumerate(all_texts(n)):
+        if implementation != "cpu" and n > 3 and i % 5 != 0:
+            continue  # slower
+        rows = range(n)
+        needed = [row for row in rows if row in roots or parents[row] >= 0]
+        for tokens in itertools.product(*([0] if row in roots else [0, 1] for row in rows)):
+            for bad in (None, *rows):
+                logits = torch.eye(2)[target]
+                if bad is not None:
+                    logits[bad] = torch.nan
+                given = (torch.tensor(tokens), torch.tensor(parents), positions)
+                for op in (verify, reference.verify) if implementation == "cpu" else (verify,):
+                    result = op(logits, *given, roots=torch.tensor(roots, dtype=torch.int64))
+                    assert result.target_tokens.tolist() == [-1 if row == bad else target[row] for row in rows]
+                    whole_path = [-1] * n
+                    for text, (root, end) in enumerate(itertools.pairwise((*roots, n))):
+                        tree = slice(root, end)
+                        local = tuple(parent - root if parent >= 0 else -1 for parent in parents[tree])
+                        path = [root + node for node in walk(local, tokens[tree], tuple(target[tree]))]
+                        accepted, next_token = len(path), target[path[-1] if path else root]
+                        if bad in needed and bad in range(root, end):
+                            path, accepted, next_token = [], 0, -1
+                        whole_path[root : root + len(path)] = path
+                        assert (result.accepted[text], result.next_token[text]) == (accepted, next_token)
+                    assert result.path.tolist() == whole_path, (roots, parents, tokens, bad)
+
+
 @on_cpu  # the reference is the same for all
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_the_reference_walks_the_same(n):
@@ -116,6 +157,32 @@ def test_every_row_of_the_grid(vocabulary, options, implementation):
             assert torch.equal(sample.scores, wanted.scores)
             torch.testing.assert_close(sample.confidence, wanted.confidence, rtol=1e-5, atol=1e-7)
             torch.testing.assert_close(sample.entropy, wanted.entropy, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 4])
+def test_every_row_of_the_grid_with_all_filters_in_one_call(vocabulary, implementation):
+    values = [-torch.inf, -2.0, 0.0, 1.0]
+    rows = [row for row in itertools.product(values, repeat=vocabulary) if max(row) > -torch.inf]
+    if implementation != "cpu":
+        rows = rows[:: (1, 1, 2, 11)[vocabulary - 1]]  # slower
+    logits, positions = torch.tensor(rows), torch.arange(len(rows)) // 3
+    seeds = torch.arange(len(rows)) % 5 + 2**40
+    filters = torch.stack([in_memory(options) for options in FILTERS])
+    n, calls = len(rows), len(FILTERS)
+    unused = torch.full((n * calls,), -1)
+    mixed: dict[str, Any] = {"seed": seeds.repeat_interleave(calls), "filters": filters.repeat(n, 1)}
+    logits_of_all, positions_of_all = logits.repeat_interleave(calls, dim=0), positions.repeat_interleave(calls)
+    target_tokens = verify(logits_of_all, unused, unused, positions_of_all, **mixed).target_tokens
+    samples = {k: draft_sample(logits_of_all, positions_of_all, k, **mixed) for k in {1, vocabulary}}
+    for i, options in enumerate(FILTERS):
+        for seed in seeds.unique().tolist():
+            mine = (seeds == seed).nonzero().flatten()
+            alone = (logits[mine], unused[: len(mine)], unused[: len(mine)], positions[mine])
+            assert torch.equal(target_tokens[i::calls][mine], verify(*alone, seed=seed, **options).target_tokens)
+            for k, sample in samples.items():
+                expected = draft_sample(logits[mine], positions[mine], k, seed=seed, **options)
+                for part, wanted in zip(sample, expected, strict=True):
+                    assert torch.equal(part[i::calls][mine], wanted)
 
 
 def grid(*values: float, vocabulary: int) -> list[tuple[float, ...]]:

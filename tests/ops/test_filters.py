@@ -149,7 +149,9 @@ def test_numbers_beside_the_tensor_are_refused(options):
     [
         (torch.zeros(4), "filters: expected float64, got float32"),
         (torch.zeros(0, dtype=torch.float64), r"filters: expected shape \[4\]"),
-        (torch.zeros(1, 4, dtype=torch.float64), r"filters: expected shape \[4\]"),
+        (torch.zeros(1, 4, dtype=torch.float64), r"filters: expected shape \[n, 4\] = \[2, 4\], got \[1, 4\]"),
+        (torch.zeros(2, 3, dtype=torch.float64), r"filters: expected shape \[n, 4\] = \[2, 4\], got \[2, 3\]"),
+        (torch.zeros(2, 8, dtype=torch.float64)[:, ::2], "filters: expected a contiguous"),
         (torch.zeros(8, dtype=torch.float64)[::2], "filters: expected a contiguous"),
     ],
 )

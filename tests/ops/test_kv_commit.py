@@ -1,5 +1,6 @@
 """kv_commit against an out-of-place gather."""
 
+import itertools
 import mmap
 
 import pytest
@@ -31,22 +32,24 @@ def random_buffers(dtype=torch.float32) -> list[Tensor]:
     ]
 
 
-def gathered(buffers: list[Tensor], rows: list[int], start: int) -> list[Tensor]:
+def gathered(buffers: list[Tensor], rows: list[int], start: int | list[int]) -> list[Tensor]:
     expected = []
+    places = start if isinstance(start, list) else range(start, start + len(rows))
     for buffer in buffers:
         new = buffer.clone()
-        for i, row in enumerate(rows):
-            new[:, start + i] = buffer[:, row]
+        for place, row in zip(places, rows, strict=True):
+            new[:, place] = buffer[:, row]
         expected.append(new)
     return expected
 
 
-def check(rows: list[int], start: int, dtype=torch.float32) -> None:
+def check(rows: list[int], start: int | list[int], dtype=torch.float32) -> None:
     buffers = random_buffers(dtype)
     expected = gathered(buffers, rows, start)
     by_reference = [buffer.clone() for buffer in buffers]
-    kv_commit(buffers, torch.tensor(rows, dtype=torch.int64), start)
-    reference.kv_commit(by_reference, torch.tensor(rows, dtype=torch.int64), torch.tensor(start))
+    places = torch.tensor(start, dtype=torch.int64)
+    kv_commit(buffers, torch.tensor(rows, dtype=torch.int64), places if isinstance(start, list) else start)
+    reference.kv_commit(by_reference, torch.tensor(rows, dtype=torch.int64), places)
     for actual, other, wanted in zip(buffers, by_reference, expected, strict=True):
         assert torch.equal(actual, wanted)
         assert torch.equal(other, wanted)
@@ -57,6 +60,24 @@ def check(rows: list[int], start: int, dtype=torch.float32) -> None:
 def test_any_rows_to_any_place(data):
     rows = data.draw(st.lists(st.integers(0, CAPACITY - 1), max_size=CAPACITY))
     check(rows, data.draw(st.integers(0, CAPACITY - len(rows))))
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_rows_each_to_any_place(data):
+    places = data.draw(st.lists(st.integers(0, CAPACITY - 1), max_size=CAPACITY, unique=True))
+    check(data.draw(st.lists(st.integers(0, CAPACITY - 1), min_size=len(places), max_size=len(places))), places)
+
+
+def test_every_exchange_of_few_rows():
+    """All rows to all places, of a buffer of four: cycles, overlaps, copies and rows in place."""
+    for m in range(1, 5):
+        for places in itertools.permutations(range(4), m):
+            for rows in itertools.product(range(4), repeat=m):
+                buffer = torch.arange(4.0).reshape(1, 4, 1).repeat(1, 1, 4)
+                (expected,) = gathered([buffer], list(rows), list(places))
+                kv_commit([buffer], torch.tensor(rows), torch.tensor(places))
+                assert torch.equal(buffer, expected)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +91,10 @@ def test_any_rows_to_any_place(data):
         ([5, 39, 7], 5),  # both ends in place
         ([39], 0),
         ([], 40),
+        ([12, 14, 32, 33], [10, 11, 30, 31]),  # the paths of two texts
+        ([10, 11, 33], [10, 11, 30]),  # one of them in place
+        ([11, 10], [10, 11]),  # exchanged
+        ([], []),
     ],
 )
 @pytest.mark.parametrize(
@@ -83,7 +108,8 @@ def test_overlaps_and_dtypes(rows, start, dtype):
         return
     buffers = [torch.randint(0, 255, (2, CAPACITY, 16), dtype=torch.uint8)]
     expected = gathered(buffers, rows, start)
-    kv_commit([buffers[0].view(dtype)], torch.tensor(rows, dtype=torch.int64), start)
+    places = torch.tensor(start, dtype=torch.int64)
+    kv_commit([buffers[0].view(dtype)], torch.tensor(rows, dtype=torch.int64), places)
     assert torch.equal(buffers[0], expected[0])
 
 
@@ -94,6 +120,7 @@ def test_rows_in_place_move_nothing():
     buffer = torch.frombuffer(memory, dtype=torch.float32).view(2, CAPACITY, 8)
     for start in (0, 7, 36):
         kv_commit([buffer], torch.arange(start, start + 4), start)
+    kv_commit([buffer], torch.tensor([5, 2, 39]), torch.tensor([5, 2, 39]))
     kv_commit([buffer], torch.tensor([], dtype=torch.int64), CAPACITY)
     assert not buffer.any()
 
@@ -172,12 +199,40 @@ def test_bad_input(buffer, rows, message):
 
 
 @on_cpu
-@pytest.mark.parametrize("start", [torch.tensor([1]), torch.tensor(1.0)])
-def test_bad_start(start):
-    with pytest.raises(ValueError, match="start: expected an int or an int64 tensor"):
-        kv_commit([torch.zeros(2, 4, 8)], torch.tensor([1]), start)
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (torch.tensor([1]), r"expected shape \[\] or \[m\] = \[2\], got \[1\]"),
+        (torch.tensor([[1, 2]]), r"expected shape \[\] or \[m\] = \[2\], got \[1, 2\]"),
+        (torch.tensor(1.0), "expected int64, got float32"),
+        (torch.tensor([1.0, 2.0]), "expected int64, got float32"),
+        (torch.tensor([1, 2, 3])[::2], "expected a contiguous tensor"),
+        (torch.tensor([1, -1]), r"expected rows of buffers\[0\], 0 to 3, got -1"),
+        (torch.tensor([4, 0]), r"expected rows of buffers\[0\], 0 to 3, got 4"),
+        (torch.tensor([3, 3]), "expected another place for each row, got 3 twice"),
+    ],
+)
+def test_bad_start(start, message):
+    buffer = torch.randn(2, 4, 8)
+    before = buffer.clone()
+    with pytest.raises(ValueError, match=f"^start: {message}"):
+        kv_commit([buffer], torch.tensor([1, 2]), start)
+    assert torch.equal(buffer, before)
+
+
+@on_cpu
+def test_a_place_named_twice_is_an_error_wherever_it_stands():
+    for places in itertools.product(range(4), repeat=4):
+        buffer = torch.randn(1, 4, 2)
+        if len(set(places)) == 4:
+            kv_commit([buffer], torch.arange(4), torch.tensor(places))
+            continue
+        for op in (kv_commit, reference.kv_commit):
+            with pytest.raises(ValueError, match=r"^start: expected another place for each row"):
+                op([buffer], torch.arange(4), torch.tensor(places))
 
 
 def test_registration():
     buffers = [torch.randn(2, 6, 4), torch.randn(2, 6, 4)]
-    torch.library.opcheck(torch.ops.specbranch.kv_commit.default, (buffers, torch.tensor([4, 2]), torch.tensor(1)))
+    for start in (torch.tensor(1), torch.tensor([1, 5])):
+        torch.library.opcheck(torch.ops.specbranch.kv_commit.default, (buffers, torch.tensor([4, 2]), start))

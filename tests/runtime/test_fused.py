@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Iterator
@@ -17,7 +18,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from specbranch import SpecBranch
 from specbranch.runtime.attach import Attachment
+from specbranch.runtime.attention import TreeContext
 from specbranch.runtime.batch import Inputs
+from specbranch.runtime.cache import BranchCache
 from specbranch.runtime.exact import exact_forward
 from specbranch.runtime.forwards import forwards_of
 from specbranch.runtime.fused import layer, norms
@@ -121,6 +124,33 @@ def test_one_call_for_a_layer_has_the_bits_of_its_ops(family: str, joined: bool,
     with Watching():
         op_by_op = tree_logits(model)
     assert torch.equal(in_one_call, op_by_op)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("family", WHOLE)
+def test_a_layer_over_rows_of_two_texts_has_the_bits_of_each_alone(family: str, watched: bool) -> None:
+    model = tiny_family(family, torch.float32)
+    fused = fused_of(next(layers_of(model)))
+    assert isinstance(fused, Layer)
+    attention, generator = fused.parts.attention, torch.Generator().manual_seed(5)
+    buffers = torch.randn(2, attention.heads[1], 64, attention.width, generator=generator)
+    hidden = torch.randn(1, 5, model.config.hidden_size, generator=generator)
+    cos, sin = torch.randn(2, 1, 5, attention.width, generator=generator)
+    starts, prefixes, ancestors = torch.tensor([3, 20]), torch.tensor([6, 9]), torch.tensor([[1], [3], [1], [2], [5]])
+    rows = torch.tensor([9, 10, 29, 30, 31])
+
+    def run(own: slice, first: int, context: TreeContext) -> Tensor:
+        cache = BranchCache(4, 64)
+        cache.rows = rows[own] - first
+        for buffer, values in zip(attention.buffers(cache, hidden), buffers, strict=True):
+            buffer[:, : 64 - first] = values[:, first:]
+        with Watching() if watched else contextlib.nullcontext():
+            return fused(hidden[:, own], (cos[:, own], sin[:, own]), cache, context)
+
+    sequence = torch.tensor([0, 0, 1, 1, 1])
+    both = run(slice(0, 5), 0, TreeContext(prefixes, ancestors, starts=starts, sequence=sequence))
+    for q, own in enumerate((slice(0, 2), slice(2, 5))):
+        assert torch.equal(both[:, own], run(own, int(starts[q]), TreeContext(prefixes[q], ancestors[own])))
 
 
 @pytest.mark.parametrize("family", [*WHOLE, *PARTS])

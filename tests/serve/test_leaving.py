@@ -13,7 +13,7 @@ import pytest
 from serving import Served, served
 
 from specbranch import Generation, SpecBranch, bundled
-from specbranch.runtime.together import Together
+from specbranch.runtime.verifier import ModelVerifier
 from specbranch.serve.answers import Answers, Piece
 from specbranch.serve.queue import Queue
 from specbranch.serve.refusal import Refusal
@@ -27,14 +27,14 @@ SHORT = {"prompt": PROMPT, "max_tokens": 4}
 @pytest.fixture
 def rounds(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """When each round of any generation began. None is shorter than 50 ms."""
-    verify, begun = Together.verify, list[float]()
+    verify, begun = ModelVerifier.place, list[float]()
 
-    def slow(self, texts):
+    def slow(self, trunk):
         begun.append(time.perf_counter())
         time.sleep(0.05)
-        return verify(self, texts)
+        return verify(self, trunk)
 
-    monkeypatch.setattr(Together, "verify", slow)
+    monkeypatch.setattr(ModelVerifier, "place", slow)
     return begun
 
 

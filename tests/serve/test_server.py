@@ -15,7 +15,7 @@ import pytest
 from serving import Served, chat_template, served
 
 from specbranch import SpecBranch, bundled
-from specbranch.runtime.together import Together
+from specbranch.runtime.verifier import ModelVerifier
 from specbranch.serve.app import Service
 
 PROMPTS = [record["prompt"] for record in bundled.prompts()]
@@ -166,13 +166,13 @@ def test_models(client):
 
 
 def test_health_is_answered_while_a_text_is_generated(server, monkeypatch):
-    verify, go_on = Together.verify, threading.Event()
+    verify, go_on = ModelVerifier.place, threading.Event()
 
-    def waiting(self, texts):
+    def waiting(self, trunk):
         assert go_on.wait(60)
-        return verify(self, texts)
+        return verify(self, trunk)
 
-    monkeypatch.setattr(Together, "verify", waiting)
+    monkeypatch.setattr(ModelVerifier, "place", waiting)
     with ThreadPoolExecutor() as pool:
         answers = [pool.submit(server.post, "/v1/completions", {"prompt": PROMPT, "max_tokens": 2}) for _ in range(3)]
         server.wait(lambda: server.queue.waiting == 2)
@@ -208,13 +208,13 @@ def test_many_requests_get_the_texts_that_each_gets_alone(bundled_pair, at_once)
 
 
 def test_a_full_queue_says_so(bundled_pair, monkeypatch):
-    verify, go_on = Together.verify, threading.Event()
+    verify, go_on = ModelVerifier.place, threading.Event()
 
-    def waiting(self, texts):
+    def waiting(self, trunk):
         assert go_on.wait(60)
-        return verify(self, texts)
+        return verify(self, trunk)
 
-    monkeypatch.setattr(Together, "verify", waiting)
+    monkeypatch.setattr(ModelVerifier, "place", waiting)
     asked = {"model": "bundled", "prompt": PROMPT, "max_tokens": 2}
     with served(bundled_pair, most_waiting=2) as server, ThreadPoolExecutor() as pool:
         first = [pool.submit(server.post, "/v1/completions", asked) for _ in range(3)]
@@ -230,14 +230,14 @@ def test_a_full_queue_says_so(bundled_pair, monkeypatch):
 
 
 def failing_after(monkeypatch: pytest.MonkeyPatch, rounds: int) -> None:
-    verify, calls = Together.verify, iter(range(10_000))
+    verify, calls = ModelVerifier.place, iter(range(10_000))
 
-    def failing(self, texts):
+    def failing(self, trunk):
         if next(calls) == rounds:
             raise RuntimeError("not enough memory")
-        return verify(self, texts)
+        return verify(self, trunk)
 
-    monkeypatch.setattr(Together, "verify", failing)
+    monkeypatch.setattr(ModelVerifier, "place", failing)
 
 
 @pytest.mark.parametrize("held_back", [False, True])

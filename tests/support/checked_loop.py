@@ -97,7 +97,7 @@ def check_draft(draft: LanguageDrafter, tree: Tree, text: list[int]) -> None:
     for node, row in draft.rows.items():
         assert node < len(tree), "a row in the draft's cache of no node"
         assert list(row.path) == tree.tokens(tree.path(node)), "a row in the draft's cache is another node's"
-        assert row.proposals is tree.proposals[node], "proposals of another node"
+        assert row.proposals == tree.proposals[node], "proposals of another node"
     drafted = [node for node, proposals in enumerate(tree.proposals) if proposals is not None]
     assert drafted == sorted(draft.rows), "proposals without a row, or a row without proposals"
 

@@ -73,16 +73,39 @@ def logits(draw: Draw, rows: int, vocabulary: int, dtype: str) -> Floats:
     return Floats((rows, vocabulary), fill, dtype, draw(one_of(LAYOUTS)), draw(SEEDS))
 
 
-def filters(draw: Draw, vocabulary: int, in_memory: bool = True) -> dict[str, Any]:
-    values = (
+def row_seeds(draw: Draw, n: int) -> int | Ints:
+    return vector(draw, one_of(ENDS), n) if draw(st.booleans()) else scalar(draw, draw(one_of(ENDS)))
+
+
+def filter_values(draw: Draw, vocabulary: int) -> tuple[Any, ...]:
+    return (
         draw(one_of(TEMPERATURES) | st.floats(0.1, 3.0)),
         draw(one_of([0, 0, 1, 2, vocabulary, vocabulary + 1, 2**40]) | st.integers(1, vocabulary)),
         draw(one_of(TOP_P)),
         draw(one_of(MIN_P)),
     )
-    if in_memory and draw(st.booleans()):
+
+
+def filters(draw: Draw, vocabulary: int, rows: int | None = None) -> dict[str, Any]:
+    """As numbers; with `rows` also as a tensor, of all rows or of each."""
+    values = filter_values(draw, vocabulary)
+    kind = draw(one_of(["numbers", "tensor", "rows"])) if rows else "numbers"
+    if kind == "rows":
+        of_rows = [tuple(map(float, filter_values(draw, vocabulary))) for _ in range(rows or 0)]
+        return {"filters": Doubles(tuple(of_rows))}
+    if kind == "tensor":
         return {"filters": Doubles(tuple(map(float, values)))}
     return dict(zip(NUMBERS, values, strict=True))
+
+
+def texts_of(draw: Draw, n: int) -> dict[str, Any]:
+    """Parents and, where there are several texts, their roots."""
+    if draw(st.booleans()):
+        return {"parents": Ints(parents_of(draw, n, unused=True))}
+    roots = sorted(draw(st.sets(st.integers(0, n - 1))))
+    own = [max((root for root in roots if root <= row), default=row) for row in range(n)]
+    parents = (draw(one_of([-1, *range(own[row], row)])) for row in range(n))
+    return {"parents": Ints(tuple(parents)), "roots": Ints((*roots, *[-1] * draw(st.integers(0, 2))))}
 
 
 def sampled(draw: Draw) -> tuple[int, int, str]:
@@ -97,10 +120,10 @@ def verify(draw: Draw) -> dict[str, Any]:
     return {
         "target_logits": logits(draw, n, vocabulary, dtype),
         "tokens": vector(draw, tokens, n),
-        "parents": Ints(parents_of(draw, n, unused=True)),
+        **texts_of(draw, n),
         "positions": positions(draw, n),
-        "seed": scalar(draw, draw(one_of(ENDS))),
-        **filters(draw, vocabulary),
+        "seed": row_seeds(draw, n),
+        **filters(draw, vocabulary, n),
     }
 
 
@@ -110,8 +133,8 @@ def draft_sample(draw: Draw) -> dict[str, Any]:
         "draft_logits": logits(draw, n, vocabulary, dtype),
         "positions": positions(draw, n),
         "k": draw(st.integers(1, min(vocabulary, 5)) | st.just(min(vocabulary, 256))),
-        "seed": scalar(draw, draw(one_of(ENDS))),
-        **filters(draw, vocabulary),
+        "seed": row_seeds(draw, n),
+        **filters(draw, vocabulary, n),
     }
 
 
@@ -125,7 +148,7 @@ def verify_rejection(draw: Draw) -> dict[str, Any]:
         "positions": positions(draw, n),
         "block": draw(st.booleans()),
         "seed": scalar(draw, draw(one_of(ENDS))),
-        **filters(draw, vocabulary, in_memory=False),
+        **filters(draw, vocabulary),
     }
 
 
@@ -147,15 +170,25 @@ def tree_attention(draw: Draw) -> dict[str, Any]:
     tree = draw(st.integers(0, 3)) if n > 0 else 0  # nodes that are not among the queries
     chain = draw(st.booleans())
     capacity = prefix + n + (0 if chain else tree) + draw(st.integers(0, 5))
+    placed: dict[str, Any] = {"prefix_length": scalar(draw, prefix), "starts": None, "sequence": None}
+    if rarely(draw, 3):
+        texts = draw(st.integers(1, 4))
+        starts = draw(st.lists(st.integers(0, 20), min_size=texts, max_size=texts))
+        capacity += max(starts)
+        placed = {
+            "prefix_length": vector(draw, st.integers(0, prefix), texts),
+            "starts": Ints(tuple(starts)),
+            "sequence": Ints(tuple(sorted(draw(st.lists(st.integers(0, texts - 1), min_size=n, max_size=n))))),
+        }
 
     def floats(*shape: int) -> Floats:
         return Floats(shape, draw(one_of(fills)), dtype, draw(one_of(LAYOUTS)), draw(SEEDS))
 
     return {
+        **placed,
         "query": floats(n, heads[0], dims[0]),
         "keys": floats(heads[1], max(capacity, 1), dims[0]),
         "values": floats(heads[1], max(capacity, 1), dims[1]),
-        "prefix_length": scalar(draw, prefix),
         "ancestors": None if chain else Ancestors(parents_of(draw, n + tree, unused=True), tree),
         "scale": draw(one_of(SCALES)),
         "sliding_window": draw(one_of(WINDOWS)),
@@ -286,7 +319,9 @@ def kv_commit(draw: Draw) -> dict[str, Any]:
     return {
         "buffers": [buffer() for _ in range(draw(st.integers(0, 4)))],
         "rows": vector(draw, st.integers(0, capacity - 1), m),
-        "start": scalar(draw, draw(st.integers(0, capacity - m))),
+        "start": Ints(tuple(draw(st.permutations(range(capacity)))[:m]))
+        if rarely(draw, 3)
+        else scalar(draw, draw(st.integers(0, capacity - m))),
     }
 
 
@@ -341,7 +376,8 @@ def calls(draw: Draw, ops: list[str]) -> list[Call]:
 
 
 def in_another_form(call: Call) -> Call:
-    """The same values elsewhere in memory, and the filters as numbers or as a tensor: the result has the same bits."""
+    """The same values elsewhere in memory, and the filters of all rows as numbers or as a tensor: the result has the
+    same bits."""
     other = {"plain": "offset", "offset": "rows", "rows": "plain"}
 
     def moved(value: Any) -> Any:
@@ -352,7 +388,9 @@ def in_another_form(call: Call) -> Call:
         return value
 
     arguments = {name: moved(value) for name, value in call.arguments.items()}
-    if "filters" in arguments:
+    if "filters" in arguments and isinstance(arguments["filters"].values[0], tuple):
+        pass  # those of each row are no numbers
+    elif "filters" in arguments:
         arguments |= zip(NUMBERS, arguments.pop("filters").values, strict=True)
         arguments["top_k"] = int(arguments["top_k"])
     elif call.op in ("verify", "draft_sample"):

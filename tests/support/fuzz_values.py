@@ -102,9 +102,9 @@ class Ints:
 
 @dataclass(frozen=True)
 class Doubles:
-    """float64 [4]: the tensor `filters`."""
+    """float64 [4], or [n, 4] for tuples of tuples: the tensor `filters`."""
 
-    values: tuple[float, ...]
+    values: tuple[float, ...] | tuple[tuple[float, ...], ...]
 
     def make(self) -> Tensor:
         return torch.tensor(self.values, dtype=torch.float64)
@@ -227,7 +227,10 @@ class Call:
 _LOGITS, _ROWS = Floats((2, 5)), Ints((0, 1))
 _SAMPLING = {"seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _CACHE = {"query": Floats((2, 1, 4)), "keys": Floats((1, 5, 4)), "values": Floats((1, 5, 4)), "prefix_length": 1}
-_ATTENTION = {"ancestors": None, "scale": None, "sliding_window": None, "softcap": None, "by_position": True}
+_ATTENTION = {
+    **{"ancestors": None, "scale": None, "sliding_window": None, "softcap": None, "by_position": True},
+    **{"starts": None, "sequence": None},
+}
 _NORMS = {name: Floats((4,)) for name in ("query_norm", "key_norm")}
 _ROTARY = {"query": Floats((2, 3, 4)), "cos": Floats((2, 4)), "sin": Floats((2, 4)), "rows": Ints((0, 1)), **_NORMS}
 _PAIR = {name: Floats((2, 1, 4)) for name in ("key", "value")} | {
@@ -249,7 +252,7 @@ _INPUTS = {
 _CHAIN = {"draft_logits": Floats((1, 5)), "tokens": _ROWS, "positions": _ROWS, "block": True}
 
 EXAMPLES = [
-    Call("verify", {"target_logits": _LOGITS, **_TREE, **_SAMPLING, "filters": None}),
+    Call("verify", {"target_logits": _LOGITS, **_TREE, **_SAMPLING, "filters": None, "roots": None}),
     Call("draft_sample", {"draft_logits": _LOGITS, "positions": _ROWS, "k": 2, **_SAMPLING, "filters": None}),
     Call("verify_rejection", {"target_logits": _LOGITS, **_CHAIN, **_SAMPLING}),
     Call("gumbel_noise", {"positions": _ROWS, "vocabulary": 5, "seed": 1}),

@@ -2,7 +2,8 @@
 // segments of 512 positions in the text; each pair gives a partial result (maximum, sum, output), and the partials of
 // a group are merged in the order of the keys. A key belongs to a segment by its position, wherever its cache row is.
 // So a row's bits depend neither on the thread count, nor on the other rows of the call, nor on how much of its text
-// is committed: verifying a node in a tree gives what decoding its path token by token gives.
+// is committed: verifying a node in a tree gives what decoding its path token by token gives. Rows of several texts
+// never share a group: each text is cut as it is when it is alone, and the groups of all texts are one parallel loop.
 #include "attention/tree_attention.h"
 
 #include <algorithm>
@@ -40,12 +41,27 @@ struct Scratch {
   uint64_t* visible;
 };
 
+// A text that has queries: its rows of the cache, its queries and how they are cut.
+struct Sequence {
+  int64_t start, prefix, tree_rows;
+  int64_t first, nodes;
+  int64_t tree_tiles, segments, nodes_per_group, groups_per_head, groups;
+};
+
+// Kept from call to call.
+struct Memory {
+  Buffer<Sequence> sequences;
+  Buffer<char> workspace;
+};
+
 // What every thread reads, and the plan of the work.
 struct Problem {
   const TreeAttentionParams& params;
   int64_t nodes, heads_per_kv, kv_heads, dim, value_dim, width;  // width: value_dim rounded up to whole panels
-  int64_t prefix, tree_tiles, segments;
-  int64_t nodes_per_group, groups_per_head, groups, rows_per_group, partial_floats;
+  const Sequence* sequences;
+  int64_t sequence_count = 0, groups = 0;
+  int64_t tree_tiles = 0, segments = 0, nodes_per_group = 0;  // the most that a sequence has
+  int64_t rows_per_group, partial_floats;
   bool split;  // each segment of a group is a task of its own
   int64_t tasks;
   int threads;
@@ -58,23 +74,27 @@ struct Problem {
   char* scratch = nullptr;           // [threads, scratch_bytes]
   int64_t scratch_bytes = 0;
 
-  Problem(const TreeAttentionParams& p, Buffer<char>& memory) : params(p) {
+  Problem(const TreeAttentionParams& p, Memory& memory) : params(p) {
     nodes = p.query.shape[0];
     kv_heads = p.keys.shape[0];
     heads_per_kv = p.query.shape[1] / kv_heads;
     dim = p.query.shape[2];
     value_dim = p.values.shape[2];
     width = divide_up(value_dim, panel) * panel;
-    prefix = *p.prefix_length.as<const int64_t>();
-    tree_tiles = divide_up(p.tree_rows, tile_keys);
-    segments = divide_up(prefix + p.tree_rows, segment_keys);
-    nodes_per_group = std::min(std::max<int64_t>(1, group_rows / heads_per_kv), nodes);
-    groups_per_head = divide_up(nodes, nodes_per_group);
-    groups = groups_per_head * kv_heads;
+    find_sequences(memory.sequences);
+    int64_t scores = 0;
+    for (int64_t q = 0; q < sequence_count; ++q) {
+      const Sequence& sequence = sequences[q];
+      groups += sequence.groups;
+      tree_tiles = std::max(tree_tiles, sequence.tree_tiles);
+      segments = std::max(segments, sequence.segments);
+      nodes_per_group = std::max(nodes_per_group, sequence.nodes_per_group);
+      scores += sequence.nodes * p.query.shape[1] * (sequence.prefix + sequence.tree_rows);
+    }
     rows_per_group = nodes_per_group * heads_per_kv;
     partial_floats = Partial::floats(rows_per_group, width);
     // All threads or one: another team size would make OpenMP end threads and start them again for the next op.
-    const int64_t products = nodes * p.query.shape[1] * (prefix + p.tree_rows) * (dim + value_dim);
+    const int64_t products = scores * (dim + value_dim);
     threads = products < min_parallel_products ? 1 : std::max(p.launch.threads, 1);
     split = segments > 1 && groups < 4 * threads && groups % threads != 0 &&
             groups * segments * partial_floats <= max_partial_floats;
@@ -86,9 +106,34 @@ struct Problem {
     take_scratch(per_thread);
     scratch_bytes = per_thread.bytes;
     take_shared(sizes);
-    Workspace workspace(memory.at_least(sizes.bytes));
+    Workspace workspace(memory.workspace.at_least(sizes.bytes));
     take_shared(workspace);
-    find_visible();
+    for (int64_t q = 0; q < sequence_count; ++q) find_visible(sequences[q]);
+  }
+
+  void find_sequences(Buffer<Sequence>& memory) {
+    const int64_t count = params.ragged ? params.starts.shape[0] : 1;
+    const int64_t* numbers = params.ragged ? params.sequence.as<const int64_t>() : nullptr;
+    Sequence* found = memory.at_least(count);
+    sequences = found;
+    int64_t end = 0;
+    for (int64_t q = 0; q < count; ++q) {
+      const int64_t first = end;
+      if (!params.ragged) end = nodes;
+      while (end < nodes && numbers[end] == q) ++end;
+      if (first == end) continue;
+      Sequence& s = found[sequence_count++];
+      s.start = params.ragged ? params.starts.as<const int64_t>()[q] : 0;
+      s.prefix = params.prefix_length.as<const int64_t>()[q];
+      s.first = first;
+      s.nodes = end - first;
+      s.tree_rows = tree_rows(params, first, s.nodes);
+      s.tree_tiles = divide_up(s.tree_rows, tile_keys);
+      s.segments = divide_up(s.prefix + s.tree_rows, segment_keys);
+      s.nodes_per_group = std::min(std::max<int64_t>(1, group_rows / heads_per_kv), s.nodes);
+      s.groups_per_head = divide_up(s.nodes, s.nodes_per_group);
+      s.groups = s.groups_per_head * kv_heads;
+    }
   }
 
   void take_shared(Workspace& workspace) {
@@ -113,18 +158,18 @@ struct Problem {
     return s;
   }
 
-  void find_visible() {
+  void find_visible(const Sequence& sequence) {
     const int64_t window = params.sliding_window;
-    for (int64_t i = 0; i < nodes; ++i) {
-      int64_t depth = i;
+    for (int64_t i = sequence.first; i < sequence.first + sequence.nodes; ++i) {
+      int64_t depth = i - sequence.first;
       if (!params.chain) {
         depth = -1;
-        for (int64_t w = 0; w < tree_tiles; ++w) {
+        for (int64_t w = 0; w < sequence.tree_tiles; ++w) {
           tree_depths[i * tree_tiles + w] = depth + 1;
           depth += __builtin_popcountll(ancestor_bits(i, w));
         }
       }
-      if (window) window_starts[i] = prefix + depth + 1 - window;
+      if (window) window_starts[i] = sequence.prefix + depth + 1 - window;
     }
   }
 
@@ -132,12 +177,14 @@ struct Problem {
     return params.ancestors.as<const uint64_t>()[node * params.ancestors.stride[0] + word];
   }
 
-  // Which keys of a tile, at positions [begin, end) of the text, node i sees.
-  uint64_t visible(int64_t node, bool in_tree, int64_t tile, int64_t begin, int64_t end) const {
+  // Which keys of a tile, at positions [begin, end) of the text, one of its nodes sees.
+  uint64_t visible(const Sequence& sequence, int64_t node, bool in_tree, int64_t tile, int64_t begin,
+                   int64_t end) const {
+    const int64_t prefix = sequence.prefix;
     if (params.sliding_window) begin = std::max(begin, window_starts[node]);
     if (!in_tree || params.chain) {  // here a key's position is its row
       const int64_t first = tile * tile_keys + (in_tree ? prefix : 0);
-      end = std::min(end, in_tree ? prefix + node + 1 : prefix);
+      end = std::min(end, in_tree ? prefix + node - sequence.first + 1 : prefix);
       return low_bits(end - first) & ~low_bits(begin - first);
     }
     // The ancestors' positions are prefix, prefix + 1, ... in the order of their bits.
@@ -151,16 +198,21 @@ struct Problem {
   }
 };
 
-// The rows of nodes [first, first + nodes) under one KV head, node by node, in register blocks of equal size.
+// The rows of nodes [first, first + nodes) of a sequence under one KV head, node by node, in register blocks of equal
+// size.
 struct Group {
+  const Sequence* sequence;
   int64_t kv_head, first, nodes, rows, blocks;
 
-  Group(const Problem& p, int64_t index)
-      : kv_head(index / p.groups_per_head),
-        first(index % p.groups_per_head * p.nodes_per_group),
-        nodes(std::min(p.nodes_per_group, p.nodes - first)),
-        rows(nodes * p.heads_per_kv),
-        blocks(divide_up(rows, block_rows)) {}
+  Group(const Problem& p, int64_t index) : sequence(p.sequences) {
+    for (; index >= sequence->groups; ++sequence) index -= sequence->groups;
+    const int64_t before = index % sequence->groups_per_head * sequence->nodes_per_group;
+    kv_head = index / sequence->groups_per_head;
+    first = sequence->first + before;
+    nodes = std::min(sequence->nodes_per_group, sequence->nodes - before);
+    rows = nodes * p.heads_per_kv;
+    blocks = divide_up(rows, block_rows);
+  }
 
   int64_t block_begin(int64_t block) const { return block * rows / blocks; }
 };
@@ -200,14 +252,14 @@ void attend_tile(const Problem& p, const Group& group, bool in_tree, int64_t til
   const Tensor &keys = p.params.keys, &values = p.params.values;
   uint64_t any = 0, all = ~uint64_t{0};
   for (int64_t i = 0; i < group.nodes; ++i) {
-    const uint64_t visible = p.visible(group.first + i, in_tree, tile, begin, end);
+    const uint64_t visible = p.visible(*group.sequence, group.first + i, in_tree, tile, begin, end);
     s.visible[i] = visible;
     any |= visible;
     all &= visible;
   }
   if (any == 0) return;
 
-  const int64_t row = tile * tile_keys + (in_tree ? p.prefix : 0);
+  const int64_t row = group.sequence->start + tile * tile_keys + (in_tree ? group.sequence->prefix : 0);
   const int count = 64 - __builtin_clzll(any);
   const T* key_rows = keys.as<const T>() + group.kv_head * keys.stride[0] + row * keys.stride[1];
   const T* value_rows = values.as<const T>() + group.kv_head * values.stride[0] + row * values.stride[1];
@@ -259,13 +311,14 @@ void attend_segment(const Problem& p, const Group& group, int64_t segment, const
   std::fill_n(result.sum, group.rows, 0.0f);
   std::fill_n(result.output, group.rows * p.width, 0.0f);
   const int64_t begin = segment * segment_keys, end = begin + segment_keys;
+  const int64_t prefix = group.sequence->prefix, tree_tiles = group.sequence->tree_tiles;
   // A tree's node at depth d has row d or a later one, so the earlier tiles of the tree hold no key of this segment.
-  for (int64_t tile = begin / tile_keys; tile * tile_keys < std::min(end, p.prefix); ++tile) {
+  for (int64_t tile = begin / tile_keys; tile * tile_keys < std::min(end, prefix); ++tile) {
     attend_tile<T>(p, group, false, tile, begin, end, s, result);
   }
-  if (end <= p.prefix) return;
-  const int64_t last = p.params.chain ? std::min(p.tree_tiles, divide_up(end - p.prefix, tile_keys)) : p.tree_tiles;
-  for (int64_t tile = std::max<int64_t>(begin - p.prefix, 0) / tile_keys; tile < last; ++tile) {
+  if (end <= prefix) return;
+  const int64_t last = p.params.chain ? std::min(tree_tiles, divide_up(end - prefix, tile_keys)) : tree_tiles;
+  for (int64_t tile = std::max<int64_t>(begin - prefix, 0) / tile_keys; tile < last; ++tile) {
     attend_tile<T>(p, group, true, tile, begin, end, s, result);
   }
 }
@@ -304,7 +357,7 @@ void start(const Problem& p, const Partial& total, int64_t rows) {
 
 template <typename T>
 void run(const TreeAttentionParams& params) {
-  static thread_local Buffer<char> memory;
+  static thread_local Memory memory;
   const Problem p(params, memory);
 #pragma omp parallel num_threads(p.threads)
   {
@@ -314,6 +367,7 @@ void run(const TreeAttentionParams& params) {
 #pragma omp for schedule(dynamic)
       for (int64_t task = 0; task < p.tasks; ++task) {
         const Group group(p, task / p.segments);
+        if (task % p.segments >= group.sequence->segments) continue;
         pack_queries<T>(p, group, s.query);
         const Partial partial(p.partials + task * p.partial_floats, p.rows_per_group);
         attend_segment<T>(p, group, task % p.segments, s, partial);
@@ -325,7 +379,7 @@ void run(const TreeAttentionParams& params) {
       const Partial total(s.total, p.rows_per_group);
       start(p, total, group.rows);
       if (!p.split) pack_queries<T>(p, group, s.query);
-      for (int64_t segment = 0; segment < p.segments; ++segment) {
+      for (int64_t segment = 0; segment < group.sequence->segments; ++segment) {
         float* storage = p.split ? p.partials + (index * p.segments + segment) * p.partial_floats : s.partial;
         const Partial partial(storage, p.rows_per_group);
         if (!p.split) attend_segment<T>(p, group, segment, s, partial);

@@ -1,48 +1,9 @@
-// What an attention kernel is asked for, and which keys a row sees.
-//
-// A row is one query head of one node: row r of KV head h is node r / G, query head h * G + r % G, with G query heads
-// for each KV head. Scores are in units of log2, so that exp2 serves.
+// Which keys a row sees.
 #pragma once
 
-#include <float.h>
-#include <math.h>
-
-#include "attention/softcap.h"
-#include "core/cuda/ptx.h"
+#include "attention/cuda/sequences.h"
 
 namespace specbranch::cuda {
-
-constexpr int attention_threads = 128;
-constexpr int attention_warps = attention_threads / warp_size;
-constexpr int attention_shared_bytes = 99 * 1024;  // what a block may have on compute capability 8.6, 8.9 and 12.0
-constexpr int largest_block_rows = 128;
-constexpr int largest_tile = 64;  // keys
-
-struct AttentionArguments {
-  const void *query, *keys, *values;
-  void* output;
-  const int64_t* prefix_length;
-  const uint64_t* ancestors;  // null: a chain
-  // In items.
-  int64_t query_stride[2], key_stride[2], value_stride[2], output_stride[2], ancestor_stride;
-  int heads_per_kv, kv_heads, rows;  // rows: of one KV head
-  int dim, value_dim, width;         // width: value_dim rounded up to 4
-  int capacity, words;
-  bool by_position;  // keys are taken in the order of positions: see Paths. Only with ancestors
-  int64_t window;    // 0: none
-  float factor;      // a product of query and key times this is a score
-  SoftCap softcap;
-  int splits;      // blocks that share the keys of a row; one writes the output, more write partial results
-  float* partial;  // [splits, kv_heads, rows, width]: sums of weights times values
-  float2* sums;    // [splits, kv_heads, rows]: maximum score, sum of the weights 2^(score - maximum)
-  // [kv_heads, blocks of rows]: how many splits are done, and the last one merges them. Null: nothing is to be merged,
-  // or a second launch does it.
-  unsigned* tickets;
-  bool vector_query, vector_keys, vector_values, vector_output;  // aligned for vectors
-
-  __device__ int node(int row) const { return row / heads_per_kv; }
-  __device__ int head(int kv_head, int row) const { return kv_head * heads_per_kv + row % heads_per_kv; }
-};
 
 constexpr float empty_split = -INFINITY;  // as a maximum, which is finite else: the split has no keys, and only sums
 
@@ -63,29 +24,36 @@ __device__ inline int tree_rows(const AttentionArguments& a, int node) {
 // What a KeyRange of nodes [first, last] is made from. Both loads start before anything else, and neither waits for the
 // other: the first tile needs them, and a load from device memory takes about 0.6 us on an H100.
 struct RangeLoads {
-  int first, last;
-  int64_t prefix_length;
+  int first, last, sequence_first;
+  int64_t prefix_length, start;
   uint64_t ancestors = 0;  // word 0 of the lane's first node
 
-  __device__ RangeLoads(const AttentionArguments& a, int first_row, int count)
-      : first(a.node(first_row)), last(a.node(first_row + count - 1)), prefix_length(*a.prefix_length) {
+  __device__ RangeLoads(const AttentionArguments& a, const BlockRows& rows)
+      : first(a.node(rows.first)),
+        last(a.node(rows.first + rows.count - 1)),
+        sequence_first(rows.first_node),
+        prefix_length(a.prefix_length[rows.sequence]),
+        start(a.starts != nullptr ? a.starts[rows.sequence] : 0) {
     const int node = first + static_cast<int>(threadIdx.x % warp_size);
     if (a.words > 0 && node <= last) ancestors = a.ancestors[node * a.ancestor_stride];
   }
 };
 
-// The keys that a block reads: cache rows, or positions if a.by_position. prefix_length and ancestors come from device
-// memory and may hold anything: no row outside [0, capacity) is visible.
+// The keys that a block reads: cache rows from the start of its sequence on, or positions if a.by_position.
+// prefix_length, starts and ancestors come from device memory and may hold anything: no row outside [0, capacity) is
+// visible.
 struct KeyRange {
-  int prefix;                    // clamped
+  int start, prefix;             // clamped
+  int capacity;                  // rows from start on
   int begin, end;                // no row of the block sees a key outside
   int shared_begin, shared_end;  // every row sees the keys inside
 
   // All lanes of the warp take part.
   __device__ KeyRange(const AttentionArguments& a, const RangeLoads& loads) {
     const int first = loads.first, last = loads.last;
-    int highest = last + 1, all_see = first + 1;     // tree rows that some node sees, and that every node sees
-    int deepest = last + 1, shallowest = first + 1;  // lengths of their paths
+    const int before = loads.sequence_first - 1;
+    int highest = last - before, all_see = first - before;  // tree rows that some node sees, and that every node sees
+    int deepest = last - before, shallowest = first - before;  // lengths of their paths
     if (a.ancestors != nullptr) {
       highest = all_see = deepest = 0;
       shallowest = INT32_MAX;
@@ -109,7 +77,10 @@ struct KeyRange {
         shallowest = min(shallowest, __shfl_xor_sync(all_lanes, shallowest, step));
       }
     }
-    const auto clamped = [&](int64_t row) { return static_cast<int>(min(max(row, int64_t{0}), int64_t{a.capacity})); };
+    capacity = a.capacity;
+    const auto clamped = [&](int64_t row) { return static_cast<int>(min(max(row, int64_t{0}), int64_t{capacity})); };
+    start = clamped(loads.start);
+    capacity -= start;
     prefix = clamped(loads.prefix_length);
     end = clamped(int64_t{prefix} + (a.by_position ? deepest : highest));
     shared_end = clamped(int64_t{prefix} + all_see);
@@ -147,8 +118,8 @@ __device__ inline uint64_t ancestor_word(const AttentionArguments& a, const uint
   return word;
 }
 
+// Of a node of a tree.
 __device__ inline int path_length(const AttentionArguments& a, int node) {
-  if (a.ancestors == nullptr) return node + 1;
   const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
   int length = 0;
 #pragma unroll 4
@@ -156,12 +127,17 @@ __device__ inline int path_length(const AttentionArguments& a, int node) {
   return length;
 }
 
+__device__ inline int path_length(const AttentionArguments& a, const BlockRows& rows, int node) {
+  return a.ancestors == nullptr ? node + 1 - rows.first_node : path_length(a, node);
+}
+
 // Bit k: the node, whose path has this length, sees key `first + k`.
 __device__ inline uint64_t visible_keys(const AttentionArguments& a, const KeyRange& range, int node, int length,
                                         int first) {
   const int64_t prefix = range.prefix, behind = prefix + length;
   const uint64_t in_window = a.window == 0 ? ~uint64_t{0} : ~low_bits(behind - a.window - first);
-  if (a.ancestors == nullptr || a.by_position) return low_bits(min(behind, int64_t{a.capacity}) - first) & in_window;
+  if (a.ancestors == nullptr || a.by_position)
+    return low_bits(min(behind, int64_t{range.capacity}) - first) & in_window;
   const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
   uint64_t visible = first < prefix ? low_bits(prefix - first) & in_window : 0;
   const int64_t at = first - prefix;  // the tree row of bit 0

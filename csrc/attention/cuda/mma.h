@@ -32,7 +32,7 @@ struct MmaShape {
 
   // Shared memory: a BlockState and Paths; then queries, two tiles of K and V each, and what the rows see of one, or in
   // the end the results.
-  static constexpr int paths_offset = 64, state_bytes = paths_offset + (static_cast<int>(sizeof(Paths)) + 15) / 16 * 16;
+  static constexpr int paths_offset = 80, state_bytes = paths_offset + (static_cast<int>(sizeof(Paths)) + 15) / 16 * 16;
   __host__ __device__ static constexpr int shared_bytes(int row_warps) {
     const int streaming = row_warps * warp_rows * (row_bytes + static_cast<int>(sizeof(uint64_t))) + 4 * tile_bytes;
     return state_bytes + (streaming > results_bytes ? streaming : results_bytes);
@@ -57,9 +57,9 @@ struct MmaShape {
 struct BlockState {
   KeyRange range;
   int first_tile, last_tile;
-  int first_row, count;  // its rows
+  BlockRows rows;
   int found_nonfinite, is_last;
-  const void *keys, *values;  // of its head
+  const void *keys, *values;  // of its head, from the start of its sequence on
 };
 
 template <typename T, int Dim, bool wide>
@@ -87,15 +87,17 @@ __global__ void __launch_bounds__(attention_threads, 2)
   const int column_warp = warp / row_warps % column_warps, key_warp = warp / row_warps / column_warps;
   const int block_rows = row_warps * warp_rows;
   const int split = blockIdx.y, kv_head = blockIdx.z;
-  const int first_row = (gridDim.x - 1 - blockIdx.x) * block_rows;  // a chain's last rows take longest: they go first
-  const int count = min(block_rows, a.rows - first_row);
-  const RangeLoads loads(a, first_row, count);
+  // A chain's last rows take longest: they go first.
+  const BlockRows rows = rows_of_block(a, static_cast<int>(gridDim.x - 1 - blockIdx.x), block_rows);
+  if (rows.count == 0) return;
+  const int count = rows.count;
+  const RangeLoads loads(a, rows);
   // In steps of 16 columns. A wide kernel is compiled for its head dimension; the narrow one leaves out what a smaller
   // one does not need, four steps at once, so that their loads need not wait for each other.
   const int steps = wide ? Dim / 16 : (a.dim + 63) / 64 * 4;
   const int value_steps = wide ? Dim / 16 : (a.value_dim + 63) / 64 * 4;
 
-  load_queries<T, Shape::chunks>(a, kv_head, first_row, count, block_rows, memory, address, place, 2 * steps);
+  load_queries<T, Shape::chunks>(a, kv_head, rows.first, count, block_rows, memory, address, place, 2 * steps);
   if (threadIdx.x < warp_size) {
     const KeyRange found(a, loads);
     int first, last;
@@ -104,12 +106,11 @@ __global__ void __launch_bounds__(attention_threads, 2)
       state = {found,
                first,
                last,
-               first_row,
-               count,
+               rows,
                0,
                0,
-               static_cast<const T*>(a.keys) + kv_head * a.key_stride[0],
-               static_cast<const T*>(a.values) + kv_head * a.value_stride[0]};
+               static_cast<const T*>(a.keys) + kv_head * a.key_stride[0] + found.start * a.key_stride[1],
+               static_cast<const T*>(a.values) + kv_head * a.value_stride[0] + found.start * a.value_stride[1]};
       paths.start(loads, first);
     }
   }
@@ -154,14 +155,14 @@ __global__ void __launch_bounds__(attention_threads, 2)
     const int tile_keys = tiles_offset + i % 2 * 2 * Shape::tile_bytes;
     const int tile_values = tile_keys + Shape::tile_bytes;
     if (range.is_edge<keys>(tile)) {
-      find_visible<keys>(a, range, paths, state.first_row, state.count, block_rows, turn, visible);
+      find_visible<keys>(a, range, paths, state.rows, block_rows, turn, visible);
       if (clear_nonfinite<T, Shape::chunks, keys>(memory + tile_values, place, 2 * value_steps)) {
         state.found_nonfinite = 1;
       }
       __syncthreads();
     }
     const int lane = thread_again() % warp_size;
-    if (state.count <= row_warp * warp_rows) continue;  // the warp has no rows
+    if (state.rows.count <= row_warp * warp_rows) continue;  // the warp has no rows
 
     // The lane gives ldmatrix the address of one row, eight columns wide, of the four matrices that make up 16 x 16.
     // They are taken column by column for queries and values, row by row for keys: a factor's registers are neighbours.
@@ -323,8 +324,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
     return float2{top, sum};
   };
   const bool empty = state.first_tile == state.last_tile && a.splits > 1;
-  if (empty) write_empty(a, split, kv_head, state.first_row, state.count);
-  const int quads = a.width / 4, items = empty ? 0 : state.count * quads;
+  if (empty) write_empty(a, split, kv_head, state.rows);
+  const int quads = a.width / 4, items = empty ? 0 : state.rows.count * quads;
 #pragma unroll 1
   for (int at = thread; at < items; at += attention_threads) {
     const int row = at / quads, column = at % quads * 4;
@@ -336,15 +337,14 @@ __global__ void __launch_bounds__(attention_threads, 2)
       const float4 part = *reinterpret_cast<const float4*>(all_sums + slot * Shape::sum_stride + column % columns);
       sum = multiply_add(part, share, sum);
     }
-    write_result<T>(a, split, kv_head, state.first_row + row, column, sum, total);
+    write_result<T>(a, split, kv_head, state.rows, state.rows.first + row, column, sum, total);
   }
   if (state.found_nonfinite != 0) {
     __syncthreads();
-    add_nonfinite<T, keys>(a, range, state.first_tile, state.last_tile, split, kv_head, state.first_row, state.count,
-                           row_sums);
+    add_nonfinite<T, keys>(a, range, state.first_tile, state.last_tile, split, kv_head, state.rows, row_sums);
   }
   if (a.tickets == nullptr || !is_last_split(a, kv_head, &state.is_last)) return;
-  merge_splits<T>(a, kv_head, state.first_row, state.count, reinterpret_cast<float2*>(memory));
+  merge_splits<T>(a, kv_head, state.rows, reinterpret_cast<float2*>(memory));
 }
 
 }  // namespace specbranch::cuda

@@ -92,7 +92,7 @@ __device__ inline int nth_bit(uint64_t word, int n) {
   return at;
 }
 
-// The cache row of a position on the node's path; -1 behind the path and beyond the cache.
+// The cache row of a position on the node's path, from range.start on; -1 behind the path and beyond the cache.
 __device__ inline int cache_row(const AttentionArguments& a, const KeyRange& range, int node, int position) {
   if (position < range.prefix) return position;
   const uint64_t* bits = a.ancestors + node * a.ancestor_stride;
@@ -105,7 +105,7 @@ __device__ inline int cache_row(const AttentionArguments& a, const KeyRange& ran
       continue;
     }
     const int64_t row = int64_t{range.prefix} + 64 * w + nth_bit(bits[w], n);
-    return row < a.capacity ? static_cast<int>(row) : -1;
+    return row < range.capacity ? static_cast<int>(row) : -1;
   }
   return -1;
 }
@@ -149,15 +149,15 @@ __device__ inline void prepare_turn(const AttentionArguments& a, const KeyRange&
 // visible[r]: what the r-th row of a block sees in a turn, 0 behind its last row. Takes one thread for each row.
 template <int keys>
 __device__ inline void find_visible(const AttentionArguments& a, const KeyRange& range, const Paths& paths,
-                                    int first_row, int count, int block_rows, Turn turn, uint64_t* visible) {
+                                    const BlockRows& rows, int block_rows, Turn turn, uint64_t* visible) {
   const int r = thread_again();
   if (r >= block_rows) return;
   visible[r] = 0;
-  if (r >= count) return;
-  const int node = a.node(first_row + r), i = node - paths.first_node;
+  if (r >= rows.count) return;
+  const int node = a.node(rows.first + r), i = node - paths.first_node;
   const bool by_paths = has_paths<keys>(a, range, turn.tile);
   if (by_paths && paths.path[i] != turn.path) return;
-  visible[r] = visible_keys(a, range, node, by_paths ? paths.length[i] : path_length(a, node), turn.tile * keys);
+  visible[r] = visible_keys(a, range, node, by_paths ? paths.length[i] : path_length(a, rows, node), turn.tile * keys);
 }
 
 }  // namespace specbranch::cuda

@@ -52,9 +52,11 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
 
   const int tx = threadIdx.x % across, ty = threadIdx.x / across;
   const int split = blockIdx.y, kv_head = blockIdx.z;
-  const int first_row = (gridDim.x - 1 - blockIdx.x) * Shape::rows;  // a chain's last rows take longest: they go first
-  const int count = min(Shape::rows, a.rows - first_row);
-  const RangeLoads loads(a, first_row, count);
+  // A chain's last rows take longest: they go first.
+  const BlockRows block = rows_of_block(a, static_cast<int>(gridDim.x - 1 - blockIdx.x), Shape::rows);
+  if (block.count == 0) return;
+  const int first_row = block.first, count = block.count;
+  const RangeLoads loads(a, block);
   const int steps = (a.dim + 3) / 4, value_steps = (a.value_dim + 3) / 4;
 
   load_queries<float, chunks>(a, kv_head, first_row, count, Shape::rows, bytes(queries), shared_address(queries), place,
@@ -63,14 +65,17 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
   int first_tile, last_tile;
   range.tiles<keys>(split, a.splits, &first_tile, &last_tile);
   const bool empty = first_tile == last_tile && a.splits > 1;
-  if (empty) write_empty(a, split, kv_head, first_row, count);
+  if (empty) write_empty(a, split, kv_head, block);
 
+  const float* const keys_of_head =
+      static_cast<const float*>(a.keys) + kv_head * a.key_stride[0] + range.start * a.key_stride[1];
+  const float* const values_of_head =
+      static_cast<const float*>(a.values) + kv_head * a.value_stride[0] + range.start * a.value_stride[1];
   const auto rows_of = [&](int i) {
     return has_paths<keys>(a, range, paths.turns[i % 4].tile) ? paths.cache_rows[i % 2] : nullptr;
   };
   const auto load_keys = [&](int i) {
-    load_tile<float, chunks, keys>(bytes(tile_keys), shared_address(tile_keys), place,
-                                   static_cast<const float*>(a.keys) + kv_head * a.key_stride[0], a.key_stride[1],
+    load_tile<float, chunks, keys>(bytes(tile_keys), shared_address(tile_keys), place, keys_of_head, a.key_stride[1],
                                    paths.turns[i % 4].tile * keys, range.end, rows_of(i), a.dim, steps, a.vector_keys);
   };
   const bool in_use = ty / (warp_size / across) * (warp_size / across) * thread_rows < count;  // the warp has rows
@@ -103,10 +108,10 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
     const Turn turn = paths.turns[i % 4];
     const int tile = turn.tile;
     const bool edge = range.is_edge<keys>(tile);
-    if (edge) find_visible<keys>(a, range, paths, first_row, count, Shape::rows, turn, visible);
-    load_tile<float, chunks, keys>(bytes(tile_values), shared_address(tile_values), place,
-                                   static_cast<const float*>(a.values) + kv_head * a.value_stride[0], a.value_stride[1],
-                                   tile * keys, range.end, rows_of(i), a.value_dim, value_steps, a.vector_values);
+    if (edge) find_visible<keys>(a, range, paths, block, Shape::rows, turn, visible);
+    load_tile<float, chunks, keys>(bytes(tile_values), shared_address(tile_values), place, values_of_head,
+                                   a.value_stride[1], tile * keys, range.end, rows_of(i), a.value_dim, value_steps,
+                                   a.vector_values);
     cp_async_commit();
     prepare_turn<keys>(a, range, last_tile, paths, i);
     if (edge) __syncthreads();
@@ -215,17 +220,17 @@ __global__ void __launch_bounds__(attention_threads, 2) attend_plain(const __gri
     for (int i = 0; i < thread_columns; ++i) {
       const int column = 4 * (tx + i * across);
       if (column < a.width) {
-        write_result<float>(a, split, kv_head, first_row + row, column, sums[r][i], {maximum[r], sum});
+        write_result<float>(a, split, kv_head, block, first_row + row, column, sums[r][i], {maximum[r], sum});
       }
     }
   }
   __syncthreads();
   if (*found_nonfinite != 0) {
-    add_nonfinite<float, keys>(a, range, first_tile, last_tile, split, kv_head, first_row, count,
+    add_nonfinite<float, keys>(a, range, first_tile, last_tile, split, kv_head, block,
                                [&](int row) { return all_sums[row]; });
   }
   if (a.tickets == nullptr || !is_last_split(a, kv_head, is_last)) return;
-  merge_splits<float>(a, kv_head, first_row, count, reinterpret_cast<float2*>(queries));
+  merge_splits<float>(a, kv_head, block, reinterpret_cast<float2*>(queries));
 }
 
 }  // namespace specbranch::cuda

@@ -45,13 +45,20 @@ __device__ inline float4 multiply_add(float4 a, float b, float4 c) {
   return {fmaf(a.x, b, c.x), fmaf(a.y, b, c.y), fmaf(a.z, b, c.z), fmaf(a.w, b, c.w)};
 }
 
-// What becomes of a row: NaN when prefix_length or the node's ancestors send it beyond the cache, 0 when it sees
-// nothing, else 1.
-__device__ inline float row_outcome(const AttentionArguments& a, int node) {
-  const int64_t prefix = *a.prefix_length;
-  const int rows = a.ancestors == nullptr ? node + 1 : tree_rows(a, node);
-  if (prefix < 0 || prefix > a.capacity - rows) return NAN;
-  return prefix == 0 && rows == 0 ? 0.0f : 1.0f;
+// What becomes of a node's row: NaN when starts, prefix_length or its ancestors send it beyond the cache and when its
+// block is of another sequence, because that of the node is out of range or comes too late; 0 when it sees nothing;
+// else 1.
+__device__ inline float row_outcome(const AttentionArguments& a, const BlockRows& rows, int node) {
+  int64_t room = a.capacity;
+  if (a.sequence != nullptr) {
+    const int64_t start = a.starts[rows.sequence];
+    if (a.sequence[node] != rows.sequence || start < 0 || start > room) return NAN;
+    room -= start;
+  }
+  const int64_t prefix = a.prefix_length[rows.sequence];
+  const int behind = a.ancestors == nullptr ? node + 1 - rows.first_node : tree_rows(a, node);
+  if (prefix < 0 || prefix > room - behind) return NAN;
+  return prefix == 0 && behind == 0 ? 0.0f : 1.0f;
 }
 
 // What a row's sum of weighted values is multiplied by, from its sum of weights.
@@ -82,10 +89,10 @@ __device__ inline void write_output(const AttentionArguments& a, int kv_head, in
 
 // Four columns of a row's result: partial if there are several splits.
 template <typename T>
-__device__ inline void write_result(const AttentionArguments& a, int split, int kv_head, int row, int column,
-                                    float4 sum, float2 maximum_and_sum) {
+__device__ inline void write_result(const AttentionArguments& a, int split, int kv_head, const BlockRows& rows, int row,
+                                    int column, float4 sum, float2 maximum_and_sum) {
   if (a.splits == 1) {
-    const float factor = output_factor(row_outcome(a, a.node(row)), maximum_and_sum.y);
+    const float factor = output_factor(row_outcome(a, rows, a.node(row)), maximum_and_sum.y);
     return write_output<T>(a, kv_head, row, column, sum, factor);
   }
   const int64_t at = (int64_t{split} * a.kv_heads + kv_head) * a.rows + row;
@@ -93,9 +100,9 @@ __device__ inline void write_result(const AttentionArguments& a, int split, int 
   if (column == 0) a.sums[at] = maximum_and_sum;
 }
 
-__device__ inline void write_empty(const AttentionArguments& a, int split, int kv_head, int first_row, int count) {
-  for (int r = threadIdx.x; r < count; r += attention_threads) {
-    const int64_t at = (int64_t{split} * a.kv_heads + kv_head) * a.rows + first_row + r;
+__device__ inline void write_empty(const AttentionArguments& a, int split, int kv_head, const BlockRows& rows) {
+  for (int r = threadIdx.x; r < rows.count; r += attention_threads) {
+    const int64_t at = (int64_t{split} * a.kv_heads + kv_head) * a.rows + rows.first + r;
     a.sums[at] = {empty_split, 0.0f};
   }
 }
@@ -104,23 +111,24 @@ __device__ inline void write_empty(const AttentionArguments& a, int split, int k
 // for each row, which goes once more through the keys that it sees in the edge tiles.
 template <typename T, int keys, typename RowSums>
 __device__ inline void add_nonfinite(const AttentionArguments& a, const KeyRange& range, int first_tile, int last_tile,
-                                     int split, int kv_head, int first_row, int count, const RowSums& row_sums) {
+                                     int split, int kv_head, const BlockRows& rows, const RowSums& row_sums) {
   const int warp = threadIdx.x / warp_size, lane = threadIdx.x % warp_size;
 #pragma unroll 1
-  for (int r = warp; r < count; r += attention_warps) {
-    const int row = first_row + r, node = a.node(row), head = a.head(kv_head, row);
+  for (int r = warp; r < rows.count; r += attention_warps) {
+    const int row = rows.first + r, node = a.node(row), head = a.head(kv_head, row);
     const float2 sums = row_sums(r);
     const T* query = static_cast<const T*>(a.query) + node * a.query_stride[0] + head * a.query_stride[1];
 #pragma unroll 1
     for (int tile = first_tile; tile < last_tile; tile += a.splits) {
       if (!range.is_edge<keys>(tile)) continue;
-      uint64_t visible = visible_keys(a, range, node, path_length(a, node), tile * keys);
+      uint64_t visible = visible_keys(a, range, node, path_length(a, rows, node), tile * keys);
       if (keys < 64) visible &= low_bits(keys);
 #pragma unroll 1
       for (; visible != 0; visible &= visible - 1) {
         int key_row = tile * keys + __ffsll(static_cast<long long>(visible)) - 1;
         if (a.by_position) key_row = cache_row(a, range, node, key_row);
         if (key_row < 0) continue;
+        key_row += range.start;
         const T* value = static_cast<const T*>(a.values) + kv_head * a.value_stride[0] + key_row * a.value_stride[1];
         const auto is_finite = [](float x) { return fabsf(x) < INFINITY; };
         bool found = false;
@@ -141,7 +149,7 @@ __device__ inline void add_nonfinite(const AttentionArguments& a, const KeyRange
           if (is_finite(v)) continue;
           if (a.splits == 1) {
             T* to = static_cast<T*>(a.output) + node * a.output_stride[0] + head * a.output_stride[1] + d;
-            *to = from_float<T>(to_float(*to) + weight * v * output_factor(row_outcome(a, node), sums.y));
+            *to = from_float<T>(to_float(*to) + weight * v * output_factor(row_outcome(a, rows, node), sums.y));
           } else {
             a.partial[((int64_t{split} * a.kv_heads + kv_head) * a.rows + row) * a.width + d] += weight * v;
           }
@@ -165,13 +173,14 @@ __device__ inline bool is_last_split(const AttentionArguments& a, int kv_head, i
   return true;
 }
 
-// Writes the output of `count` rows from their partial results; `sums` is room for [splits, count] in shared memory.
+// Writes the output of a block's rows from their partial results; `sums` is room for [splits, rows] in shared memory.
 // Four columns of a row are one thread's: four sums, each of every fourth split, and then the sum of these. A batch of
 // loads is on its way at once, because a load takes longer than all that is done with it.
 template <typename T>
-__device__ inline void merge_splits(const AttentionArguments& a, int kv_head, int first_row, int count, float2* sums) {
+__device__ inline void merge_splits(const AttentionArguments& a, int kv_head, const BlockRows& rows, float2* sums) {
   constexpr int batch = 16, chains = 4;
-  const int64_t first = int64_t{kv_head} * a.rows + first_row, step = int64_t{a.kv_heads} * a.rows;
+  const int count = rows.count;
+  const int64_t first = int64_t{kv_head} * a.rows + rows.first, step = int64_t{a.kv_heads} * a.rows;
 #pragma unroll 1
   for (int at = threadIdx.x; at < a.splits * count; at += blockDim.x) {
     sums[at] = a.sums[first + at / count * step + at % count];
@@ -181,7 +190,7 @@ __device__ inline void merge_splits(const AttentionArguments& a, int kv_head, in
 #pragma unroll 1
   for (int at = threadIdx.x; at < count * columns; at += blockDim.x) {
     const int row = at / columns, column = at % columns * 4;
-    const float outcome = row_outcome(a, a.node(first_row + row));
+    const float outcome = row_outcome(a, rows, a.node(rows.first + row));
     float maximum = lowest;
 #pragma unroll 4
     for (int s = 0; s < a.splits; ++s) maximum = fmaxf(maximum, sums[s * count + row].x);
@@ -210,7 +219,7 @@ __device__ inline void merge_splits(const AttentionArguments& a, int kv_head, in
       weights[0] += weights[c];
       total[0] = multiply_add(total[c], 1.0f, total[0]);
     }
-    write_output<T>(a, kv_head, first_row + row, column, total[0], output_factor(outcome, weights[0]));
+    write_output<T>(a, kv_head, rows.first + row, column, total[0], output_factor(outcome, weights[0]));
   }
 }
 

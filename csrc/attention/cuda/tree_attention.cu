@@ -15,8 +15,12 @@
 // block reads prefix_length and takes every splits-th tile of those in use, so a short prefix in a large cache still
 // keeps all blocks busy. The mask is made from ancestor bits, in the tiles that not every row of a block sees whole.
 //
+// Rows of several texts are cut into blocks text by text, and a block finds its rows in `sequence` (sequences.h). The
+// grid has room for every share of the rows, and the blocks that are too many end at once.
+//
 // Bad data cannot raise here. Rows of the cache beyond the capacity are never read; the output of a query that
-// prefix_length or its ancestors send there is NaN. A query that sees nothing gives zeros.
+// prefix_length, starts or its ancestors send there is NaN, as it is where a sequence is out of range or decreases. A
+// query that sees nothing gives zeros.
 //
 // Bits: a query's output is a function of the query and of the keys and values that it sees in the order of positions,
 // for the same shapes, type, scale, window and cap, as long as the values are finite. It does not depend on
@@ -54,8 +58,8 @@ static_assert(target_blocks / 2 <= max_tickets, "a ticket for each block of rows
 template <typename T>
 __global__ void __launch_bounds__(warp_size, 1)
     merge_rows(const __grid_constant__ AttentionArguments a, int block_rows) {
-  const int first_row = blockIdx.x * block_rows;
-  merge_splits<T>(a, blockIdx.y, first_row, min(block_rows, a.rows - first_row), shared_memory<float2>());
+  const BlockRows rows = rows_of_block(a, static_cast<int>(blockIdx.x), block_rows);
+  if (rows.count > 0) merge_splits<T>(a, blockIdx.y, rows, shared_memory<float2>());
 }
 
 int64_t split_count(int64_t blocks, int64_t capacity) {
@@ -80,7 +84,7 @@ struct Grid {
   template <typename Kernel, typename... More>
   void run(Kernel kernel, int shared_bytes, More... more) const {
     AttentionArguments& a = *arguments;
-    const int64_t blocks = divide_up(a.rows, block_rows);
+    const int64_t blocks = block_count(a, block_rows);
     a.splits = static_cast<int>(split_count(blocks * a.kv_heads, a.capacity));
     a.partial = static_cast<float*>(params->launch.workspace);
     a.sums = reinterpret_cast<float2*>(a.partial + int64_t{a.splits} * a.kv_heads * a.rows * a.width);
@@ -99,17 +103,18 @@ void run_mma(const TreeAttentionParams& p, AttentionArguments& a, int row_warps)
   grid.run(attend_mma<T, Dim, wide>, Shape::shared_bytes(row_warps), row_warps);
 }
 
+// rows: of a sequence, as many as they have on average.
 template <typename T>
-void attend(const TreeAttentionParams& p, AttentionArguments& a, int dim) {
+void attend(const TreeAttentionParams& p, AttentionArguments& a, int dim, int64_t rows) {
   if (dim <= 128) {
     constexpr int warp_rows = MmaShape<128>::warp_rows;
-    if (a.rows <= 2 * warp_rows) return run_mma<T, 128, false>(p, a, a.rows <= warp_rows ? 1 : 2);
+    if (rows <= 2 * warp_rows) return run_mma<T, 128, false>(p, a, rows <= warp_rows ? 1 : 2);
     if (dim <= 64) return run_mma<T, 64, true>(p, a, attention_warps);
     if (dim <= 96) return run_mma<T, 96, true>(p, a, attention_warps);
     return run_mma<T, 128, true>(p, a, attention_warps);
   }
   if (dim > 256) return run_mma<T, 512, true>(p, a, MmaShape<512>::wide_row_warps);
-  if (a.rows <= 2 * MmaShape<256>::warp_rows) return run_mma<T, 256, false>(p, a, 2);
+  if (rows <= 2 * MmaShape<256>::warp_rows) return run_mma<T, 256, false>(p, a, 2);
   run_mma<T, 256, true>(p, a, attention_warps);
 }
 
@@ -121,10 +126,10 @@ void run_plain(const TreeAttentionParams& p, AttentionArguments& a) {
 }
 
 template <>
-void attend<float>(const TreeAttentionParams& p, AttentionArguments& a, int dim) {
-  if (dim <= 128) return a.rows <= 8 ? run_plain<128, false>(p, a) : run_plain<128, true>(p, a);
+void attend<float>(const TreeAttentionParams& p, AttentionArguments& a, int dim, int64_t rows) {
+  if (dim <= 128) return rows <= 8 ? run_plain<128, false>(p, a) : run_plain<128, true>(p, a);
   if (dim > 256) return run_plain<512, false>(p, a);
-  a.rows <= 8 ? run_plain<256, false>(p, a) : run_plain<256, true>(p, a);
+  rows <= 8 ? run_plain<256, false>(p, a) : run_plain<256, true>(p, a);
 }
 
 template <typename T>
@@ -152,6 +157,11 @@ void run(const TreeAttentionParams& p) {
   a.values = values.data;
   a.output = output.data;
   a.prefix_length = p.prefix_length.as<const int64_t>();
+  if (p.ragged) {
+    a.starts = p.starts.as<const int64_t>();
+    a.sequence = p.sequence.as<const int64_t>();
+  }
+  a.sequences = p.ragged ? static_cast<int>(p.starts.shape[0]) : 1;
   a.ancestors = p.chain ? nullptr : p.ancestors.as<const uint64_t>();
   for (int i = 0; i < 2; ++i) {
     a.query_stride[i] = query.stride[i];
@@ -177,13 +187,12 @@ void run(const TreeAttentionParams& p) {
   a.vector_values = aligned(values, 16);
   a.vector_output = aligned(output, 4 * output.item_bytes);
 
-  attend<T>(p, a, static_cast<int>(dim));
+  attend<T>(p, a, static_cast<int>(dim), divide_up(nodes, a.sequences) * heads_per_kv);
   if (a.splits > 1 && a.tickets == nullptr) {
     const int64_t block_rows = divide_up(warp_size, a.width / 4);  // a thread for four columns
     launch("tree_attention (merge)", merge_rows<T>, p.launch,
-           dim3(static_cast<unsigned>(divide_up(a.rows, block_rows)), static_cast<unsigned>(a.kv_heads)),
-           dim3(warp_size), static_cast<size_t>(a.splits * block_rows) * sizeof(float2), a,
-           static_cast<int>(block_rows));
+           dim3(static_cast<unsigned>(block_count(a, block_rows)), static_cast<unsigned>(a.kv_heads)), dim3(warp_size),
+           static_cast<size_t>(a.splits * block_rows) * sizeof(float2), a, static_cast<int>(block_rows));
   }
 }
 

@@ -12,19 +12,36 @@ namespace {
 
 constexpr int64_t min_parallel_bytes = 1 << 19;  // below it, waking threads costs more than the copy
 
-void move_head(char* head, int64_t row_stride, int64_t row_bytes, const int64_t* rows, int64_t m, int64_t start,
-               char* staging) {
-  for (int64_t i = 0; i < m; ++i) std::memcpy(staging + i * row_bytes, head + rows[i] * row_stride, row_bytes);
-  for (int64_t i = 0; i < m; ++i) std::memcpy(head + (start + i) * row_stride, staging + i * row_bytes, row_bytes);
+// The rows of a path that are not in place yet.
+struct Moves {
+  int64_t count = 0;
+  Buffer<int64_t> from, to;
+
+  explicit Moves(const KvCommitParams& p) : from(p.rows.shape[0]), to(p.rows.shape[0]) {
+    const int64_t *rows = p.rows.as<const int64_t>(), *start = p.start.as<const int64_t>();
+    for (int64_t i = 0; i < p.rows.shape[0]; ++i) {
+      const int64_t place = p.start.dims == 1 ? start[i] : *start + i;
+      if (rows[i] == place) continue;
+      from[count] = rows[i];
+      to[count++] = place;
+    }
+  }
+};
+
+void move_head(char* head, int64_t row_stride, int64_t row_bytes, Moves& moves, char* staging) {
+  for (int64_t i = 0; i < moves.count; ++i) {
+    std::memcpy(staging + i * row_bytes, head + moves.from[i] * row_stride, row_bytes);
+  }
+  for (int64_t i = 0; i < moves.count; ++i) {
+    std::memcpy(head + moves.to[i] * row_stride, staging + i * row_bytes, row_bytes);
+  }
 }
 
 }  // namespace
 
 void kv_commit(const KvCommitParams& p) {
-  const int64_t* rows = p.rows.as<const int64_t>();
-  int64_t m = p.rows.shape[0], start = *p.start.as<const int64_t>();
-  for (; m > 0 && *rows == start; --m) ++rows, ++start;  // already in place
-  while (m > 0 && rows[m - 1] == start + m - 1) --m;
+  Moves moves(p);
+  const int64_t m = moves.count;
   if (m == 0) return;
 
   int64_t largest_row = 0, bytes = 0;
@@ -45,7 +62,7 @@ void kv_commit(const KvCommitParams& p) {
     const int64_t item = buffer.item_bytes;
     for (int64_t head = 0; head < buffer.shape[0]; ++head) {
       move_head(buffer.as<char>() + head * buffer.stride[0] * item, buffer.stride[1] * item, buffer.shape[2] * item,
-                rows, m, start, staging.at(thread_index() * m * largest_row));
+                moves, staging.at(thread_index() * m * largest_row));
     }
   }
 }

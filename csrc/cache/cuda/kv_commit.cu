@@ -31,7 +31,7 @@ struct Buffers {
 template <typename T, int max_buffers>
 __global__ void __launch_bounds__(threads)
     kv_commit_kernel(const __grid_constant__ Buffers<max_buffers> buffers, const int64_t* rows, int m,
-                     const int64_t* start_pointer, int column_items) {
+                     const int64_t* start_pointer, bool start_of_each, int column_items) {
   const Buffer& buffer = buffers.buffer[blockIdx.z];
   const int row_items = buffer.row_bytes / sizeof(T);
   const int first = blockIdx.x * column_items;
@@ -41,21 +41,25 @@ __global__ void __launch_bounds__(threads)
   char* head = buffer.data + blockIdx.y * buffer.head_stride + first * sizeof(T);
   T* staging = shared_memory<T>();
 
-  const auto moves = [&](int i) {
-    if (start < -i || start >= capacity - i) return false;  // start + i might overflow
+  const auto place = [&](int i) {
+    if (start_of_each) return start_pointer[i];
+    return start < -i || start >= capacity - i ? int64_t{-1} : start + i;  // it might overflow
+  };
+  const auto moves = [&](int i, int64_t to) {
     const int64_t from = rows[i];
-    return from != start + i && from >= 0 && from < capacity;
+    return to >= 0 && to < capacity && from != to && from >= 0 && from < capacity;
   };
   for (int at = threadIdx.x; at < m * items; at += threads) {
     const int i = at / items;
-    if (!moves(i)) continue;
+    if (!moves(i, place(i))) continue;
     staging[at] = reinterpret_cast<const T*>(head + rows[i] * buffer.row_stride)[at - i * items];
   }
   __syncthreads();
   for (int at = threadIdx.x; at < m * items; at += threads) {
     const int i = at / items;
-    if (!moves(i)) continue;
-    reinterpret_cast<T*>(head + (start + i) * buffer.row_stride)[at - i * items] = staging[at];
+    const int64_t to = place(i);
+    if (!moves(i, to)) continue;
+    reinterpret_cast<T*>(head + to * buffer.row_stride)[at - i * items] = staging[at];
   }
 }
 
@@ -90,7 +94,7 @@ void move(const KvCommitParams& p, int64_t first, int64_t count) {
   launch("kv_commit", kv_commit_kernel<T, max_buffers>, p.launch,
          dim3(static_cast<unsigned>(divide_up(row_items, column_items)), heads, static_cast<unsigned>(count)),
          dim3(threads), static_cast<size_t>(m * column_items * item), buffers, p.rows.as<const int64_t>(),
-         static_cast<int>(m), p.start.as<const int64_t>(), static_cast<int>(column_items));
+         static_cast<int>(m), p.start.as<const int64_t>(), p.start.dims == 1, static_cast<int>(column_items));
 }
 
 template <typename T>

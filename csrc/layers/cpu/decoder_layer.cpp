@@ -148,12 +148,15 @@ void attend(const DecoderLayerParams& p, Between& between, const Tensor& normed,
   attention.prefix_length = p.prefix_length;
   attention.chain = p.chain;
   attention.ancestors = p.ancestors;
+  attention.ragged = p.ragged;
+  attention.starts = p.starts;
+  attention.sequence = p.sequence;
   const Tensor mixed = between.take("attention", queries * width);
   attention.output = as_heads(mixed, "attention", 0, queries, width);
   attention.scale = layer.scale;
   attention.softcap = layer.softcap;
   attention.sliding_window = p.sliding_window;
-  attention.tree_rows = check_tree_attention(attention);
+  check_tree_attention(attention);
   run_tree_attention(attention);
   multiply(p.launch, layer.attention_output, mixed, output);
 }

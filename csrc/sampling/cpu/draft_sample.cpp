@@ -10,11 +10,17 @@ void draft_sample(const DraftSampleParams& p) {
   Buffer<RowSample> samples(rows);
   const SampleRequest request{&p.draft_logits,
                               p.positions.as<const int64_t>(),
-                              static_cast<uint64_t>(*p.seed.as<const int64_t>()),
-                              p.filters,
+                              p.seed.as<const int64_t>(),
+                              p.seed.dims == 1,
+                              p.filters_in_memory.by_row ? p.filters_in_memory.first : &p.filters,
+                              p.filters_in_memory.by_row,
                               k,
                               /*statistics=*/true,
-                              p.launch.threads};
+                              p.launch.threads,
+                              /*more_logits=*/nullptr,
+                              /*parents=*/nullptr,
+                              /*reports=*/!p.by_row()};
+  for (int64_t i = 0; i < rows; ++i) samples[i].count = 0;
   *p.report = sample_rows(request, best.at(0), samples.at(0));
   if (p.report->problem != RowReport::none) return;
 
@@ -26,7 +32,7 @@ void draft_sample(const DraftSampleParams& p) {
       p.scores.as<float>()[at] = found ? best[at].score : -HUGE_VALF;
       p.confidence.as<float>()[at] = found ? static_cast<float>(samples[i].probability(best[at].z)) : 0.0f;
     }
-    p.entropy.as<float>()[i] = static_cast<float>(samples[i].entropy);
+    p.entropy.as<float>()[i] = samples[i].count > 0 ? static_cast<float>(samples[i].entropy) : NAN;
   }
 }
 

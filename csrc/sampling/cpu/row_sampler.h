@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/cpu/memory.h"
+#include "sampling/cpu/row_filters.h"
 #include "sampling/cpu/row_max.h"
 #include "sampling/cpu/scan.h"
 #include "sampling/cpu/threshold.h"
@@ -17,13 +18,16 @@ constexpr int64_t min_parallel_logits = int64_t{1} << 17;
 struct SampleRequest {
   const Tensor* logits;
   const int64_t* positions;
-  uint64_t seed;
-  Filters filters;
+  const int64_t* seeds;  // one, or one for each row
+  bool seed_by_row;
+  const Filters* filters;  // likewise
+  bool filters_by_row;
   int64_t k;        // 0: draw nothing, only find what the filters keep
   bool statistics;  // fill mass and entropy
   int threads;
   const Tensor* more_logits = nullptr;  // rows that follow those of `logits`, of the same dtype and length
   const int64_t* parents = nullptr;     // of verify: rows of unused nodes are skipped, not reported, if need be
+  bool reports = true;                  // else any row is skipped rather than reported
 };
 
 struct RowSample {
@@ -42,18 +46,10 @@ class RowSampler {
         first_rows_(request.logits->shape[0]),
         rows_(first_rows_ + (request.more_logits != nullptr ? request.more_logits->shape[0] : 0)),
         vocabulary_(request.logits->shape[1]),
-        inverse_temperature_(request.filters.inverse_temperature()),
-        greedy_(request.filters.greedy()),
-        search_count_(request.filters.searches_count(vocabulary_)),
-        search_mass_(request.filters.searches_mass()),
-        guesses_mass_(search_mass_ && vocabulary_ > short_list &&
-                      (!search_count_ || request.filters.top_k > 0.5 * short_list)),
-        min_p_(greedy_ ? 0.0f : static_cast<float>(request.filters.min_p)),
         segments_(vocabulary_),
         row_(rows_),
+        filters_(request.filters_by_row ? rows_ : 1),
         segment_(rows_ * segments_.count),
-        list_z_(search_count_ || search_mass_ ? 2 * rows_ * vocabulary_ : 0),
-        list_token_(search_count_ || search_mass_ ? rows_ * vocabulary_ : 0),
         partial_(rows_ * segments_.count * request.k),
         partial_count_(rows_ * segments_.count),
         candidates_(candidates),
@@ -61,6 +57,18 @@ class RowSampler {
     for (int64_t i = 0; i < rows_; ++i) {
       new (row_.at(i)) RowState{};
       row_[i].pending.store(segments_.count, std::memory_order_relaxed);
+    }
+    bool search_mass = false;
+    for (int64_t i = 0; i < (request.filters_by_row ? rows_ : 1); ++i) {
+      const RowFilters& f = *new (filters_.at(i)) RowFilters(request.filters[i], vocabulary_);
+      if (!found_by_maximum(i)) scans_ = true;
+      if (f.search_count) search_count_ = true;
+      if (f.search_mass) search_mass = true;
+      if (f.search_mass && !f.search_count) mass_pass_ = true;
+    }
+    if (search_count_ || search_mass) {
+      list_z_.at_least(2 * rows_ * vocabulary_);
+      list_token_.at_least(rows_ * vocabulary_);
     }
   }
 
@@ -71,23 +79,22 @@ class RowSampler {
 #pragma omp parallel num_threads(threads)
     {
       // The flags are set within one pass and read after it, so all threads take the same way.
-      pass(
-          [&](int64_t i, int64_t s) {
-            const int64_t begin = segments_.begin(s), end = segments_.end(s);
-            segment_max(logits(i), begin, end, segment(i, s));
-            if (guesses_mass_) {
-              segment_mass(logits(i), begin, end, inverse_temperature_, segment(i, s));
-            }
-          },
-          [&](int64_t i) { start_row(i); });
-      if (!failed_ && !(greedy_ && r_.k <= 1 && !r_.statistics)) {
-        if (search_count_) {
-          search<Weight::count>();
-          if (mass_pass_) search<Weight::mass>();
-        } else if (search_mass_) {
-          search<Weight::mass>();
+      pass([](int64_t) { return true; },
+           [&](int64_t i, int64_t s) {
+             const int64_t begin = segments_.begin(s), end = segments_.end(s);
+             segment_max(logits(i), begin, end, segment(i, s));
+             if (filters(i).guesses_mass) {
+               segment_mass(logits(i), begin, end, filters(i).inverse_temperature, segment(i, s));
+             }
+           },
+           [&](int64_t i) { start_row(i); });
+      if (!failed_ && scans_) {
+        if (search_count_) search<Weight::count>();
+        if (mass_pass_) search<Weight::mass>();
+        if (r_.k > 0) {
+          pass([&](int64_t i) { return !found_by_maximum(i); }, [&](int64_t i, int64_t s) { scan(i, s); },
+               [&](int64_t i) { finish_row(i); });
         }
-        if (r_.k > 0) pass([&](int64_t i, int64_t s) { scan(i, s); }, [&](int64_t i) { finish_row(i); });
       }
     }
     for (int64_t i = 0; i < rows_; ++i) {
@@ -101,25 +108,30 @@ class RowSampler {
                            : r_.more_logits->as<const T>() + (i - first_rows_) * r_.more_logits->stride[0];
   }
   // After run(): rows without a problem.
-  Keep keep(int64_t i) { return {inverse_temperature_, row_[i].threshold, row_[i].z_max, min_p_}; }
+  Keep keep(int64_t i) { return {filters(i).inverse_temperature, row_[i].threshold, row_[i].z_max, filters(i).min_p}; }
   int64_t argmax(int64_t i) { return row_[i].argmax; }
 
  private:
   SegmentState& segment(int64_t i, int64_t s) { return segment_[i * segments_.count + s]; }
   float* list_z(int64_t i) { return list_z_.at(i * vocabulary_); }
   int32_t* list_token(int64_t i) { return list_token_.at(i * vocabulary_); }
+  const RowFilters& filters(int64_t i) { return filters_[r_.filters_by_row ? i : 0]; }
   // Whether a problem of the row is one of the call.
-  bool counts(int64_t i) const { return r_.parents == nullptr || counts_in_tree(r_.parents, i); }
-  NoiseKey key(int64_t i) const { return {r_.seed, static_cast<uint64_t>(r_.positions[i])}; }
+  bool counts(int64_t i) const { return r_.reports && (r_.parents == nullptr || counts_in_tree(r_.parents, i)); }
+  // At temperature 0 the largest logit is the token.
+  bool found_by_maximum(int64_t i) { return filters(i).greedy && r_.k <= 1 && !r_.statistics; }
+  NoiseKey key(int64_t i) const {
+    return {static_cast<uint64_t>(r_.seeds[r_.seed_by_row ? i : 0]), static_cast<uint64_t>(r_.positions[i])};
+  }
 
-  // Calls body(row, segment) for all segments, and finish(row) right after the last one of each row. One barrier: on
-  // a busy machine a barrier can cost a whole time slice.
-  template <typename Body, typename Finish>
-  void pass(Body body, Finish finish) {
+  // Calls body(row, segment) for all segments of rows that it is for, and finish(row) right after the last one of each.
+  // One barrier: on a busy machine a barrier can cost a whole time slice.
+  template <typename IsFor, typename Body, typename Finish>
+  void pass(IsFor is_for, Body body, Finish finish) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < rows_ * segments_.count; ++task) {
       const int64_t i = task / segments_.count;
-      if (row_[i].problem != RowReport::none) continue;  // an unused node's
+      if (row_[i].problem != RowReport::none || !is_for(i)) continue;
       body(i, task % segments_.count);
       if (row_[i].pending.fetch_sub(1, std::memory_order_acq_rel) > 1) continue;
       row_[i].pending.store(segments_.count, std::memory_order_relaxed);
@@ -129,6 +141,7 @@ class RowSampler {
 
   void start_row(int64_t i) {
     RowState& row = row_[i];
+    const RowFilters& f = filters(i);
     int64_t best = 0;
     bool nan = segment(i, 0).nan;
     for (int64_t s = 1; s < segments_.count; ++s) {
@@ -136,7 +149,7 @@ class RowSampler {
       nan |= segment(i, s).nan;
     }
     const float max_logit = segment(i, best).max_logit;
-    row.z_max = max_logit * inverse_temperature_;
+    row.z_max = max_logit * f.inverse_temperature;
     row.problem = nan                       ? RowReport::nan
                   : max_logit == HUGE_VALF  ? RowReport::infinite
                   : row.z_max == -HUGE_VALF ? RowReport::all_masked
@@ -149,21 +162,21 @@ class RowSampler {
     row.threshold = lowest_finite;
     row.argmax = find_logit(logits(i), segments_.begin(best), segments_.end(best), max_logit);
     // The largest logit is always kept, so its score is a first bar.
-    const float floor = r_.k != 1 ? -HUGE_VALF : greedy_ ? row.z_max : row.z_max + token_noise(key(i), row.argmax);
+    const float floor = r_.k != 1 ? -HUGE_VALF : f.greedy ? row.z_max : row.z_max + token_noise(key(i), row.argmax);
     row.score_floor.store(floor, std::memory_order_relaxed);
-    if (guesses_mass_) {
+    if (f.guesses_mass) {
       row.mass = 0.0f;
       for (int64_t s = 0; s < segments_.count; ++s) {
-        const float distance = (segment(i, s).max_logit - max_logit) * inverse_temperature_;
+        const float distance = (segment(i, s).max_logit - max_logit) * f.inverse_temperature;
         row.mass += segment(i, s).mass * exp_nonpositive(distance);
       }
     }
-    if (search_count_) {
+    if (f.search_count) {
       set_bracket<Weight::count>(i);
-    } else if (search_mass_) {
+    } else if (f.search_mass) {
       set_bracket<Weight::mass>(i);
     }
-    if (greedy_ && r_.k == 1) {
+    if (f.greedy && r_.k == 1) {
       candidates_[i] = {row.z_max, row.z_max, row.argmax};
       samples_[i].count = 1;
     }
@@ -172,12 +185,13 @@ class RowSampler {
   template <Weight weight>
   void set_bracket(int64_t i) {
     RowState& row = row_[i];
+    const RowFilters& f = filters(i);
     Bracket bracket = whole_row;
-    if (vocabulary_ > short_list && (weight == Weight::count || guesses_mass_)) {
-      const float bins_per_unit = weight == Weight::count ? 32.0f : mass_bins(vocabulary_, row.mass, r_.filters.top_p);
-      const SampledHistogram sample(logits(i), vocabulary_, inverse_temperature_, row.z_max, bins_per_unit);
-      bracket = weight == Weight::count ? bracket_count(sample, row.z_max, r_.filters.top_k)
-                                        : bracket_mass(sample, row.z_max, row.threshold, row.mass, r_.filters.top_p);
+    if (vocabulary_ > short_list && (weight == Weight::count || f.guesses_mass)) {
+      const float bins_per_unit = weight == Weight::count ? 32.0f : mass_bins(vocabulary_, row.mass, f.top_p);
+      const SampledHistogram sample(logits(i), vocabulary_, f.inverse_temperature, row.z_max, bins_per_unit);
+      bracket = weight == Weight::count ? bracket_count(sample, row.z_max, f.top_k)
+                                        : bracket_mass(sample, row.z_max, row.threshold, row.mass, f.top_p);
     }
     row.low = bracket.low;
     row.high = bracket.high;
@@ -186,28 +200,28 @@ class RowSampler {
   // Raises every row's threshold to what top-k or top-p keeps.
   template <Weight weight>
   void search() {
-    pass(
-        [&](int64_t i, int64_t s) {
-          if (!row_[i].listed_all) gather<weight>(i, s, {row_[i].low, row_[i].high});
-        },
-        [&](int64_t i) {
-          if (weight == Weight::mass && row_[i].listed_all) return;  // done with the search for top-k
-          select<weight>(i);
-          if (weight == Weight::mass || !search_mass_) return;
-          if (row_[i].listed_all) {
-            select<Weight::mass>(i);
-          } else {
-            set_bracket<Weight::mass>(i);
-            mass_pass_ = true;
-          }
-        });
+    pass([&](int64_t i) { return weight == Weight::count ? filters(i).search_count : filters(i).search_mass; },
+         [&](int64_t i, int64_t s) {
+           if (!row_[i].listed_all) gather<weight>(i, s, {row_[i].low, row_[i].high});
+         },
+         [&](int64_t i) {
+           if (weight == Weight::mass && row_[i].listed_all) return;  // done with the search for top-k
+           select<weight>(i);
+           if (weight == Weight::mass || !filters(i).search_mass) return;
+           if (row_[i].listed_all) {
+             select<Weight::mass>(i);
+           } else {
+             set_bracket<Weight::mass>(i);
+             mass_pass_ = true;
+           }
+         });
   }
 
   template <Weight weight>
   void gather(int64_t i, int64_t s, Bracket bracket) {
     const int64_t begin = segments_.begin(s);
-    segment_gather<weight>(logits(i), begin, segments_.end(s), inverse_temperature_, row_[i].z_max, row_[i].threshold,
-                           bracket, segment(i, s), list_z(i) + begin, list_token(i) + begin);
+    segment_gather<weight>(logits(i), begin, segments_.end(s), filters(i).inverse_temperature, row_[i].z_max,
+                           row_[i].threshold, bracket, segment(i, s), list_z(i) + begin, list_token(i) + begin);
   }
 
   // Moves the segments' lists together; returns the weight above the bracket and of the whole row.
@@ -230,7 +244,7 @@ class RowSampler {
     RowState& row = row_[i];
     uint64_t above = 0, total = 0;
     const auto target = [&] {
-      return weight == Weight::count ? r_.filters.top_k : r_.filters.top_p * static_cast<double>(total);
+      return weight == Weight::count ? filters(i).top_k : filters(i).top_p * static_cast<double>(total);
     };
     if (row.listed_all) {  // an earlier search listed the row; what it dropped leaves the list first
       int64_t kept = 0;
@@ -268,7 +282,7 @@ class RowSampler {
     Best best(partial_.at((i * segments_.count + s) * r_.k), r_.k);
     const int64_t begin = segments_.begin(s), end = segments_.end(s);
     RowState& row = row_[i];
-    if (greedy_) {
+    if (filters(i).greedy) {
       segment_greedy_scan(logits(i), begin, end, row.score_floor, best);
     } else if (!row.listed_all) {
       segment_noise_scan(logits(i), begin, end, keep(i), key(i), NoiseWords(key(i)), row.score_floor, best);
@@ -298,12 +312,10 @@ class RowSampler {
 
   const SampleRequest& r_;
   const int64_t first_rows_, rows_, vocabulary_;
-  const float inverse_temperature_;
-  const bool greedy_, search_count_, search_mass_;
-  const bool guesses_mass_;  // not where top-k leaves a list anyway
-  const float min_p_;
   const Segments segments_;
   Buffer<RowState> row_;
+  Buffer<RowFilters> filters_;                 // of each row, or one for all
+  bool scans_ = false, search_count_ = false;  // whether any row does
   Buffer<SegmentState> segment_;
   Buffer<float> list_z_;  // the second half is scratch of the searches
   Buffer<int32_t> list_token_;

@@ -5,7 +5,7 @@
 // entropy may differ from the CPU kernel's, in its last bits.
 //
 // A row with NaN, +inf, only -inf or an overflow cannot raise here: its tokens are -1, its scores -inf, its confidence
-// 0 and its entropy NaN. With filters in memory that are out of range every row is such a row.
+// 0 and its entropy NaN. Nor can filters in memory that are out of range: the rows that they are for are such rows.
 #include "sampling/draft_sample.h"
 
 #include "sampling/cuda/launch.h"
@@ -72,14 +72,15 @@ __global__ void __launch_bounds__(sampler_threads)
 template <typename T>
 void run(const DraftSampleParams& p) {
   const int64_t rows = p.draft_logits.shape[0], vocabulary = p.draft_logits.shape[1], k = p.tokens.shape[1];
-  const Filters* in_memory = p.filters_in_memory;
-  const SampleWorkspace workspace(p.launch.workspace, rows, vocabulary, k, p.filters, in_memory != nullptr);
+  const FiltersInMemory& in_memory = p.filters_in_memory;
+  const bool any_filters = in_memory.first != nullptr;
+  const SampleWorkspace workspace(p.launch.workspace, rows, vocabulary, k, p.filters, any_filters);
   launch_row_max<T>("draft_sample", p.launch, rows, row_max_arguments(p.draft_logits, p.filters, in_memory, workspace));
   const SampleArguments arguments =
       sample_arguments(p.draft_logits, p.positions, p.seed, p.filters, in_memory, workspace);
   const DraftArguments out{static_cast<int>(k),  workspace.candidates,     p.tokens.as<int64_t>(),
                            p.scores.as<float>(), p.confidence.as<float>(), p.entropy.as<float>()};
-  const auto kernel = in_memory != nullptr ? draft_sample_kernel<T, true> : draft_sample_kernel<T, false>;
+  const auto kernel = any_filters ? draft_sample_kernel<T, true> : draft_sample_kernel<T, false>;
   launch("draft_sample", kernel, p.launch, dim3(static_cast<unsigned>(rows * arguments.segments)),
          dim3(sampler_threads), sizeof(SamplerShared<BestMany>), arguments, out);
 }

@@ -46,8 +46,7 @@ inline SampleWorkspace::SampleWorkspace(void* memory, int64_t rows, int64_t voca
   list_z = take<float>(rows * list_capacity);
 }
 
-// in_memory: of a device, or null.
-inline RowMaxArguments row_max_arguments(const Tensor& logits, const Filters& f, const Filters* in_memory,
+inline RowMaxArguments row_max_arguments(const Tensor& logits, const Filters& f, const FiltersInMemory& in_memory,
                                          const SampleWorkspace& workspace) {
   const Segments segments = Segments::for_max(logits.shape[0], logits.shape[1]);
   RowMaxArguments a{};
@@ -71,7 +70,8 @@ void launch_row_max(const char* name, const Launch& on, int64_t rows, const RowM
 }
 
 inline SampleArguments sample_arguments(const Tensor& logits, const Tensor& positions, const Tensor& seed,
-                                        const Filters& f, const Filters* in_memory, const SampleWorkspace& workspace) {
+                                        const Filters& f, const FiltersInMemory& in_memory,
+                                        const SampleWorkspace& workspace) {
   const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
   const Segments segments = SampleWorkspace::segments(rows, vocabulary);
   SampleArguments a{};
@@ -79,6 +79,7 @@ inline SampleArguments sample_arguments(const Tensor& logits, const Tensor& posi
   a.stride = logits.stride[0];
   a.positions = positions.as<const int64_t>();
   a.seed = seed.as<const int64_t>();
+  a.seed_by_row = seed.dims == 1;
   a.vocabulary = static_cast<int32_t>(vocabulary);
   a.max_segments = Segments::for_max(rows, vocabulary).count;
   a.segments = segments.count;

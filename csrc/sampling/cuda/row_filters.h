@@ -2,7 +2,7 @@
 //
 // They come as arguments, worked out by the host, or from device memory, so that a captured graph serves any of them.
 // Then each block works them out again, by one thread because many devices are slow in double precision. Nothing can be
-// raised there: filters that are out of range count as temperature 0, and no row can be sampled (row_max.h).
+// raised there: filters that are out of range count as temperature 0, and their rows cannot be sampled (row_max.h).
 #pragma once
 
 #include "sampling/cuda/bracket.h"

@@ -44,11 +44,11 @@ struct RowMaxArguments {
   const void* logits;
   int64_t stride;
   int32_t vocabulary, segments, segment_groups;
-  float mass_scale;        // log2(e) / temperature, or 0: no masses
-  const Filters* filters;  // in memory, or null: what mass_scale comes from
-  Word64* maxima;          // [rows, segments]: keys of the largest logits
-  float* masses;           // [rows, segments]: sums of exp((logit - largest) / temperature)
-  RowState* state;         // [rows] or null
+  float mass_scale;         // log2(e) / temperature, or 0: no masses
+  FiltersInMemory filters;  // or none: what mass_scale comes from
+  Word64* maxima;           // [rows, segments]: keys of the largest logits
+  float* masses;            // [rows, segments]: sums of exp((logit - largest) / temperature)
+  RowState* state;          // [rows] or null
 };
 
 struct RowMaxShared {
@@ -67,16 +67,16 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
   if (a.state != nullptr && segment == 0 && threadIdx.x == 0) a.state[row_index] = RowState{};
   float mass_scale = a.mass_scale;
   bool nan = false;
-  if (a.filters != nullptr) {
+  if (a.filters.first != nullptr) {
     if (threadIdx.x == 0) {
-      const Filters given = *a.filters, filters = in_range(given);
+      const Filters given = a.filters.of_row(row_index), filters = in_range(given);
       shared.mass_scale = mass_scale_of(filters);
       shared.greedy = filters.greedy();
       shared.valid = given.valid();
     }
     __syncthreads();
     mass_scale = shared.mass_scale;
-    nan = !shared.valid;  // every row is then as bad as one with a NaN
+    nan = !shared.valid;  // the row is then as bad as one with a NaN
   }
 
   const LogitRow<T> row(a.logits, a.stride, row_index, a.vocabulary);

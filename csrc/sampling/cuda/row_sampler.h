@@ -35,12 +35,13 @@ struct SampleArguments {
   int64_t stride;
   const int64_t* positions;
   const int64_t* seed;
+  bool seed_by_row;  // else one for all rows
   int32_t vocabulary;
   int32_t max_segments;              // of the first launch
   int32_t segments, segment_groups;  // of this one
   int32_t list_capacity;
   RowFilters filters;
-  const Filters* filters_in_memory;  // or null: what `filters` comes from
+  FiltersInMemory filters_in_memory;  // or none: what `filters` comes from
   // Workspace.
   const Word64* maxima;  // [rows, max_segments]
   const float* masses;   // [rows, max_segments], see row_max.h
@@ -75,12 +76,13 @@ struct SamplerShared {
   typename Best::Shared best;
 };
 
-// The filters of a call. By all threads.
+// The filters of the block's row. By all threads.
 template <bool in_memory>
 __device__ const RowFilters& row_filters(const SampleArguments& a, RowFilters& shared) {
   if (!in_memory) return a.filters;
   if (threadIdx.x == 0) {
-    shared = RowFilters(in_range(*a.filters_in_memory), a.vocabulary, a.max_segments, a.list_capacity);
+    const Filters& given = a.filters_in_memory.of_row(blockIdx.x / static_cast<unsigned>(a.segments));
+    shared = RowFilters(in_range(given), a.vocabulary, a.max_segments, a.list_capacity);
   }
   __syncthreads();
   return shared;
@@ -104,7 +106,8 @@ class RowSampler {
         state_(arguments.state[row_index_]),
         list_z_(arguments.list_z + row_index_ * arguments.list_capacity),
         list_key_(arguments.list_key + row_index_ * arguments.list_capacity),
-        noise_key_{static_cast<uint64_t>(*arguments.seed), static_cast<uint64_t>(arguments.positions[row_index_])} {}
+        noise_key_{static_cast<uint64_t>(arguments.seed[arguments.seed_by_row ? row_index_ : 0]),
+                   static_cast<uint64_t>(arguments.positions[row_index_])} {}
 
   // True in the one block that is to write the row's result; all its candidates are then in best(), after a barrier.
   __device__ bool run();
@@ -151,7 +154,7 @@ class RowSampler {
   __device__ Bracket guess_bracket(const ThreadSample& sample);
   __device__ void scan(Reader reader, Group next, uint32_t first_token, int32_t steps, const Bracket& bracket);
   __device__ void evaluate(bool active, int32_t token, float z, const Bracket& bracket);
-  __device__ void flush(const MassSum (&masses)[3], float distance, uint32_t above);
+  __device__ void flush(const MassSum (&masses)[sum_count], uint32_t above);
   __device__ bool publish();
   __device__ bool find_threshold(const Bracket& bracket, float& threshold);
   __device__ void merge_list(float threshold);
@@ -190,7 +193,7 @@ __device__ bool RowSampler<T, Best, statistics>::run() {
   if (warp_index() == 0) find_start();
   __syncthreads();
   usable_ = usable(s_.max_key, f_.inverse_temperature);
-  if (!usable_) return segment_ == 0;
+  if (!usable_ || (!statistics && f_.greedy)) return segment_ == 0;  // without noise the largest logit is the best
   z_max_ = key_score(s_.max_key) * f_.inverse_temperature;
 
   Bracket bracket{lowest_finite, infinity};

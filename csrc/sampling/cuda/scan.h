@@ -20,8 +20,7 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
     return f_.greedy ? floor : floor - (2e-3f + 1e-6f * fabsf(floor));
   };
 
-  MassSum masses[3];  // all, above, kept
-  float distance = 0.0f;
+  MassSum masses[sum_count];
   uint32_t above = 0, token = first_token;
   int pending = 0, until_flush = max_steps;
   for (;;) {
@@ -32,6 +31,7 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
     next = reader.next();
 
     if (weighs) {
+      float distance = 0.0f;
 #pragma unroll
       for (int j = 0; j < group_tokens; ++j) {
         const float weight = exp_nonpositive(z[j] - z_max_);
@@ -42,18 +42,23 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
         }
         if (statistics && z[j] >= bracket.top && min_p_keeps(weight)) {
           masses[sum_kept].add(q);
-          distance += times_distance(weight, z[j]);
+          if (searches()) {
+            masses[sum_distance].add(FixedPoint(times_distance(weight, z[j])));
+          } else {
+            distance += times_distance(weight, z[j]);
+          }
         }
       }
+      // Without a search a group's tokens are all looked at here, however the row is cut: one conversion is enough.
+      if (statistics && !searches()) masses[sum_distance].add(FixedPoint(distance));
     }
     if (counts) {
 #pragma unroll
       for (int j = 0; j < group_tokens; ++j) above += z[j] >= bracket.top ? 1u : 0u;
     }
     if (--until_flush == 0 || last) {
-      flush(masses, distance, above);
-      masses[0] = masses[1] = masses[2] = MassSum{};
-      distance = 0.0f;
+      flush(masses, above);
+      for (MassSum& mass : masses) mass = MassSum{};
       above = 0;
       until_flush = max_steps;
     }
@@ -130,9 +135,9 @@ __device__ void RowSampler<T, Best, statistics>::evaluate(bool active, int32_t t
 }
 
 template <typename T, typename Best, bool statistics>
-__device__ void RowSampler<T, Best, statistics>::flush(const MassSum (&masses)[3], float distance, uint32_t above) {
+__device__ void RowSampler<T, Best, statistics>::flush(const MassSum (&masses)[sum_count], uint32_t above) {
   Word64 sums[sum_count] = {masses[sum_all].total(), masses[sum_above].total() + above, masses[sum_kept].total(),
-                            static_cast<Word64>(static_cast<double>(distance) * two_to_40)};
+                            masses[sum_distance].total()};
 #pragma unroll
   for (int i = 0; i < sum_count; ++i) {
     if (i >= sum_kept && !statistics) continue;

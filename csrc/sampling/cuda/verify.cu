@@ -1,14 +1,15 @@
 // verify at temperature 0 is one launch: its blocks find the largest logits of the rows' segments (row_max.h), and the
 // one that ends last merges them and walks the tree (tree_walk.h). Otherwise a second launch samples the rows
 // (row_sampler.h), and its last block walks. With the filters in memory there are always two launches, and only one of
-// them walks: the first at temperature 0, else the second.
+// them walks: the first at temperature 0, else the second. It is the second too where each row has filters of its own.
 //
 // Lower bound at temperature 0: the logits' bytes once. On an H100, 9 rows of 151,936 bfloat16 logits should take
 // 4.5 us: 2 for the launch, 1 for the bytes (2.7 MB, all loads in flight at once), and 1.5 for the end, which is four
 // round trips to the L2 cache: the ticket, the segments' maxima, and the walk's target tokens and results.
 //
 // A row with NaN, +inf, only -inf or an overflow cannot raise here: its target token is -1 and, unless its node is
-// unused, next_token is -1, with nothing accepted. With filters out of range every row is such a row.
+// unused, its text's next_token is -1, with nothing accepted. Nor can filters out of range: the rows that they are for
+// are such rows.
 #include "sampling/verify.h"
 
 #include "core/cuda/tickets.h"
@@ -32,13 +33,13 @@ int merging_lanes(int64_t rows, int32_t segments) {
   return lanes;
 }
 
-// The whole of temperature 0. With filters in memory above 0, the first launch.
+// The whole of temperature 0. With filters in memory for all rows, above 0, the first launch.
 template <typename T>
 __global__ void __launch_bounds__(row_max_threads)
     verify_greedy_kernel(const RowMaxArguments a, const TreeArguments tree, int row_lanes, unsigned* ticket) {
   GreedyShared& shared = *shared_memory<GreedyShared>();
   find_row_max<T>(a, shared.max);
-  if (a.filters != nullptr && !shared.max.greedy) return;
+  if (a.filters.first != nullptr && !shared.max.greedy) return;
   if (threadIdx.x == 0) shared.is_last = takes_last_ticket(ticket, gridDim.x);
   __syncthreads();
   if (!shared.is_last) return;
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(row_max_threads)
     if (lane == 0 && row < tree.n) tree.target_tokens[row] = usable(best, 1.0f) ? key_token(best) : -1;
   }
   __syncthreads();
-  walk_tree<row_max_threads>(tree, shared.walk);
+  walk<row_max_threads>(tree, shared.walk);
 }
 
 struct VerifyShared {
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(sampler_threads)
     verify_kernel(const SampleArguments arguments, const TreeArguments tree, unsigned* ticket) {
   VerifyShared& shared = *shared_memory<VerifyShared>();
   const RowFilters& filters = row_filters<filters_in_memory>(arguments, shared.sampler.filters);
-  if (filters_in_memory && filters.greedy) return;
+  if (filters_in_memory && !arguments.filters_in_memory.by_row && filters.greedy) return;  // the first launch walked
   RowSampler<T, BestOne, /*statistics=*/false> sampler(arguments, filters, shared.sampler, BestOne(shared.sampler.best),
                                                        1);
   if (!sampler.run()) return;
@@ -80,16 +81,20 @@ __global__ void __launch_bounds__(sampler_threads)
     shared.is_last = takes_last_ticket(ticket, static_cast<unsigned>(tree.n));
   }
   __syncthreads();
-  if (shared.is_last) walk_tree<sampler_threads>(tree, shared.walk);
+  if (shared.is_last) walk<sampler_threads>(tree, shared.walk);
 }
 
 template <typename T>
 void run(const VerifyParams& p) {
   const int64_t n = p.target_logits.shape[0], vocabulary = p.target_logits.shape[1];
   const Filters& f = p.filters;
-  const Filters* in_memory = p.filters_in_memory;
-  const SampleWorkspace workspace(p.launch.workspace, n, vocabulary, /*many_k=*/0, f, in_memory != nullptr);
+  const FiltersInMemory& in_memory = p.filters_in_memory;
+  const bool any_filters = in_memory.first != nullptr;
+  const SampleWorkspace workspace(p.launch.workspace, n, vocabulary, /*many_k=*/0, f, any_filters);
   const TreeArguments tree{n,
+                           p.has_roots,
+                           p.has_roots ? p.roots.shape[0] : 1,
+                           p.roots.as<const int64_t>(),
                            p.tokens.as<const int64_t>(),
                            p.parents.as<const int64_t>(),
                            p.target_tokens.as<int64_t>(),
@@ -97,16 +102,16 @@ void run(const VerifyParams& p) {
                            p.accepted.as<int64_t>(),
                            p.next_token.as<int64_t>()};
   const RowMaxArguments max_arguments = row_max_arguments(p.target_logits, f, in_memory, workspace);
-  if (in_memory != nullptr || f.greedy()) {
+  if (any_filters ? !in_memory.by_row : f.greedy()) {
     launch("verify", verify_greedy_kernel<T>, p.launch, dim3(static_cast<unsigned>(n * max_arguments.segments)),
            dim3(row_max_threads), sizeof(GreedyShared), max_arguments, tree, merging_lanes(n, max_arguments.segments),
            p.launch.tickets);
-    if (in_memory == nullptr) return;
+    if (!any_filters) return;
   } else {
     launch_row_max<T>("verify", p.launch, n, max_arguments);
   }
   const SampleArguments arguments = sample_arguments(p.target_logits, p.positions, p.seed, f, in_memory, workspace);
-  const auto kernel = in_memory != nullptr ? verify_kernel<T, true> : verify_kernel<T, false>;
+  const auto kernel = any_filters ? verify_kernel<T, true> : verify_kernel<T, false>;
   launch("verify", kernel, p.launch, dim3(static_cast<unsigned>(n * arguments.segments)), dim3(sampler_threads),
          sizeof(VerifyShared), arguments, tree, p.launch.tickets);
 }

@@ -389,7 +389,7 @@ void run(const VerifyRejectionParams& p) {
   all_rows.shape[0] = rows;
   no_positions.data = workspace.rows.maxima;  // there are fewer positions than rows, and nothing is drawn for them
 
-  const RowMaxArguments max_target = row_max_arguments(all_rows, f, /*in_memory=*/nullptr, workspace.rows);
+  const RowMaxArguments max_target = row_max_arguments(all_rows, f, /*in_memory=*/{}, workspace.rows);
   RowMaxArguments max_draft = max_target;
   max_draft.logits = draft_rows;
   max_draft.stride = p.draft_logits.stride[0];
@@ -423,8 +423,7 @@ void run(const VerifyRejectionParams& p) {
     return;
   }
 
-  SampleArguments weigh_target =
-      sample_arguments(all_rows, no_positions, p.seed, f, /*in_memory=*/nullptr, workspace.rows);
+  SampleArguments weigh_target = sample_arguments(all_rows, no_positions, p.seed, f, /*in_memory=*/{}, workspace.rows);
   weigh_target.filters.greedy = true;  // no noise
   SampleArguments weigh_draft = weigh_target;
   weigh_draft.logits = draft_rows;

@@ -10,6 +10,7 @@ from specbranch.cli.arguments import add_models, text, whole
 from specbranch.cli.drafting import add_drafting, add_hrad, add_method, check_method
 from specbranch.cli.loading import add_chat, load_engine
 from specbranch.cli.messages import INTERRUPTED, complain
+from specbranch.runtime.choices import CACHE_TOKENS
 
 HELP = "serve a model to clients of OpenAI's API"
 OUTPUTS = ()
@@ -36,7 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most tokens of an answer to a request that names no limit (default: the checkpoint's, or else 1024)",
     )
     parser.add_argument(
-        "--at-once", type=whole(1), default=1, metavar="N", help="generations that run together (default: %(default)s)"
+        "--max-requests",
+        type=whole(1),
+        default=8,
+        metavar="N",
+        help="requests that are decoded at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache-tokens",
+        type=whole(1),
+        metavar="N",
+        help="tokens of text that the cache holds for them; others wait (default: one text as long as the context, or "
+        f"{CACHE_TOKENS} for each of --max-requests)",
     )
     parser.add_argument(
         "--max-queue",
@@ -72,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
     def ready() -> None:
         print(f"specbranch: serving {name} at {url(listening)}/v1", flush=True)
 
-    queue = Queue(args.at_once, args.max_queue)
-    answers = Answers(engine, queue, args.max_new_tokens, {"method": args.method}, done)
+    queue = Queue(args.max_requests, args.max_queue)
+    answers = Answers(engine, queue, args.max_new_tokens, {"method": args.method}, done, args.cache_tokens)
     ended_by = serve(Service(answers, name, log), listening, ready, complain)
     sys.stdout.flush()
     return INTERRUPTED if ended_by == signal.SIGINT else 0

@@ -35,19 +35,27 @@ class Generation:
 
 
 class GenerationFailed(RuntimeError):
-    """A generation ended early, for example by running out of memory; `generation` holds what was committed."""
+    """A generation ended early, for example by running out of memory; `generation` holds what was committed.
 
-    def __init__(self, message: str, generation: Generation) -> None:
+    generations: of all texts, where several were asked for together.
+    """
+
+    def __init__(self, message: str, generation: Generation, generations: Sequence[Generation] = ()) -> None:
         super().__init__(message)
         self.generation = generation
+        self.generations = list(generations) or [generation]
 
 
 class GenerationInterrupted(KeyboardInterrupt):
-    """Ctrl-C during a generation; `generation` holds what was committed so far."""
+    """Ctrl-C during a generation; `generation` holds what was committed so far.
 
-    def __init__(self, generation: Generation) -> None:
+    generations: of all texts, where several were asked for together; `generation` is then the first that was not over.
+    """
+
+    def __init__(self, generation: Generation, generations: Sequence[Generation] = ()) -> None:
         super().__init__("generation interrupted")
         self.generation = generation
+        self.generations = list(generations) or [generation]
 
 
 class TextStream(Iterator[str]):

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from specbranch.core.tree import Proposals, Tree
+from specbranch.core.tree import ProposalRows, Proposals, Tree
 
 FORECASTS = ("none", "some", "all")
 
@@ -94,5 +94,5 @@ class Drafted(NamedTuple):
     proposals: [steps][nodes]. steps: the forwards.
     """
 
-    proposals: list[list[Proposals]]
+    proposals: ProposalRows | list[list[Proposals]]
     steps: list[Step]

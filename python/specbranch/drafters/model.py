@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from specbranch.core.excerpt import NO_GAP, Excerpt
 from specbranch.core.messages import Drafted, Forecast
 from specbranch.core.sampling import Sampling
-from specbranch.core.tree import Proposals, Signals, Tree
+from specbranch.core.tree import ProposalRows, Tree
 from specbranch.policies.calibration import Calibrator
 from specbranch.runtime.cache import MAX_BACKLOG
 from specbranch.runtime.rules import DraftRules
@@ -128,15 +127,18 @@ class ModelDrafter:
             first = len(tree) + (step - 1) * len(nodes)
             above = nodes if step == 1 else range(first - len(nodes), first)
             self.runner.model.cache.add(range(first, first + len(nodes)), above)
-        proposals = [
-            self._proposals(each, place, tree.depth[node] + step)
-            for step, each in enumerate(samples)
-            for place, node in enumerate(nodes)
-        ]
+        proposals = ProposalRows()
+        odds = (0.0, 0.0) if self.forecast is None else (self.forecast.log_odds(0), self.forecast.log_odds(1))
+        for step, each in enumerate(samples):
+            tokens, scores, confidence = (
+                [row[: self.candidates] for row in rows] for rows in (each.tokens, each.scores, each.confidence)
+            )
+            own = confidence if self.sampling.temperature == 0 else None
+            below = [tree.depth[node] + step for node in nodes]
+            proposals.add(tokens, scores, own, each.entropy, below, odds)
         if self.calibrator is not None:
             proposals = self.calibrator.correct(proposals)
-        rows = [proposals[i : i + len(nodes)] for i in range(0, len(proposals), len(nodes))]
-        return Drafted(rows, [each.step for each in samples])
+        return Drafted(proposals, [each.step for each in samples])
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int], tokens: Sequence[int]) -> None:
         """Keep the accepted path and what lives on; see stages.Drafter."""
@@ -160,26 +162,3 @@ class ModelDrafter:
             return rules(logits, text, [[*path, *tail] for path, tail in zip(paths, behind, strict=True)])
 
         return guessed
-
-    def _proposals(self, samples: Samples, place: int, depth: int) -> Proposals:
-        """One node's candidates, with the draft's own confidence in each."""
-        tokens, scores = samples.tokens[place][: self.candidates], samples.scores[place]
-        count = len(tokens) if tokens[-1] >= 0 else sum(token >= 0 for token in tokens)
-        if count == 0:  # on a device, or beside other texts, where the op does not raise
-            raise ValueError("draft_logits: a row has NaN or +inf, or masks every token")
-        confidence = samples.confidence[place] if self.sampling.temperature == 0 else agreement(scores[:count])
-        margin = scores[0] - scores[1] if count > 1 else math.inf
-        log_odds = 0.0 if self.forecast is None else self.forecast.log_odds(depth)
-        signals = Signals(confidence[0], samples.entropy[place], margin, depth, log_odds)
-        return Proposals(tuple(tokens[:count]), tuple(confidence[:count]), signals)
-
-
-def agreement(scores: Sequence[float]) -> list[float]:
-    """Estimated chance that the target, under the same noise, picks each candidate: a softmax of perturbed scores.
-
-    The noise is known, so a candidate far ahead of the next is likely the target's too, however flat the draft's
-    distribution is. At temperature 0 the same formula is the draft's probability.
-    """
-    weights = [math.exp(score - scores[0]) for score in scores]
-    total = sum(weights)
-    return [weight / total for weight in weights]

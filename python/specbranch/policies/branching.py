@@ -6,12 +6,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from heapq import heappop, heappush, heapreplace
-from itertools import takewhile
 
 from specbranch.core.tree import Choice, Tree
 from specbranch.policies.options import Options, inherited, option
 from specbranch.policies.outcomes import Anywhere, AtBranchPoint, BelowTrunk, BesideTrunk, Outcomes
-from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, best_path, extend, whole_path
+from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, extend, whole_path
 
 FIRST_STEP = 1.15  # the first draft step counts 15 % more than its token: it also tells whether a second one pays
 
@@ -33,19 +32,16 @@ class Branching(ABC):
         """The likeliest outcomes that the draft has not run over, while a row for one pays."""
         depth = min(self.max_depth, state.remaining - 1)  # no deeper token can be committed
         choices: list[Choice] = []
+        anywhere, step, row = self.outcomes.anywhere, state.costs.draft.of(1), state.costs.draft.per_row
         for reach, choice in self.outcomes.likeliest(tree, flight, self.batch, depth):
-            if reach < self.min_reach or (choices and not self._worth_a_row(reach, state)):
+            # An outcome pays for one more row where it saves a step if it comes true.
+            if reach < self.min_reach or (choices and anywhere and reach * step <= row):
                 break
             choices.append(choice)
-        deepest = max((tree.depth_of(choice) for choice in choices), default=0)
-        return Expansion(choices, min(state.burst, max(1, depth - deepest)))
+        return Expansion(choices, min(state.burst, max(1, depth - tree.deepest(choices))))
 
     def width(self, tree: Tree, node: int, flight: InFlight | None) -> int:
         return self.outcomes.width(tree, node, flight)
-
-    def _worth_a_row(self, reach: float, state: State) -> bool:
-        """Whether an outcome pays for one more row in a draft step: if it comes true, a step is saved."""
-        return not self.outcomes.anywhere or reach * state.costs.draft.of(1) > state.costs.draft.per_row
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Hedging(Options, Branching):
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
         """Draft on while the next token is worth more, by its chance to be accepted, than its step costs."""
-        path = best_path(tree)
+        path = tree.best_choices()
         if state.overlapped and len(path) > 1:
             return NOTHING  # after a hit there is a trunk: let the target start at once
         if not (self._worth_a_step(tree, path, state) if self.thrifty else self._sure(tree, path)):
@@ -114,10 +110,10 @@ class Hedging(Options, Branching):
 
     def choose_trunk(self, tree: Tree, state: State) -> TrunkChoice:
         """The best path as far as its rows pay, and what pays beside it."""
-        path = best_path(tree)[: state.remaining]
+        path = tree.best_choices()[: state.remaining]
         if self.thrifty:
             least = self._least(state)
-            path = path[:1] + list(takewhile(lambda choice: tree.reach_of(choice) >= least, path[1:]))
+            path = path[: 1 + _run_length(tree.reaches(path[1:]), least)]
         point = self._branch_point(tree, path, state)
         if not self.verify_tail:
             return TrunkChoice(path[: point + 1], point)
@@ -128,15 +124,14 @@ class Hedging(Options, Branching):
         found: list[tuple[float, Choice]] = []  # (-reach, choice)
         best = [self._least(state)] * self.siblings  # the greatest chances so far, the least of them first
         chosen = set(path)
+        reach_of, depth_of = tree.reach, tree.depth
 
         def look_below(node: int) -> None:
             ranks = self.outcomes.ranks(tree, node, branch_point)
-            if not ranks or tree.reach[node] <= best[0] or tree.depth[node] + 1 >= state.remaining:
+            if not ranks or reach_of[node] <= best[0] or depth_of[node] + 1 >= state.remaining:
                 return
-            offers = [(tree.reach[child], Choice(child)) for child in tree.children[node]]
-            if tree.depth[node] < self.max_depth:
-                offers += tree.untried(node, ranks)
-            for reach, choice in offers:
+            ranks = ranks if depth_of[node] < self.max_depth else 0
+            for reach, choice in tree.offers(node, ranks, best[0]):
                 if reach > best[0] and choice not in chosen:
                     heappush(found, (-reach, choice))
                     heapreplace(best, reach)
@@ -161,8 +156,7 @@ class Hedging(Options, Branching):
                 return 0
             if state.forecast.likeliest == "all":
                 return len(path) - 1
-        sure = takewhile(lambda choice: tree.chance_of(choice) >= self.epsilon, path[1:])
-        return len(list(sure))
+        return _run_length(tree.chances(path[1:]), self.epsilon)
 
     def _worth_a_step(self, tree: Tree, path: list[Choice], state: State) -> bool:
         if len(path) == 1 and (state.retry or state.losing):
@@ -218,10 +212,15 @@ class Ssd(Options, Branching):
         return BesideTrunk(self.fan)
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
-        path = best_path(tree)
+        path = tree.best_choices()
         if state.overlapped and len(path) > 1:
             return NOTHING
         return extend(tree, path, min(self.length, state.remaining - 1), state.burst)
 
     def choose_trunk(self, tree: Tree, state: State) -> TrunkChoice:
         return whole_path(tree, state)
+
+
+def _run_length(chances: list[float], least: float) -> int:
+    """How many of the first ones are at least so much."""
+    return next((i for i, chance in enumerate(chances) if not chance >= least), len(chances))

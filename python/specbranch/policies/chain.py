@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from specbranch.core.tree import Tree
 from specbranch.policies.options import Options, option
-from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, best_path, extend, whole_path
+from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, extend, whole_path
 
 
 class ChainPolicy:
@@ -47,7 +47,7 @@ class Speculative(Options, ChainPolicy):
     name = "speculative"
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
-        return extend(tree, best_path(tree), min(self.length, state.remaining - 1), state.burst)
+        return extend(tree, tree.best_choices(), min(self.length, state.remaining - 1), state.burst)
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Adaptive(Options, ChainPolicy):
     name = "adaptive"
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
-        path = best_path(tree)
+        path = tree.best_choices()
         if len(path) > 1 and tree.chance_of(path[-1]) < self.stop_below:
             return NOTHING
         return extend(tree, path, min(self.max_length, state.remaining - 1))
@@ -80,8 +80,8 @@ class Pearl(Options, ChainPolicy):
     def draft_before(self, tree: Tree, state: State) -> Expansion:
         if state.overlapped:
             return NOTHING
-        return extend(tree, best_path(tree), min(self.length, state.remaining - 1), state.burst)
+        return extend(tree, tree.best_choices(), min(self.length, state.remaining - 1), state.burst)
 
     def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
         depth = min(self.max_depth, state.remaining - 1)
-        return extend(tree, best_path(tree, flight.nodes[-1]), depth, state.burst)
+        return extend(tree, tree.best_choices(flight.nodes[-1]), depth, state.burst)

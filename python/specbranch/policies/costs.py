@@ -5,6 +5,7 @@ Costs only steer how far to draft and whether to overlap; they never change the 
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 from specbranch.policies.gain import Gain, guessed_token_cost
@@ -64,6 +65,11 @@ class ForwardCost:
             slope = (self.weight * self.rows_seconds - self.rows * self.seconds) / spread
             self.slope = min(max(0.0, slope), self.seconds / self.rows)  # rows together take no more than each alone
 
+    def fade(self) -> None:
+        """Let what is known count little from now on."""
+        for name in ("weight", "rows", "seconds", "rows_squared", "rows_seconds"):
+            setattr(self, name, STALE * getattr(self, name))
+
     @property
     def known(self) -> bool:
         return self.weight > 0
@@ -94,9 +100,10 @@ class ForwardCost:
 
 @dataclass
 class ModeCosts:
-    """Measurements of one mode, serial or overlapped. size: see Costs."""
+    """Measurements of one mode, serial or overlapped. size, texts: see Costs."""
 
     size: float = SIZE_PRIOR
+    texts: int = 1
     target: ForwardCost = field(default_factory=ForwardCost)
     draft: ForwardCost = field(default_factory=ForwardCost)
     rounds: int = 0
@@ -129,6 +136,11 @@ class ModeCosts:
         return self.draft.of(sharing) / sharing / max(self.token_value, 1e-9)
 
     @property
+    def plain(self) -> float:
+        """Seconds of a token without a draft; only where something is known."""
+        return self.target.of(self.texts) / self.texts
+
+    @property
     def row_price(self) -> float:
         """Committed tokens that one more row in the target's forward must bring, to pay for itself."""
         if not self.target.known:
@@ -138,12 +150,12 @@ class ModeCosts:
     @property
     def seconds_per_token(self) -> float:
         """The time that a committed token takes on average."""
-        return self.seconds / self.tokens if self.tokens else self.target.of(1)
+        return self.seconds / self.tokens if self.tokens else self.plain
 
     @property
     def token_value(self) -> float:
         """Seconds that one more committed token saves: what a token takes, at most what it takes without a draft."""
-        without = self.target.of(1) if self.target.known else float("inf")
+        without = self.plain if self.target.known else float("inf")
         return min(self.seconds_per_token, without)
 
 
@@ -153,10 +165,12 @@ class Costs:
     right, and what it brings.
 
     size: parameters of the draft's forward over those of the target's, which says what the draft takes until that is
-    measured. idle: seconds of texts that it did not read, since it last read one. drafted: of those that it did.
+    measured. texts: that share the rounds; times of a token are of a round divided by the tokens of all. idle: seconds
+    of texts that it did not read, since it last read one. drafted: of those that it did.
     """
 
     size: float = SIZE_PRIOR
+    texts: int = 1
     serial: ModeCosts = field(init=False)
     overlapped: ModeCosts = field(init=False)
     target_read: ForwardCost = field(default_factory=lambda: ForwardCost(skipped=0))
@@ -173,6 +187,20 @@ class Costs:
 
     def __post_init__(self) -> None:
         self.serial, self.overlapped = ModeCosts(self.size), ModeCosts(self.size)
+
+    def at_once(self, texts: int) -> None:
+        """So many texts share the rounds to come."""
+        self.texts = self.serial.texts = self.overlapped.texts = texts
+
+    def for_more(self) -> Costs:
+        """To begin with where more texts share the rounds: what is known counts little."""
+        fresh = copy.deepcopy(self)
+        for mode in (fresh.serial, fresh.overlapped):
+            mode.fade()
+            for cost in (mode.target, mode.draft):
+                cost.fade()
+        fresh.gain.fade()
+        return fresh
 
     def mode(self, overlapped: bool) -> ModeCosts:
         return self.overlapped if overlapped else self.serial
@@ -195,7 +223,7 @@ class Costs:
         """Seconds of a token without a draft. Before any was decoded, what a row of a prompt took, which is less."""
         for mode in (self.serial, self.overlapped):
             if mode.target.known:
-                return mode.target.of(1)
+                return mode.plain
         return self.target_read.seconds / max(self.target_read.rows, 1.0)
 
     @property

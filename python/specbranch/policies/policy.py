@@ -108,14 +108,6 @@ class Policy(Protocol):
 NOTHING = Expansion([])
 
 
-def best_path(tree: Tree, start: int = 0) -> list[Choice]:
-    """The likeliest path from `start` down; at its end the draft's newest first candidate, if that is no node yet."""
-    path = [Choice(node) for node in tree.best_path(start)]
-    if tree.proposals[path[-1].node] is not None:
-        path.append(Choice(path[-1].node, 0))
-    return path
-
-
 def extend(tree: Tree, path: list[Choice], depth: int, burst: int = 1) -> Expansion:
     """Draft at the end of a path, to `depth` at most, `burst` steps of it; nothing if it may not grow."""
     missing = depth - tree.depth_of(path[-1])
@@ -124,5 +116,5 @@ def extend(tree: Tree, path: list[Choice], depth: int, burst: int = 1) -> Expans
 
 def whole_path(tree: Tree, state: State) -> TrunkChoice:
     """The best path, as far as its tokens may still be committed."""
-    path = best_path(tree)[: state.remaining]
+    path = tree.best_choices()[: state.remaining]
     return TrunkChoice(path, len(path) - 1)

@@ -28,7 +28,7 @@ NOISE = 3  # so many times what the model is off from itself is still rounding
 
 
 class ElsewhereBuffers(Buffers):
-    """They pretend to be longer than they are: what a model makes of the length, instead of the positions, then shows."""
+    """They pretend to be longer than they are: what a model makes of the length, in place of the positions, shows."""
 
     pretended = 0
 

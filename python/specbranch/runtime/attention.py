@@ -34,14 +34,14 @@ def no_mask(device: torch.device) -> Tensor:
 class TreeContext:
     """What the attention and the rotary embeddings of one forward need to know; see `run_in`.
 
-    prefix_length: int64 [], committed cache rows; [s] of several texts. ancestors: int64 [n, words], or None for a chain
-    of new rows.
+    prefix_length: int64 [], committed cache rows; [s] of several texts. ancestors: int64 [n, words], or None for a
+    chain of new rows. starts, sequence: where the rows of several texts lie, as `tree_attention` takes them; None for
+    one text at the buffers' beginning.
     by_position: whether a row's bits must not depend on where the tree lies in the cache: see `tree_attention`.
     windows: the sliding window of each layer, in the order of the calls, where the model does not hand it over.
     prompt_end: the position by which rotary embeddings that choose by the length of the text choose for the rows
-    before it. first_in_window: the cache row, of a place where the text has a gap, before which no window reaches; int64
-    [s] where it differs from text to text. starts, sequence: as `tree_attention` takes them; None for one text at the
-    buffers' beginning.
+    before it. first_in_window: the cache row, of a place where the text has a gap, before which no window reaches;
+    int64 [s] where it differs from text to text.
     calls: how many layers have asked, so that a model that ignores the registered attention is found out.
     """
 
@@ -78,11 +78,14 @@ class TreeContext:
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """prefix_length, ancestors, starts and sequence on a layer's device: a model may be spread over several."""
-        ancestors, starts, sequence = (
-            each if each is None or each.device == device else each.to(device, non_blocking=True)
-            for each in (self.ancestors, self.starts, self.sequence)
-        )
-        return self.prefix_length.to(device, non_blocking=True), ancestors, starts, sequence
+        if self.prefix_length.device == device:
+            return self.prefix_length, self.ancestors, self.starts, self.sequence
+
+        def there(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        prefix_length = self.prefix_length.to(device, non_blocking=True)
+        return prefix_length, there(self.ancestors), there(self.starts), there(self.sequence)
 
 
 _context: ContextVar[TreeContext | None] = ContextVar("specbranch", default=None)
@@ -141,20 +144,20 @@ def attend(
         else:
             starts = starts + first
         prefix_length = (prefix_length - first).clamp(min=0)  # 0 when a capture warms up
-    scale = query.shape[2] ** -0.5 if scale is None else scale
-    rest = (scale, sliding_window or 0, softcap or 0.0, context.by_position)
-    if starts is None:
-        out: Tensor = _tree_attention(query, keys, values, prefix_length, ancestors, *rest)
-        return out
-    outs = []
-    for q in range(len(starts)):
-        of = sequence == q
-        k, v = keys[:, int(starts[q]) :], values[:, int(starts[q]) :]
-        if bool(of.any()):
-            outs.append(
-                _tree_attention(query[of], k, v, prefix_length[q], None if ancestors is None else ancestors[of], *rest)
-            )
-    return torch.cat(outs)
+    out: Tensor = _tree_attention(
+        query,
+        keys,
+        values,
+        prefix_length,
+        ancestors,
+        query.shape[2] ** -0.5 if scale is None else scale,
+        sliding_window or 0,
+        softcap or 0.0,
+        context.by_position,
+        starts,
+        sequence,
+    )
+    return out
 
 
 AttentionInterface.register(ATTENTION, specbranch_attention)

@@ -50,8 +50,8 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a model is called with: ids, positions, rows (of the buffers) int64 [n], prefix int64 [], and ancestors int64
-    [n, words] or, for a chain of new rows, None.
+    """What a model is called with: ids, positions, rows (of the buffers) int64 [n], prefix int64 [], and ancestors
+    int64 [n, words] or, for a chain of new rows, None.
 
     Of several texts, or one that is not the first in its buffers: prefix and starts int64 [s], and which text a row
     belongs to, sequence int64 [n], in ascending order.

@@ -6,6 +6,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")  # of weights; auto: as the 
 PRIORITIES = ("target", "draft", "none")  # the model whose work goes first where both share a GPU
 ROUNDS = "rounds.safetensors"  # what a predictor was trained on, in its directory
 WEIGHTS = ("auto", "keep", "lossless", "int8", "int4")  # how a loaded checkpoint's weights are kept
+CACHE_TOKENS = 4096  # of a text, where there is to be room for several that come one by one
 SELF = "self"  # as a draft: the target once more
 ARITHMETICS = ("exact", "fast")  # of products over blocks of weights: over their values, or with activations in 8 bits
 ARITHMETIC_OF = {"target": "exact", "draft": "fast"}  # where none is chosen

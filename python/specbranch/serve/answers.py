@@ -1,4 +1,5 @@
-"""One request's generation: it waits for its turn, runs in a thread, and its pieces arrive in the event loop."""
+"""One request's generation: it waits for its turn, is decoded in a thread with others, and its pieces arrive in the
+event loop."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from specbranch.core.errors import SpecBranchError
-from specbranch.core.generation import Generation, GenerationFailed, TextStream, TokenLogprob
+from specbranch.core.generation import Generation, TokenLogprob
 from specbranch.engine import SpecBranch
+from specbranch.request import Request
+from specbranch.scheduler import Ticket
 from specbranch.serve.queue import Place, Queue
 from specbranch.serve.refusal import Refusal
 from specbranch.serve.requests import Asked
+from specbranch.serve.rounds import Rounds
 from specbranch.text.generation_config import ANSWER_TOKENS, new_tokens
 from specbranch.text.prompt_ids import prompt_ids
 
@@ -39,8 +43,8 @@ Event = Piece | Generation | Exception  # the last two end an answer
 
 class Answers:
     """max_new_tokens: of a request that names no limit; None: as the checkpoint says, or else 1,024, where the context
-    has room for so many. options: of every generation, as `SpecBranch.stream` takes them. done: is told of each answer
-    that is over."""
+    has room for so many. cache_tokens: rows for the texts that are decoded at once. options: of every generation, as
+    `SpecBranch.stream` takes them. done: is told of each answer that is over."""
 
     def __init__(
         self,
@@ -49,11 +53,12 @@ class Answers:
         max_new_tokens: int | None = None,
         options: Mapping[str, Any] | None = None,
         done: Callable[[Answer], None] = lambda answer: None,
+        cache_tokens: int | None = None,
     ) -> None:
         self.engine, self.queue, self.options, self.done = engine, queue, dict(options or {}), done
         self.max_new_tokens = max_new_tokens
         self.encoder = ThreadPoolExecutor(1, "encode")  # one: not every tokenizer bears two threads
-        self.generators = ThreadPoolExecutor(queue.at_once, "generate")
+        self.rounds = Rounds(engine.scheduler(queue.at_once, cache_tokens))
 
     def begin(self, asked: Asked, path: str, left: Callable[[], Coroutine[Any, Any, None]]) -> Answer:
         """left: returns when the client is gone. Raises Refusal when the queue takes no more."""
@@ -61,8 +66,8 @@ class Answers:
         answer.watch(left)
         return answer
 
-    def encode(self, asked: Asked) -> tuple[list[int], int]:
-        """The prompt, and the most new tokens. Raises SpecBranchError, and Refusal for what the context cannot hold."""
+    def request(self, asked: Asked) -> Request:
+        """Raises SpecBranchError, and Refusal for what the context cannot hold."""
         engine, target = self.engine, self.engine.pair.target.model
         vocabulary = engine.pair.vocabulary
         for token in asked.adjustments.bias:
@@ -78,13 +83,10 @@ class Answers:
         except SpecBranchError as error:
             field = "messages" if asked.chat else "prompt"
             raise Refusal(400, str(error), param=field, code="context_length_exceeded") from None
-        return ids, most
-
-    def open(self, asked: Asked, ids: list[int], most: int) -> TextStream:
         options = {**self.options, **asked.options, **asked.adjustments.options(len(ids))}
         if asked.logprobs is not None:
             options["logprobs"] = asked.logprobs
-        return self.engine.stream(ids, max_new_tokens=most, seed=asked.seed, **options)
+        return self.engine.request(ids, max_new_tokens=most, seed=asked.seed, **options)
 
 
 class Answer:
@@ -99,7 +101,8 @@ class Answer:
         self._answers, self._place = answers, place
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
-        self._reading = self._left = False
+        self._ticket: Ticket | None = None
+        self._over: asyncio.Future[None] = self._loop.create_future()
         self._task = asyncio.create_task(self._run())
         self._watch: asyncio.Task[None] | None = None
 
@@ -112,19 +115,22 @@ class Answer:
 
     def leave(self) -> None:
         """The client is gone: it waits no longer, or its generation ends before the next round."""
-        self._left = True
-        if not self._reading:
+        if self._ticket is None:
             self._task.cancel()
+        else:
+            self._ticket.leave()
 
     async def _run(self) -> None:
         try:
             in_thread = self._loop.run_in_executor
-            ids, most = await in_thread(self._answers.encoder, self._answers.encode, self.asked)
-            self.prompt_tokens = len(ids)
+            request = await in_thread(self._answers.encoder, self._answers.request, self.asked)
+            self.prompt_tokens = len(request.ids)
             await self._place.turn()
-            stream = self._answers.open(self.asked, ids, most)
-            self._reading = True
-            self.outcome = await in_thread(self._answers.generators, self._read, stream)
+            self._ticket = Ticket(request)
+            self._answers.rounds.begin(self._ticket, self._told)
+            await self._over
+            left = self._ticket.left and not isinstance(self._ticket.outcome, Generation)
+            self.outcome = Left() if left else self._ticket.outcome
         except asyncio.CancelledError:
             self.outcome = Left()
         except Exception as error:
@@ -135,26 +141,14 @@ class Answer:
             self._events.put_nowait(self.outcome)
             self._answers.done(self)
 
-    def _read(self, stream: TextStream) -> Generation:
-        """In a thread: hand on what the engine commits. Raises Left when the client left."""
-        try:
-            with stream:
-                while not self._left and (text := stream.advance()) is not None:
-                    self._hand_on(text, stream)
-        except GenerationFailed as failure:
-            self._hand_on_rest(failure.generation)
-            raise
-        if stream.generation is None:
-            raise Left
-        self._hand_on_rest(stream.generation)
-        return stream.generation
-
-    def _hand_on_rest(self, generation: Generation) -> None:
-        """What was committed, but held back until now."""
-        self._hand_on(generation.text[self.characters :], generation)
-
-    def _hand_on(self, text: str, source: TextStream | Generation) -> None:
-        fresh = (source.logprobs or [])[self._known :]
-        self.characters, self._known = self.characters + len(text), self._known + len(fresh)
-        if text or fresh:
-            self._loop.call_soon_threadsafe(self._events.put_nowait, Piece(text, fresh))
+    def _told(self, ticket: Ticket) -> None:
+        """In the thread that decodes: hand on what there is of the text."""
+        if not ticket.left:
+            fresh = ticket.said.logprobs[self._known :]
+            self._known += len(fresh)
+            text = ticket.fresh()
+            self.characters += len(text)
+            if text or fresh:
+                self._loop.call_soon_threadsafe(self._events.put_nowait, Piece(text, fresh))
+        if ticket.outcome is not None:
+            self._loop.call_soon_threadsafe(self._over.set_result, None)

@@ -50,7 +50,7 @@ class Layer:
     def __call__(self, hidden: Tensor, angles: Angles, cache: Buffers, context: TreeContext) -> Tensor:
         """hidden [1, n, H] to [1, n, H]."""
         # Who looks at operators (a recording, a profile of them) is to see them.
-        if self.bound is not None and context.starts is None and not context.gapped and not _operators_are_watched():
+        if self.bound is not None and not context.gapped and not _operators_are_watched():
             return self._in_one_call(hidden, angles, cache, context)
         parts = self.parts
         attended = parts.attention(parts.first(hidden), angles, cache, context)
@@ -72,6 +72,8 @@ class Layer:
             *attention.buffers(cache, hidden),
             context.prefix_length,
             context.ancestors,
+            context.starts,
+            context.sequence,
             context.next_window(attention.window) or 0,
             output,
             torch.get_num_threads(),

@@ -1,0 +1,100 @@
+// The speculation tree: drafted tokens below the last committed token, and the frontier of what could be drafted next.
+// core/tree.py says what a tree is; tests/support/plain_tree.py defines every function in plain Python, with the same
+// results, order and bits. No Python, no torch.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "tree/proposals.h"
+
+namespace specbranch {
+
+// A node, or with a rank that candidate of the node.
+struct Choice {
+  int64_t node;
+  int64_t rank = -1;
+};
+
+// A choice with its reach.
+struct Outcome {
+  double reach;
+  Choice choice;
+};
+
+using Nodes = std::vector<int64_t>;
+using Choices = std::vector<Choice>;
+using Outcomes = std::vector<Outcome>;
+
+// Of a draft's run: as many proposals in a step as there are nodes. Raises std::invalid_argument.
+void check_step(int64_t proposals, int64_t nodes);
+
+// A node that is none raises std::out_of_range, as does a rank that no candidate has; a node without proposals where
+// some are needed std::invalid_argument.
+class Tree {
+ public:
+  struct Node {
+    int64_t token, parent, depth;
+    double reach;
+    int64_t first_child = -1, last_child = -1, next_sibling = -1;
+    int64_t proposals = -1;  // their place in the columns
+    int64_t offered = 1;     // the highest rank in the frontier
+  };
+
+  Tree(int64_t token, int64_t position);
+
+  int64_t position() const { return position_; }
+  int64_t size() const { return static_cast<int64_t>(nodes_.size()); }
+  const Node& node(int64_t index) const;
+  std::optional<Proposals> proposals(int64_t node) const;
+
+  // ---- Growing
+  int64_t add(int64_t parent, int64_t token, double reach);
+  int64_t take(Choice choice);
+  void note(int64_t node, const Proposals& proposals);
+  Nodes descend(const Nodes& nodes, const ProposalRows& rows);
+  void branch(int64_t node, int64_t width);
+  // Of a tree with a root only: take over what lies below a node of another tree that has the root's token. Returns the
+  // old and the new index of every node that survives.
+  std::vector<std::pair<int64_t, int64_t>> adopt(const Tree& other, int64_t node);
+
+  // ---- Asking
+  std::optional<int64_t> child(int64_t node, int64_t token) const;
+  Nodes children(int64_t node) const;
+  Nodes path(int64_t node) const;
+  Nodes best_path(int64_t start) const;
+  Choices best_choices(int64_t start) const;
+  Nodes below(int64_t node) const;
+  int64_t depth_of(Choice choice) const;
+  double reach_of(Choice choice) const;
+  double chance_of(Choice choice) const;
+  Outcomes untried(int64_t node, int64_t ranks) const;
+  Outcomes undrafted(int64_t depth) const;
+  Outcomes offers(int64_t node, int64_t ranks, double least) const;
+  Outcomes likeliest(int64_t count, int64_t depth, int64_t ranks);
+
+ private:
+  struct Entry {
+    double cost;  // -reach
+    int64_t node, rank;
+  };
+  static bool later(const Entry& a, const Entry& b);
+
+  Node& at(int64_t index);
+  Proposals proposed(int64_t node) const;
+  int64_t candidate(int64_t node, int64_t rank) const;
+  bool is_child(int64_t node, int64_t rank) const;
+  int64_t likeliest_child(int64_t node) const;
+  void offer(int64_t node, int64_t rank);
+  void push(const Entry& entry);
+  Entry pop();
+
+  int64_t position_;
+  std::vector<Node> nodes_;
+  ProposalColumns proposals_;
+  std::vector<Entry> frontier_;  // a heap
+};
+
+}  // namespace specbranch
