@@ -20,7 +20,7 @@ from serving import TEMPLATE, chat_template
 from specbranch import SpecBranch, bundled
 from specbranch.cli import main as cli
 from specbranch.cli.chat import Chat
-from specbranch.runtime.together import Together
+from specbranch.together import Together
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--dtype", "float32", "--threads", "1"]
 ALONE = ["--target", "bundled", "--method", "autoregressive", "--threads", "1"]

@@ -18,8 +18,8 @@ import pytest
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.cli import doctor
 from specbranch.cli import main as cli
-from specbranch.runtime.together import Together
 from specbranch.text.prompts import Prompt, PromptFileError, read_prompts
+from specbranch.together import Together
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
 ALONE = ["--target", "bundled", "--method", "autoregressive", "--threads", "1"]

@@ -16,7 +16,7 @@ from specbranch.cli import main as cli
 from specbranch.cli.trace import outcome, trace
 from specbranch.core.messages import Step
 from specbranch.core.stats import Round, Stats
-from specbranch.runtime.together import Together
+from specbranch.together import Together
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "2"]
 ROUNDING = 0.002  # microseconds: two ends rounded to nanoseconds

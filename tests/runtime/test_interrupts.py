@@ -18,8 +18,8 @@ from specbranch import GenerationFailed, SpecBranch
 from specbranch.loop import DecodingLoop
 from specbranch.runtime.attention import current
 from specbranch.runtime.modes import inference, no_grad, outside_inference
-from specbranch.runtime.together import Together
 from specbranch.runtime.workers import Threads
+from specbranch.together import Together
 
 
 def interrupt(*_: object) -> None:

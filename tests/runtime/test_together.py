@@ -25,9 +25,9 @@ from specbranch.runtime.batch import Batch, Inputs
 from specbranch.runtime.cache import BranchCache, Buffers
 from specbranch.runtime.model import CachedModel, rows_for
 from specbranch.runtime.runner import EagerRunner, Runner
-from specbranch.runtime.together import Together
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.runtime.workers import Threads
+from specbranch.together import Together
 
 ROUNDS = 40
 TEXTS = 4  # at once, at most

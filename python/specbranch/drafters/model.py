@@ -130,9 +130,8 @@ class ModelDrafter:
         proposals = ProposalRows()
         odds = (0.0, 0.0) if self.forecast is None else (self.forecast.log_odds(0), self.forecast.log_odds(1))
         for step, each in enumerate(samples):
-            tokens, scores, confidence = (
-                [row[: self.candidates] for row in rows] for rows in (each.tokens, each.scores, each.confidence)
-            )
+            tokens = [row[: self.candidates] for row in each.tokens]
+            scores, confidence = ([row[: self.candidates] for row in rows] for rows in (each.scores, each.confidence))
             own = confidence if self.sampling.temperature == 0 else None
             below = [tree.depth[node] + step for node in nodes]
             proposals.add(tokens, scores, own, each.entropy, below, odds)
