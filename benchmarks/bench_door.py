@@ -69,7 +69,7 @@ def measure_turns(engine: SpecBranch, document: Sequence[int]) -> None:
     print("kept texts  turn  prompt  reused  first round s  whole turn s")
     for kept in (0, 1):
         turns = SpecBranch(engine.target, engine.draft, tokenizer=engine.tokenizer, prompt_cache=kept)
-        turns.decoder.costs = engine.decoder.costs
+        turns.decoder._costs = engine.decoder._costs
         text = list(document)
         for turn in range(TURNS):
             begin = time.perf_counter()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from specbranch.core.messages import Step
 from specbranch.core.sampling import Sampling
-from specbranch.runtime.runner import Runner
+from specbranch.runtime.runner import Judged, Leaves, Runner
 
 CANDIDATES = 6
 BURST = 8
@@ -24,13 +24,16 @@ def step_alone(runner: Runner, rows: int) -> Callable[[], list[Step]]:
         model.cache.rollback(PREFIX)
         parents = [-1] + [0] * (rows - 1)
         batch = model.place(range(rows), parents, [1] * rows, [PREFIX + (parent >= 0) for parent in parents])
-        return [runner.verify(batch, parents, Sampling()).result().step]
+        (pending,) = runner.verify([Judged(model, batch, parents, Sampling())])
+        return [pending.result().step]
 
     def draft() -> list[Step]:
         model.cache.rollback(PREFIX)
-        runner.draft(model.place([0], [-1], [1], [PREFIX]), CANDIDATES, model.vocabulary, Sampling(), 1, always)
+        root = Leaves(model, model.place([0], [-1], [1], [PREFIX]), Sampling())
+        runner.draft([root], CANDIDATES, model.vocabulary, 1, always)
         batch = model.place(range(1, rows + 1), [0] * rows, [1] * rows, [PREFIX + 1] * rows)
-        burst = runner.draft(batch, CANDIDATES, model.vocabulary, Sampling(), BURST, always)
+        leaves = Leaves(model, batch, Sampling())
+        (burst,) = runner.draft([leaves], CANDIDATES, model.vocabulary, BURST, always)
         return [samples.step for samples in burst]
 
     return draft if model.role == "draft" else verify

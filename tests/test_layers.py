@@ -13,15 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[1] / "python"
 # From below: a room imports only from rooms before it.
 STOREYS = [
-    "core", "stages", "bundled", "text", "policies", "runtime", "drafters", "loop", "request", "door", "decoder",
-    "engine", "once", "serve", "replay", "cli",
+    "core", "stages", "bundled", "text", "policies", "runtime", "drafters", "together", "decoding", "loop", "request",
+    "door", "job", "decoder", "scheduler", "several", "engine", "once", "serve", "replay", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "specbranch_ext"}
 NEVER = {  # modules, and what they and those in them never import
     "specbranch.core": {*HEAVY, "numpy"},
     "specbranch.stages": {*HEAVY, "numpy"},
     "specbranch.policies": {*HEAVY, "specbranch.runtime"},
-    "specbranch.loop": {*HEAVY, "numpy", "specbranch.runtime", "specbranch.drafters"},
+    "specbranch.loop": {*HEAVY, "numpy", "specbranch.runtime", "specbranch.drafters", "specbranch.together"},
+    "specbranch.decoding": {*HEAVY, "numpy", "specbranch.runtime", "specbranch.drafters", "specbranch.together"},
     "specbranch.replay.replayer": {"specbranch.runtime", "specbranch.drafters", "specbranch.engine"},
     "specbranch.replay.virtual_time": {*HEAVY, "numpy", "specbranch.runtime"},
     "specbranch.runtime": {"specbranch.policies"},

@@ -27,9 +27,9 @@ from specbranch.request import Drafting, Request
 from specbranch.runtime.hrad.predictor import HRad, Predictor
 from specbranch.runtime.pair import Pair, Slot
 from specbranch.runtime.rules import DraftRules, Said, Walk
-from specbranch.runtime.together import Together
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.detokenizer import TextBuilder
+from specbranch.together import Together
 
 
 class Decoder:

@@ -16,7 +16,7 @@ from specbranch.loop import DecodingLoop, Turn
 from specbranch.request import Request
 from specbranch.runtime.pool import Pool
 from specbranch.runtime.rules import Said
-from specbranch.runtime.together import Together
+from specbranch.together import Together
 
 
 @dataclass(eq=False)

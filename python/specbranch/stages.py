@@ -158,10 +158,26 @@ class OneByOne:
     """Each text by itself."""
 
     def verify(self, texts: Sequence[tuple[Verifier, Trunk]]) -> Sequence[Pending]:
-        return [verifier.verify(trunk) for verifier, trunk in texts]
+        return [_verified(*text) for text in texts]
 
     def propose(self, texts: Sequence[Nodes], steps: int, should_continue: ShouldContinue) -> list[Drafted | Exception]:
-        return [drafter.propose(tree, nodes, steps, should_continue) for drafter, tree, nodes in texts]
+        return [_proposed(*text, steps, should_continue) for text in texts]
+
+
+def _verified(verifier: Verifier, trunk: Trunk) -> Pending:
+    try:
+        return verifier.verify(trunk)
+    except Exception as error:
+        return Failed(error)
+
+
+def _proposed(
+    drafter: Drafter, tree: Tree, nodes: Sequence[int], steps: int, should_continue: ShouldContinue
+) -> Drafted | Exception:
+    try:
+        return drafter.propose(tree, nodes, steps, should_continue)
+    except Exception as error:
+        return error
 
 
 class Workers(Protocol):

@@ -20,7 +20,7 @@ from serving import TEMPLATE, chat_template
 from specbranch import SpecBranch, bundled
 from specbranch.cli import main as cli
 from specbranch.cli.chat import Chat
-from specbranch.runtime.verifier import ModelVerifier
+from specbranch.together import Together
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--dtype", "float32", "--threads", "1"]
 ALONE = ["--target", "bundled", "--method", "autoregressive", "--threads", "1"]
@@ -127,14 +127,14 @@ def test_a_model_without_a_template_is_refused_by_name(capsys):
 
 
 def raising_in_round(monkeypatch: pytest.MonkeyPatch, number: int, error: type[BaseException]) -> None:
-    verify, calls = ModelVerifier.verify, iter(range(10_000))
+    verify, calls = Together.verify, iter(range(10_000))
 
-    def raising(self, trunk):
+    def raising(self, texts):
         if next(calls) == number:
             raise error
-        return verify(self, trunk)
+        return verify(self, texts)
 
-    monkeypatch.setattr(ModelVerifier, "verify", raising)
+    monkeypatch.setattr(Together, "verify", raising)
 
 
 @pytest.fixture

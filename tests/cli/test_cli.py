@@ -18,8 +18,8 @@ import pytest
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.cli import doctor
 from specbranch.cli import main as cli
-from specbranch.runtime.verifier import ModelVerifier
 from specbranch.text.prompts import Prompt, PromptFileError, read_prompts
+from specbranch.together import Together
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "1"]
 ALONE = ["--target", "bundled", "--method", "autoregressive", "--threads", "1"]
@@ -178,14 +178,14 @@ def test_a_prompt_that_cannot_be_encoded_is_named_and_the_others_go_on(capsys, t
 def test_a_prompt_that_fails_half_way_is_named_and_the_others_go_on(capsys, monkeypatch, tmp_path):
     """Whatever it fails of: memory, for example."""
     file = write_prompts(tmp_path / "p.jsonl", *({"id": id, "prompt": PROMPT} for id in "abc"))
-    verify, calls = ModelVerifier.verify, iter(range(100))
+    verify, calls = Together.verify, iter(range(100))
 
-    def failing(self, trunk):
+    def failing(self, texts):
         if next(calls) in (0, 2):  # the first prompt's first round, and the second round of the second
             raise RuntimeError("not enough memory")
-        return verify(self, trunk)
+        return verify(self, texts)
 
-    monkeypatch.setattr(ModelVerifier, "verify", failing)
+    monkeypatch.setattr(Together, "verify", failing)
     assert cli.main(["generate", *ALONE, "--prompts", str(file), "--max-new-tokens", "4", "--json"]) == 1
     captured = capsys.readouterr()
     records = [json.loads(line) for line in captured.out.splitlines()]

@@ -16,7 +16,7 @@ from specbranch.cli import main as cli
 from specbranch.cli.trace import outcome, trace
 from specbranch.core.messages import Step
 from specbranch.core.stats import Round, Stats
-from specbranch.runtime.verifier import ModelVerifier
+from specbranch.together import Together
 
 PAIR = ["--target", "bundled", "--draft", "bundled", "--threads", "2"]
 ROUNDING = 0.002  # microseconds: two ends rounded to nanoseconds
@@ -103,15 +103,15 @@ def test_generate_writes_the_trace_of_every_prompt(capsys, tmp_path):
 
 
 def test_ctrl_c_leaves_the_trace_of_what_was_done(capsys, tmp_path, monkeypatch):
-    verify, calls = ModelVerifier.verify, []
+    verify, calls = Together.verify, []
 
-    def interrupted(self, trunk):
-        calls.append(trunk)
+    def interrupted(self, texts):
+        calls.append(texts)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return verify(self, trunk)
+        return verify(self, texts)
 
-    monkeypatch.setattr(ModelVerifier, "verify", interrupted)
+    monkeypatch.setattr(Together, "verify", interrupted)
     out = tmp_path / "trace.json"
     arguments = ["--prompt", bundled.prompts()[0]["prompt"], "--overlap", "off", "--trace", str(out)]
     assert cli.main(["generate", *PAIR, *arguments]) == 130

@@ -1,6 +1,5 @@
 """Processors, criteria, a GenerationConfig, messages and log-probabilities in our own `generate` and `stream`."""
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper
 from transformers.generation import logits_process as processors
 
-from specbranch import GenerationFailed, SpecBranch, SpecBranchError, bundled
+from specbranch import Generation, GenerationFailed, SpecBranch, SpecBranchError, bundled
 from specbranch.core.messages import Trunk
 from specbranch.core.sampling import Sampling
 from specbranch.door import fused
@@ -69,7 +68,7 @@ def test_explicit_arguments_win_over_a_config_and_that_over_the_checkpoint_s(
     plain = bundled_pair.generate(PROMPTS[0], generation_config=config, temperature=0, max_new_tokens=6)
     assert plain.tokens == greedy(bundled_pair, PROMPTS[0], max_new_tokens=6, top_k=None)
     with pytest.raises(SpecBranchError, match="generation_config is 'hot'; expected a GenerationConfig"):
-        bundled_pair.generate(PROMPTS[0], generation_config="hot")  # type: ignore[arg-type]
+        bundled_pair.generate(PROMPTS[0], generation_config="hot")
 
 
 def test_a_checkpoint_s_penalty_counts(bundled_pair: SpecBranch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +236,10 @@ def test_rules_over_captured_steps() -> None:
         {"logits_processor": Bans(), "temperature": 0.9, "seed": 3},
         {"logprobs": 2},
     ]
-    run = partial(engine.generate, PROMPT, max_new_tokens=24)
+
+    def run(**how: Any) -> Generation:
+        return engine.generate(PROMPT, max_new_tokens=24, **how)
+
     expected = [run(method="autoregressive", **each) for each in settings]
     target, _ = capture(engine)
     for method, overlap in (("specbranch", True), ("speculative", False), ("autoregressive", False)):

@@ -172,13 +172,13 @@ def test_what_was_saved_may_be_put_at_stake_for_the_other_mode() -> None:
 
 def test_what_is_not_measured_is_guessed_from_the_sizes() -> None:
     mode = ModeCosts(size=0.25)
-    assert mode.step_price == 0.25
+    assert mode.step_price() == 0.25
     for _ in range(2):
         mode.target.record(1, 0.1)
-    assert mode.step_price == 0.25
+    assert mode.step_price() == 0.25
     for _ in range(2):
         mode.draft.record(1, 0.05)
-    assert mode.step_price == pytest.approx(0.5)
+    assert mode.step_price() == pytest.approx(0.5)
     costs = Costs(0.25)
     assert (costs.serial.size, costs.overlapped.size) == (0.25, 0.25)
     costs.target_read.record(100, 2.0)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from checked_loop import Case
+from checked_mix import Mix, Text
 from plain_tree import PlainTree
 from planted import Bug, planted
 
-from specbranch import loop
+from specbranch import decoding
 from specbranch.core.stats import Stats
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import METHODS
@@ -52,52 +53,60 @@ def test_every_method_says_what_the_target_says(method: str, overlap: bool | Non
         assert sum(stats.hits for stats in texts) > len(texts)
 
 
-LOOP, TREE, MESSAGES, STATS = (
+LOOP, DECODING, TREE, MESSAGES, STATS = (
     "specbranch.loop",
+    "specbranch.decoding",
     "plain_tree",  # the tree's definition, which decodes in its place: what is compiled has no text to plant in
     "specbranch.core.messages",
     "specbranch.core.stats",
 )
 POLICY, BRANCHING = "specbranch.policies.policy", "specbranch.policies.branching"
-ROUNDS, COMMIT, CHOOSE = "DecodingLoop.rounds", "DecodingLoop._commit", "DecodingLoop._choose_trunk"
-EXPAND, PREFILL = "DecodingLoop._expand", "DecodingLoop._prefill"
+ROUNDS, ROUND, EXPAND = "DecodingLoop.rounds", "DecodingLoop.round", "DecodingLoop._expand"
+COMMIT, CHOOSE, STATE = "Decoding.commit", "Decoding.choose_trunk", "Decoding.state"
+BEGIN, TAKE, GROW = "Decoding.begin", "Decoding.take", "Decoding.grow"
 NO_TOKEN, TWICE = "a token that cannot be committed", "a token twice below one parent"
 
 BUGS = [
     # The text
-    Bug(LOOP, COMMIT, "tree.tokens(path[1:])", "tree.tokens(path[1:-1])", "a lesson about other tokens"),
-    Bug(LOOP, COMMIT, "in verdict.path)", "in reversed(verdict.path))", "the target's cache is not the text"),
-    Bug(LOOP, COMMIT, "child(path[-1]", "child(path[0]", "the root is not the last token"),
-    Bug(LOOP, COMMIT, "tree.position + len(committed)", "tree.position + len(path) - 1", "the root is not the last"),
-    Bug(LOOP, ROUNDS, "committed, tree = ", "committed, _ = ", "the target: the root stands elsewhere"),
-    Bug(LOOP, ROUNDS, "remaining -= len(committed)", "remaining -= 1", NO_TOKEN),
-    Bug(LOOP, PREFILL, "len(prompt) - 1)", "len(prompt))", "the draft: another end of the text"),
-    # What the models are told
-    Bug(LOOP, COMMIT, "self.verifier.commit(verdict.path)", "self.verifier.commit(verdict.path[:-1])", "another path"),
-    Bug(LOOP, COMMIT, "self.verifier.commit(verdict.path)", "pass", "the target: no commit"),
-    Bug(LOOP, ROUNDS, "pending.result()", "self.verifier.verify(trunk).result()", "verified twice without a commit"),
-    Bug(LOOP, PREFILL, "self.drafter.begin(prompt)", "self.drafter.begin(prompt[:-1])", "the root stands elsewhere"),
-    Bug(LOOP, COMMIT, "survivors, committed)", "survivors, committed[:-1])", "the draft was not told of the text"),
-    Bug(LOOP, COMMIT, "commit(path, survivors", "commit(path[1:], survivors", "the root is not committed"),
-    Bug(LOOP, COMMIT, "commit(path, survivors", "commit(path, {}", "proposals without a row"),
+    Bug(DECODING, COMMIT, "tree.tokens(path[1:])", "tree.tokens(path[1:-1])", "a lesson about other tokens"),
+    Bug(DECODING, COMMIT, "in verdict.path)", "in reversed(verdict.path))", "the target's cache is not the text"),
+    Bug(DECODING, COMMIT, "child(path[-1]", "child(path[0]", "the root is not the last token"),
     Bug(
-        LOOP,
+        DECODING, COMMIT, "tree.position + len(committed)", "tree.position + len(path) - 1", "the root is not the last"
+    ),
+    Bug(DECODING, COMMIT, "self.tree, self.forecast =", "_, self.forecast =", "the root is not the last token"),
+    Bug(DECODING, COMMIT, "remaining -= len(committed)", "remaining -= 1", NO_TOKEN),
+    Bug(DECODING, BEGIN, "len(prompt) - 1)", "len(prompt))", "the draft: another end of the text"),
+    # What the models are told
+    Bug(
+        DECODING,
+        COMMIT,
+        "self.verifier.commit(verdict.path)",
+        "self.verifier.commit(verdict.path[:-1])",
+        "another path",
+    ),
+    Bug(DECODING, COMMIT, "self.verifier.commit(verdict.path)", "pass", "the target: no commit"),
+    Bug(LOOP, ROUND, "PendingVerdicts(verify())", "(verify(), PendingVerdicts(verify()))[1]", "twice without a commit"),
+    Bug(DECODING, BEGIN, "self.drafter.begin(prompt)", "self.drafter.begin(prompt[:-1])", "the root stands elsewhere"),
+    Bug(DECODING, COMMIT, "survivors, committed)", "survivors, committed[:-1])", "the draft was not told of the text"),
+    Bug(DECODING, COMMIT, "commit(path, survivors", "commit(path[1:], survivors", "the root is not committed"),
+    Bug(DECODING, COMMIT, "commit(path, survivors", "commit(path, {}", "proposals without a row"),
+    Bug(
+        DECODING,
         COMMIT,
         "commit(path, survivors",
         "commit(path, {k: v + 1 for k, v in survivors.items()}",
         "another node's",
     ),
-    Bug(LOOP, COMMIT, "append((tree, path", "append((rerooted, path", "a lesson about another tree"),
-    Bug(LOOP, COMMIT, "self.forecast = verdict.forecast", "pass", "another forecast"),
-    Bug(LOOP, "DecodingLoop._learn", "self._lessons.clear()", "pass", "a lesson twice"),
-    Bug(LOOP, EXPAND, "self._learn()", "pass", "goes on before it has learned"),
-    Bug(LOOP, ROUNDS, "self._learn()", "pass", "a verdict that it never learned"),
+    Bug(DECODING, COMMIT, "append((tree, path", "append((rerooted, path", "a lesson about another tree"),
+    Bug(DECODING, COMMIT, "self.tree, self.forecast =", "self.tree, _ =", "another forecast"),
+    Bug(DECODING, "Decoding.learn", "self._lessons.clear()", "pass", "a lesson twice"),
+    Bug(LOOP, EXPAND, "turn.text.learn()", "pass", "goes on before it has learned"),
+    Bug(LOOP, ROUNDS, "text.learn()", "pass", "a verdict that it never learned"),
     # The trunk
-    Bug(LOOP, CHOOSE, "[: self.verifier.most_rows]", "", "too many rows"),
-    Bug(
-        LOOP, ROUNDS, "min(remaining, self.verifier.most_tokens(tree.position))", "remaining", "a trunk beyond its turn"
-    ),
-    Bug(LOOP, CHOOSE, "choice.choices[:", "choice.choices[:1] + choice.choices[2 :", "a parent is missing"),
+    Bug(DECODING, CHOOSE, "[: self.verifier.most_rows]", "", "too many rows"),
+    Bug(DECODING, STATE, "self.verifier.most_tokens(self.tree.position)", "10**6", "a trunk beyond its turn"),
+    Bug(DECODING, CHOOSE, "choice.choices[:", "choice.choices[:1] + choice.choices[2 :", "a parent is missing"),
     Bug(MESSAGES, "Trunk.of", "place.get(tree.parent[node], -1)", "tree.parent[node]", "a parent is missing"),
     Bug(MESSAGES, "Trunk.of", "tree.position)", "tree.position + 1)", "the target: the root stands elsewhere"),
     Bug(POLICY, "whole_path", "[: state.remaining]", "", NO_TOKEN),
@@ -125,21 +134,121 @@ BUGS = [
     Bug(TREE, "PlainTree.likeliest", "stale = self._is_child(node, rank)", "stale = False", TWICE),
     Bug(TREE, "PlainTree.likeliest", "self.depth[node] < depth", "self.depth[node] <= depth", NO_TOKEN),
     # Drafting
-    Bug(LOOP, EXPAND, "drafted.proposals)", "drafted.proposals[:1])", "runs twice over a node"),
-    Bug(LOOP, "DecodingLoop._steps", "// len(expansion.choices)", "", "the draft: no room"),
+    Bug(DECODING, GROW, "drafted.proposals)", "drafted.proposals[:1])", "runs twice over a node"),
+    Bug(DECODING, "Decoding.steps", "// len(expansion.choices)", "", "the draft: no room"),
     Bug(POLICY, "extend", "[path[-1]]", "[Choice(path[-1].node)]", "runs twice over a node"),
     Bug(BRANCHING, "Hedging.draft_during", ", state.remaining - 1)", ", state.remaining + 9)", NO_TOKEN),
     Bug(BRANCHING, "Hedging.draft_during", "max(1, depth - tree.deepest(choices))", "state.burst", NO_TOKEN),
     # Counts, and what was asked for
-    Bug(LOOP, CHOOSE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
-    Bug(LOOP, EXPAND, "in drafted.steps:", "in drafted.steps[:1]:", "draft steps are miscounted"),
-    Bug(LOOP, COMMIT, "len(flight.nodes) - 1", "len(flight.nodes)", "verified tokens are miscounted"),
+    Bug(DECODING, CHOOSE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, TAKE, "self.stats.drafted += len(self.tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, GROW, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, GROW, "in drafted.steps:", "in drafted.steps[:1]:", "draft steps are miscounted"),
+    Bug(DECODING, COMMIT, "len(flight.nodes) - 1", "len(flight.nodes)", "verified tokens are miscounted"),
     Bug(STATS, "Stats.count", "tree.below(next_node)", "(next_node,)", "wasted tokens are miscounted"),
     Bug(STATS, "Stats.count", "next_node is not None", "len(path) > 1", "a hit is not counted"),
     Bug(
-        LOOP, "DecodingLoop._state", "if self.overlap is None else self.overlap", "", "overlapped, and was told not to"
+        DECODING, "Decoding.choose_overlap", "if self.overlap is None else self.overlap", "", "overlapped, and was told"
     ),
 ]
+
+
+BEFORE, DURING, MEASURE = "DecodingLoop._draft_before", "DecodingLoop._draft_during", "DecodingLoop._measure"
+BY_COSTS = "{id(turn.text.costs): turn.text.costs for turn in turns}.values()"
+BY_TEXT = "[turn.text.costs for turn in turns]"
+SPITE, ON = "commits in spite of its error", "goes on after an error"
+
+SHARED_BUGS = [
+    # Whose is what
+    Bug(LOOP, ROUND, "zip(asked, verdicts", "zip(asked[::-1], verdicts", "another path than the verdict's"),
+    Bug(LOOP, EXPAND, "asked, drafted, strict", "asked, drafted[::-1], strict", "proposals of another node"),
+    Bug(LOOP, EXPAND, "min(turn.steps", "max(turn.steps", "the draft: no room"),
+    Bug(DECODING, STATE, "overlapped and self.may_overlap", "overlapped", "a draft that has not read"),
+    # A text that is over
+    Bug(LOOP, "Turn.own_errors", "self.error = error", "raise", "one text's error ends the round of all"),
+    Bug(LOOP, ROUND, "asked = _going(turns)", "asked = [each for each in turns if hasattr(each, 'state')]", "a trunk"),
+    Bug(LOOP, BEFORE, "_going(wanting)", "wanting", ON),
+    Bug(LOOP, DURING, "in _going(turns)", "in turns", ON),
+    Bug(LOOP, EXPAND, "turn.error = found", "raise found", "one text's error ends the round of all"),
+    Bug(LOOP, "DecodingLoop._commit", "turn.error is None and", "", SPITE),
+    Bug(LOOP, "DecodingLoop._commit", "turn.error = turn.error or verdict", "raise verdict", "ends the round of all"),
+    # What a step costs
+    Bug(LOOP, EXPAND, BY_COSTS, BY_TEXT, "the draft's steps are not recorded once"),
+    Bug(LOOP, MEASURE, BY_COSTS, BY_TEXT, "another step than the target's"),
+    Bug(
+        LOOP,
+        MEASURE,
+        "mode.target.record(step.rows, step.seconds)",
+        "[mode.target.record(step.rows, step.seconds) for _ in mine]",
+        "the target's step is not recorded once",
+    ),
+    Bug(LOOP, EXPAND, "/ len(taken)", "/ len(turns)", "other seconds than the draft's"),
+    Bug(LOOP, EXPAND, "record(step.rows", "record(step.rows // len(turns)", "the draft's steps are not recorded once"),
+    Bug(LOOP, MEASURE, "sum(len(turn.committed) for turn in turns)", "len(turns[0].committed)", "the round is not"),
+    Bug(LOOP, MEASURE, "turn.verdict, len(turns)", "turn.verdict, 1", "a text's share of the round"),
+    Bug(LOOP, MEASURE, "any(turn.text.drafting for turn in mine)", "True", "the round is not recorded once"),
+    Bug(LOOP, BEFORE, "sharing=len(turns)", "sharing=1", "a step that others share than was said"),
+    Bug(LOOP, ROUND, "for text in texts if text.may_overlap", "for text in texts", "recorded of the other mode"),
+]
+
+
+def mixes(seeds: range, overlap: bool | None, shared: bool = True) -> Iterator[Text]:
+    for seed in seeds:
+        mix = Mix.draw(seed, METHODS, overlap, shared)
+        try:
+            yield from mix.run()
+        except AssertionError as error:
+            raise AssertionError(f"{error} ({mix})") from error
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "one by one"])
+@pytest.mark.parametrize(
+    "seeds",
+    [
+        pytest.param(range(TEXTS // 2), id="fifty"),
+        pytest.param(range(TEXTS // 2, 20 * TEXTS), id="thousands", marks=pytest.mark.nightly),
+    ],
+)
+@pytest.mark.parametrize("overlap", OVERLAP)
+def test_texts_that_go_together_say_what_each_says_alone(overlap: bool | None, seeds: range, shared: bool) -> None:
+    """Of any methods and lengths; they come, rest and go between rounds, and some of them fail."""
+    texts = list(mixes(seeds, overlap, shared))
+    assert len(texts) > 3 * len(seeds)
+    whole = [text for text in texts if len(text.tokens) == text.case.new_tokens]
+    failed = [text for text in texts if text.fails and text not in whole]
+    assert len(whole) > 0.6 * len(texts)
+    assert len(failed) > 0.1 * len(texts)
+    assert sum(bool(text.tokens) for text in failed) > 0.3 * len(failed)
+    assert sum(text.decoding.stats.hits for text in texts) > len(texts)
+
+
+def test_texts_that_go_together_share_the_time_of_their_steps() -> None:
+    """Steps whose rows cost nothing: two texts take what the longer one takes alone."""
+    case = Case(1, "specbranch", False, prompt=(1, 2), new_tokens=30, draft_cost=(0.1, 0.0))
+    both = Mix(1, (case, case), (0, 0), (("", 0), ("", 0)), 0.0, True).run()
+    (alone,) = Mix(1, (case,), (0,), (("", 0),), 0.0, True).run()
+    for text in both:
+        assert text.decoding.stats.log[-1].end == alone.decoding.stats.log[-1].end
+        assert text.decoding.stats.target_forwards == alone.decoding.stats.target_forwards
+        assert [step.rows for step in text.decoding.stats.log[0].draft] == [
+            2 * step.rows for step in alone.decoding.stats.log[0].draft
+        ]
+
+
+@pytest.mark.parametrize("bug", SHARED_BUGS, ids=[f"{bug.function}-{bug.right}" for bug in SHARED_BUGS])
+def test_a_planted_bug_of_rounds_together_is_found(bug: Bug) -> None:
+    said = set()
+    with planted(bug):
+        for seed in range(2 * TEXTS):
+            for overlap in OVERLAP:
+                try:
+                    Mix.draw(seed, METHODS[1:] if seed % 2 else METHODS, overlap).run()
+                except Exception as error:
+                    now = {str(error), str(error.__context__)}
+                    if any(bug.symptom in each for each in now):
+                        return
+                    said |= now
+    pytest.fail(f"not found: {bug}; found: {said}")
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=[f"{bug.function}-{bug.right}" for bug in BUGS])
@@ -148,7 +257,7 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
     said = set()
     with pytest.MonkeyPatch.context() as patch, planted(bug):
         if bug.module == TREE:
-            patch.setattr(loop, "Tree", PlainTree)
+            patch.setattr(decoding, "Tree", PlainTree)
         for seed in range(0, 10 * TEXTS, ONE_AFTER_ANOTHER):
             for method in reversed(METHODS[1:]):
                 for overlap in OVERLAP:
@@ -163,5 +272,8 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
 
 
 def test_a_bug_that_cannot_be_planted_is_an_error() -> None:
-    with pytest.raises(AssertionError, match="no longer has one 'magic'"), planted(Bug(LOOP, COMMIT, "magic", "", "")):
+    with (
+        pytest.raises(AssertionError, match="no longer has one 'magic'"),
+        planted(Bug(DECODING, COMMIT, "magic", "", "")),
+    ):
         pass

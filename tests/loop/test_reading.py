@@ -11,6 +11,7 @@ from language import LanguageDrafter, LanguageTarget
 
 from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.stats import Stats
+from specbranch.decoding import Decoding
 from specbranch.loop import DecodingLoop
 from specbranch.policies.costs import RETRY_SHARE, Costs
 from specbranch.policies.gain import Gain, guessed_token_cost
@@ -125,11 +126,11 @@ def decode(
     draft = None
     if policy.candidates:
         draft = LanguageDrafter(spoken, time, DRAFT, prompt + count, policy.candidates, (240,), 1, read)
-    loop = DecodingLoop(target, draft, policy, costs, time, None, reading)
-    tokens = [token for committed in loop.rounds(text, count) for token in committed]
-    assert tokens == spoken.text(text, count)
-    loop.stats.seconds = time.now
-    return loop.stats
+    decoding = Decoding(target, draft, policy, costs, time, None, reading)
+    rounds = DecodingLoop(time).rounds(decoding, text, count)
+    assert [token for committed in rounds for token in committed] == spoken.text(text, count)
+    decoding.stats.seconds = time.now
+    return decoding.stats
 
 
 @pytest.mark.parametrize(

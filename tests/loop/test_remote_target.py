@@ -13,6 +13,7 @@ from tiny import tiny_model
 from specbranch import METHODS, SpecBranch
 from specbranch.core.messages import Trunk
 from specbranch.core.sampling import Sampling
+from specbranch.decoding import Decoding
 from specbranch.drafters.model import ModelDrafter
 from specbranch.loop import DecodingLoop
 from specbranch.policies.costs import Costs
@@ -83,8 +84,10 @@ def test_a_target_behind_a_pipe_gives_the_same_text(pipe: Connection, method: st
     draft.reset(100)
     policy = make_policy(method, {})
     drafter = ModelDrafter(draft, SAMPLING, policy.candidates, 32) if policy.candidates else None
-    loop = DecodingLoop(RemoteVerifier(pipe), drafter, policy, Costs(), Threads(1), overlap)
+    workers = Threads(1)
+    decoding = Decoding(RemoteVerifier(pipe), drafter, policy, Costs(), workers, overlap)
     with draft.model.attached():
-        text = [token for committed in loop.rounds(PROMPT, 40) for token in committed]
+        rounds = DecodingLoop(workers).rounds(decoding, PROMPT, 40)
+        text = [token for committed in rounds for token in committed]
     alone = SpecBranch(tiny_model(seed=1))
     assert text == alone.generate(PROMPT, max_new_tokens=40, method="autoregressive", temperature=0.7, seed=3).tokens

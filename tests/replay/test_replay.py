@@ -82,7 +82,7 @@ def test_what_is_recorded_is_what_the_draft_says(bundled_pair: SpecBranch, recor
     wrong = [i for i in range(len(text) - TAIL) if text.proposals.tokens[i, 0] != text.tokens[i]]
     assert wrong
     for i in (0, 1, 5, wrong[0], wrong[-1]):
-        ids = prompt + text.tokens[:i].tolist()
+        ids: list[int] = prompt + text.tokens[:i].tolist()
         continuation = alone.generate(ids, max_new_tokens=1 + TAIL).tokens
         assert continuation[0] == text.proposals.tokens[i, 0]
         if i in wrong:

@@ -8,7 +8,7 @@ from tiny import FAMILIES, tiny_model
 
 from specbranch import SpecBranch
 from specbranch.runtime.attention import TreeContext
-from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.cache import BranchCache, Buffers
 from specbranch.runtime.device import Host
 from specbranch.runtime.graphs.probe import why_not_captured
 from specbranch.runtime.graphs.runner import CapturedRunner
@@ -78,29 +78,30 @@ def test_on_a_gpu_steps_are_captured_unless_they_cannot_be_or_must_not() -> None
 
 def test_a_layer_on_another_device_is_given_its_rows_and_ancestors_there() -> None:
     """The meta device stands for a second GPU."""
-    meta, cache = torch.device("meta"), BranchCache(2, 16)
-    cache.rows = torch.arange(3)
-    assert cache.rows_on(torch.device("cpu")) is cache.rows
-    assert cache.rows_on(meta).device == meta
-    for layer, device in zip(cache.layers, ("cpu", "meta"), strict=True):
+    meta, buffers = torch.device("meta"), Buffers(2, 16)
+    buffers.rows = torch.arange(3)
+    assert buffers.rows_on(torch.device("cpu")) is buffers.rows
+    assert buffers.rows_on(meta).device == meta
+    for layer, device in zip(buffers.layers, ("cpu", "meta"), strict=True):
         states = torch.ones(1, 2, 3, 8, device=device)
         keys, values = layer.update(states, states)
         assert (keys.device.type, values.shape) == (device, (1, 2, 16, 8))
-    context = TreeContext(torch.tensor(4), torch.ones(3, 1, dtype=torch.int64))
+    rows = torch.zeros(3, dtype=torch.int64)
+    context = TreeContext(torch.tensor([4]), torch.ones(3, 1, dtype=torch.int64), starts=rows[:1], sequence=rows)
     assert context.on(torch.device("cpu"))[1] is context.ancestors
-    assert [part if part is None else part.device for part in context.on(meta)] == [meta, meta, None, None]
-    assert TreeContext(torch.tensor(4)).on(meta)[1] is None
+    assert [part.device for part in context.on(meta) if part is not None] == [meta] * 4
+    assert TreeContext(torch.tensor(4)).on(meta)[1:] == (None, None, None)
 
 
 def test_commits_move_rows_on_every_device() -> None:
-    cache = BranchCache(2, 16)
-    for layer, device in zip(cache.layers, ("cpu", "meta"), strict=True):
-        cache.rows = torch.arange(6)
+    cache = BranchCache.alone(2, 16)
+    for layer, device in zip(cache.buffers.layers, ("cpu", "meta"), strict=True):
+        cache.buffers.rows = torch.arange(6)
         states = torch.arange(6.0, device=device).view(1, 1, 6, 1).expand(1, 1, 6, 8).contiguous()
         layer.update(states, states)
     cache.length, cache.nodes, cache.ancestors = 2, [0, 1, 2, 3], [1, 3, 5, 11]
     cache.commit([0, 2], {3: 0})
-    keys = cache.layers[0].keys
+    keys = cache.buffers.layers[0].keys
     assert keys is not None
     assert keys[0, 0, :5, 0].tolist() == [0, 1, 2, 4, 5]
     assert (cache.length, cache.nodes) == (4, [0])

@@ -24,7 +24,7 @@ from specbranch.policies.costs import ModeCosts
 from specbranch.runtime.graphs.memory import STEPS
 from specbranch.runtime.graphs.runner import AHEAD, CapturedRunner
 from specbranch.runtime.model import CachedModel
-from specbranch.runtime.runner import EagerRunner
+from specbranch.runtime.runner import EagerRunner, Leaves
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ def test_the_cuda_kernels_give_every_method_the_same_bits(dtype: torch.dtype) ->
             tokens = pair.generate(prompt, max_new_tokens=length, method=method, temperature=0.9, seed=3).tokens
             cache = pair.pair.target.model.cache
             assert cache.length >= rows
-            found[method] = tokens, [buffer[:, :rows].clone() for buffer in cache.buffers()]
+            found[method] = tokens, [buffer[:, :rows].clone() for buffer in cache.buffers.tensors()]
     expected = found.pop("autoregressive")
     for method, (tokens, cached) in found.items():
         assert tokens == expected[0], method
@@ -132,14 +132,14 @@ def test_steps_equal_the_eager_runner_s() -> None:
             backlog = PROMPT[8:-1]
             sampling = Sampling(temperature=0.8, top_p=0.9, seed=4)
             batch = place(cached, tree, [0], backlog)
-            found += runner.draft(batch, 3, 30, sampling, 5, lambda under_way: True)
+            found += runner.draft([Leaves(cached, batch, sampling)], 3, 30, 5, lambda under_way: True)[0]
             cached.cache.add(range(1, 5), range(4))
             for parent in range(4):
                 tree.add(parent, found[parent].tokens[0][0], 1.0)
             tree.add(0, 7, 1.0)
             tree.add(2, 9, 1.0)
             batch = place(cached, tree, [5, 6])
-            found += runner.draft(batch, 3, 30, sampling, 4, lambda under_way: True)
+            found += runner.draft([Leaves(cached, batch, sampling)], 3, 30, 4, lambda under_way: True)[0]
         results.append([(g.tokens, g.scores, g.confidence, g.entropy, g.step.rows) for g in found])
     assert results[0] == results[1]
     assert len(results[0]) == 9

@@ -126,12 +126,12 @@ def test_commits_of_any_size_move_the_same_rows(rows: int) -> None:
             made.prefill([3, 1, 4, 1, 5])
         cache = cached.cache
         with torch.inference_mode():
-            for place, buffer in enumerate(cache.buffers()):
-                buffer.copy_(torch.arange(cache.capacity)[:, None] + 0.25 * place)
+            for place, buffer in enumerate(cache.buffers.tensors()):
+                buffer.copy_(torch.arange(cache.buffers.capacity)[:, None] + 0.25 * place)
         cache.length, cache.nodes, cache.ancestors = 5, list(range(TREE_ROWS)), [1 << i for i in range(TREE_ROWS)]
         made.commit(list(range(TREE_ROWS - rows, TREE_ROWS)), {})
         made.device.mark().wait()
-        caches.append([buffer[:, : 30 + TREE_ROWS].clone() for buffer in cache.buffers()])
+        caches.append([buffer[:, : 30 + TREE_ROWS].clone() for buffer in cache.buffers.tensors()])
         assert cache.length == 5 + rows
     assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
 
@@ -155,7 +155,9 @@ def test_a_cache_that_grows_is_freed_first(monkeypatch: pytest.MonkeyPatch) -> N
     for device in devices:
         device.graphs.clear()  # the stand-in's own references
     old = [
-        weakref.ref(layer.keys) for runner in (pair.pair.target, pair.pair.draft) for layer in runner.model.cache.layers
+        weakref.ref(layer.keys)
+        for runner in (pair.pair.target, pair.pair.draft)
+        for layer in runner.model.cache.buffers.layers
     ]
     assert all(buffer() is not None for buffer in old)
     made: list[int] = []
@@ -270,11 +272,11 @@ def test_nan_in_padding_changes_nothing(monkeypatch: pytest.MonkeyPatch, emulate
     expected = pair.generate(PROMPT, max_new_tokens=24, method="autoregressive").tokens
     forward = CachedModel.forward
 
-    def spoiled(self: CachedModel, inputs: Inputs, keep: slice = slice(None), *where: bool) -> torch.Tensor:
-        logits = forward(self, inputs, keep, *where)
+    def spoiled(self: CachedModel, inputs: Inputs, keep: Any = slice(None), *where: Any, **more: Any) -> torch.Tensor:
+        logits = forward(self, inputs, keep, *where, **more)
         if keep != slice(None):
             return logits  # a prompt
-        padding = (inputs.rows == self.cache.capacity - 1) & (torch.arange(len(inputs.rows)) > 0)
+        padding = (inputs.rows == self.cache.buffers.capacity - 1) & (torch.arange(len(inputs.rows)) > 0)
         return torch.where(padding[:, None], torch.nan, logits)
 
     monkeypatch.setattr(CachedModel, "forward", spoiled)

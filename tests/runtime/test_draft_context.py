@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from captured_pair import capture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_forward import own_logits
 from rotary_models import SWITCH, phi
 from tiny import FAMILIES, tiny_model
 from tiny_pair import SAMPLINGS, tiny_pair
@@ -41,33 +41,7 @@ def drafter_of(model: PreTrainedModel) -> ModelDrafter:
 
 def rows_of(drafter: ModelDrafter) -> list[Tensor]:
     cache = drafter.runner.model.cache
-    return [buffer[:, : cache.length].clone() for buffer in cache.buffers()]
-
-
-def window_mask(places: Sequence[int], window: int | None) -> Tensor:
-    """[1, 1, n, n], additive."""
-    at = torch.tensor(places)
-    back = at[:, None] - at
-    seen = (back >= 0) & (back < (window or 2**40))
-    return torch.zeros(len(places), len(places)).masked_fill(~seen, -torch.inf)[None, None]
-
-
-def own_logits(model: PreTrainedModel, tokens: Sequence[int], places: Sequence[int]) -> Tensor:
-    """The model's own, of the last of some tokens at these positions, its windows by position."""
-    window = (
-        getattr(model.config, "sliding_window", None) if getattr(model.config, "use_sliding_window", True) else None
-    )
-    kinds = set(getattr(model.config, "layer_types", None) or ())
-    mask: Any = window_mask(places, window)
-    if "sliding_attention" in kinds:
-        mask = {"full_attention": window_mask(places, None), "sliding_attention": mask}
-    elif kinds:
-        mask = {"full_attention": window_mask(places, None)}
-    with torch.no_grad():
-        out = model(
-            input_ids=torch.tensor([tokens]), position_ids=torch.tensor([places]), attention_mask=mask, use_cache=False
-        )
-    return out.logits[0, -1]
+    return [buffer[:, : cache.length].clone() for buffer in cache.buffers.tensors()]
 
 
 @pytest.mark.parametrize("excerpt", EXCERPTS, ids=str)

@@ -20,7 +20,7 @@ from specbranch import SpecBranch
 from specbranch.runtime.attach import Attachment
 from specbranch.runtime.attention import TreeContext
 from specbranch.runtime.batch import Inputs
-from specbranch.runtime.cache import BranchCache
+from specbranch.runtime.cache import Buffers
 from specbranch.runtime.exact import exact_forward
 from specbranch.runtime.forwards import forwards_of
 from specbranch.runtime.fused import layer, norms
@@ -140,7 +140,7 @@ def test_a_layer_over_rows_of_two_texts_has_the_bits_of_each_alone(family: str, 
     rows = torch.tensor([9, 10, 29, 30, 31])
 
     def run(own: slice, first: int, context: TreeContext) -> Tensor:
-        cache = BranchCache(4, 64)
+        cache = Buffers(4, 64)
         cache.rows = rows[own] - first
         for buffer, values in zip(attention.buffers(cache, hidden), buffers, strict=True):
             buffer[:, : 64 - first] = values[:, first:]

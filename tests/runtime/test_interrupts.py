@@ -15,12 +15,11 @@ from jobs import NEW, PROMPTS, state
 from tiny import tiny_model
 
 from specbranch import GenerationFailed, SpecBranch
-from specbranch.core.messages import Trunk
 from specbranch.loop import DecodingLoop
 from specbranch.runtime.attention import current
 from specbranch.runtime.modes import inference, no_grad, outside_inference
-from specbranch.runtime.verifier import ModelVerifier
 from specbranch.runtime.workers import Threads
+from specbranch.together import Together
 
 
 def interrupt(*_: object) -> None:
@@ -125,15 +124,15 @@ def test_an_interrupt_while_an_engine_is_made_leaves_the_models_as_found() -> No
 def test_a_second_interrupt_leaves_a_verification_that_disturbs_nobody(
     bundled_pair, texts, untouched, monkeypatch
 ) -> None:
-    verify, wait = ModelVerifier.verify, Threads.wait
+    verify, wait = Together.verify, Threads.wait
     waits = itertools.count()
     asked, answered = threading.Event(), threading.Event()
 
-    def slow(verifier: ModelVerifier, trunk: Trunk) -> Any:
+    def slow(*texts: Any) -> Any:
         asked.set()
         answered.wait(0.5)
         answered.set()
-        return verify(verifier, trunk)
+        return verify(*texts)
 
     def draft(*_: object) -> None:
         asked.wait()
@@ -145,7 +144,7 @@ def test_a_second_interrupt_leaves_a_verification_that_disturbs_nobody(
         wait(workers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ModelVerifier, "verify", slow)
+        patch.setattr(Together, "verify", slow)
         patch.setattr(DecodingLoop, "_draft_during", draft)
         patch.setattr(Threads, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -160,11 +159,11 @@ def test_a_forgotten_stream_may_be_collected_while_the_target_verifies(
     bundled_pair, texts, untouched, monkeypatch
 ) -> None:
     """On the target's thread, which then cannot wait for the target's thread."""
-    verify, collecting = ModelVerifier.verify, []
+    verify, collecting = Together.verify, []
 
-    def collect(verifier: ModelVerifier, trunk: Trunk) -> Any:
+    def collect(*texts: Any) -> Any:
         collecting.append(threading.current_thread() is not threading.main_thread() and gc.collect() > 0)
-        return verify(verifier, trunk)
+        return verify(*texts)
 
     gc.disable()
     try:
@@ -173,7 +172,7 @@ def test_a_forgotten_stream_may_be_collected_while_the_target_verifies(
         circle = [stream]
         circle.append(circle)
         del circle, stream
-        monkeypatch.setattr(ModelVerifier, "verify", collect)
+        monkeypatch.setattr(Together, "verify", collect)
         assert bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW, overlap=True).tokens == texts[0]
     finally:
         gc.enable()

@@ -22,7 +22,7 @@ META = torch.device("meta")
 def on_meta() -> CapturedRunner:
     """A captured runner whose model, cache and static memory hold nothing."""
     runner = CapturedRunner(CachedModel(meta_twin(tiny_model(), torch.float32), "draft"), RecordingDevice())
-    runner.model.cache = BranchCache(runner.model.layers, 2 * TREE_ROWS, META)
+    runner.model.cache = BranchCache.alone(runner.model.layers, 2 * TREE_ROWS, META)
     runner._prepare()
     return runner
 

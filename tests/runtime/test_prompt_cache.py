@@ -24,7 +24,7 @@ NEW = 12
 def keeping(engine: SpecBranch, texts: int = 2, **options: Any) -> SpecBranch:
     """An engine over the same models that keeps texts."""
     kept = SpecBranch(engine.target, engine.draft, prompt_cache=texts, **{"draft_context": "all", **options})
-    kept.decoder.costs = engine.decoder.costs
+    kept.decoder._costs = engine.decoder._costs
     return kept
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from random import Random
@@ -13,6 +14,7 @@ from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.messages import Verdict
 from specbranch.core.stats import CAUSES, Stats
 from specbranch.core.tree import Tree
+from specbranch.decoding import Decoding
 from specbranch.loop import DecodingLoop
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy, options_of
@@ -24,7 +26,7 @@ LANGUAGES = 20
 language = cache(Language)
 
 
-class CheckedLoop(DecodingLoop):
+class CheckedDecoding(Decoding):
     """After every round, both caches hold the committed text and what lives on, and the round's counts are right.
 
     text: the prompt and the committed tokens. grown: nodes that were added to a tree. left: nodes that lived on at the
@@ -34,17 +36,23 @@ class CheckedLoop(DecodingLoop):
     verifier: LanguageTarget
     drafter: LanguageDrafter | None
 
-    def begin(self, prompt: list[int]) -> None:
+    def begin(self, prompt: Sequence[int], max_new_tokens: int) -> None:
         self.text, self.grown, self.left = list(prompt), 0, 1
+        super().begin(prompt, max_new_tokens)
 
-    def _state(self, remaining: int) -> State:
-        state = super()._state(remaining)
+    def state(self, overlapped: bool) -> State:
+        state = super().state(overlapped)
         assert state.forecast == self.verifier.forecast, "another forecast than the newest verdict's"
         return state
 
-    def _commit(self, tree: Tree, flight: InFlight, verdict: Verdict) -> tuple[list[int], Tree]:
+    def choose_trunk(self, state: State) -> InFlight:
+        assert self.drafter is None or not self.drafter.failed, "a trunk of a text that has an error"
+        return super().choose_trunk(state)
+
+    def commit(self, flight: InFlight, verdict: Verdict) -> list[int]:
+        tree = self.tree
         self.grown += len(tree) - self.left
-        committed, left = super()._commit(tree, flight, verdict)
+        committed, left = super().commit(flight, verdict), self.tree
         self.text += committed
         self.left = len(left)
         assert self.verifier.verdict is None, "the target: no commit"
@@ -53,7 +61,7 @@ class CheckedLoop(DecodingLoop):
         if self.drafter is not None:
             check_draft(self.drafter, left, self.text)
         self._check_counts(tree, verdict, committed, left)
-        return committed, left
+        return committed
 
     def _check_counts(self, tree: Tree, verdict: Verdict, committed: list[int], left: Tree) -> None:
         round = self.stats.log[-1]
@@ -66,7 +74,8 @@ class CheckedLoop(DecodingLoop):
                 break
         hit = len(path) == len(committed) + 1
         assert round.hit == hit, "a hit is not counted"
-        assert round.verified == verdict.step.rows - 1, "verified tokens are miscounted"
+        assert self.verifier.trunk is not None
+        assert round.verified == len(self.verifier.trunk) - 1, "verified tokens are miscounted"
         assert round.accepted == len(verdict.path) == len(committed) - 1, "accepted tokens are miscounted"
         lost = len(tree) - len(committed) - (len(left) if hit else 0)
         assert round.wasted == lost, "wasted tokens are miscounted"
@@ -144,11 +153,10 @@ class Case:
     def policy(self) -> Policy:
         return make_policy(self.method, dict(self.options))
 
-    def run(self, costs: Costs) -> Stats:
-        """Decode it and check; costs: measured by the texts before."""
-        spoken, time, prompt = language(self.language), VirtualTime(), list(self.prompt)
-        expected = spoken.text(prompt, self.new_tokens)
-        end, policy = len(prompt) + self.new_tokens, self.policy()
+    def decoding(self, costs: Costs, time: VirtualTime) -> CheckedDecoding:
+        """costs: measured by the texts before."""
+        spoken, policy = language(self.language), self.policy()
+        end = len(self.prompt) + self.new_tokens
         predictor = Random(self.seed) if self.forecasts else None
         read_target, read_draft = self.read_costs
         target = LanguageTarget(spoken, time, self.target_cost, end, self.most_rows, self.turn, predictor, read_target)
@@ -157,36 +165,42 @@ class Case:
             more = (end, policy.candidates, self.capacities, self.burst)
             draft = LanguageDrafter(spoken, time, self.draft_cost, *more, read_draft)
         reading = WhenItPays(Lengths()) if self.context is None else AtOnce(self.context)
-        loop = CheckedLoop(target, draft, policy, costs, time, self.overlap, reading)
-        loop.begin(prompt)
-        tokens: list[int] = []
-        rounds = loop.rounds(prompt, self.new_tokens)
+        return CheckedDecoding(target, draft, policy, costs, time, self.overlap, reading)
+
+    def run(self, costs: Costs) -> Stats:
+        """Decode it and check."""
+        time = VirtualTime()
+        text, tokens = self.decoding(costs, time), list[int]()
+        rounds = DecodingLoop(time).rounds(text, self.prompt, self.new_tokens)
         for committed in rounds:
-            assert committed, "a round that commits nothing"
-            tokens += committed
-            assert tokens == expected[: len(tokens)], "another text than the target's"
-            assert len(tokens) <= self.new_tokens, "more tokens than asked for"
-            if self.left_after is not None and len(loop.stats.log) > self.left_after:
+            self.check_round(tokens, committed)
+            if self.left_after is not None and len(text.stats.log) > self.left_after:
                 break
         rounds.close()
-        assert self.left_after is not None or tokens == expected, "the text ends too early"
-        self._check_totals(loop, draft, len(tokens))
-        return loop.stats
+        self.check_end(text, tokens)
+        self.check_overlap(text)
+        return text.stats
 
-    def _check_totals(self, loop: CheckedLoop, draft: LanguageDrafter | None, tokens: int) -> None:
-        stats = loop.stats
+    def check_round(self, tokens: list[int], committed: list[int]) -> None:
+        """Add what a round committed to the tokens."""
+        assert committed, "a round that commits nothing"
+        tokens += committed
+        expected = language(self.language).text(self.prompt, self.new_tokens)
+        assert tokens == expected[: len(tokens)], "another text than the target's"
+        assert len(tokens) <= self.new_tokens, "more tokens than asked for"
+
+    def check_end(self, text: CheckedDecoding, tokens: list[int]) -> None:
+        """What a text says of itself that is over."""
+        stats, draft = text.stats, text.drafter
+        assert self.left_after is not None or len(tokens) == self.new_tokens, "the text ends too early"
         assert stats.prompt_tokens == len(self.prompt), "prompt tokens are miscounted"
-        assert stats.new_tokens == sum(round.tokens for round in stats.log) == tokens, "new tokens are miscounted"
+        assert stats.new_tokens == sum(round.tokens for round in stats.log) == len(tokens), "new tokens are miscounted"
         assert stats.rounds == stats.target_forwards == len(stats.log), "rounds are miscounted"
-        assert stats.accepted + stats.rounds == tokens, "accepted tokens do not add up"
-        assert stats.drafted == loop.grown, "drafted tokens are miscounted"
-        assert stats.left_over == loop.left - 1, "tokens left over are miscounted"
+        assert stats.accepted + stats.rounds == len(tokens), "accepted tokens do not add up"
+        assert stats.drafted == text.grown, "drafted tokens are miscounted"
+        assert stats.left_over == text.left - 1, "tokens left over are miscounted"
         assert sum(getattr(stats, cause) for cause in CAUSES) == stats.wasted, "causes of waste do not add up"
         assert stats.hits == sum(round.hit for round in stats.log), "hits do not add up"
-        assert self.overlap is not False or not stats.overlap, "overlapped, and was told not to"
-        if self.overlap and draft is not None and loop.policy.overlaps:
-            unread = sum(not round.overlapped for round in stats.log)
-            assert unread == 0 or self.context is None, "in turn, and was told to overlap"
         if draft is not None:
             read = 0 if draft.left_out is None else len(self.prompt) - len(draft.left_out)
             assert stats.draft_context_tokens == read, "tokens that the draft read are miscounted"
@@ -195,6 +209,14 @@ class Case:
             assert not draft.lessons, "the draft: a verdict that it never learned"
             assert [step for round in stats.log for step in round.draft] == draft.steps, "draft steps are miscounted"
             assert stats.draft_forwards == len(draft.steps), "draft forwards are miscounted"
+
+    def check_overlap(self, text: CheckedDecoding) -> None:
+        """Whether it was overlapped as it was told."""
+        stats = text.stats
+        assert self.overlap is not False or not stats.overlap, "overlapped, and was told not to"
+        if self.overlap and text.drafter is not None and text.policy.overlaps:
+            unread = sum(not round.overlapped for round in stats.log)
+            assert unread == 0 or self.context is None, "in turn, and was told to overlap"
 
 
 def draw_options(chance: Random, method: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ seconds, and they are strict: each compares what it is asked with what was commi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from random import Random
@@ -84,11 +84,22 @@ class Language:
         return text[len(prompt) :]
 
 
+class Trouble(Exception):
+    """What one text has alone."""
+
+
+def step_of(time: VirtualTime, cost: tuple[float, float], rows: int) -> Step:
+    """A forward over so many rows, which the clock goes on by."""
+    begin, time.now = time.now, time.now + cost[0] + cost[1] * rows
+    return Step(begin, time.now, rows)
+
+
 @dataclass
 class LanguageTarget:
     """cost: seconds of a forward, and of each row more. read_cost: of a token of the prompt. end: tokens of prompt and
     text, of which none may be verified that comes later. turn: the position at which it begins anew, which no round may
-    pass. text: the cache. predictor: makes up forecasts, where there is one. forecast: the newest."""
+    pass. text: the cache. predictor: makes up forecasts, where there is one. forecast, trunk: the newest. fails: which
+    trunk there is no verdict about; 0 for none. judged: trunks so far."""
 
     language: Language
     time: VirtualTime
@@ -101,7 +112,13 @@ class LanguageTarget:
     text: list[int] = field(default_factory=list)
     forecast: Forecast | None = None
     verdict: Verdict | None = None
-    _trunk: Trunk | None = None
+    trunk: Trunk | None = None
+    fails: int = 0
+    judged: int = 0
+
+    @property
+    def failed(self) -> bool:
+        return 0 < self.fails <= self.judged
 
     def most_tokens(self, position: int) -> int:
         return self.turn - position if self.turn > position else MANY
@@ -114,6 +131,12 @@ class LanguageTarget:
         return len(self.text)
 
     def verify(self, trunk: Trunk) -> Ready:
+        path, token = self.judge(trunk)
+        return Ready(self.say(path, token, step_of(self.time, self.cost, len(trunk))))
+
+    def judge(self, trunk: Trunk) -> tuple[tuple[int, ...], int]:
+        """The accepted places, and the token behind them."""
+        assert not self.failed, "the target: goes on after an error"
         assert self.verdict is None, "the target: verified twice without a commit"
         assert len(trunk) <= self.most_rows, "the target: too many rows"
         assert trunk.position == len(self.text), "the target: the root stands elsewhere"
@@ -123,7 +146,9 @@ class LanguageTarget:
         assert len(set(places)) == len(places), "the target: a token twice below one parent"
         assert max(trunk.positions) < self.end - 1, "the target: a token that cannot be committed"
         assert trunk.position >= self.turn or max(trunk.positions) < self.turn, "the target: a trunk beyond its turn"
-        begin, self.time.now = self.time.now, self.time.now + self.cost[0] + self.cost[1] * len(trunk)
+        self.trunk, self.judged = trunk, self.judged + 1
+        if self.failed:
+            raise Trouble
         state = advance(self._state, trunk.tokens[0])
         path: list[int] = []
         while True:
@@ -133,18 +158,21 @@ class LanguageTarget:
                 break
             path.append(places.index((last, token)))
             state = advance(state, token)
+        return tuple(path), token
+
+    def say(self, path: tuple[int, ...], token: int, step: Step) -> Verdict:
+        """The verdict that took this step, perhaps with other texts'."""
         if self.predictor is not None:
             chances = [self.predictor.random() for _ in range(3)]
             self.forecast = Forecast(*(chance / sum(chances) for chance in chances))
-        self._trunk = trunk
-        self.verdict = Verdict(tuple(path), token, Step(begin, self.time.now, len(trunk)), self.forecast)
-        return Ready(self.verdict)
+        self.verdict = Verdict(path, token, step, self.forecast)
+        return self.verdict
 
     def commit(self, path: Sequence[int]) -> None:
         assert self.verdict is not None, "the target: a commit without a verdict"
-        assert self._trunk is not None
+        assert self.trunk is not None
         assert tuple(path) == self.verdict.path, "the target: another path than the verdict's"
-        rows = [self._trunk.tokens[place] for place in (0, *path)]
+        rows = [self.trunk.tokens[place] for place in (0, *path)]
         self.text += rows
         self._state = reduce(advance, rows, self._state)
         self.verdict = None
@@ -169,7 +197,8 @@ class Lesson(NamedTuple):
 class LanguageDrafter:
     """read_cost: seconds of a token that it reads. committed: the text that it was told of. prompt_tokens: of it.
     left_out: positions of it that it did not read; None before it read. text: what its cache stands for. rows: of the
-    tree, by node. capacities: rows at most, round by round; where there are few, the draft comes and goes."""
+    tree, by node. capacities: rows at most, round by round; where there are few, the draft comes and goes. fails: which
+    step cannot be sampled; 0 for none. ran: steps so far. unreadable: it fails when it is to read."""
 
     language: Language
     time: VirtualTime
@@ -188,6 +217,13 @@ class LanguageDrafter:
     steps: list[Step] = field(default_factory=list)
     forecast: Forecast | None = None
     commits: int = 0
+    fails: int = 0
+    ran: int = 0
+    unreadable: bool = False
+
+    @property
+    def failed(self) -> bool:
+        return 0 < self.fails <= self.ran
 
     @property
     def room(self) -> int:
@@ -206,6 +242,8 @@ class LanguageDrafter:
 
     def read(self, excerpt: Excerpt, tokens: int) -> None:
         assert self.left_out is None, "the draft: reads twice"
+        if self.unreadable:
+            raise Trouble
         self.left_out = self.gap(excerpt, tokens)
         self.text = self.committed[:-1]
         self._state = state_of(self.text)
@@ -214,6 +252,17 @@ class LanguageDrafter:
     def propose(
         self, tree: Tree, nodes: Sequence[int], steps: int = 1, should_continue: ShouldContinue = lambda _: True
     ) -> Drafted:
+        found: list[list[Proposals]] = []
+        for row in self.run(tree, nodes, steps):
+            found.append(row)
+            self.steps.append(step_of(self.time, self.cost, len(nodes)))
+            if len(found) == steps or not should_continue(0):
+                break
+        return Drafted(found, self.steps[-len(found) :])
+
+    def run(self, tree: Tree, nodes: Sequence[int], steps: int) -> Iterator[list[Proposals]]:
+        """What each step says, when it is asked for."""
+        assert not self.failed, "the draft: goes on after an error"
         assert self.left_out is not None, "the draft: has not read the text"
         assert not self.lessons, "the draft: goes on before it has learned"
         assert tree.position == len(self.committed) - 1, "the draft: the root stands elsewhere"
@@ -232,16 +281,15 @@ class LanguageDrafter:
             else:
                 assert parent in self.rows, "the draft: a node without its parent's row"
                 new.append((node, token, self.rows[parent].path, self.rows[parent].state))
-        found: list[list[Proposals]] = []
-        while len(found) < steps and (not found or should_continue(0)):
-            if found:
-                first = len(tree) + (len(found) - 1) * len(nodes)
+        for step in range(steps):
+            if step:
+                first = len(tree) + (step - 1) * len(nodes)
                 above = [self.rows[node] for node, *_ in new]
                 new = [(first + i, row.proposals.tokens[0], row.path, row.state) for i, row in enumerate(above)]
-            found.append([self._run(node, token, path, state) for node, token, path, state in new])
-            begin, self.time.now = self.time.now, self.time.now + self.cost[0] + self.cost[1] * len(nodes)
-            self.steps.append(Step(begin, self.time.now, len(nodes)))
-        return Drafted(found, self.steps[-len(found) :])
+            self.ran += 1
+            if self.failed:
+                raise Trouble
+            yield [self._run(node, token, path, state) for node, token, path, state in new]
 
     def _run(self, node: int, token: int, above: tuple[int, ...], state: int) -> Proposals:
         assert node not in self.rows, "the draft: runs twice over a node"

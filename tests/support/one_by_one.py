@@ -27,6 +27,8 @@ def rows_that_differ(model: PreTrainedModel, vocabulary: int = 32) -> int:
         cached.cache.commit([0])
         alone = [root[0]]
         for token in tokens:
-            alone.append(cached.forward(Inputs.of([place(cached, Tree(token, len(PROMPT) + 1), [0])], cached.device))[0])
+            alone.append(
+                cached.forward(Inputs.of([place(cached, Tree(token, len(PROMPT) + 1), [0])], cached.device))[0]
+            )
             cached.cache.rollback(len(PROMPT) + 1)
     return sum(not torch.equal(a, b) for a, b in zip(together, alone, strict=True))

@@ -6,7 +6,7 @@ import torch
 from recording_device import RecordedGraph
 from tiny import FAMILIES, tiny_model
 
-from specbranch import SpecBranch
+from specbranch import METHODS, SpecBranch
 from specbranch.policies.costs import Costs
 
 SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 0.9, "top_k": 12, "top_p": 0.95, "seed": 3}]
@@ -22,7 +22,8 @@ def tiny_pair(family: str = "llama", noise: float = 0.003, dtype: torch.dtype = 
         for weight in draft.parameters():
             weight.add_(noise * torch.randn(weight.shape, generator=generator))
     pair = SpecBranch(target.to(dtype), draft.to(dtype), draft_context="all")  # type: ignore[arg-type]
-    pair.decoder.costs.default_factory = Costs  # which takes it for a small one: as it is, it would rest
+    for method in METHODS:
+        pair.decoder._costs[method, 0] = Costs()  # which take it for a small one: as it is, it would rest
     return pair
 
 
