@@ -7,7 +7,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -54,11 +54,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that generates: `generate(ids, max_new_tokens)`."""
+    """Something that generates: `generate(ids, max_new_tokens)`. together: where it can have several prompts at once,
+    decodes them; what it returns then gives each text in turn, as `generate` would."""
 
     name: str
     generate: Callable[[list[int], int], Output]
     comparable: bool  # its text can be compared with autoregressive's
+    together: Callable[[list[list[int]], int], Callable[[list[int], int], Output]] | None = None
 
 
 class Contenders:
@@ -87,7 +89,7 @@ class Contenders:
 
     def _named(self, name: str, processes: Mapping[str, PeerProcess]) -> Contender:
         if name in METHODS:
-            return Contender(name, partial(self._of_method, name), comparable=True)
+            return Contender(name, partial(self._of_method, name), True, partial(self._together, name))
         comparable = self._llama_comparable if name in llama_peer.NAMES else self._greedy  # else they draw other noise
         if name in IN_A_PROCESS:
             write = processes[name].generate
@@ -101,10 +103,34 @@ class Contenders:
         tokens, stats = generation.tokens, generation.stats.as_dict()
         return Output(tokens, len(tokens), stats["prefill_seconds"], stats)
 
+    def _together(self, name: str, prompts: list[list[int]], new_tokens: int) -> Callable[[list[int], int], Output]:
+        """Each text's share of the time is that of its tokens: the speed of each is that of all. Where it fails, each
+        fails."""
+        started = time.perf_counter()
+        try:
+            generations = self._engine.generate(prompts, max_new_tokens=new_tokens, method=name, **self._options)
+        except Exception as error:
+            return partial(_fail, error)
+        seconds = time.perf_counter() - started
+        each = seconds / sum(len(generation.tokens) for generation in generations)
+        left = iter(generations)
+
+        def next_one(ids: list[int], new_tokens: int) -> Output:
+            generation = next(left)
+            tokens, stats = generation.tokens, generation.stats.as_dict()
+            share = each * len(tokens)
+            return Output(tokens, len(tokens), min(stats["prefill_seconds"], share), stats, share)
+
+        return next_one
+
     def _of_peer(self, write: Callable[..., PeerText], ids: list[int], new_tokens: int) -> Output:
         text = write(ids, max_new_tokens=new_tokens, **self._options)
         decoded = len(text.tokens) - text.first_tokens
         return Output(text.tokens, decoded, text.first_seconds, seconds=text.seconds)
+
+
+def _fail(error: Exception, ids: list[int], new_tokens: int) -> Output:
+    raise error
 
 
 def _as_stored(role: str, model: PreTrainedModel, args: argparse.Namespace) -> PreTrainedModel:
@@ -218,36 +244,53 @@ class Bench:
                 return encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
         return []
 
-    def measure(self, prompt: Prompt, number: int, progress: Progress) -> None:
-        """Every contender on one prompt, in an order that rotates with the prompt's number, so that none is always
-        first. Contenders that have a record of this prompt are skipped."""
-        earlier = [r for r in self.records if r["prompt"] == number and report.lap(r) == self.lap]
+    def measure(self, prompts: Sequence[Prompt], first: int, progress: Progress) -> None:
+        """Every contender on some prompts, the first of which has this number, in an order that rotates with it, so
+        that none is always first. Our methods get them at once. Contenders that have records of them are skipped."""
+        numbers = range(first, first + len(prompts))
+        earlier = [r for r in self.records if r["prompt"] in numbers and report.lap(r) == self.lap]
         done = {record["name"] for record in earlier}
-        if len(done) == len(self.contenders):
-            return
-        try:
-            ids = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
-        except SpecBranchError as error:
-            left = [contender for contender in self.contenders if contender.name not in done]
-            if self.lap == 0:
-                complain(f"error: {prompt.id}: {one_line(error)}")
-            self.records += [
-                _record(contender, prompt, self.lap) | {"error": one_line(error), "prompt": number}
-                for contender in left
-            ]
-            return
-        start = number % len(self.contenders)
+        left = [contender for contender in self.contenders if contender.name not in done]
+        asked: dict[int, list[int]] = {}
+        for number, prompt in zip(numbers, prompts, strict=True):
+            try:
+                asked[number] = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
+            except SpecBranchError as error:
+                if self.lap == 0 and left:
+                    complain(f"error: {prompt.id}: {one_line(error)}")
+                self.records += [
+                    _record(contender, prompt, self.lap) | {"error": one_line(error), "prompt": number}
+                    for contender in left
+                ]
+        start = first // len(prompts) % len(self.contenders)
         records: list[report.Record] = []
         try:
             for contender in self.contenders[start:] + self.contenders[:start]:
-                if contender.name not in done:
-                    progress.next(f"{prompt.id}: {contender.name}")
-                    records.append(self._measure_one(contender, prompt, ids) | {"prompt": number})
+                if contender in left and asked:
+                    progress.next(f"{prompts[0].id}: {contender.name}")
+                    records += self._measure_together(contender, prompts, first, asked, progress)
                     self._learned = self.engine.decoder.calibrator.state()  # of whole measurements
-                    progress.done()
         finally:  # also when interrupted
-            self._compare([*earlier, *records], ids)
+            for number, ids in asked.items():
+                self._compare([r for r in (*earlier, *records) if r["prompt"] == number], ids)
             self.records += records
+
+    def _measure_together(
+        self,
+        contender: Contender,
+        prompts: Sequence[Prompt],
+        first: int,
+        asked: Mapping[int, list[int]],
+        progress: Progress,
+    ) -> list[report.Record]:
+        """Records of the prompts that can be used, by number: all of them, or none."""
+        records = []
+        if len(asked) > 1 and contender.together is not None:
+            contender = replace(contender, generate=contender.together([*asked.values()], self.args.max_new_tokens))
+        for number, ids in asked.items():
+            records.append(self._measure_one(contender, prompts[number - first], ids) | {"prompt": number})
+            progress.done()
+        return records
 
     def _measure_one(self, contender: Contender, prompt: Prompt, ids: list[int]) -> report.Record:
         record = _record(contender, prompt, self.lap) | {"prompt_tokens": len(ids)}

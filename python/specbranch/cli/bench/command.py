@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from specbranch.cli import files
-from specbranch.cli.arguments import add_models, add_prompts, add_sampling, flag, names
+from specbranch.cli.arguments import add_models, add_prompts, add_sampling, flag, names, whole
 from specbranch.cli.bench import llama_peer, plot, report, resume, vllm_peer
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
 from specbranch.cli.loading import load_engine
@@ -59,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"what llama.cpp runs as the {role} (default: --{role}, if that is such a file)",
         )
     add_sampling(parser)
+    parser.add_argument(
+        "--max-requests",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="prompts that our methods decode at once, their speed that of all together; peers have one after the other "
+        "(default: %(default)s)",
+    )
     add_hrad(parser)
     parser.add_argument(
         "--json", metavar="OUT", help="write all measurements to this file; resumes if it is incomplete"
@@ -100,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
     resident_before_loading = resident_with_libraries()
     engine = load_engine(args)
     engine.target.generation_config = bare(engine.target)  # peers differ in what they make of the rest
+    engine.max_requests = args.max_requests
     bench = Bench(engine, args, request, resident_before_loading, before)
     interrupted = False
     try:
@@ -133,8 +142,9 @@ def _run_lap(bench: Bench, lap: int, contenders: list[str], prompts: list[Prompt
         bench.begin_lap(lap, able, prompts, bar, processes)
         if lap and not any(contender.name in processes for contender in bench.contenders):
             return
-        for number, prompt in enumerate(prompts):
-            bench.measure(prompt, number, bar)
+        at_once = bench.args.max_requests
+        for first in range(0, len(prompts), at_once):
+            bench.measure(prompts[first : first + at_once], first, bar)
             if bench.args.json is not None:
                 files.write_json(bench.args.json, bench.report(interrupted=True))
 

@@ -129,7 +129,9 @@ def title(settings: dict[str, Any]) -> str:
     new_tokens = settings["max_new_tokens"]
     packed = sorted({word for word in settings.get("weights", {}).values() if word})
     dtype = f"{settings['dtype']} ({', '.join(packed)})" if packed else settings["dtype"]
-    return f"{dtype}, threads: {settings['threads']}, new tokens: {new_tokens}, {sampling}"
+    at_once = settings.get("max_requests", 1)
+    together = f", {at_once} prompts at once" if at_once > 1 else ""
+    return f"{dtype}, threads: {settings['threads']}, new tokens: {new_tokens}, {sampling}{together}"
 
 
 def tables(rows: Sequence[dict[str, Any]], title: str) -> list[FoldedTable]:
