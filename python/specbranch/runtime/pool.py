@@ -81,7 +81,9 @@ class Pool:
             dropped = others[0] if others else free[0]
             source = None if dropped is source else source
             self._drop(dropped)
-        target, *draft = (runner.beside(cache) for runner, cache in zip(self._runners, caches, strict=True))
+        # From the newest: what runners over the same buffers share, they have from each other.
+        self._runners = [runner.beside(cache) for runner, cache in zip(self._runners, caches, strict=True)]
+        target, *draft = self._runners
         slot = Slot(target, draft[0] if draft else None, self.tap)
         if source is not None:
             slot.adopt(source, source.target.model.kept.tokens if source.target.model.kept else ())

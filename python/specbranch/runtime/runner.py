@@ -144,7 +144,10 @@ class Runner(Protocol):
     model: CachedModel
     burst: int  # draft steps that are best asked for at once
     most_rows: int  # of a verification
-    note: str  # "captured", or "eager" and why
+
+    @property
+    def note(self) -> str:
+        """ "captured", or "eager" and why."""
 
     @property
     def device(self) -> Device: ...

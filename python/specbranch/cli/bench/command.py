@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1),
         default=1,
         metavar="N",
-        help="prompts that our methods decode at once, their speed that of all together; peers have one after the other "
-        "(default: %(default)s)",
+        help="prompts that our methods decode at once, their speed that of all together; peers have one after the "
+        "other (default: %(default)s)",
     )
     add_hrad(parser)
     parser.add_argument(

@@ -20,6 +20,7 @@ from specbranch.runtime.batch import WORD, Batch
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.device import Graph, GraphDevice, Mark, step_between
 from specbranch.runtime.graphs.memory import STEPS, StaticCommit, StaticInputs, StaticSamples
+from specbranch.runtime.graphs.together import SharingRunner, TextGraphs
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.modes import inference
@@ -88,9 +89,11 @@ class CapturedRunner:
         return CapturedRunner(model, self.device, self.most_rows)
 
     def beside(self, cache: BranchCache) -> Runner:
-        """Eager: graphs are for one text."""
-        reason = self.note.removeprefix("eager: ") if self._failed else "several texts share the steps"
-        return EagerRunner(self.model.another(cache), self.device, reason)
+        """With graphs of those buffers."""
+        model = self.model.another(cache)
+        if self._failed:
+            return EagerRunner(model, self.device, self.note.removeprefix("eager: "))
+        return SharingRunner(model, self.device, TextGraphs(cache.buffers, self.device, model.device))
 
     def reset(self, tokens: int, text: Sequence[int] = ()) -> None:
         if not self.model.holds(tokens):
