@@ -23,7 +23,8 @@ Results results(const DraftResults& tensors) {
           tensors.entropy.as<float>()};
 }
 
-__global__ void __launch_bounds__(threads)
+// Without the 1, the compiler would rather spill than use more registers.
+__global__ void __launch_bounds__(threads, 1)
     advance_kernel(const __grid_constant__ StepInputs step, int64_t n, const __grid_constant__ Results from,
                    const __grid_constant__ Results to, int64_t slots, int64_t most_rows, int64_t* slot_pointer) {
   const int64_t slot = *slot_pointer;
@@ -34,13 +35,14 @@ __global__ void __launch_bounds__(threads)
     to.scores[first + at] = from.scores[at];
     to.confidence[first + at] = from.confidence[at];
   }
-  for (int64_t i = threadIdx.x; i < n; i += threads) {
-    to.entropy[first_row + i] = from.entropy[i];
-    if (i > 0 && is_padding(step, i)) advance_row(step, i);
-  }
-  __syncthreads();
-  for (int64_t i = threadIdx.x; i < n; i += threads) {
-    if (i == 0 || !is_padding(step, i)) advance_row(step, i);
+  for (int64_t i = threadIdx.x; i < n; i += threads) to.entropy[first_row + i] = from.entropy[i];
+#pragma unroll 1
+  for (int turn = 0; turn < 2; ++turn) {
+    for (int64_t i = threadIdx.x; i < n; i += threads) {
+      const bool copies = i > 0 && is_padding(step, i);
+      if (copies == (turn == 0)) advance_row(step, i);
+    }
+    __syncthreads();
   }
   if (threadIdx.x == 0) *slot_pointer = slot + 1;
 }
