@@ -103,11 +103,13 @@ def int64_scalar(value: int | Tensor, name: str, device: torch.device) -> Tensor
 
 
 def seeds(value: int | Tensor, positions: Tensor) -> Tensor:
-    """The seed of all rows as `int64_scalar` has it; of each row, as many as positions, it is passed through."""
-    if isinstance(value, Tensor) and value.dim() == 1 and value.dtype == torch.int64:
-        if value.shape != positions.shape:
-            raise ValueError(
-                f"seed: expected shape [] or {list(positions.shape)}, as positions has, got {describe(value)}"
-            )
-        return value
-    return int64_scalar(value, "seed", positions.device)
+    """An int as an int64 tensor of shape [] on the device of `positions`; a tensor, [] or one for each position, is
+    checked and passed through."""
+    if not isinstance(value, Tensor):
+        return int64_scalar(value, "seed", positions.device)
+    if value.dtype != torch.int64 or (value.dim() != 0 and value.shape != positions.shape):
+        raise ValueError(
+            f"seed: expected an int or an int64 tensor of shape [] or {list(positions.shape)}, as positions has, "
+            f"got {describe(value)}"
+        )
+    return value
