@@ -1,10 +1,11 @@
-"""Run the tests of the ops on the emulated CUDA kernels, built with the address and undefined-behaviour sanitizers.
+"""Run the tests of the ops on the emulated CUDA kernels, and those of the speculation tree, built with the address and
+undefined-behaviour sanitizers.
 
     python scripts/sanitize.py [--build-dir build/sanitize] [PYTEST ARGUMENTS]
 
 Every kernel runs, in a selection of cases that takes a few minutes with the build; a path among the arguments replaces
-the list of files. Only with g++ on Linux: Python itself is not built with the sanitizers, so their runtimes are loaded
-first.
+the list of files, and leaves out the tree's. Only with g++ on Linux: Python itself is not built with the sanitizers, so
+their runtimes are loaded first.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ TESTS = [
     if 'usefixtures("implementation")' in path.read_text() and path.name != "test_exhaustive.py"
 ]
 """What runs on every implementation of the ops. The exhaustive tests take too long here, and on a rented GPU."""
+
+PLANNING = ["tests/loop/test_compiled_tree.py", "tests/loop/test_tree.py", "tests/loop/test_calibration.py"]
+"""What runs on the compiled tree and calibration."""
 
 # What takes long under a sanitizer and runs next to no line that the rest does not: left to the ordinary run.
 SLOW = [
@@ -52,7 +56,7 @@ def main() -> int:
             *("-DSPECBRANCH_EMULATED=ON", "-DSPECBRANCH_SANITIZE=ON", f"-DSPECBRANCH_EMULATED_DIR={build_dir}"),
             *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
         ],
-        ["cmake", "--build", str(build_dir), "--target", "_emulated"],
+        ["cmake", "--build", str(build_dir), "--target", "_emulated", "_planning"],
     ):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode != 0:
@@ -68,7 +72,15 @@ def main() -> int:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's own are not ours
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "SPECBRANCH_EMULATED_MODULE": str(build_dir),
+        "SPECBRANCH_PLANNING_MODULE": str(build_dir),
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/support"), os.environ.get("PYTHONPATH", "")]),
     }
+    chosen = any(Path(ROOT, argument.partition("::")[0]).exists() for argument in rest)
+    if not chosen:
+        options = ["-q", "--capture=sys", "-p", "no:cacheprovider", "-p", "sanitized_planning"]
+        status = subprocess.run([sys.executable, "-m", "pytest", *options, *PLANNING], cwd=ROOT, env=environment)
+        if status.returncode != 0:
+            return status.returncode
     command = [
         sys.executable,
         "-m",
@@ -84,7 +96,7 @@ def main() -> int:
         "-k",
         f"emulated and {NOT_SLOW}",
         *rest,
-        *(TESTS if not any(Path(ROOT, argument.partition("::")[0]).exists() for argument in rest) else []),
+        *([] if chosen else TESTS),
     ]
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 

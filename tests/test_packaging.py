@@ -75,6 +75,16 @@ def test_the_sdist_has_all_that_its_build_reads(checkout: Path, tmp_path: Path) 
     assert sorted(name for name in names - expected - made if not name.startswith("specbranch.egg-info/")) == []
 
 
+def test_import_without_the_compiled_module_says_what_to_do(tmp_path: Path) -> None:
+    left_out = shutil.ignore_patterns("*.so", "__pycache__", "bundled")
+    shutil.copytree(ROOT / "python/specbranch", tmp_path / "specbranch", ignore=left_out)
+    # An editable install's finder would still find the compiled module of the installed package.
+    code = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]; import specbranch.loop"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "ImportError: specbranch was imported without its compiled module `specbranch.core._planning`" in done.stderr
+    assert "pip install -e ." in done.stderr
+
+
 # ---- CMAKE_ARGS
 
 
