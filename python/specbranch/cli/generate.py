@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate for every prompt in turn, or for --max-requests of them at once; what is printed is in the order of the file.
+    """Generate for every prompt in turn, or for --max-requests of them at once; printed in the order of the file.
 
     A prompt of a file that fails (too long, for example) is reported on stderr, the others have their turn, and the
     exit status is 1. Ctrl-C prints what the current prompt has so far and ends with 130.
