@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1] / "python"
 # From below: a room imports only from rooms before it.
 STOREYS = [
     "core", "stages", "bundled", "text", "policies", "runtime", "drafters", "loop", "request", "door", "decoder",
-    "engine", "once", "serve", "replay", "cli",
+    "engine", "once", "proposer", "integrations", "serve", "replay", "cli",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "specbranch_ext"}
 NEVER = {  # modules, and what they and those in them never import

@@ -21,7 +21,6 @@ from specbranch.core.checks import choice, count, flag, number, shown
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.excerpt import check_draft_context
 from specbranch.policies.branching import Hedging
-from specbranch.policies.costs import SIZE_PRIOR
 from specbranch.policies.methods import make_policy
 from specbranch.proposer.proposer import Proposer
 from specbranch.proposer.recognition import Row
@@ -33,6 +32,7 @@ from specbranch.runtime.weights import parameters_of_forward
 from specbranch.text.vocabulary import check_vocabularies
 
 KEY = "specbranch"  # of our options in vLLM's `additional_config`
+LARGEST_SHARE = 0.5  # of the target's size, that a draft is taken to have until its steps are measured
 OVERLAP = {"auto": None, "on": True, "off": False}
 
 # A child of vLLM's logger: it has a format and a level.
@@ -118,14 +118,15 @@ class SpecBranchProposer:
         draft = load_model(source, "draft", options.dtype, device, None, self._trust, arithmetic)
         pack_loaded(source, draft, "draft", weights, arithmetic)
         draft.eval()
-        weights_of_target = sum(weight.numel() for weight in target.parameters())
+        # Of weights that vLLM has packed there are fewer numbers; a draft that seems larger would never be tried.
+        share = parameters_of_forward(draft) / max(1, sum(weight.numel() for weight in target.parameters()))
         self._proposer = Proposer(
             draft,
             self._policy,
             most=self._most,
             vocabulary=self._vocabulary,
             context=self._context,
-            size=min(1.0, parameters_of_forward(draft) / weights_of_target) if weights_of_target else SIZE_PRIOR,
+            size=min(share, LARGEST_SHARE),
             say=logger.warning,
             excerpt=check_draft_context(options.draft_context),
             overlap=OVERLAP[options.overlap],
