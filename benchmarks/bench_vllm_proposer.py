@@ -4,7 +4,7 @@
         --prompts humaneval.jsonl --limit 10 --json out.json
 
 It runs in the Python that has vLLM and our package. One engine at a time, each in a process of its own; they take turns
-for `--rounds` rounds. Every engine gets a prompt to warm up, then each prompt alone, then `--concurrent` of them at once.
+for `--rounds` rounds. Every engine gets a prompt to warm up, each prompt alone, and `--concurrent` of them at once.
 Seconds are those of a request, its prefill included. Greedy.
 """
 

@@ -4,7 +4,7 @@
         "model": "specbranch.integrations.vllm.SpecBranchProposer", "num_speculative_tokens": 8}'
         --additional-config '{"specbranch": {"draft": "DRAFT"}}'
 
-vLLM loads the class, and calls `propose` after every step. vLLM itself is not imported here.
+vLLM loads the class, and calls `propose` after every step.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from specbranch.core.checks import choice, count, flag, number, shown
@@ -136,6 +137,8 @@ class SpecBranchProposer:
         )
         kept = weight_format(draft) or str(draft.dtype).removeprefix("torch.")
         logger.info("SpecBranch drafts with %s (%s, %s)", source, kept, draft.device)
+        if loses_sampling_parameters(next(target.parameters()).device):
+            logger.warning("this vLLM loses temperatures and filters when it verifies drafts: use it for greedy texts")
 
     def propose(
         self,
@@ -164,3 +167,17 @@ class SpecBranchProposer:
             logger.exception("SpecBranch drafts no more, after a fault of its own; vLLM goes on without drafts")
             self._proposer = None
             return nothing
+
+
+def loses_sampling_parameters(device: torch.device) -> bool:
+    """Whether vLLM verifies the drafts of sampled requests with uninitialised parameters, whoever drafts: 0.32.0 does
+    on a CPU, where it spreads them over the drafted tokens of each request in a copy."""
+    try:
+        from vllm.v1.sample.rejection_sampler import expand_batch_to_tokens
+
+        spread = expand_batch_to_tokens(
+            torch.tensor([0.5, 2.0], device=device), torch.tensor([1, 3], dtype=torch.int32, device=device), 3
+        )
+    except Exception:  # no vLLM, or another one
+        return False
+    return bool(spread.tolist() != [0.5, 2.0, 2.0])
