@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from specbranch.policies.policy import Policy, State
+from specbranch.policies.policy import Expansion, Policy, State
 from specbranch.proposer.text import Text
 from specbranch.stages import ShouldContinue
 
@@ -28,7 +29,7 @@ def draft_for(turns: Sequence[Turn], policy: Policy, most: int, guard: Guard) ->
     This is the one place where texts are drafted for before a step, one after the other.
     """
     for turn in turns:
-        guard(turn.text, lambda turn=turn: _draft(turn, policy, most))  # type: ignore[misc]
+        guard(turn.text, partial(_draft, turn, policy, most))
 
 
 def _draft(turn: Turn, policy: Policy, most: int) -> None:
@@ -43,11 +44,17 @@ def _draft(turn: Turn, policy: Policy, most: int) -> None:
 def draft_on(turns: Sequence[Turn], policy: Policy, guard: Guard, should_continue: ShouldContinue) -> None:
     """While the engine verifies: grow the text whose next outcome is the likeliest, until there is nothing to draft or
     the engine would have to wait."""
-    left = list(turns)
+    wanted: dict[Turn, Expansion] = {}
+
+    def ask(turn: Turn) -> None:
+        if (found := turn.text.wanted(policy, turn.state, during=True)) is not None:
+            wanted[turn] = found
+
     while should_continue(0):
-        wanted = {turn: found for turn in left if (found := turn.text.wanted(policy, turn.state, during=True))}
+        wanted.clear()
+        for turn in turns:
+            guard(turn.text, partial(ask, turn))
         if not wanted:
             break
         turn = max(wanted, key=lambda turn: turn.text.tree.reach_of(wanted[turn].choices[0]))
-        guard(turn.text, lambda: turn.text.expand(policy, wanted[turn], turn.state, should_continue))  # noqa: B023
-        left = [each for each in left if not each.text.failed]
+        guard(turn.text, partial(turn.text.expand, policy, wanted[turn], turn.state, should_continue))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from threading import Event
 
 from transformers import PreTrainedModel
@@ -164,7 +165,7 @@ class Proposer:
             if room is None:
                 self._slots.forget(text)
                 continue
-            self._guard(text, lambda text=text, room=room: self._read_one(text, room, texts, costs))  # type: ignore[misc]
+            self._guard(text, partial(self._read_one, text, room, texts, costs))
 
     def _read_one(self, text: Text, room: int, live: Sequence[Text], costs: Costs) -> None:
         others = [other for other in self._texts if other is not text]
