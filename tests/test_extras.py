@@ -148,3 +148,10 @@ def test_the_extras_are_those_of_pyproject() -> None:
         assert tuple(all_of(extra)) == packages, extra
     assert re.search(r'^dependencies = \["torch>=[\d.]+", "numpy"\]', declared, re.M)
     assert importlib.metadata.version("specbranch")
+
+
+def test_the_doors_into_other_engines_do_too() -> None:
+    done = run_without({"gguf"}, "import specbranch.integrations.vllm")
+    assert done.stderr.splitlines()[-1].endswith(
+        "specbranch.integrations needs gguf: pip install 'specbranch[transformers]'"
+    )

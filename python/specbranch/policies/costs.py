@@ -45,7 +45,7 @@ class ForwardCost:
     slope: float | None = None
     single: float | None = None
 
-    def record(self, rows: int, seconds: float) -> None:
+    def record(self, rows: float, seconds: float) -> None:
         if not rows:
             return
         self.count += 1

@@ -23,6 +23,7 @@ from specbranch.runtime.attention import ATTENTION
 from specbranch.runtime.forwards import forwards_of
 from specbranch.runtime.locks import Lock, locked, run_out
 from specbranch.runtime.rows.routes import Forward, replacement
+from specbranch.runtime.threads import set_threads
 from specbranch.runtime.weights import execution_device
 from specbranch_ext.integrations.transformers import IMPLEMENTATION, attention_configs
 
@@ -130,11 +131,11 @@ class Attachment:
             map(_attached.__setitem__, [key], [note]),
             map(dict.__setitem__, self._objects, self._names, self._values),
             map(dict.__setitem__, training, repeat("training"), repeat(False)),
-            map(torch.set_num_threads, [1 if _forked else self._threads or threads]),
+            map(set_threads, [1 if _forked else self._threads or threads]),
         )
         detach = chain(
             restoring(self._restore, training),
-            map(torch.set_num_threads, [threads]),
+            map(set_threads, [threads]),
             map(_attached.pop, [key], [None]),
         )
         return attach, detach

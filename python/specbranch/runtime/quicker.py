@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from specbranch.runtime.modes import inference, no_grad
 from specbranch.runtime.packed import PackedLinear, Place, is_in_blocks, places_of
+from specbranch.runtime.threads import set_threads
 from specbranch_ext import PackedWeight, build_info, linear, pack_weight, packed_linear
 
 SAMPLE = 512 << 20  # bytes of weights that are measured: more than caches hold
@@ -81,10 +82,10 @@ def _time_over_dense(dense: Sequence[Tensor], packed: Sequence[PackedWeight], th
     """The time of products over packed weights, of that over the same ones as they were."""
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(threads or before)
+        set_threads(threads or before)
         ratios = [_ratio(dense, packed, rows) for rows in SAMPLE_ROWS]
     finally:
-        torch.set_num_threads(before)
+        set_threads(before)
     return sqrt(ratios[0] * ratios[1])
 
 

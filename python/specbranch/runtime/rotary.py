@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTra
 
 from specbranch.runtime.attention import current
 from specbranch.runtime.cache_argument import cache_argument
+from specbranch.runtime.threads import set_threads
 
 PREPARE = "prepare_inputs_for_generation"
 
@@ -103,10 +104,10 @@ def on_one_thread(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """torch's sine and cosine, MKL's, wake all threads for as few as 128 numbers."""
     threads = torch.get_num_threads()
     try:
-        torch.set_num_threads(1)
+        set_threads(1)
         return type(module).forward(module, *args, **kwargs)
     finally:
-        torch.set_num_threads(threads)
+        set_threads(threads)
 
 
 def row_by_row(module: nn.Module, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:

@@ -12,10 +12,9 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, cast
 from weakref import WeakSet, finalize
 
-import torch
-
 from specbranch.core.messages import Verdict
 from specbranch.runtime.device import Device
+from specbranch.runtime.threads import set_threads
 from specbranch.stages import Pending, PendingVerdicts, Verdicts
 
 T = TypeVar("T")
@@ -75,7 +74,7 @@ class Worker:
 
 
 def _work_off(tasks: SimpleQueue[Task[Any] | None], threads: int) -> None:
-    torch.set_num_threads(threads)
+    set_threads(threads)
     while (task := tasks.get()) is not None:
         task.run()
         del task  # or its result would stay until the next comes
@@ -125,10 +124,10 @@ class Threads:
     def draft_threads(self) -> Iterator[None]:
         """The caller's thread uses the draft's share of the threads in this block."""
         try:
-            torch.set_num_threads(self.draft)
+            set_threads(self.draft)
             yield
         finally:
-            torch.set_num_threads(self.threads)
+            set_threads(self.threads)
 
     def wait(self) -> None:
         """Return when the target's thread is idle, so that its caches may be used again."""
