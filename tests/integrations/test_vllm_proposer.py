@@ -196,7 +196,7 @@ def test_caches_take_no_more_than_they_may(requests: list[Request]) -> None:
     while engine.rows:
         engine.step()
         runners = [each.runner for each in engine.proposer._proposer.texts if each.runner is not None]
-        held = sum(buffer.nbytes for runner in runners for buffer in runner.model.cache.buffers())
+        held = sum(buffer.nbytes for runner in runners for buffer in runner.model.cache.buffers.tensors())
         assert held <= CACHE * 2**30
         assert len(runners) <= 2
     assert any(request.taken > 0 for request in requests)

@@ -21,7 +21,7 @@ from specbranch.policies.policy import Expansion, Policy, State
 from specbranch.replay.virtual_time import VirtualTime
 from specbranch.stages import Failed, Nodes, OneByOne, Pending, Ready, ShouldContinue, Verifier
 
-Forwards = list[tuple[int, float]]
+Forwards = list[tuple[float, float]]
 """Rows and seconds of each."""
 
 
@@ -31,7 +31,7 @@ class WatchedForward(ForwardCost):
 
     seen: Forwards = field(default_factory=list)
 
-    def record(self, rows: int, seconds: float) -> None:
+    def record(self, rows: float, seconds: float) -> None:
         self.seen.append((rows, seconds))
         super().record(rows, seconds)
 

@@ -198,7 +198,7 @@ class Proposer:
         mode = costs.mode(overlapped)
         assert text.runner is not None
         burst = min(text.runner.burst, mode.burst())
-        text.retried = text.backoff.over(mode.step_price)
+        text.retried = text.backoff.over(mode.step_price())
         losing = -text.saved > costs.bearable_loss(text.new_tokens)
         remaining = max(1, self._context - len(text.tokens))
         return State(overlapped, mode, costs.acceptance, remaining, text.retried, burst, None, losing)

@@ -78,7 +78,7 @@ class Slots:
         for text in held:
             assert text.runner is not None
             if capacity := text.runner.model.cache.capacity:
-                self._row_bytes = sum(buffer.nbytes for buffer in text.runner.model.cache.buffers()) / capacity
+                self._row_bytes = sum(each.nbytes for each in text.runner.model.cache.buffers.tensors()) / capacity
         left = self._most_bytes - rows_for(room) * self._row_bytes
         left -= sum(self._bytes(runner) for runner in self._free)
         left -= sum(self._bytes(text.runner) for text in held)
