@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from plain_calibration import PlainCalibrator
 from plain_tree import PlainTree
 
-from specbranch import loop
+from specbranch import decoding
 from specbranch.core.tree import Choice, ProposalRows, Proposals, Signals, Tree
 from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
@@ -149,7 +149,7 @@ def test_the_loop_goes_the_same_way_over_either_tree(method: str, monkeypatch: p
         case = Case.draw(seed, method, None)
         stats = case.run(Costs())
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "Tree", PlainTree)
+            patch.setattr(decoding, "Tree", PlainTree)
             assert case.run(Costs()) == stats
 
 

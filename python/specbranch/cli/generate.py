@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hrad(parser)
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N prompts of the file")
     parser.add_argument(
-        "--batch",
+        "--max-requests",
         type=whole(1),
         default=1,
         metavar="N",
