@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from specbranch.core.checks import choice, count, flag, number, shown
+from specbranch.core.checks import choice, count, number, shown
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.excerpt import check_draft_context
 from specbranch.policies.branching import Hedging
@@ -60,7 +60,6 @@ class VllmOptions:
     draft_threads: int | None = 1
     overlap: str = "auto"
     cache_gib: float = 2.0
-    cuda_graphs: bool = True
     policy: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -68,7 +67,6 @@ class VllmOptions:
         choice("overlap", self.overlap, list(OVERLAP))
         count("draft_threads", self.draft_threads)
         number("cache_gib", self.cache_gib, least=0)
-        flag("cuda_graphs", self.cuda_graphs)
         check_draft_context(self.draft_context)
 
     @classmethod
@@ -132,7 +130,6 @@ class SpecBranchProposer:
             excerpt=check_draft_context(options.draft_context),
             overlap=OVERLAP[options.overlap],
             cache_bytes=round(options.cache_gib * 2**30),
-            cuda_graphs=options.cuda_graphs,
             threads=options.draft_threads if draft.device.type == "cpu" else None,
         )
         kept = weight_format(draft) or str(draft.dtype).removeprefix("torch.")

@@ -51,7 +51,6 @@ class Proposer:
         excerpt: Excerpt | None = None,
         overlap: bool | None = None,
         cache_bytes: int = 2**31,
-        cuda_graphs: bool = True,
         threads: int | None = None,
     ) -> None:
         """most: tokens of one proposal. vocabulary: ids from here on are never proposed. context: the most tokens of a
@@ -67,7 +66,8 @@ class Proposer:
         self._reading: Reading = (
             WhenItPays(self._lengths) if excerpt is None and policy.thrifty else AtOnce(excerpt or Excerpt(context, 0))
         )
-        runner = make_runner(CachedModel(draft, "draft"), cuda_graphs)
+        # Not captured on a GPU: a capture clears cuBLAS's workspaces, which graphs of the engine's own may be using.
+        runner = make_runner(CachedModel(draft, "draft"), cuda_graphs=False)
         self._vocabulary = min(vocabulary, runner.model.vocabulary)
         self._slots = Slots(runner, cache_bytes)
         self._attached = ExitStack()  # the draft is ours alone: it stays attached
