@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from specbranch.core.messages import Drafted, Trunk
 from specbranch.drafters.model import ModelDrafter
-from specbranch.runtime.runner import Runner
+from specbranch.runtime.runner import Judged, Leaves
 from specbranch.runtime.verifier import ModelVerifier
 from specbranch.stages import Drafter, Failed, Nodes, Pending, ShouldContinue, Verifier
-
-T = TypeVar("T")
 
 
 class Together:
@@ -19,11 +16,16 @@ class Together:
 
     def verify(self, texts: Sequence[tuple[Verifier, Trunk]]) -> Sequence[Pending]:
         found: dict[int, Pending] = {}
-        for group in groups(texts, lambda text: _model_verifier(text[0]).runner):
-            verifiers = [_model_verifier(texts[place][0]) for place in group]
-            placed = [verifier.place(texts[place][1]) for verifier, place in zip(verifiers, group, strict=True)]
+        placed: dict[int, Judged] = {}
+        for place, (verifier, trunk) in enumerate(texts):
             try:
-                pending = verifiers[0].runner.verify(placed)
+                placed[place] = _model_verifier(verifier).place(trunk)
+            except Exception as error:  # of this text alone
+                found[place] = Failed(error)
+        for group in groups(placed):
+            verifiers = [_model_verifier(texts[place][0]) for place in group]
+            try:
+                pending = verifiers[0].runner.verify([placed[place] for place in group])
             except ValueError as error:  # logits that cannot be sampled, of the only text
                 if len(group) > 1:
                     raise
@@ -35,12 +37,18 @@ class Together:
 
     def propose(self, texts: Sequence[Nodes], steps: int, should_continue: ShouldContinue) -> list[Drafted | Exception]:
         found: dict[int, Drafted | Exception] = {}
-        for group in groups(texts, lambda text: _model_drafter(text[0]).runner):
+        placed: dict[int, Leaves] = {}
+        for place, (drafter, *where) in enumerate(texts):
+            try:
+                placed[place] = _model_drafter(drafter).place(*where)
+            except Exception as error:
+                found[place] = error
+        for group in groups(placed):
             drafters = [_model_drafter(texts[place][0]) for place in group]
-            leaves = [drafter.place(*texts[place][1:]) for drafter, place in zip(drafters, group, strict=True)]
+            leaves, vocabulary = [placed[place] for place in group], drafters[0].vocabulary
             candidates = max(drafter.candidates for drafter in drafters)
             try:
-                samples = drafters[0].runner.draft(leaves, candidates, drafters[0].vocabulary, steps, should_continue)
+                samples = drafters[0].runner.draft(leaves, candidates, vocabulary, steps, should_continue)
             except ValueError as error:
                 if len(group) > 1:
                     raise
@@ -54,13 +62,12 @@ class Together:
         return [found[place] for place in range(len(texts))]
 
 
-def groups(texts: Sequence[T], runner_of: Callable[[T], Runner]) -> Iterable[list[int]]:
-    """Which places of `texts` share a step."""
+def groups(placed: Mapping[int, Judged] | Mapping[int, Leaves]) -> Iterable[list[int]]:
+    """Which texts share a step, by their places."""
     by_key: dict[Hashable, list[int]] = {}
-    for place, text in enumerate(texts):
-        model = runner_of(text).model
-        key = id(model.cache.buffers) if model.joins else (id(model.cache.buffers), place)
-        by_key.setdefault(key, []).append(place)
+    for place, text in placed.items():
+        buffers = id(text.model.cache.buffers)
+        by_key.setdefault(buffers if text.model.joins else (buffers, place), []).append(place)
     return by_key.values()
 
 

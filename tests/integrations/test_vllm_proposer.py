@@ -16,9 +16,10 @@ from torch import nn
 from specbranch import SpecBranch, SpecBranchError, bundled
 from specbranch.drafters.model import ModelDrafter
 from specbranch.integrations.vllm import SpecBranchProposer
-from specbranch.proposer import drafting, proposer, text
+from specbranch.proposer import drafting, proposer
 from specbranch.proposer.recognition import Row, recognise
 from specbranch.proposer.step_costs import Round
+from specbranch.together import Together
 
 NEW = 48
 CACHE = 0.0012  # GiB: of two texts of the bundled draft
@@ -197,7 +198,8 @@ def test_caches_take_no_more_than_they_may(requests: list[Request]) -> None:
     while engine.rows:
         engine.step()
         runners = [each.runner for each in engine.proposer._proposer.texts if each.runner is not None]
-        held = sum(buffer.nbytes for runner in runners for buffer in runner.model.cache.buffers.tensors())
+        for buffers in {runner.model.cache.buffers for runner in runners}:  # one for all
+            held = sum(each.nbytes for each in buffers.tensors())
         assert held <= CACHE * 2**30
         assert len(runners) <= 2
     assert any(request.taken > 0 for request in requests)
@@ -214,9 +216,9 @@ def test_a_text_that_begins_like_another_is_not_read_again(
     engine.rows = [requests[0]]
     engine.run()
     read: list[int] = []
-    prefill = type(engine.proposer._proposer._slots._first).prefill
+    prefill = type(engine.proposer._proposer._slots._newest).prefill
     monkeypatch.setattr(
-        type(engine.proposer._proposer._slots._first),
+        type(engine.proposer._proposer._slots._newest),
         "prefill",
         lambda self, tokens: (read.append(len(tokens)), prefill(self, tokens)),
     )
@@ -236,14 +238,14 @@ def test_a_fault_ends_the_drafts_of_one_text(
     engine = FakeVllm(make_proposer())
     engine.rows = list(requests[:3])
     bad = requests[1]
-    propose = ModelDrafter.propose
+    propose = ModelDrafter.place
 
     def broken(self: ModelDrafter, *args: Any, **kwargs: Any) -> Any:
         if self._text[: bad.prompt] == bad.whole[: bad.prompt] and len(self._text) > bad.prompt + 12:
             raise RuntimeError("made up")
         return propose(self, *args, **kwargs)
 
-    monkeypatch.setattr(ModelDrafter, "propose", broken)
+    monkeypatch.setattr(ModelDrafter, "place", broken)
     with caplog.at_level(logging.WARNING):
         engine.run()
     assert [each.getMessage() for each in caplog.records] == [
@@ -281,7 +283,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        for module in (proposer, text, drafting):
+        for module in (proposer, drafting):
             monkeypatch.setattr(module, "time", self)
 
     def perf_counter(self) -> float:
@@ -296,17 +298,17 @@ def test_nothing_is_proposed_where_it_does_not_pay(
 ) -> None:
     """A step takes a second, and `row` more for each row behind the first, a draft's step `draft_step`."""
     clock = Clock(monkeypatch)
-    propose = ModelDrafter.propose
+    propose = Together.propose
 
-    def slow(self: ModelDrafter, *args: Any, **kwargs: Any) -> Any:
-        drafted = propose(self, *args, **kwargs)
-        clock.now += draft_step * len(drafted.steps)
+    def slow(self: Together, *args: Any) -> Any:
+        drafted = propose(self, *args)
+        clock.now += draft_step * max(len(each.steps) for each in drafted if not isinstance(each, Exception))
         return drafted
 
     def during(rows: int) -> None:
         clock.now += 1 + row * (rows - 1)
 
-    monkeypatch.setattr(ModelDrafter, "propose", slow)
+    monkeypatch.setattr(Together, "propose", slow)
     engine = FakeVllm(make_proposer(policy={}), during)
     for i in range(0, len(requests), texts):
         engine.rows = requests[i : i + texts]

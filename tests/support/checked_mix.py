@@ -63,9 +63,7 @@ class WatchedCosts(Costs):
         self.shares.append((seconds, tokens))
         super().record_drafted(seconds, tokens)
 
-    def seen(
-        self, overlapped: bool
-    ) -> tuple[list[tuple[int, float]], list[tuple[int, float]], list[tuple[float, int]]]:
+    def seen(self, overlapped: bool) -> tuple[Forwards, Forwards, list[tuple[float, int]]]:
         """What was recorded of a mode since this was asked last: forwards of the target, of the draft, and rounds."""
         mode = self.mode(overlapped)
         assert isinstance(mode, WatchedMode)

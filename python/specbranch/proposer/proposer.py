@@ -94,7 +94,7 @@ class Proposer:
             drafting = [text for text in live if text.runner is not None]
             overlapped = bool(drafting) and self._overlaps(drafting, costs)
             turns = [Turn(text, self._state(text, costs, overlapped)) for text in drafting]
-            draft_for(turns, self.policy, self._most, self._guard)
+            draft_for(turns, self.policy, self._most, self._guard, self._fail)
         proposed = {text: text.proposed for text in texts.values()}
         self._round = None
         if texts:
@@ -171,10 +171,10 @@ class Proposer:
         others = [other for other in self._texts if other is not text]
         begin = time.perf_counter()
         if text.runner is not None:
-            runner, excerpt, unread = text.runner, text.excerpt, 0
-            if not self._slots.make_room(room, others, live):
-                self._slots.forget(text)
+            moved = self._slots.move(text, room, others, live)
+            if moved is None:
                 return
+            runner, excerpt, unread = moved, text.excerpt, 0
         else:
             unread_of = {each: self._slots.unread(text.tokens, each, others) for each in self._reading.excerpts}
             chosen = self._reading.choose(Unread(costs, unread_of, max(1, self._context - len(text.tokens))))
@@ -217,7 +217,7 @@ class Proposer:
             left = mode.target.of(rows) * texts - (time.perf_counter() - begin)
             return left >= (under_way + 0.5) * mode.draft.mean
 
-        self._background.start(lambda: draft_on(turns, self.policy, self._guard, should_continue))
+        self._background.start(lambda: draft_on(turns, self.policy, self._guard, self._fail, should_continue))
 
     def _guard(self, text: Text, work: Callable[[], None]) -> None:
         if text.failed:
@@ -225,8 +225,13 @@ class Proposer:
         try:
             work()
         except Exception as error:
+            self._fail(text, error)
+
+    def _fail(self, text: Text, error: Exception) -> None:
+        """Nothing is drafted for a text any more."""
+        if not text.failed:
             text.failed = True
-            text.forget()
+            self._slots.forget(text)
             self._say(f"a text of {len(text.tokens)} tokens gets no more drafts: {type(error).__name__}: {error}")
 
 

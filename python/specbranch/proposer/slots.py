@@ -1,4 +1,4 @@
-"""Caches for the draft, one for each text that it has read, of so many bytes together."""
+"""Rows of one cache for the draft's texts, as many as fit into so many bytes."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Collection, Sequence
 from specbranch.core.excerpt import NO_GAP, Excerpt
 from specbranch.proposer.recognition import Tokens, common
 from specbranch.proposer.text import Text
+from specbranch.runtime.cache import BranchCache, Buffers
 from specbranch.runtime.kept import LEAST
 from specbranch.runtime.model import CachedModel, rows_for
 from specbranch.runtime.runner import Runner
 
-GRANULE = 256  # tokens: a cache has room for the next so many, at least
-SPARE = 4  # runners that are kept for texts to come, with their caches
+GRANULE = 256  # tokens: a text has room for the next so many, at least
 
 
 class Slots:
-    """Runners over one draft, each with a cache of its own.
+    """Runners over one draft, each for one text, whose rows lie in the same buffers, so that texts share its steps.
 
-    most_bytes: of all caches together. Where they would be more, those go first whose text was seen longest ago.
+    most_bytes: of the buffers. Where they are full, those texts go first that were seen longest ago. Its methods are
+    called where the draft may run.
     """
 
     def __init__(self, first: Runner, most_bytes: int) -> None:
-        self._first, self._most_bytes = first, most_bytes
-        self._free = [first]
-        self._row_bytes = 0.0  # known once there is a cache
+        self._newest, self._most_bytes = first, most_bytes
+        self._buffers: Buffers | None = None
 
     @property
     def model(self) -> CachedModel:
-        return self._first.model
+        return self._newest.model
 
     def room_for(self, tokens: int) -> int | None:
         """How many tokens a cache is to hold for a text of so many; None where the draft's context is too small."""
@@ -47,51 +47,65 @@ class Slots:
         return len(tokens) - 1 - len(gap) - (min(known, gap.start) if gap else known)
 
     def take(self, tokens: Tokens, room: int, texts: Sequence[Text], needed: Collection[Text]) -> Runner | None:
-        """A runner for a new text, whose cache begins with what another one holds of it. None where caches would be too
-        many bytes and all are needed."""
-        if not self.make_room(room, texts, needed):
+        """A runner for a text of at most `room` tokens, whose rows begin with what another one has of it. None where
+        there are no rows for it and all texts are needed."""
+        source = _most_alike(tokens, texts)
+        cache = self._rows(room, [text for text in texts if text is not source], needed)
+        if cache is None:
             return None
-        if (source := _most_alike(tokens, texts)) is None or source.runner is None:
-            return self._fresh()
-        source.keep()
-        runner = self._fresh()
-        with runner.device.running():
-            runner.model.adopt(source.runner.model, tokens[:-1].tolist())
-        source.runner.model.kept = None
+        self._newest = runner = self._newest.beside(cache)
+        if source is not None and source.runner is not None:
+            source.keep()
+            with runner.device.running():
+                runner.model.adopt(source.runner.model, tokens[:-1].tolist())
+            source.runner.model.kept = None
         return runner
 
-    def forget(self, text: Text, keep_runner: bool = True) -> None:
-        """The draft forgets a text. keep_runner: for texts to come, with its cache, which a new one costs time."""
-        runner = text.forget()
-        if runner is not None and keep_runner and len(self._free) < SPARE:
-            runner.model.kept = None
-            runner.model.cache.restart(0)
-            self._free.append(runner)
+    def move(self, text: Text, room: int, texts: Sequence[Text], needed: Collection[Text]) -> Runner | None:
+        """A runner with more room for a text that has one, and with its rows; None, and it has none any more, where
+        there is no room."""
+        assert text.runner is not None
+        if (cache := self._rows(room, texts, needed)) is None:
+            self.forget(text)
+            return None
+        text.keep()
+        self._newest = runner = self._newest.beside(cache)
+        with runner.device.running():
+            runner.model.adopt(text.runner.model, text.tokens[:-1].tolist())
+        self._give_back(text.runner)
+        return runner
 
-    def _fresh(self) -> Runner:
-        return self._free.pop() if self._free else self._first.another()
+    def forget(self, text: Text) -> None:
+        """The draft forgets a text."""
+        if (runner := text.forget()) is not None:
+            self._give_back(runner)
 
-    def make_room(self, room: int, texts: Sequence[Text], needed: Collection[Text]) -> bool:
-        """Whether there may be one more cache for `room` tokens beside those of `texts`; those that are not needed may
-        go."""
-        held = sorted((text for text in texts if text.runner is not None), key=lambda text: text.seen)
-        for text in held:
-            assert text.runner is not None
-            if capacity := text.runner.model.cache.capacity:
-                self._row_bytes = sum(each.nbytes for each in text.runner.model.cache.buffers.tensors()) / capacity
-        left = self._most_bytes - rows_for(room) * self._row_bytes
-        left -= sum(self._bytes(runner) for runner in self._free)
-        left -= sum(self._bytes(text.runner) for text in held)
-        while left < 0 and self._free:
-            left += self._bytes(self._free.pop())
-        for text in held:
-            if left < 0 and text not in needed:
-                left += self._bytes(text.runner)
-                self.forget(text, keep_runner=False)
-        return left >= 0
+    def _give_back(self, runner: Runner) -> None:
+        runner.model.cache.buffers.give_back(runner.model.cache)
 
-    def _bytes(self, runner: Runner | None) -> float:
-        return 0.0 if runner is None else runner.model.cache.capacity * self._row_bytes
+    def _rows(self, room: int, texts: Sequence[Text], needed: Collection[Text]) -> BranchCache | None:
+        """Rows for so many tokens; texts that are not needed may go for them."""
+        if self._buffers is None:
+            self._buffers = Buffers(self.model.layers, self._capacity(), self.model.device)
+        left = sorted((text for text in texts if text.runner is not None and text not in needed), key=_seen)
+        while (cache := self._buffers.take(rows_for(room))) is None:
+            if not left:
+                return None
+            self.forget(left.pop(0))
+        return cache
+
+    def _capacity(self) -> int:
+        """How many rows the bytes are, found out with one."""
+        probe = self._newest.another()
+        probe.reset(1)
+        probe.prefill([0])
+        cache = probe.model.cache
+        row = sum(each.nbytes for each in cache.buffers.tensors()) / cache.buffers.capacity
+        return int(self._most_bytes / row)
+
+
+def _seen(text: Text) -> int:
+    return text.seen
 
 
 def _most_alike(tokens: Tokens, texts: Sequence[Text]) -> Text | None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from specbranch.core.excerpt import ALL, Excerpt
+from specbranch.core.messages import Drafted
 from specbranch.core.sampling import Sampling
 from specbranch.core.tree import Tree
 from specbranch.drafters.model import ModelDrafter
@@ -15,7 +16,7 @@ from specbranch.policies.calibration import Calibrator
 from specbranch.policies.policy import Expansion, InFlight, Policy, State
 from specbranch.proposer.recognition import Tokens
 from specbranch.runtime.runner import Runner
-from specbranch.stages import ShouldContinue
+from specbranch.stages import Nodes
 
 
 class Text:
@@ -122,17 +123,17 @@ class Text:
         steps = min(wanted.steps, self._drafter.room // len(wanted.choices))
         return Expansion(wanted.choices, steps) if steps else None
 
-    def expand(self, policy: Policy, expansion: Expansion, state: State, should_continue: ShouldContinue) -> None:
-        """Run the draft there, and make nodes of as many of its candidates as the policy wants."""
+    def take(self, expansion: Expansion) -> Nodes:
+        """Where the draft is to run; a candidate becomes a node."""
         assert self._drafter is not None
-        begin, tree, flight = time.perf_counter(), self._tree, self.flight
-        nodes = [tree.take(choice) for choice in expansion.choices]
-        drafted = self._drafter.propose(tree, nodes, expansion.steps, should_continue)
+        return self._drafter, self._tree, self._tree.take_all(expansion.choices)
+
+    def grow(self, policy: Policy, nodes: Sequence[int], drafted: Drafted) -> None:
+        """Make nodes of as many of the draft's candidates as the policy wants."""
+        tree, flight = self._tree, self.flight
         for node in tree.descend(nodes, drafted.proposals):
-            tree.branch(node, policy.width(tree, node, flight))
-        each = (time.perf_counter() - begin) / len(drafted.steps)  # the host's part too
-        for step in drafted.steps:
-            state.costs.draft.record(step.rows, each)
+            if width := policy.width(tree, node, flight):
+                tree.branch(node, width)
         self.steps += len(drafted.steps)
 
     def choose(self, policy: Policy, state: State, most: int) -> None:
