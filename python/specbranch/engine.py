@@ -437,7 +437,9 @@ class SpecBranch:
         asks = self._asks(prompt, drafting=drafting, **arguments)
         if isinstance(asks, list):
             raise SpecBranchError("there are several prompts; expected one a request")
-        return asks()
+        request = asks()
+        self.pair.target.model.check(request.tokens)
+        return request
 
     def scheduler(self, max_requests: int | None = None, cache_tokens: int | None = None) -> Scheduler:
         """For requests that come one by one and share their rounds; None: as the engine was told, or else room for one

@@ -33,7 +33,7 @@ class Several:
     ) -> None:
         requests = [_checked(ask, place) for place, ask in enumerate(asks)]
         largest = sorted((rows_for(request.tokens) for request in requests), reverse=True)
-        rows = sum(largest[:most]) if cache_tokens is None else cache_tokens
+        rows = sum(largest[: most + decoder.pair.prompt_cache]) if cache_tokens is None else cache_tokens
         self.tickets = [Ticket(request) for request in requests]
         self.scheduler = Scheduler(decoder, most, rows)
         for place, ticket in enumerate(self.tickets):

@@ -38,9 +38,9 @@ class Together:
     def propose(self, texts: Sequence[Nodes], steps: int, should_continue: ShouldContinue) -> list[Drafted | Exception]:
         found: dict[int, Drafted | Exception] = {}
         placed: dict[int, Leaves] = {}
-        for place, (drafter, *where) in enumerate(texts):
+        for place, (drafter, tree, nodes) in enumerate(texts):
             try:
-                placed[place] = _model_drafter(drafter).place(*where)
+                placed[place] = _model_drafter(drafter).place(tree, nodes)
             except Exception as error:
                 found[place] = error
         for group in groups(placed):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from captured_pair import capture
 from recording_device import NotCapturable
+from rotary_models import SWITCH, phi
 from tiny_pair import tiny_pair
 from untrained import untrained
 
@@ -81,10 +82,13 @@ def test_packed_weights_too(weights: str) -> None:
 
 
 def test_texts_whose_angles_go_by_their_length() -> None:
-    """They share rounds and no forwards."""
-    engine = tiny_pair("llama-dynamic")
+    """They share rounds and no forwards; here each crosses the length where angles change in another round."""
+    target = phi()
+    engine = SpecBranch(target, target, draft_context="all")
     assert not engine.pair.target.model.joins
-    assert [each.tokens for each in together(engine, requests(engine), 4).generations()] == alone(engine)
+    prompts = [[3 + place, 7, 9] * (SWITCH // 3 - 2 * place) for place in range(4)]
+    expected = [engine.generate(ids, max_new_tokens=26, method="autoregressive").tokens for ids in prompts]
+    assert [each.tokens for each in engine.generate(prompts, max_new_tokens=26)] == expected
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -192,13 +196,13 @@ class Moody:
 def test_an_error_of_one_text_ends_it_alone() -> None:
     engine = tiny_pair()
     expected = [engine.generate(ids, max_new_tokens=12).tokens for ids in IDS]
-    with pytest.raises(GenerationFailed, match="prompt 2: generation ended early: not this one") as failure:
-        engine.generate(IDS, max_new_tokens=12, logits_processor=Moody(last=IDS[2][3], at=9))
+    with pytest.raises(GenerationFailed, match="prompt 3: generation ended early: not this one") as failure:
+        engine.generate(IDS, max_new_tokens=12, logits_processor=Moody(last=IDS[3][3], at=9))
     found = failure.value.generations
-    assert failure.value.generation is found[2]
-    assert [each.finish_reason for each in found] == ["error" if place == 2 else "length" for place in range(7)]
-    assert [each.tokens for place, each in enumerate(found) if place != 2] == expected[:2] + expected[3:]
-    assert found[2].tokens == expected[2][: len(found[2].tokens)]
+    assert failure.value.generation is found[3]
+    assert [each.finish_reason for each in found] == ["error" if place == 3 else "length" for place in range(7)]
+    assert [each.tokens for place, each in enumerate(found) if place != 3] == expected[:3] + expected[4:]
+    assert found[3].tokens == expected[3][: len(found[3].tokens)]
 
 
 def test_an_interrupt_hands_in_what_was_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,8 +199,7 @@ def test_caches_take_no_more_than_they_may(requests: list[Request]) -> None:
         engine.step()
         runners = [each.runner for each in engine.proposer._proposer.texts if each.runner is not None]
         for buffers in {runner.model.cache.buffers for runner in runners}:  # one for all
-            held = sum(each.nbytes for each in buffers.tensors())
-        assert held <= CACHE * 2**30
+            assert sum(each.nbytes for each in buffers.tensors()) <= CACHE * 2**30
         assert len(runners) <= 2
     assert any(request.taken > 0 for request in requests)
     engine.rows = [again := Request(requests[-1].whole[:20], requests[-1].whole[20:])]

@@ -242,8 +242,14 @@ class BranchCache:
         """Begin with the first rows of what is there."""
         self.length, self.nodes, self.ancestors = rows, [], []
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other texts have rows in the buffers, or may get some."""
+        return self in self.buffers._taken
+
     def release(self) -> None:
         """Free the buffers, which are this text's alone."""
+        assert not self.is_shared
         self.buffers.release()
         self.capacity = 0
         self.restart(0)

@@ -92,6 +92,8 @@ class CachedModel:
         known, self.kept = self.known(text), None
         if self.holds(tokens):
             self.cache.restart(known)
+        elif self.cache.is_shared:
+            raise SpecBranchError(f"the text has {self.cache.capacity} rows of the cache; expected {rows_for(tokens)}")
         else:
             rows, before = -(-rows_for(tokens) // self.granularity) * self.granularity, self.cache
             if not known:

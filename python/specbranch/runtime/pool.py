@@ -32,7 +32,8 @@ class Pool:
         self.tap: FeatureTap | None = None
 
     def check(self, tokens: int) -> None:
-        """Raises SpecBranchError for a text that can never have room."""
+        """Raises SpecBranchError for a text that the target's context, or the buffers, can never hold."""
+        self._runners[0].model.check(tokens)
         if rows_for(tokens) > self.rows:
             raise SpecBranchError(
                 f"prompt and new tokens together are {tokens} tokens, {rows_for(tokens)} rows with a tree; the cache "
@@ -50,7 +51,7 @@ class Pool:
             source = None
         if source is not None and _goes_on(source, known[source], tokens):
             slot = source
-        elif (found := self._new(rows_for(tokens), source)) is not None:
+        elif (found := self._new(rows_for(tokens), text, source)) is not None:
             slot = found
         else:
             return None
@@ -71,8 +72,8 @@ class Pool:
         """Those of texts that are over, the one that was used longest ago first."""
         return sorted((slot for slot in self._slots if slot.free), key=lambda slot: (slot.keeps > 0, slot.used))
 
-    def _new(self, rows: int, source: Slot | None) -> Slot | None:
-        """A slot of so many rows, with what `source` keeps if there is room for both. Free ones are dropped for it."""
+    def _new(self, rows: int, text: Sequence[int], source: Slot | None) -> Slot | None:
+        """A slot of so many rows, with what `source` keeps of the text if there is room for both. Free ones are dropped for it."""
         while (caches := self._rows(rows)) is None:
             free = self._free()
             others = [slot for slot in free if slot is not source]
@@ -86,7 +87,7 @@ class Pool:
         target, *draft = self._runners
         slot = Slot(target, draft[0] if draft else None, self.tap)
         if source is not None:
-            slot.adopt(source, source.target.model.kept.tokens if source.target.model.kept else ())
+            slot.adopt(source, text)
         self._slots.append(slot)
         return slot
 
