@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from specbranch.engine import SpecBranch
     from specbranch.once import generate
     from specbranch.policies.methods import METHODS
+    from specbranch.several import TextStreams
 
 __all__ = [
     "METHODS",
@@ -33,6 +34,7 @@ __all__ = [
     "SpecBranchWarning",
     "Stats",
     "TextStream",
+    "TextStreams",
     "TokenLogprob",
     "__version__",
     "generate",
@@ -49,6 +51,7 @@ _HOME = {
     "SpecBranchWarning": "core.errors",
     "Stats": "core.stats",
     "TextStream": "core.generation",
+    "TextStreams": "several",
     "TokenLogprob": "core.generation",
     "generate": "once",
 }

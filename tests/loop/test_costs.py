@@ -217,3 +217,33 @@ def test_a_machine_that_slept_does_not_upset_the_costs() -> None:
     mode.record_round(900.0, 2)
     assert mode.target.of(2) < 0.15
     assert mode.seconds_per_token < 0.15
+
+
+def test_prices_of_texts_that_share_their_rounds() -> None:
+    """A round's time is divided by the tokens of all, a draft step's by the texts that share it."""
+    costs = Costs(0.25)
+    costs.at_once(4)
+    for rows in (4, 4, 4, 12, 12):
+        costs.serial.target.record(rows, 1.0 + 0.01 * rows)
+        costs.serial.draft.record(rows, 0.1 + 0.005 * rows)
+    assert costs.plain == pytest.approx(1.04 / 4, rel=0.05)
+    assert costs.serial.row_price == pytest.approx(0.01 / costs.plain, rel=0.1)
+    assert costs.serial.step_price(4) == pytest.approx(0.12 / 4 / costs.plain, rel=0.1)
+    assert costs.serial.step_price(1) > 3 * costs.serial.step_price(4)
+    costs.serial.record_round(1.0, 4)
+    costs.serial.record_round(1.2, 12)
+    assert costs.serial.token_value == pytest.approx(0.1)
+
+
+def test_what_is_known_of_fewer_texts_counts_little_for_more() -> None:
+    fewer = Costs(0.25)
+    for rows in (1, 1, 5, 5):
+        fewer.serial.target.record(rows, 1.0)
+    more = fewer.for_more()
+    more.at_once(8)
+    assert more.serial.target.of(8) == pytest.approx(1.0)
+    for _ in range(12):
+        more.serial.target.record(8, 2.0)
+    assert more.serial.target.of(8) == pytest.approx(2.0, rel=0.1)
+    assert fewer.serial.target.of(8) == pytest.approx(1.0)
+    assert (fewer.texts, more.texts, more.overlapped.texts) == (1, 8, 8)

@@ -13,7 +13,8 @@ FORECASTS = ("none", "some", "all")
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward and what is done with its logits: when, in seconds of the loop's clock, and over how many rows."""
+    """One forward and what is done with its logits: when, in seconds of the loop's clock, and over how many rows, of
+    all texts that share it."""
 
     begin: float
     end: float

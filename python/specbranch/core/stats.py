@@ -72,7 +72,8 @@ class Stats:
     time inside the models, prefill apart. draft_context_tokens: of the prompt, that the draft read; 0 where it read
     none and the text was decoded without it. draft_prefill_seconds: what that took, whenever it was; part of
     prefill_seconds. plain_token_seconds: of a token without a draft, as measured; 0 where that is not known.
-    reused_tokens: of the prompt, that the target did not have to read: it kept them from an earlier text.
+    reused_tokens: of the prompt, that the target did not have to read: it kept them from an earlier text. A forward
+    that texts share counts for each of them as its own, with all of its time.
     """
 
     method: str = ""

@@ -73,7 +73,7 @@ class Pool:
         return sorted((slot for slot in self._slots if slot.free), key=lambda slot: (slot.keeps > 0, slot.used))
 
     def _new(self, rows: int, text: Sequence[int], source: Slot | None) -> Slot | None:
-        """A slot of so many rows, with what `source` keeps of the text if there is room for both. Free ones are dropped for it."""
+        """A slot of so many rows, with what `source` keeps of the text if there is room for both. Free ones may go."""
         while (caches := self._rows(rows)) is None:
             free = self._free()
             others = [slot for slot in free if slot is not source]
