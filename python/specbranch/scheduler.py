@@ -14,7 +14,7 @@ from specbranch.decoder import Decoder
 from specbranch.job import Job
 from specbranch.loop import DecodingLoop, Turn
 from specbranch.request import Request
-from specbranch.runtime.pool import Pool
+from specbranch.runtime.pool import Alone, Pool
 from specbranch.runtime.rules import Said
 from specbranch.together import Together
 
@@ -47,7 +47,11 @@ class Scheduler:
     def __init__(self, decoder: Decoder, most: int, rows: int) -> None:
         """most: texts at once. rows: of the cache that they share, of each model."""
         self.decoder, self.most = decoder, most
-        self.pool = Pool(decoder.pair.first, rows, decoder.pair.prompt_cache)
+        self.pool: Pool | Alone
+        if most == 1 and decoder.hrad is None:
+            self.pool = Alone(decoder.pair, rows)  # whose captured steps are quicker
+        else:
+            self.pool = Pool(decoder.pair.first, rows, decoder.pair.prompt_cache)
         if decoder.hrad is not None:
             self.pool.tap = decoder.pair.first.tap
         self.loop = DecodingLoop(decoder.pair.workers, Together())

@@ -10,8 +10,27 @@ from specbranch.runtime.cache import BranchCache, Buffers
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.kept import LEAST
 from specbranch.runtime.model import rows_for
-from specbranch.runtime.pair import Slot
+from specbranch.runtime.pair import Pair, Slot
 from specbranch.runtime.runner import Runner
+
+
+class Alone:
+    """One text after the other, in the pair's own slots. rows: see Pool."""
+
+    tap: FeatureTap | None = None
+
+    def __init__(self, pair: Pair, rows: int) -> None:
+        self._pair, self._rows = pair, rows
+
+    def check(self, tokens: int) -> None:
+        """See Pool."""
+        check_room(self._pair.target, tokens, self._rows)
+
+    def take(self, owner: object, text: Sequence[int], tokens: int) -> Slot | None:
+        return self._pair.take(owner, text)
+
+    def give_back(self, slot: Slot) -> None:
+        self._pair.give_back(slot)
 
 
 class Pool:
@@ -33,12 +52,7 @@ class Pool:
 
     def check(self, tokens: int) -> None:
         """Raises SpecBranchError for a text that the target's context, or the buffers, can never hold."""
-        self._runners[0].model.check(tokens)
-        if rows_for(tokens) > self.rows:
-            raise SpecBranchError(
-                f"prompt and new tokens together are {tokens} tokens, {rows_for(tokens)} rows with a tree; the cache "
-                f"for texts that are decoded together has {self.rows}"
-            )
+        check_room(self._runners[0], tokens, self.rows)
 
     def take(self, owner: object, text: Sequence[int], tokens: int) -> Slot | None:
         """A slot for a text of at most `tokens` tokens that begins with `text`, until it is given back; it keeps what
@@ -107,6 +121,15 @@ class Pool:
         for runner in runners:
             if runner is not None:
                 runner.model.cache.buffers.give_back(runner.model.cache)
+
+
+def check_room(target: Runner, tokens: int, rows: int) -> None:
+    target.model.check(tokens)
+    if rows_for(tokens) > rows:
+        raise SpecBranchError(
+            f"prompt and new tokens together are {tokens} tokens, {rows_for(tokens)} rows with a tree; the cache for "
+            f"texts that are decoded together has {rows}"
+        )
 
 
 def _goes_on(slot: Slot, known: int, tokens: int) -> bool:

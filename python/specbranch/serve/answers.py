@@ -102,6 +102,7 @@ class Answer:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()
         self._ticket: Ticket | None = None
+        self._fault: Exception | None = None
         self._over: asyncio.Future[None] = self._loop.create_future()
         self._task = asyncio.create_task(self._run())
         self._watch: asyncio.Task[None] | None = None
@@ -130,7 +131,7 @@ class Answer:
             self._answers.rounds.begin(self._ticket, self._told)
             await self._over
             left = self._ticket.left and not isinstance(self._ticket.outcome, Generation)
-            self.outcome = Left() if left else self._ticket.outcome
+            self.outcome = self._fault or (Left() if left else self._ticket.outcome)
         except asyncio.CancelledError:
             self.outcome = Left()
         except Exception as error:
@@ -143,12 +144,17 @@ class Answer:
 
     def _told(self, ticket: Ticket) -> None:
         """In the thread that decodes: hand on what there is of the text."""
-        if not ticket.left:
-            fresh = ticket.said.logprobs[self._known :]
-            self._known += len(fresh)
-            text = ticket.fresh()
-            self.characters += len(text)
-            if text or fresh:
-                self._loop.call_soon_threadsafe(self._events.put_nowait, Piece(text, fresh))
+        try:
+            if not ticket.left:
+                self._hand_on(ticket)
+        except Exception as error:  # which the others must not suffer from
+            self._fault = error
+            ticket.leave()
         if ticket.outcome is not None:
             self._loop.call_soon_threadsafe(self._over.set_result, None)
+
+    def _hand_on(self, ticket: Ticket) -> None:
+        fresh, text = ticket.said.logprobs[self._known :], ticket.fresh()
+        self._known, self.characters = self._known + len(fresh), self.characters + len(text)
+        if text or fresh:
+            self._loop.call_soon_threadsafe(self._events.put_nowait, Piece(text, fresh))
