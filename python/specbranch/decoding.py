@@ -98,7 +98,7 @@ class Decoding:
         remaining = min(self.remaining, self.verifier.most_tokens(self.tree.position))
         losing = -self.saved > self.costs.bearable_loss(self.stats.new_tokens)
         burst = 1 if self.drafter is None else min(self.drafter.burst, mode.burst())
-        retry = self.backoff.over(mode.step_price(self.costs.texts))
+        retry = self.backoff.over(mode.step_price())
         mine = overlapped and self.may_overlap
         return State(mine, mode, self.costs.acceptance, remaining, retry, burst, self.forecast, losing)
 

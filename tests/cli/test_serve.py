@@ -75,7 +75,7 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_sigterm_ends_it_when_all_have_their_answers(bundled_pair):
-    with serving() as server, ThreadPoolExecutor() as pool:
+    with serving("--max-requests", "1") as server, ThreadPoolExecutor() as pool:
         assert server.line.startswith("specbranch: serving bundled at http://127.0.0.1:")
         posted = [pool.submit(server.post, LONG)]
         server.wait_for(running=1)

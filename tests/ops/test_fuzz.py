@@ -50,7 +50,7 @@ def test_many_calls(implementation: str) -> None:
 def test_a_call_that_ends_the_process_is_named() -> None:
     abort = "import os, specbranch_ext; specbranch_ext.linear = lambda **arguments: os.abort()"
     with pytest.raises(AssertionError, match=r"^exit -6 in\n.* cpu --replay \"Call\(op='linear', arguments={'input'"):
-        run_batches("cpu", 400, prelude=abort)
+        run_batches("cpu", 1500, prelude=abort)
 
 
 CALL = Call("gumbel_noise", {"positions": Ints((5, 6)), "vocabulary": 7, "seed": 3})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -13,9 +14,12 @@ from serving import Served, chat_template, served
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from specbranch import Generation, SpecBranch, TextStream, bundled
+from specbranch import Generation, Sampling, SpecBranch, bundled
 from specbranch.core.generation import TokenLogprob
 from specbranch.core.stats import Stats
+from specbranch.request import Request
+from specbranch.runtime.rules import Rules
+from specbranch.scheduler import Ticket
 from specbranch.serve.logprobs import TokenTexts
 
 PROMPT = bundled.prompts()[0]["prompt"]
@@ -30,22 +34,52 @@ class Scripted:
         self.tokens = [*pair.encode(text), 0]
         self.entries = [TokenLogprob(token, -0.5 - place, ()) for place, token in enumerate(self.tokens)]
 
-    def stream(self, ids: list[int], logprobs: int | None = None, **options: Any) -> TextStream:
-        entries = self.entries
-        if logprobs:
-            entries = [TokenLogprob(e.token, e.logprob, ((e.token, e.logprob), (5, -9.0))[:logprobs]) for e in entries]
-        said: list[TokenLogprob] = []
+    def request(self, ids: list[int], logprobs: int | None = None, **options: Any) -> Request:
+        return Request(ids, len(self.tokens), Sampling(), rules=Rules(logprobs=logprobs))
 
-        def pieces() -> Generator[str | Generation, None, None]:
-            shown = ""
-            for entry in entries:
-                said.append(entry)
-                text = self.tokenizer.decode([e.token for e in said], skip_special_tokens=True).rstrip("\ufffd")
-                shown, fresh = text, text[len(shown) :]
-                yield fresh
-            yield Generation(shown, self.tokens, Stats(), "stop", None if logprobs is None else entries)
+    def scheduler(self, *limits: Any) -> ScriptedScheduler:
+        return ScriptedScheduler(self)
 
-        return TextStream(pieces(), () if logprobs is None else said)
+
+class ScriptedBuilder:
+    """The text of a ticket so far."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.tokens, self.shown = tokenizer, list[int](), ""
+
+    def fresh(self, final: bool = False) -> str:
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True).rstrip("\ufffd")
+        fresh, self.shown = text[len(self.shown) :], text
+        return str(fresh)
+
+
+class ScriptedScheduler:
+    def __init__(self, engine: Scripted) -> None:
+        self.engine, self.running = engine, list[tuple[Ticket, ScriptedBuilder]]()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running)
+
+    def add(self, ticket: Ticket) -> None:
+        builder = ScriptedBuilder(self.engine.tokenizer)
+        ticket.job = SimpleNamespace(builder=builder)  # type: ignore[assignment]
+        self.running.append((ticket, builder))
+
+    def advance(self) -> list[Ticket]:
+        touched = list(self.running)
+        for ticket, builder in touched:
+            entry, wanted = self.engine.entries[len(builder.tokens)], ticket.request.rules.logprobs
+            builder.tokens.append(entry.token)
+            if wanted is not None:
+                top = ((entry.token, entry.logprob), (5, -9.0))[:wanted]
+                ticket.said.logprobs.append(TokenLogprob(entry.token, entry.logprob, top))
+            if len(builder.tokens) == len(self.engine.tokens):
+                text = str(self.engine.tokenizer.decode(builder.tokens, skip_special_tokens=True))
+                entries = None if wanted is None else list(ticket.said.logprobs)
+                ticket.outcome = Generation(text, builder.tokens, Stats(), "stop", entries)
+                self.running.remove((ticket, builder))
+        return [ticket for ticket, _ in touched]
 
 
 @pytest.fixture(scope="module")

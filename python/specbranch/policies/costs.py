@@ -229,7 +229,7 @@ class Costs:
     @property
     def saving(self) -> float:
         """Seconds that a draft is expected to save at each token."""
-        guess = guessed_token_cost(self.acceptance, self.serial.step_price(self.texts), self.serial.row_price)
+        guess = guessed_token_cost(self.acceptance, self.serial.step_price(), self.serial.row_price)
         return self.plain * (1 - self.gain.token_cost(guess))
 
     def bearable_loss(self, tokens: int) -> float:
