@@ -29,7 +29,6 @@ def test_every_finished_text_is_right_and_memory_is_flat(bundled_pair: SpecBranc
             "max_tokens": chance.choice(LENGTHS),
             "temperature": chance.choice((0, 0.8)),
             "seed": chance.randrange(3),
-            "stream": chance.random() < 0.5,
         }
         for _ in range(count)
     ]
@@ -41,7 +40,7 @@ def test_every_finished_text_is_right_and_memory_is_flat(bundled_pair: SpecBranc
     def ask(number: int) -> None:
         body, limit = asked[number], patience[number]
         try:
-            answer = httpx.post(f"{server.url}{PATH}", json={**body, "stream": False}, timeout=limit or 300)
+            answer = httpx.post(f"{server.url}{PATH}", json=body, timeout=limit or 300)
         except httpx.TimeoutException:
             with lock:
                 left.append(number)
@@ -64,7 +63,7 @@ def test_every_finished_text_is_right_and_memory_is_flat(bundled_pair: SpecBranc
     assert left
     texts: dict[str, str] = {}
     for number, text in finished.items():
-        body = {name: value for name, value in asked[number].items() if name != "stream"}
+        body = dict(asked[number])
         key = repr(body)
         if key not in texts:
             prompt, most = body.pop("prompt"), body.pop("max_tokens")
