@@ -48,7 +48,55 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-class VllmEngine(PeerProcess):
+class VllmProcess(PeerProcess):
+    """A process that answers in lines of JSON, as vllm_worker.py does.
+
+    setup: what it is to load. environment: more than ours. Raises ChildProcessError where it does not start, and then
+    keeps its log.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], environment: Mapping[str, str], setup: Mapping[str, Any]
+    ) -> None:
+        super().__init__(name, command, _environment(environment), answers=True)
+        try:
+            if self._ask(dict(setup)) != {"ready": True}:
+                raise self._nonsense()
+        except BaseException:
+            self.close()
+            raise
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self._begin()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        line = b""
+        with suppress(OSError):  # nobody is there: the empty line says so
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        if not line:
+            raise self._ended(self._cause())
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            raise self._nonsense() from None
+        if not isinstance(answer, dict):
+            raise self._nonsense()
+        if isinstance(error := answer.get("error"), str):
+            raise self._failure(self._cause(error))
+        return answer
+
+    def _cause(self, error: str = "") -> str:
+        """The first error in the log since the last question, as the one that vLLM raises says only that there was one;
+        else that error, or the last line. Of what it only warns of nothing ended."""
+        said = self._said()
+        lines = (line for line in said.splitlines() if " WARNING " not in line)
+        named = next((match[1] for line in lines if (match := _ERROR.search(line))), None)
+        return named or error or last_line(said)
+
+
+class VllmEngine(VllmProcess):
     """One engine.
 
     setup: as the worker's `Engine` takes it; cores: those that it computes on. stop: the tokens that end a text. Raises
@@ -57,14 +105,8 @@ class VllmEngine(PeerProcess):
 
     def __init__(self, name: str, setup: Mapping[str, Any], *, cores: Sequence[int], stop: Sequence[int]) -> None:
         self._stop = list(stop)
-        environment = _environment({"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))})
-        super().__init__(name, [_python(), str(WORKER)], environment, answers=True)
-        try:
-            if self._ask({**setup, "speculative_tokens": SPECULATIVE_TOKENS[name]}) != {"ready": True}:
-                raise self._nonsense()
-        except BaseException:
-            self.close()
-            raise
+        setup = {**setup, "speculative_tokens": SPECULATIVE_TOKENS[name]}
+        super().__init__(name, [_python(), str(WORKER)], bound_to(cores), setup)
 
     def generate(self, ids: Sequence[int], **options: Any) -> PeerText:
         """As `PeerProcess.generate`. Seconds are those of the request, measured beside vLLM."""
@@ -95,34 +137,10 @@ class VllmEngine(PeerProcess):
             found = str(error)
         raise self._failure(f"this vLLM does not sample as asked; tried with --top-k 1: {found}")
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._begin()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        line = b""
-        with suppress(OSError):  # nobody is there: the empty line says so
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        if not line:
-            raise self._ended(self._cause())
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            raise self._nonsense() from None
-        if not isinstance(answer, dict):
-            raise self._nonsense()
-        if isinstance(error := answer.get("error"), str):
-            raise self._failure(self._cause(error))
-        return answer
 
-    def _cause(self, error: str = "") -> str:
-        """The first error in the log since the last question, as the one that vLLM raises says only that there was one;
-        else that error, or the last line. Of what it only warns of nothing ended."""
-        said = self._said()
-        lines = (line for line in said.splitlines() if " WARNING " not in line)
-        named = next((match[1] for line in lines if (match := _ERROR.search(line))), None)
-        return named or error or last_line(said)
+def bound_to(cores: Sequence[int]) -> dict[str, str]:
+    """The environment of an engine that computes on these cores."""
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))}
 
 
 def cores(threads: int) -> list[int]:

@@ -21,7 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ class Engine:
     """vLLM with a target, and with a draft where `speculative_tokens` is not 0."""
 
     def __init__(self, *, target: str, draft: str, speculative_tokens: int, **options: Any) -> None:
-        os.environ["LD_PRELOAD"] = ":".join(_preloaded())  # for the processes that vLLM starts
+        os.environ["LD_PRELOAD"] = ":".join(preloaded())  # for the processes that vLLM starts
         from vllm import LLM
 
         if speculative_tokens:
@@ -96,7 +96,7 @@ class Engine:
         return {"tokens": tokens, "first_tokens": first_tokens, "first_seconds": first_seconds, "seconds": seconds}
 
 
-def _preloaded() -> list[str]:
+def preloaded() -> list[str]:
     """What is preloaded already, and of PRELOADED what lies in this environment."""
     found = [path for path in os.environ.get("LD_PRELOAD", "").split(":") if path]
     for pattern in PRELOADED:
@@ -160,7 +160,8 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def main() -> None:
+def serve(make: Callable[..., Any]) -> None:
+    """Answer every request by `generate` of what `make` makes of the first line."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what anybody prints is no answer
 
@@ -170,12 +171,10 @@ def main() -> None:
     def failed(error: Exception) -> dict[str, str]:
         return {"error": " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_ERROR]}
 
-    if sys.argv[1:] == ["versions"]:
-        return answer(versions())
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
     try:
-        engine = Engine(**requests.get())
+        engine = make(**requests.get())
     except Exception as error:
         return answer(failed(error))
     _signal_others(signal.SIGSTOP)
@@ -189,6 +188,13 @@ def main() -> None:
             text = failed(error)
         _signal_others(signal.SIGSTOP)
         answer(text)
+
+
+def main() -> None:
+    if sys.argv[1:] == ["versions"]:
+        print(json.dumps(versions()))
+    else:
+        serve(Engine)
 
 
 if __name__ == "__main__":  # not in the processes that vLLM starts, which import this file
