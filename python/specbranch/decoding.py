@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from specbranch.core.excerpt import ALL
+from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.messages import Drafted, Forecast, Trunk, Verdict
 from specbranch.core.stats import Stats
 from specbranch.core.tree import Tree
@@ -22,9 +22,9 @@ class Decoding:
     """Decodes one text, in rounds; only `commit` changes what the two models hold.
 
     overlap: True, False, or None to take what the costs prefer. reading: when the draft reads, and what. costs: of the
-    rounds to come. tree: its root is the last committed token. remaining: tokens that may still be committed. drafting:
-    whether the draft has read the text; before that, decoding is autoregressive. saved: seconds, by drafting in this
-    text so far; negative where it has lost some.
+    rounds to come. tree: its root is the last committed token. remaining: tokens that may still be committed. read_at:
+    when it began, or was read on. drafting: whether the draft has read the text; before that, decoding is
+    autoregressive. saved: seconds, by drafting in this text so far; negative where it has lost some.
     """
 
     def __init__(
@@ -45,41 +45,69 @@ class Decoding:
         self.backoff = Backoff()
         self.forecast: Forecast | None = None
         self.stats = Stats(method=policy.name)
+        self.read_at = 0.0
+        self._unread = 0  # of the prompt, by the target
+        self._excerpt: Excerpt | None = None  # that the draft reads
         self._prompt_tokens = 0
         self._lessons: list[tuple[Tree, list[int], Verdict]] = []
 
     # ---- Prompts
 
     def begin(self, prompt: Sequence[int], max_new_tokens: int) -> None:
-        """The target reads the prompt but its last token, which becomes the root."""
-        begin = self.workers.clock()
-        read = self.verifier.prefill(prompt)
+        """The last token of the prompt is the root. Nothing is read yet."""
+        self._unread = self.verifier.begin(prompt)
         if self.drafter is not None:
             self.drafter.begin(prompt)
-        self.workers.wait()
-        self.stats.prompt_tokens, self.stats.reused_tokens = len(prompt), len(prompt) - 1 - read
-        self.stats.prefill_seconds = self.workers.clock() - begin
-        self.costs.target_read.record(read, self.stats.prefill_seconds)
+        self.stats.prompt_tokens, self.stats.reused_tokens = len(prompt), len(prompt) - 1 - self._unread
         self._prompt_tokens, self.remaining = len(prompt), max_new_tokens
         self.tree = Tree(prompt[-1], len(prompt) - 1)
+        self.read_at = self.workers.clock()
 
-    def read(self) -> None:
-        """The draft reads the text, or the ends of the prompt and what follows, as soon as that is expected to pay."""
-        if self.drafter is None or self.drafting:
-            return
-        end = self.tree.position + 1 + self.remaining
-        gaps = {excerpt: len(self.drafter.gap(excerpt, end)) for excerpt in self.reading.excerpts}
-        tokens = {excerpt: self.drafter.unread(excerpt, end) for excerpt in gaps}
-        excerpt = self.reading.choose(Unread(self.costs, tokens, self.remaining))
-        if excerpt is None:
-            return
+    @property
+    def ready(self) -> bool:
+        """Whether the target has read the prompt, so that rounds may follow."""
+        return self._unread == 0
+
+    def read(self, most: float = math.inf) -> int:
+        """Read at least so many more tokens of what is to be read, if there are: the target its prompt, then the draft.
+        Returns how many."""
+        count = self._read_prompt(most) if self._unread else 0
+        if count < most:
+            count += self._read_draft(most - count)
+        if count:
+            self.read_at = self.workers.clock()
+        return count
+
+    def _read_prompt(self, most: float) -> int:
         begin = self.workers.clock()
-        self.drafter.read(excerpt, end)
+        count = self.verifier.read(most)
         self.workers.wait()
         seconds = self.workers.clock() - begin
-        self.drafting = True
-        self.costs.record_reading(tokens[excerpt], seconds)
-        self.stats.add_reading(self._prompt_tokens - gaps[excerpt], seconds)
+        self._unread -= count
+        self.stats.prefill_seconds += seconds
+        self.costs.target_read.record(count, seconds)
+        return count
+
+    def _read_draft(self, most: float) -> int:
+        """Of the text, or of the ends of the prompt and what follows, as soon as that is expected to pay."""
+        if self.drafter is None or self.drafting:
+            return 0
+        end = self.tree.position + 1 + self.remaining
+        if self._excerpt is None:
+            tokens = {excerpt: self.drafter.unread(excerpt, end) for excerpt in self.reading.excerpts}
+            self._excerpt = self.reading.choose(Unread(self.costs, tokens, self.remaining))
+            if self._excerpt is None:
+                return 0
+        begin = self.workers.clock()
+        count = self.drafter.read(self._excerpt, end, most)
+        self.workers.wait()
+        seconds = self.workers.clock() - begin
+        self.costs.record_reading(count, seconds)
+        self.stats.add_reading(self._prompt_tokens - len(self.drafter.gap(self._excerpt, end)), seconds)
+        self.drafting = self.drafter.unread(self._excerpt, end) == 0
+        if self.drafting:
+            self.costs.end_waiting()
+        return count
 
     # ---- Decisions
 

@@ -35,7 +35,7 @@ from specbranch.request import Drafting, Request
 from specbranch.runtime.choices import CACHE_TOKENS, SELF, draft_of
 from specbranch.runtime.hrad.predictor import HRad, load_hrad
 from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
-from specbranch.runtime.model import rows_for
+from specbranch.runtime.model import PREFILL_CHUNK, rows_for
 from specbranch.runtime.packing import pack_loaded
 from specbranch.runtime.pair import Pair
 from specbranch.runtime.rules import Rules, Said
@@ -449,7 +449,7 @@ class SpecBranch:
         if rows is None:
             context = self.pair.target.model.context or LONGEST
             rows = max(rows_for(context), most * rows_for(min(context, CACHE_TOKENS)))
-        return Scheduler(self.decoder, most, rows)
+        return Scheduler(self.decoder, most, rows, PREFILL_CHUNK)
 
     def _asks(
         self,

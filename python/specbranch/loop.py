@@ -6,6 +6,7 @@ forward, and so are their trunks. What a text decides and keeps is in decoding.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,11 @@ class Turn:
     error: Exception | None = None
     committed: list[int] = field(default_factory=list)
 
+    @property
+    def ready(self) -> bool:
+        """Whether it may decode."""
+        return self.error is None and self.text.ready
+
     @contextmanager
     def own_errors(self) -> Iterator[None]:
         """What is raised within concerns this text only."""
@@ -41,10 +47,11 @@ class Turn:
 
 
 class DecodingLoop:
-    """Rounds of texts over one pair of models. forwards: how texts share them."""
+    """Rounds of texts over one pair of models. forwards: how texts share them. chunk: about how many tokens of prompts
+    are read before a round, so that a long one does not keep the others waiting."""
 
-    def __init__(self, workers: Workers, forwards: Forwards | None = None) -> None:
-        self.workers, self.forwards = workers, forwards or OneByOne()
+    def __init__(self, workers: Workers, forwards: Forwards | None = None, chunk: float = math.inf) -> None:
+        self.workers, self.forwards, self.chunk = workers, forwards or OneByOne(), chunk
         self.clock = workers.clock
 
     def rounds(self, text: Decoding, prompt: Sequence[int], max_new_tokens: int) -> Generator[list[int], None, None]:
@@ -62,21 +69,33 @@ class DecodingLoop:
             text.learn()
 
     def round(self, texts: Sequence[Decoding]) -> list[Turn]:
-        """One round of texts that are not over. Each commits a token at least, or has an error; what goes wrong for all
-        of them is raised."""
-        turns = [Turn(text) for text in texts]
-        for turn in turns:
+        """One round of texts that are not over. Each commits a token at least, or is still being read, or has an error;
+        what goes wrong for all of them is raised."""
+        turns = self.read(texts)
+        self.play(turns)
+        return turns
+
+    def read(self, texts: Sequence[Decoding]) -> list[Turn]:
+        """Read on, where texts are not read: those that wait longest go first."""
+        turns, left = [Turn(text) for text in texts], self.chunk
+        for turn in sorted(turns, key=lambda turn: turn.text.read_at):
             with turn.own_errors():
-                turn.text.read()
-        overlapped = next((text.choose_overlap() for text in texts if text.may_overlap), False)
+                if left > 0:
+                    left -= turn.text.read(left)
+        return turns
+
+    def play(self, turns: Sequence[Turn]) -> None:
+        """The rest of a round, for texts that are read."""
+        ready = [turn for turn in turns if turn.ready]
+        overlapped = next((turn.text.choose_overlap() for turn in ready if turn.text.may_overlap), False)
         begin = self.clock()
-        for turn in _going(turns):
+        for turn in ready:
             turn.state = turn.text.state(overlapped)
             turn.text.stats.begin_round(begin, turn.state.overlapped)
-        self._draft_before(_going(turns), overlapped)
-        asked = _going(turns)
+        self._draft_before(ready, overlapped)
+        asked = _going(ready)
         if not asked:
-            return turns
+            return
         for turn in asked:
             turn.flight = turn.text.choose_trunk(turn.state)
             turn.trunk = Trunk.of(turn.text.tree, turn.flight.nodes)
@@ -90,7 +109,6 @@ class DecodingLoop:
             turn for turn, verdict in zip(asked, verdicts.results(), strict=True) if self._commit(turn, verdict)
         ]
         self._measure(committed, overlapped)
-        return turns
 
     def _draft_before(self, turns: list[Turn], overlapped: bool) -> None:
         """Draft while that is worth a step: what it costs is shared by the texts that want it."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.generation import Generation, GenerationFailed
 from specbranch.decoder import Decoder
+from specbranch.decoding import Decoding
 from specbranch.job import Job
 from specbranch.loop import DecodingLoop, Turn
 from specbranch.request import Request
@@ -44,8 +46,10 @@ class Scheduler:
     """Decodes what it is handed, at most so many texts at once, while there are rows for them; the others wait, first
     come, first served. Each text is what it is alone. One thread calls it."""
 
-    def __init__(self, decoder: Decoder, most: int, rows: int) -> None:
-        """most: texts at once. rows: of the cache that they share, of each model."""
+    def __init__(self, decoder: Decoder, most: int, rows: int, chunk: float = math.inf) -> None:
+        """most: texts at once. rows: of the cache that they share, of each model. chunk: about how many tokens of
+        prompts are read between two rounds; without a limit a long prompt keeps the others waiting, but a batch is
+        ready sooner."""
         self.decoder, self.most = decoder, most
         self.pool: Pool | Alone
         if most == 1 and decoder.hrad is None:
@@ -54,7 +58,7 @@ class Scheduler:
             self.pool = Pool(decoder.pair.first, rows, decoder.pair.prompt_cache)
         if decoder.hrad is not None:
             self.pool.tap = decoder.pair.first.tap
-        self.loop = DecodingLoop(decoder.pair.workers, Together())
+        self.loop = DecodingLoop(decoder.pair.workers, Together(), chunk)
         self.attachment = decoder.pair.attachment(self.pool.tap, draft=decoder.pair.draft is not None)
         self.waiting: deque[Ticket] = deque()
         self.running: list[Ticket] = []
@@ -82,11 +86,12 @@ class Scheduler:
         jobs = {id(ticket.job.text): ticket for ticket in self.running if ticket.job is not None}
         if not jobs:
             return touched
-        for ticket in self.running:
-            assert ticket.job is not None
-            ticket.job.text.costs = self.decoder.costs_of(ticket.job.text.policy.name, len(jobs))
         try:
-            turns = self.loop.round([ticket.job.text for ticket in self.running if ticket.job is not None])
+            texts = [ticket.job.text for ticket in self.running if ticket.job is not None]
+            self._price(texts)
+            turns = self.loop.read(texts)
+            self._price([turn.text for turn in turns if turn.ready])
+            self.loop.play(turns)
         except Exception as error:  # of a forward, and so of all
             for ticket in list(self.running):
                 self._fail(ticket, error)
@@ -94,6 +99,11 @@ class Scheduler:
         for turn in turns:
             self._take(jobs[id(turn.text)], turn)
         return touched + list(jobs.values())
+
+    def _price(self, texts: Sequence[Decoding]) -> None:
+        """What rounds of so many texts have cost is what they go by."""
+        for text in texts:
+            text.costs = self.decoder.costs_of(text.policy.name, len(texts))
 
     def _admit(self) -> list[Ticket]:
         """Begin texts that wait, while there is room. Returns those that are over at once."""

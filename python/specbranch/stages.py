@@ -88,9 +88,13 @@ class Verifier(Protocol):
     def most_tokens(self, position: int) -> int:
         """That a round may commit whose root stands at `position`: there a target may have to begin anew."""
 
-    def prefill(self, prompt: Sequence[int]) -> int:
-        """Start a text: commit the prompt but its last token, which is the first root. Returns how many tokens had to
-        be read; the others were known from an earlier text."""
+    def begin(self, prompt: Sequence[int]) -> int:
+        """Start a text. Returns how many tokens of the prompt are to be read: not the last one, which is the first
+        root, and none that are known from an earlier text."""
+
+    def read(self, most: float) -> int:
+        """Commit more of the prompt: in whole chunks, until so many tokens are read or none is left. Returns how
+        many."""
 
     def verify(self, trunk: Trunk) -> Pending:
         """Judge a trunk. On a device this only starts; elsewhere the verdict is there when it returns."""
@@ -120,8 +124,9 @@ class Drafter(Protocol):
     def unread(self, excerpt: Excerpt, tokens: int) -> int:
         """How many tokens `read` would read."""
 
-    def read(self, excerpt: Excerpt, tokens: int) -> None:
-        """Read that, and what was committed since, but the last token: the root. From then on it may propose."""
+    def read(self, excerpt: Excerpt, tokens: int, most: float) -> int:
+        """Read more of that, and of what was committed since, but the last token: the root. In whole chunks, until so
+        many tokens are read or none is left; then it may propose. Returns how many."""
 
     def propose(
         self, tree: Tree, nodes: Sequence[int], steps: int = 1, should_continue: ShouldContinue = ...

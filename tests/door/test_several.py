@@ -16,6 +16,8 @@ from untrained import untrained
 from specbranch import METHODS, GenerationFailed, GenerationInterrupted, SpecBranch, SpecBranchError, bundled
 from specbranch.decoding import Decoding
 from specbranch.request import Request
+from specbranch.runtime import model as runtime_model
+from specbranch.scheduler import Scheduler, Ticket
 from specbranch.several import Several
 
 PROMPTS = [each["prompt"] for each in bundled.prompts()[:6]]
@@ -191,6 +193,41 @@ class Moody:
         if ids.shape[1] >= self.at and self.last in ids[0, :4]:
             raise RuntimeError("not this one")
         return scores
+
+
+def test_a_long_prompt_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read between the rounds of the others, and a short one that comes later has its turn before it is."""
+    monkeypatch.setattr(runtime_model, "PREFILL_CHUNK", 8)
+    engine = tiny_pair()
+    prompts, new = [IDS[0], [5 + place % 20 for place in range(150)], IDS[1]], (60, 10, 10)
+    expected = [
+        engine.generate(ids, max_new_tokens=count, method="autoregressive").tokens
+        for ids, count in zip(prompts, new, strict=True)
+    ]
+    scheduler = Scheduler(engine.decoder, 4, 4000, chunk=8)
+    tickets = [
+        Ticket(engine.request(ids, max_new_tokens=count, method="speculative"))
+        for ids, count in zip(prompts, new, strict=True)
+    ]
+
+    def lengths() -> list[int]:
+        return [0 if ticket.job is None else len(ticket.job.builder.tokens) for ticket in tickets]
+
+    scheduler.add(tickets[0])
+    scheduler.advance()
+    for ticket in tickets[1:]:
+        scheduler.add(ticket)
+    rounds = 0
+    while not (now := lengths())[1]:
+        scheduler.advance()
+        assert scheduler.busy
+        assert tickets[0].outcome is not None or lengths()[0] > now[0]
+        rounds += 1
+    assert rounds > 10
+    assert now[2] > 0
+    while scheduler.busy:
+        scheduler.advance()
+    assert [ticket.outcome.tokens for ticket in tickets] == expected
 
 
 def test_an_error_of_one_text_ends_it_alone() -> None:

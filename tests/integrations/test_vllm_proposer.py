@@ -19,6 +19,7 @@ from specbranch.integrations.vllm import SpecBranchProposer
 from specbranch.proposer import drafting, proposer
 from specbranch.proposer.recognition import Row, recognise
 from specbranch.proposer.step_costs import Round
+from specbranch.runtime import model as runtime_model
 from specbranch.together import Together
 
 NEW = 48
@@ -226,6 +227,22 @@ def test_a_text_that_begins_like_another_is_not_read_again(
     engine.run()
     assert turn.drafted > 0
     assert sum(read) < 40
+
+
+@pytest.mark.usefixtures("faultless")
+def test_a_prompt_is_read_in_chunks_between_the_steps(requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (runtime_model, proposer):
+        monkeypatch.setattr(module, "PREFILL_CHUNK", 16)
+    engine = FakeVllm(make_proposer())
+    engine.rows = requests[:3]
+    for request in engine.rows:
+        assert request.prompt > 17
+    drafted = []
+    while engine.rows:
+        engine.step()
+        drafted.append(sum(text.ready for text in engine.proposer._proposer.texts))
+    assert drafted.index(3) >= 4
+    assert all(request.taken > 0 for request in requests[:3])
 
 
 # ---- Faults

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -61,7 +62,7 @@ LOOP, DECODING, TREE, MESSAGES, STATS = (
     "specbranch.core.stats",
 )
 POLICY, BRANCHING = "specbranch.policies.policy", "specbranch.policies.branching"
-ROUNDS, ROUND, EXPAND = "DecodingLoop.rounds", "DecodingLoop.round", "DecodingLoop._expand"
+ROUNDS, READ, PLAY, EXPAND = "DecodingLoop.rounds", "DecodingLoop.read", "DecodingLoop.play", "DecodingLoop._expand"
 COMMIT, CHOOSE, STATE = "Decoding.commit", "Decoding.choose_trunk", "Decoding.state"
 BEGIN, TAKE, GROW = "Decoding.begin", "Decoding.take", "Decoding.grow"
 NO_TOKEN, TWICE = "a token that cannot be committed", "a token twice below one parent"
@@ -86,7 +87,7 @@ BUGS = [
         "another path",
     ),
     Bug(DECODING, COMMIT, "self.verifier.commit(verdict.path)", "pass", "the target: no commit"),
-    Bug(LOOP, ROUND, "PendingVerdicts(verify())", "(verify(), PendingVerdicts(verify()))[1]", "twice without a commit"),
+    Bug(LOOP, PLAY, "PendingVerdicts(verify())", "(verify(), PendingVerdicts(verify()))[1]", "twice without a commit"),
     Bug(DECODING, BEGIN, "self.drafter.begin(prompt)", "self.drafter.begin(prompt[:-1])", "the root stands elsewhere"),
     Bug(DECODING, COMMIT, "survivors, committed)", "survivors, committed[:-1])", "the draft was not told of the text"),
     Bug(DECODING, COMMIT, "commit(path, survivors", "commit(path[1:], survivors", "the root is not committed"),
@@ -160,13 +161,13 @@ SPITE, ON = "commits in spite of its error", "goes on after an error"
 
 SHARED_BUGS = [
     # Whose is what
-    Bug(LOOP, ROUND, "zip(asked, verdicts", "zip(asked[::-1], verdicts", "another path than the verdict's"),
+    Bug(LOOP, PLAY, "zip(asked, verdicts", "zip(asked[::-1], verdicts", "another path than the verdict's"),
     Bug(LOOP, EXPAND, "asked, drafted, strict", "asked, drafted[::-1], strict", "proposals of another node"),
     Bug(LOOP, EXPAND, "min(turn.steps", "max(turn.steps", "the draft: no room"),
     Bug(DECODING, STATE, "overlapped and self.may_overlap", "overlapped", "a draft that has not read"),
     # A text that is over
     Bug(LOOP, "Turn.own_errors", "self.error = error", "raise", "one text's error ends the round of all"),
-    Bug(LOOP, ROUND, "asked = _going(turns)", "asked = [each for each in turns if hasattr(each, 'state')]", "a trunk"),
+    Bug(LOOP, PLAY, "asked = _going(ready)", "asked = [each for each in turns if hasattr(each, 'state')]", "a trunk"),
     Bug(LOOP, BEFORE, "_going(wanting)", "wanting", ON),
     Bug(LOOP, DURING, "in _going(turns)", "in turns", ON),
     Bug(LOOP, EXPAND, "turn.error = found", "raise found", "one text's error ends the round of all"),
@@ -188,7 +189,21 @@ SHARED_BUGS = [
     Bug(LOOP, MEASURE, "turn.verdict, len(turns)", "turn.verdict, 1", "a text's share of the round"),
     Bug(LOOP, MEASURE, "any(turn.text.drafting for turn in mine)", "True", "the round is not recorded once"),
     Bug(LOOP, BEFORE, "sharing=len(turns)", "sharing=1", "a step that others share than was said"),
-    Bug(LOOP, ROUND, "for text in texts if text.may_overlap", "for text in texts", "recorded of the other mode"),
+    Bug(LOOP, PLAY, "for turn in ready if turn.text.may_overlap", "for turn in ready", "recorded of the other mode"),
+    # Prompts that are read in chunks
+    Bug(LOOP, PLAY, "if turn.ready]", "if turn.error is None]", "decodes before it has read the prompt"),
+    Bug(LOOP, READ, "if left > 0", "if True", "the target: reads nothing"),
+    Bug(LOOP, READ, "left -= turn.text.read(left)", "turn.text.read(left)", "more of prompts is read than is allowed"),
+    Bug(LOOP, READ, "sorted(turns, key=lambda turn: turn.text.read_at)", "turns", "is not read for too long"),
+    Bug(DECODING, "Decoding.read", "(most - count)", "(most)", "more of prompts is read than is allowed"),
+    Bug(DECODING, "Decoding._read_prompt", "self._unread -= count", "self._unread = 0", "decodes before it has read"),
+    Bug(
+        DECODING,
+        "Decoding._read_draft",
+        "unread(self._excerpt, end) == 0",
+        "unread(self._excerpt, end) >= 0",
+        "has not",
+    ),
 ]
 
 
@@ -225,8 +240,8 @@ def test_texts_that_go_together_say_what_each_says_alone(overlap: bool | None, s
 def test_texts_that_go_together_share_the_time_of_their_steps() -> None:
     """Steps whose rows cost nothing: two texts take what the longer one takes alone."""
     case = Case(1, "specbranch", False, prompt=(1, 2), new_tokens=30, draft_cost=(0.1, 0.0))
-    both = Mix(1, (case, case), (0, 0), (("", 0), ("", 0)), 0.0, True).run()
-    (alone,) = Mix(1, (case,), (0,), (("", 0),), 0.0, True).run()
+    both = Mix(1, (case, case), (0, 0), (("", 0), ("", 0)), 0.0, True, math.inf).run()
+    (alone,) = Mix(1, (case,), (0,), (("", 0),), 0.0, True, math.inf).run()
     for text in both:
         assert text.decoding.stats.log[-1].end == alone.decoding.stats.log[-1].end
         assert text.decoding.stats.target_forwards == alone.decoding.stats.target_forwards

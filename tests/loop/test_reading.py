@@ -97,6 +97,7 @@ def test_nothing_is_read_for_a_draft_that_is_no_faster() -> None:
     lost.idle = 1e5  # and tried again at last
     assert choose(lost, 500, 500) is not None
     lost.record_reading(384, 3.8)
+    lost.end_waiting()
     assert lost.idle == 0
     assert choose(lost, 500, 500) is not None or lost.gain.tokens < 100
 
@@ -186,6 +187,7 @@ def test_trials_of_a_draft_that_loses_are_a_small_share_of_the_time() -> None:
             continue
         price = costs.reading(384)
         costs.record_reading(384, price)
+        costs.end_waiting()
         for _ in range(60):
             costs.record_drafted(1.05, 1)
         lost += price + 3.0

@@ -34,7 +34,7 @@ def serve(pipe: Connection) -> None:
     verifier = ModelVerifier(runner, SAMPLING)
     while (request := pipe.recv()) is not None:
         name, argument = request
-        if name == "prefill":
+        if name == "begin":
             runner.reset(100)
         with runner.model.attached():
             answer = getattr(verifier, name)(argument)
@@ -55,9 +55,13 @@ class RemoteVerifier:
         answer: int = self._ask("most_tokens", position)
         return answer
 
-    def prefill(self, prompt: Sequence[int]) -> int:
-        self._ask("prefill", list(prompt))
-        return len(prompt) - 1
+    def begin(self, prompt: Sequence[int]) -> int:
+        unread: int = self._ask("begin", list(prompt))
+        return unread
+
+    def read(self, most: float) -> int:
+        count: int = self._ask("read", most)
+        return count
 
     def verify(self, trunk: Trunk) -> Ready:
         return Ready(self._ask("verify", trunk))

@@ -178,7 +178,7 @@ class Case:
                 break
         rounds.close()
         self.check_end(text, tokens)
-        self.check_overlap(text)
+        self.check_reading(text)
         return text.stats
 
     def check_round(self, tokens: list[int], committed: list[int]) -> None:
@@ -204,15 +204,16 @@ class Case:
         if draft is not None:
             read = 0 if draft.left_out is None else len(self.prompt) - len(draft.left_out)
             assert stats.draft_context_tokens == read, "tokens that the draft read are miscounted"
-            assert read or self.context is None, "the draft was told to read and did not"
             assert stats.draft_prefill_seconds <= stats.prefill_seconds, "a prefill longer than both"
             assert not draft.lessons, "the draft: a verdict that it never learned"
             assert [step for round in stats.log for step in round.draft] == draft.steps, "draft steps are miscounted"
             assert stats.draft_forwards == len(draft.steps), "draft forwards are miscounted"
 
-    def check_overlap(self, text: CheckedDecoding) -> None:
-        """Whether it was overlapped as it was told."""
+    def check_reading(self, text: CheckedDecoding) -> None:
+        """Whether the draft read as it was told, and went on beside the target, where all is read before a round."""
         stats = text.stats
+        if text.drafter is not None:
+            assert text.drafter.left_out is not None or self.context is None, "the draft was told to read and did not"
         assert self.overlap is not False or not stats.overlap, "overlapped, and was told not to"
         if self.overlap and text.drafter is not None and text.policy.overlaps:
             unread = sum(not round.overlapped for round in stats.log)

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any, cast
 
 from checked_loop import Case, CheckedDecoding
-from language import LanguageDrafter, LanguageTarget, Trouble, step_of
+from language import CHUNK, LanguageDrafter, LanguageTarget, Trouble, step_of
 
 from specbranch.core.messages import Drafted, Step, Trunk
 from specbranch.core.tree import Proposals, Tree
@@ -160,18 +160,22 @@ def _judged(verifier: LanguageTarget, trunk: Trunk) -> tuple[tuple[int, ...], in
 
 @dataclass(eq=False)
 class Text:
-    """One text of a mix. fails: it has to end in an error, unless it ends before."""
+    """One text of a mix. fails: it has to end in an error, unless it ends before. read: tokens, by both models.
+    waited: rounds in which nothing of it was read, though there was something to read."""
 
     case: Case
     decoding: CheckedDecoding
     fails: bool
     tokens: list[int] = field(default_factory=list)
+    read: int = 0
+    waited: int = 0
 
 
 @dataclass(frozen=True)
 class Mix:
     """Texts drawn at random from a seed. joins: the round that each begins with. fails: what of it raises, and at which
-    trunk or step. rests: share of rounds that a text is left out of. shared: steps are, else each text has its own."""
+    trunk or step. rests: share of rounds that a text is left out of. shared: steps are, else each text has its own.
+    chunk: tokens of prompts that are read before a round."""
 
     seed: int
     cases: tuple[Case, ...]
@@ -179,6 +183,7 @@ class Mix:
     fails: tuple[tuple[str, int], ...]
     rests: float
     shared: bool
+    chunk: float
 
     @staticmethod
     def draw(seed: int, methods: Sequence[str], overlap: bool | None, shared: bool = True) -> Mix:
@@ -208,13 +213,14 @@ class Mix:
             ),
             chance.choice((0.0, 0.0, 0.2)),
             shared,
+            chance.choice((math.inf, math.inf, 1, CHUNK, 3 * CHUNK)),
         )
 
     def run(self) -> list[Text]:
         """Decode them and check. Returns what became of each."""
         time, chance = VirtualTime(), Random(self.seed)
         shared = Shared(time, self.cases[0].target_cost, self.cases[0].draft_cost)
-        loop = DecodingLoop(time, shared if self.shared else OneByOne())
+        loop = DecodingLoop(time, shared if self.shared else OneByOne(), self.chunk)
         costs: defaultdict[tuple[str, int], WatchedCosts] = defaultdict(WatchedCosts)
         texts = [self._text(place, time, shared) for place in range(len(self.cases))]
         live: list[Text] = []
@@ -236,6 +242,7 @@ class Mix:
                 turns = loop.round([text.decoding for text in asked])
             except Trouble as error:
                 raise AssertionError("one text's error ends the round of all") from error
+            self._check_reading(asked, turns)
             if self.shared:
                 check_round(turns, shared)
             live = [text for text in live if text not in asked or self._goes_on(text, turns[asked.index(text)])]
@@ -254,6 +261,21 @@ class Mix:
             draft.fails, draft.unreadable = (number if stage == "draft" else 0), stage == "read"
         return Text(case, decoding, bool(stage))
 
+    def _check_reading(self, asked: Sequence[Text], turns: Sequence[Turn]) -> None:
+        """As much of prompts is read as may be, and nobody waits for it longer than until the others had their turn."""
+        before = [text.read for text in asked]
+        for text in asked:
+            target, draft = text.decoding.verifier, text.decoding.drafter
+            by_draft = 0 if draft is None else draft.has_read
+            text.read = min(len(target.text), len(target.prompt)) + by_draft
+        read = [text.read - earlier for text, earlier in zip(asked, before, strict=True)]
+        counted = sum(count for count, turn in zip(read, turns, strict=True) if turn.error is None)
+        assert counted <= self.chunk + CHUNK - 1, "more of prompts is read than is allowed"
+        for text, count in zip(asked, read, strict=True):
+            waits = not count and not text.decoding.ready
+            text.waited = text.waited + 1 if waits else 0
+            assert text.waited <= len(self.cases), "a prompt is not read for too long"
+
     def _goes_on(self, text: Text, turn: Turn) -> bool:
         """Check what a round made of a text, and, when it is over, what the text says of itself."""
         assert turn.text is text.decoding, "another text's turn"
@@ -266,13 +288,18 @@ class Mix:
             assert decoding.text == [*case.prompt, *text.tokens], "a text commits in spite of its error"
             decoding.learn()
             return False
+        if not decoding.ready:
+            assert not turn.committed, "a text commits before its prompt is read"
+            assert self.chunk < math.inf, "a prompt is not read"
+            return True
         case.check_round(text.tokens, turn.committed)
         dropped = case.left_after is not None and len(decoding.stats.log) > case.left_after
         if decoding.remaining and not dropped:
             return True
         decoding.learn()
         case.check_end(decoding, text.tokens)
-        case.check_overlap(decoding)
+        if self.chunk == math.inf:
+            case.check_reading(decoding)
         return False
 
 
@@ -280,7 +307,7 @@ def check_round(turns: Sequence[Turn], shared: Shared) -> None:
     """Every step is there once, with the rows of all texts, in the statistics of each and in the costs of each kind."""
     assert len(turns) == len({id(turn.text) for turn in turns}), "a text twice in a round"
     texts = [cast(CheckedDecoding, turn.text) for turn in turns]
-    done = [(turn, text) for turn, text in zip(turns, texts, strict=True) if turn.error is None]
+    done = [(turn, text) for turn, text in zip(turns, texts, strict=True) if turn.ready]
     for turn, text in done:
         assert turn.committed, "a round that commits nothing"
         assert shared.judged is not None

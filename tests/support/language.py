@@ -21,6 +21,7 @@ from specbranch.stages import Ready, ShouldContinue
 
 CONTEXTS = 61
 MANY = 1000  # tokens: no limit
+CHUNK = 3  # tokens that are read at once, where not all are
 
 
 def advance(state: int, token: int) -> int:
@@ -30,6 +31,10 @@ def advance(state: int, token: int) -> int:
 
 def state_of(text: Sequence[int]) -> int:
     return reduce(advance, text, 7)
+
+
+def whole_chunks(most: float, tokens: int) -> int:
+    return tokens if most >= tokens else min(tokens, math.ceil(most / CHUNK) * CHUNK)
 
 
 class Language:
@@ -96,10 +101,10 @@ def step_of(time: VirtualTime, cost: tuple[float, float], rows: int) -> Step:
 
 @dataclass
 class LanguageTarget:
-    """cost: seconds of a forward, and of each row more. read_cost: of a token of the prompt. end: tokens of prompt and
-    text, of which none may be verified that comes later. turn: the position at which it begins anew, which no round may
-    pass. text: the cache. predictor: makes up forecasts, where there is one. forecast, trunk: the newest. fails: which
-    trunk there is no verdict about; 0 for none. judged: trunks so far."""
+    """cost: seconds of a forward, and of each row more. read_cost: of a token of the prompt, whose last one is not in
+    `prompt`. end: tokens of prompt and text, of which none may be verified that comes later. turn: the position at
+    which it begins anew, which no round may pass. text: the cache. predictor: makes up forecasts, where there is one.
+    forecast, trunk: the newest. fails: which trunk there is no verdict about; 0 for none. judged: trunks so far."""
 
     language: Language
     time: VirtualTime
@@ -109,6 +114,7 @@ class LanguageTarget:
     turn: int = 0
     predictor: Random | None = None
     read_cost: float = 0.0
+    prompt: list[int] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     forecast: Forecast | None = None
     verdict: Verdict | None = None
@@ -123,12 +129,19 @@ class LanguageTarget:
     def most_tokens(self, position: int) -> int:
         return self.turn - position if self.turn > position else MANY
 
-    def prefill(self, prompt: Sequence[int]) -> int:
+    def begin(self, prompt: Sequence[int]) -> int:
         assert not self.text, "the target: a prompt behind a text"
-        self.time.now += self.read_cost * (len(prompt) - 1)
-        self.text = list(prompt[:-1])
+        self.prompt = list(prompt[:-1])
+        self._state = state_of([])
+        return len(self.prompt)
+
+    def read(self, most: float) -> int:
+        count = whole_chunks(most, len(self.prompt) - len(self.text))
+        assert count > 0, "the target: reads nothing"
+        self.time.now += self.read_cost * count
+        self.text = self.prompt[: len(self.text) + count]
         self._state = state_of(self.text)
-        return len(self.text)
+        return count
 
     def verify(self, trunk: Trunk) -> Ready:
         path, token = self.judge(trunk)
@@ -138,6 +151,7 @@ class LanguageTarget:
         """The accepted places, and the token behind them."""
         assert not self.failed, "the target: goes on after an error"
         assert self.verdict is None, "the target: verified twice without a commit"
+        assert len(self.text) >= len(self.prompt), "the target: decodes before it has read the prompt"
         assert len(trunk) <= self.most_rows, "the target: too many rows"
         assert trunk.position == len(self.text), "the target: the root stands elsewhere"
         assert trunk.parents[0] == -1, "the target: a root with a parent"
@@ -196,9 +210,10 @@ class Lesson(NamedTuple):
 @dataclass
 class LanguageDrafter:
     """read_cost: seconds of a token that it reads. committed: the text that it was told of. prompt_tokens: of it.
-    left_out: positions of it that it did not read; None before it read. text: what its cache stands for. rows: of the
-    tree, by node. capacities: rows at most, round by round; where there are few, the draft comes and goes. fails: which
-    step cannot be sampled; 0 for none. ran: steps so far. unreadable: it fails when it is to read."""
+    left_out: positions of it that it does not read; None before it reads. has_read: tokens. text: what its cache stands
+    for. rows: of the tree, by node. capacities: rows at most, round by round; where there are few, the draft comes and
+    goes. fails: which step cannot be sampled; 0 for none. ran: steps so far. unreadable: it fails when it is to
+    read."""
 
     language: Language
     time: VirtualTime
@@ -210,6 +225,7 @@ class LanguageDrafter:
     read_cost: float = 0.0
     prompt_tokens: int = 0
     left_out: range | None = None
+    has_read: int = 0
     committed: list[int] = field(default_factory=list)
     text: list[int] = field(default_factory=list)
     rows: dict[int, Row] = field(default_factory=dict)
@@ -238,16 +254,21 @@ class LanguageDrafter:
         return excerpt.gap(self.prompt_tokens)
 
     def unread(self, excerpt: Excerpt, tokens: int) -> int:
-        return len(self.committed) - 1 - len(self.gap(excerpt, tokens))
+        return len(self.committed) - 1 - len(self.gap(excerpt, tokens)) - self.has_read
 
-    def read(self, excerpt: Excerpt, tokens: int) -> None:
-        assert self.left_out is None, "the draft: reads twice"
+    def read(self, excerpt: Excerpt, tokens: int, most: float) -> int:
+        assert not self.text, "the draft: reads twice"
+        assert self.left_out in (None, self.gap(excerpt, tokens)), "the draft: reads something else"
         if self.unreadable:
             raise Trouble
         self.left_out = self.gap(excerpt, tokens)
-        self.text = self.committed[:-1]
-        self._state = state_of(self.text)
-        self.time.now += self.read_cost * (len(self.text) - len(self.left_out))
+        count = whole_chunks(most, self.unread(excerpt, tokens))
+        self.has_read += count
+        self.time.now += self.read_cost * count
+        if self.unread(excerpt, tokens) == 0:
+            self.text = self.committed[:-1]
+            self._state = state_of(self.text)
+        return count
 
     def propose(
         self, tree: Tree, nodes: Sequence[int], steps: int = 1, should_continue: ShouldContinue = lambda _: True
@@ -264,6 +285,7 @@ class LanguageDrafter:
         """What each step says, when it is asked for."""
         assert not self.failed, "the draft: goes on after an error"
         assert self.left_out is not None, "the draft: has not read the text"
+        assert len(self.text) >= self.prompt_tokens - 1, "the draft: has not read the text"
         assert not self.lessons, "the draft: goes on before it has learned"
         assert tree.position == len(self.committed) - 1, "the draft: the root stands elsewhere"
         assert tree.token[0] == self.committed[-1], "the draft: another root"

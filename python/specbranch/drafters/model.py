@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from specbranch.core.sampling import Sampling
 from specbranch.core.tree import ProposalRows, Tree
 from specbranch.policies.calibration import Calibrator
 from specbranch.runtime.cache import MAX_BACKLOG
+from specbranch.runtime.model import whole_chunks
 from specbranch.runtime.rules import DraftRules
 from specbranch.runtime.runner import Guessed, Leaves, Runner, Samples
 from specbranch.stages import ShouldContinue
@@ -39,7 +41,7 @@ class ModelDrafter:
         self.rules = rules
         self.forecast: Forecast | None = None
         self._text: list[int] = []  # committed, the root included: what the cache lacks of it is caught up with
-        self._prompt_tokens, self._known, self._has_read = 0, 0, False
+        self._prompt_tokens, self._known, self._has_begun = 0, 0, False
 
     @property
     def burst(self) -> int:
@@ -53,7 +55,7 @@ class ModelDrafter:
 
     def begin(self, prompt: Sequence[int]) -> None:
         """Start a text; see stages.Drafter."""
-        self._text, self._prompt_tokens, self._has_read = list(prompt), len(prompt), False
+        self._text, self._prompt_tokens, self._has_begun = list(prompt), len(prompt), False
         self.runner.model.cache.restart(0)
         self._known = self.runner.model.known(self._text[:-1])
 
@@ -65,29 +67,35 @@ class ModelDrafter:
     def unread(self, excerpt: Excerpt, tokens: int) -> int:
         """See stages.Drafter."""
         gap = self.gap(excerpt, tokens)
+        if self._has_begun:
+            return len(self._text) - 1 - len(gap) - self.runner.model.cache.length
         return len(self._text) - 1 - len(gap) - (min(self._known, gap.start) if gap else self._known)
 
-    def _before(self, gap: range) -> list[int]:
-        """What is read before a gap, or where there is none."""
-        return self._text[: gap.start] if gap else self._text[:-1]
-
-    def read(self, excerpt: Excerpt, tokens: int) -> None:
+    def read(self, excerpt: Excerpt, tokens: int, most: float = math.inf) -> int:
         """Read the prompt or its ends, and what was committed since; see stages.Drafter."""
         model, text, gap = self.runner.model, self._text, self.gap(excerpt, tokens)
-        self.runner.reset(tokens - len(gap), self._before(gap))
-        self._has_read, known = True, model.cache.length
-        model.begin(text[: self._prompt_tokens], gap)
-        if model.must_reread(len(text) - 1):  # before there are rows: it only says how angles are chosen
-            model.reread(text, len(text) - 1)
-        for part in (self._before(gap)[known:], text[gap.stop : -1] if gap else []):
-            if part:
-                self.runner.prefill(part)
+        if not self._has_begun:
+            self.runner.reset(tokens - len(gap), text[: gap.start] if gap else text[:-1])
+            self._has_begun = True
+            model.begin(text[: self._prompt_tokens], gap)
+            if model.must_reread(len(text) - 1):  # before there are rows: it only says how angles are chosen
+                model.reread(text, len(text) - 1)
+        count = 0
+        while count < most:
+            start = model.position
+            part = text[start : gap.start if start < gap.start else -1] if gap else text[start:-1]
+            if not part:
+                break
+            chunks = part[: whole_chunks(most - count, len(part))]
+            self.runner.prefill(chunks)
+            count += len(chunks)
+        return count
 
     def keep(self) -> None:
         """The text is over: its rows may serve a text that begins alike. What was kept before stays if nothing was
         read."""
         model = self.runner.model
-        if self._has_read:
+        if self._has_begun:
             model.keep(self._text[: model.position], self._prompt_tokens)
 
     def propose(

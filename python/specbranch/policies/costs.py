@@ -206,8 +206,11 @@ class Costs:
         return self.overlapped if overlapped else self.serial
 
     def record_reading(self, tokens: int, seconds: float) -> None:
-        """The draft has read a text: the wait for it is over."""
+        """The draft has read so many tokens of a text."""
         self.draft_read.record(tokens, seconds)
+
+    def end_waiting(self) -> None:
+        """The draft has read a text: the wait for it is over."""
         self.idle = 0.0
         if self.gain.token_cost(1.0) >= 1.0:
             self.gain.fade()

@@ -24,7 +24,7 @@ from specbranch.proposer.slots import Slots
 from specbranch.proposer.step_costs import Round, StepCosts
 from specbranch.proposer.text import Text
 from specbranch.runtime.attach import Attachment
-from specbranch.runtime.model import CachedModel
+from specbranch.runtime.model import PREFILL_CHUNK, CachedModel
 from specbranch.runtime.placement import make_runner
 from specbranch.runtime.threads import set_threads
 
@@ -91,7 +91,7 @@ class Proposer:
         overlapped = False
         if costs.serial.target.known:  # else a step without drafts is to be measured first
             self._read(live, costs)
-            drafting = [text for text in live if text.runner is not None]
+            drafting = [text for text in live if text.ready]
             overlapped = bool(drafting) and self._overlaps(drafting, costs)
             turns = [Turn(text, self._state(text, costs, overlapped)) for text in drafting]
             draft_for(turns, self.policy, self._most, self._guard, self._fail)
@@ -155,8 +155,8 @@ class Proposer:
         return accepted
 
     def _read(self, texts: Sequence[Text], costs: Costs) -> None:
-        """The draft reads texts that it has not read, where that is expected to pay; of texts that grew its caches
-        do."""
+        """The draft begins to read texts where that is expected to pay; of those that grew, its caches do. Then it
+        reads on, those first that wait longest; not so much that the engine would wait long."""
         for text in texts:
             tokens = len(text.tokens)
             if text.fits(tokens + self._most):
@@ -165,28 +165,44 @@ class Proposer:
             if room is None:
                 self._slots.forget(text)
                 continue
-            self._guard(text, partial(self._read_one, text, room, texts, costs))
+            self._guard(text, partial(self._begin, text, room, texts, costs))
+        left = float(PREFILL_CHUNK)
+        for text in sorted(texts, key=lambda text: text.read_at):
+            if left > 0 and text.runner is not None and not text.ready:
+                left -= self._read_on(text, left, costs)
 
-    def _read_one(self, text: Text, room: int, live: Sequence[Text], costs: Costs) -> None:
+    def _begin(self, text: Text, room: int, live: Sequence[Text], costs: Costs) -> None:
         others = [other for other in self._texts if other is not text]
-        begin = time.perf_counter()
         if text.runner is not None:
             moved = self._slots.move(text, room, others, live)
             if moved is None:
                 return
-            runner, excerpt, unread = moved, text.excerpt, 0
+            runner, excerpt = moved, text.excerpt
         else:
             unread_of = {each: self._slots.unread(text.tokens, each, others) for each in self._reading.excerpts}
             chosen = self._reading.choose(Unread(costs, unread_of, max(1, self._context - len(text.tokens))))
             taken = None if chosen is None else self._slots.take(text.tokens, room, others, live)
             if chosen is None or taken is None:
                 return
-            runner, excerpt, unread = taken, chosen, unread_of[chosen]
+            runner, excerpt = taken, chosen
             if self.policy.calibrated:
                 text.calibrator = copy.deepcopy(self._calibrator)
-        text.read(runner, excerpt, room, self.policy, self._vocabulary)
-        if unread:
-            costs.record_reading(unread, time.perf_counter() - begin)
+        text.begin(runner, excerpt, room, self.policy, self._vocabulary)
+        text.read_at = self._calls
+
+    def _read_on(self, text: Text, most: float, costs: Costs) -> int:
+        begin, count = time.perf_counter(), 0
+
+        def read() -> None:
+            nonlocal count
+            count = text.read(most)
+
+        self._guard(text, read)
+        costs.record_reading(count, time.perf_counter() - begin)
+        if text.ready:
+            costs.end_waiting()
+        text.read_at = self._calls
+        return count
 
     def _overlaps(self, texts: Sequence[Text], costs: Costs) -> bool:
         if not self.policy.overlaps or self._overlap is not None:

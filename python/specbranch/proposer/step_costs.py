@@ -40,7 +40,7 @@ class Round:
         texts, rows = len(self.proposed), sum(self.proposed.values())
         step, seconds = now - self.end, now - self.begin
         mode.target.record(1 + rows / texts, step / texts)
-        drafted = [text for text in self.proposed if text.runner is not None]
+        drafted = [text for text in self.proposed if text.ready]
         if not drafted:
             costs.idle += seconds
             return

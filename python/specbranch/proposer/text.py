@@ -22,11 +22,12 @@ from specbranch.stages import Nodes
 class Text:
     """One text of the engine.
 
-    runner: the draft's, with a cache for this text alone; None while the draft has not read it. excerpt: what of the
-    text it was told to read. chain: the nodes that were proposed, the root first. seen: the newest call that it was a
-    row of. new_tokens: committed since the first. saved: seconds, by its drafts so far; negative where they have lost
-    some. Of the newest round: steps, of the draft; spent: seconds that the engine waited for them; retried: it was a
-    trial of a draft that had not paid. failed: nothing is drafted for it any more.
+    runner: the draft's, with a cache for this text alone; None while the draft is not to read it. excerpt: what of the
+    text it was told to read. ready: whether it has. read_at: the call at which it began to, or read on. chain: the
+    nodes that were proposed, the root first. seen: the newest call that it was a row of. new_tokens: committed since
+    the first. saved: seconds, by its drafts so far; negative where they have lost some. Of the newest round: steps, of
+    the draft; spent: seconds that the engine waited for them; retried: it was a trial of a draft that had not paid.
+    failed: nothing is drafted for it any more.
     """
 
     def __init__(self, tokens: Tokens, calibrator: Calibrator | None) -> None:
@@ -42,6 +43,7 @@ class Text:
         self._drafter: ModelDrafter | None = None
         self._tree = Tree(int(tokens[-1]), len(tokens) - 1)
         self._room = 0
+        self.ready, self.read_at = False, 0
 
     @property
     def tokens(self) -> Tokens:
@@ -60,22 +62,29 @@ class Text:
     # ---- What the draft has read
 
     def fits(self, tokens: int) -> bool:
-        """Whether the draft has read the text, and its cache has room until the text has so many tokens."""
+        """Whether the draft reads the text, or has read it, and its cache has room until the text has so many
+        tokens."""
         return self._drafter is not None and tokens <= self._room
 
-    def read(self, runner: Runner, excerpt: Excerpt, room: int, policy: Policy, vocabulary: int) -> None:
-        """The draft reads the text, or its ends, but for the last token. room: tokens that its cache is to hold. What
-        the cache holds of it already is not read again."""
+    def begin(self, runner: Runner, excerpt: Excerpt, room: int, policy: Policy, vocabulary: int) -> None:
+        """The draft is to read the text, or its ends, but for the last token. room: tokens that its cache is to hold.
+        What the cache holds of it already is not read again."""
         self.keep()
-        drafter = ModelDrafter(runner, Sampling(), policy.candidates, vocabulary, self.calibrator)
-        drafter.begin(self.tokens.tolist())
-        drafter.read(excerpt, room)
-        self.runner, self.excerpt, self._drafter, self._room = runner, excerpt, drafter, room
+        self._drafter = ModelDrafter(runner, Sampling(), policy.candidates, vocabulary, self.calibrator)
+        self._drafter.begin(self.tokens.tolist())
+        self.runner, self.excerpt, self._room, self.ready = runner, excerpt, room, False
         self._tree, self.chain = Tree(int(self.tokens[-1]), len(self.tokens) - 1), [0]
+
+    def read(self, most: float) -> int:
+        """Read at least so many more tokens, if there are, and be ready when there are none. Returns how many."""
+        assert self._drafter is not None
+        count = self._drafter.read(self.excerpt, self._room, most)
+        self.ready = self._drafter.unread(self.excerpt, self._room) == 0
+        return count
 
     def forget(self) -> Runner | None:
         """The draft has read nothing of it. Returns the runner that it had."""
-        runner, self.runner, self._drafter, self._room = self.runner, None, None, 0
+        runner, self.runner, self._drafter, self._room, self.ready = self.runner, None, None, 0, False
         self._tree, self.chain = Tree(int(self.tokens[-1]), len(self.tokens) - 1), [0]
         return runner
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -67,7 +68,8 @@ def _measure(target: Runner, draft: Runner, workers: Threads | Streams, prefix: 
         limit = getattr(model.model.model.config.get_text_config(), "max_position_embeddings", prefix + 1)
         lengths[name] = min(prefix, limit - 1)
     target.reset(lengths["target"])
-    verifier.prefill([1] * (lengths["target"] + 1))
+    verifier.begin([1] * (lengths["target"] + 1))
+    verifier.read(math.inf)
     drafter.begin([1] * (lengths["draft"] + 1))
     drafter.read(ALL, lengths["draft"])
 

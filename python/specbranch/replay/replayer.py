@@ -47,8 +47,11 @@ class ReplayVerifier:
     def most_tokens(self, position: int) -> int:
         return len(self.text)
 
-    def prefill(self, prompt: Sequence[int]) -> int:
+    def begin(self, prompt: Sequence[int]) -> int:
         return len(prompt) - 1
+
+    def read(self, most: float) -> int:
+        return self.text.prompt_tokens - 1  # in no time: it is the same for all methods
 
     def commit(self, path: Sequence[int]) -> None:
         self.time.now += self.costs.round
@@ -86,6 +89,7 @@ class ReplayDrafter:
     burst: int = 1
     forecast: Forecast | None = None
     _ran: set[int] = field(default_factory=set)
+    _has_read: bool = False
     _seen: int = 0
     _position: int = 0
 
@@ -102,10 +106,12 @@ class ReplayDrafter:
         return excerpt.gap(self.text.prompt_tokens)
 
     def unread(self, excerpt: Excerpt, tokens: int) -> int:
-        return self._position - len(self.gap(excerpt, tokens))
+        return 0 if self._has_read else self._position - len(self.gap(excerpt, tokens))
 
-    def read(self, excerpt: Excerpt, tokens: int) -> None:
-        self._seen = self.text.prompt_tokens - 1
+    def read(self, excerpt: Excerpt, tokens: int, most: float) -> int:
+        unread = self.unread(excerpt, tokens)
+        self._has_read, self._seen = True, self.text.prompt_tokens - 1
+        return unread
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int], tokens: Sequence[int]) -> None:
         self._position += len(tokens)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -317,6 +318,11 @@ def head_takes_nothing(model: PreTrainedModel) -> bool:
     """Whether a forward may give its head an input without rows; some quantised layers fail on one."""
     head = model.get_output_embeddings()
     return type(head) in (nn.Linear, PackedLinear) and all(map(is_plain, model.parameters()))
+
+
+def whole_chunks(most: float, tokens: int) -> int:
+    """How many of some tokens to read for at least so many: a device's rows depend on the chunks that they are in."""
+    return tokens if most >= tokens else min(tokens, ceil(most / PREFILL_CHUNK) * PREFILL_CHUNK)
 
 
 def rows_for(tokens: int) -> int:

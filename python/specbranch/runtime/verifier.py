@@ -9,6 +9,7 @@ from functools import partial
 from specbranch.core.messages import Trunk, Verdict
 from specbranch.core.sampling import Sampling
 from specbranch.runtime.hrad.predictor import Predictor
+from specbranch.runtime.model import whole_chunks
 from specbranch.runtime.rules import Walk
 from specbranch.runtime.runner import Judged, PendingVerdict, PendingWalk, Runner
 from specbranch.stages import Pending
@@ -37,12 +38,18 @@ class ModelVerifier:
         """See stages.Verifier."""
         return self.runner.model.most_tokens(position)
 
-    def prefill(self, prompt: Sequence[int]) -> int:
+    def begin(self, prompt: Sequence[int]) -> int:
+        """See stages.Verifier."""
         self._text, self._prompt = list(prompt[:-1]), len(prompt)
         self.runner.model.begin(prompt)
-        unread = prompt[self.runner.model.position : -1]
-        self.runner.prefill(unread)
-        return len(unread)
+        return len(self._text) - self.runner.model.position
+
+    def read(self, most: float) -> int:
+        """See stages.Verifier."""
+        unread = self._text[self.runner.model.position :]
+        chunks = unread[: whole_chunks(most, len(unread))]
+        self.runner.prefill(chunks)
+        return len(chunks)
 
     def keep(self) -> None:
         """The text is over: its rows may serve a text that begins alike."""
