@@ -56,7 +56,6 @@ test: install
 
 nightly: install
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "$(USUAL)" --nightly -o faulthandler_timeout=14400
-	$(MAKE) test-vllm
 
 # In an environment of its own, made once: vLLM's wheels are 900 MB. What it requires for pictures and sound is of
 # another torch, and must go. Our package comes from this folder.
