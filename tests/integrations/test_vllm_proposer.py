@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fake_vllm import FakeVllm, Request, make_proposer, vllm_config
 from torch import nn
 
 from specbranch import SpecBranch, SpecBranchError, bundled
 from specbranch.drafters.model import ModelDrafter
-from specbranch.integrations.vllm import SpecBranchProposer
+from specbranch.integrations.vllm import SpecBranchProposer, with_cores
 from specbranch.proposer import drafting, proposer
 from specbranch.proposer.recognition import Row, recognise
 from specbranch.proposer.step_costs import Round
 from specbranch.runtime import model as runtime_model
+from specbranch.runtime import threads
 from specbranch.together import Together
 
 NEW = 48
@@ -243,6 +248,38 @@ def test_a_prompt_is_read_in_chunks_between_the_steps(requests: list[Request], m
         drafted.append(sum(text.ready for text in engine.proposer._proposer.texts))
     assert drafted.index(3) >= 4
     assert all(request.taken > 0 for request in requests[:3])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="the system binds no threads")
+def test_the_draft_goes_on_where_the_target_does_not_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine binds its threads, and those that they start would be bound as they are."""
+    every, taken = {0, 1, 2, 3}, {1: {0}, 2: {2}, 3: {0, 1, 2, 3}}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda task: taken.get(task, every))
+    monkeypatch.setattr(
+        threads, "Path", lambda path: SimpleNamespace(glob=lambda _: [Path(str(task)) for task in taken])
+    )
+    assert threads.free_cores() == [1, 3]
+    taken[2] = every
+    assert threads.free_cores() == [1, 2, 3]
+    taken.clear()
+    assert threads.free_cores() == [0, 1, 2, 3][torch.get_num_threads() :]
+    monkeypatch.undo()
+    mine = sorted(os.sched_getaffinity(0))
+    background, found = proposer.Background(1, mine[:1]), list[set[int]]()
+    background.start(lambda: found.append(os.sched_getaffinity(0)))
+    background.close()
+    assert found == [{mine[0]}]
+    assert sorted(os.sched_getaffinity(0)) == mine
+
+
+@pytest.mark.parametrize(
+    ("overlap", "free", "expected"), [(None, [], False), (None, [3], None), (True, [], True), (False, [3], False)]
+)
+def test_where_no_core_is_left_the_draft_stops_beside_the_target(
+    overlap: bool | None, free: list[int], expected: bool | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert with_cores(overlap, free) == (expected, free)
+    assert ("overlap is on, and vLLM computes on all cores" in caplog.text) == (overlap is True)
 
 
 # ---- Faults

@@ -29,6 +29,7 @@ from specbranch.runtime.choices import draft_of
 from specbranch.runtime.loading import load_model, load_tokenizer
 from specbranch.runtime.packed import weight_format
 from specbranch.runtime.packing import pack_loaded
+from specbranch.runtime.threads import free_cores
 from specbranch.runtime.weights import parameters_of_forward
 from specbranch.text.vocabulary import check_vocabularies
 
@@ -117,6 +118,9 @@ class SpecBranchProposer:
         draft = load_model(source, "draft", options.dtype, device, None, self._trust, arithmetic)
         pack_loaded(source, draft, "draft", weights, arithmetic)
         draft.eval()
+        overlap, cores = OVERLAP[options.overlap], list[int]()
+        if draft.device.type == next(target.parameters()).device.type == "cpu":
+            overlap, cores = with_cores(overlap, free_cores())
         # Of weights that vLLM has packed there are fewer numbers; a draft that seems larger would never be tried.
         share = parameters_of_forward(draft) / max(1, sum(weight.numel() for weight in target.parameters()))
         self._proposer = Proposer(
@@ -128,9 +132,10 @@ class SpecBranchProposer:
             size=min(share, LARGEST_SHARE),
             say=logger.warning,
             excerpt=check_draft_context(options.draft_context),
-            overlap=OVERLAP[options.overlap],
+            overlap=overlap,
             cache_bytes=round(options.cache_gib * 2**30),
             threads=options.draft_threads if draft.device.type == "cpu" else None,
+            cores=cores,
         )
         kept = weight_format(draft) or str(draft.dtype).removeprefix("torch.")
         logger.info("SpecBranch drafts with %s (%s, %s)", source, kept, draft.device)
@@ -164,6 +169,14 @@ class SpecBranchProposer:
             logger.exception("SpecBranch drafts no more, after a fault of its own; vLLM goes on without drafts")
             self._proposer = None
             return nothing
+
+
+def with_cores(overlap: bool | None, free: list[int]) -> tuple[bool | None, list[int]]:
+    """Whether the draft goes on beside the target, and where. free: cores of both that the target leaves. Where there
+    are none, each thread would wait for others that have no core."""
+    if overlap and not free:
+        logger.warning("overlap is on, and vLLM computes on all cores: the draft will slow the target down")
+    return False if overlap is None and not free else overlap, free
 
 
 def loses_sampling_parameters(device: torch.device) -> bool:

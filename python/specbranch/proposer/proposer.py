@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -26,7 +26,7 @@ from specbranch.proposer.text import Text
 from specbranch.runtime.attach import Attachment
 from specbranch.runtime.model import PREFILL_CHUNK, CachedModel
 from specbranch.runtime.placement import make_runner
-from specbranch.runtime.threads import set_threads
+from specbranch.runtime.threads import run_on, set_threads
 
 GONE = 128  # calls without it, after which a text is over
 
@@ -52,11 +52,12 @@ class Proposer:
         overlap: bool | None = None,
         cache_bytes: int = 2**31,
         threads: int | None = None,
+        cores: Collection[int] = (),
     ) -> None:
         """most: tokens of one proposal. vocabulary: ids from here on are never proposed. context: the most tokens of a
         text. size: parameters of the draft's forward over those of the target's. say: takes a line for the log.
-        excerpt: what of a text the draft reads; None for what pays. overlap: None for what pays. threads: of torch, for
-        drafting while the target runs.
+        excerpt: what of a text the draft reads; None for what pays. overlap: None for what pays. threads, cores:
+        of torch, for drafting while the target runs; no cores: any that this thread may use.
 
         Raises SpecBranchError for a draft that cannot be run.
         """
@@ -77,7 +78,7 @@ class Proposer:
         self._calibrator = Calibrator()  # as the newest verdict left it
         self._calls = 0
         self._round: Round | None = None
-        self._background = Background(threads)
+        self._background = Background(threads, cores)
 
     def propose(self, rows: Sequence[Row | None]) -> list[list[int]]:
         """Tokens to verify behind each row, perhaps none. None instead of a row: it is not to get any."""
@@ -252,10 +253,10 @@ class Proposer:
 
 
 class Background:
-    """Work on a thread of its own, until it is stopped. threads: of torch there."""
+    """Work on a thread of its own, until it is stopped. threads: of torch there. cores: that it runs on."""
 
-    def __init__(self, threads: int | None) -> None:
-        self._threads = threads
+    def __init__(self, threads: int | None, cores: Collection[int] = ()) -> None:
+        self._threads, self._cores = threads, cores
         self._executor: ThreadPoolExecutor | None = None
         self._task: Future[None] | None = None
         self._stop = Event()
@@ -287,3 +288,5 @@ class Background:
     def _begin(self) -> None:
         if self._threads is not None:
             set_threads(self._threads)
+        if self._cores:
+            run_on(self._cores)
