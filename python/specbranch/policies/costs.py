@@ -165,12 +165,14 @@ class Costs:
     right, and what it brings.
 
     size: parameters of the draft's forward over those of the target's, which says what the draft takes until that is
-    measured. texts: that share the rounds; times of a token are of a round divided by the tokens of all. idle: seconds
-    of texts that it did not read, since it last read one. drafted: of those that it did.
+    measured. texts: that share the rounds; times of a token are of a round divided by the tokens of all. sharing: texts
+    that would share a draft's step, if it read them. idle: seconds of texts that it did not read, since it last read
+    one. drafted: of those that it did.
     """
 
     size: float = SIZE_PRIOR
     texts: int = 1
+    sharing: int = 1
     serial: ModeCosts = field(init=False)
     overlapped: ModeCosts = field(init=False)
     target_read: ForwardCost = field(default_factory=lambda: ForwardCost(skipped=0))
@@ -190,7 +192,7 @@ class Costs:
 
     def at_once(self, texts: int) -> None:
         """So many texts share the rounds to come."""
-        self.texts = self.serial.texts = self.overlapped.texts = texts
+        self.texts = self.serial.texts = self.overlapped.texts = self.sharing = texts
 
     def for_more(self) -> Costs:
         """To begin with where more texts share the rounds: what is known counts little."""
@@ -232,7 +234,7 @@ class Costs:
     @property
     def saving(self) -> float:
         """Seconds that a draft is expected to save at each token."""
-        guess = guessed_token_cost(self.acceptance, self.serial.step_price(), self.serial.row_price)
+        guess = guessed_token_cost(self.acceptance, self.serial.step_price(self.sharing), self.serial.row_price)
         return self.plain * (1 - self.gain.token_cost(guess))
 
     def bearable_loss(self, tokens: int) -> float:
