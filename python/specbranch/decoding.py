@@ -85,7 +85,7 @@ class Decoding:
         seconds = self.workers.clock() - begin
         self._unread -= count
         self.stats.prefill_seconds += seconds
-        self.costs.target_read.record(count, seconds)
+        self.costs.record_prompt(count, seconds)
         return count
 
     def _read_draft(self, most: float) -> int:

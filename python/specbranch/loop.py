@@ -92,7 +92,7 @@ class DecodingLoop:
         for turn in ready:
             turn.state = turn.text.state(overlapped)
             turn.text.stats.begin_round(begin, turn.state.overlapped)
-        self._draft_before(ready, overlapped)
+        self._draft_before([turn for turn in ready if turn.text.drafting], overlapped)
         asked = _going(ready)
         if not asked:
             return
@@ -102,7 +102,7 @@ class DecodingLoop:
         verify = partial(self.forwards.verify, [(turn.text.verifier, turn.trunk) for turn in asked])
         if overlapped:
             verdicts = self.workers.submit(verify)
-            self._draft_during(asked, verdicts)
+            self._draft_during([turn for turn in asked if turn.text.drafting], verdicts)
         else:
             verdicts = PendingVerdicts(verify())
         committed = [

@@ -25,6 +25,7 @@ RETRY_AFTER = 40  # rounds, at least, before the slower mode is tried again; dou
 RETRY_SHARE = 0.01  # of the time that such trials may cost at first
 RETRY_ROUNDS = 3  # rounds of such a trial
 STALE = 0.3  # weight of the measurements before such a trial
+FEW_TEXTS = 16.0  # tokens that what fewer texts have gained counts for, where more share the rounds
 
 
 @dataclass
@@ -100,10 +101,12 @@ class ForwardCost:
 
 @dataclass
 class ModeCosts:
-    """Measurements of one mode, serial or overlapped. size, texts: see Costs."""
+    """Measurements of one mode, serial or overlapped. size, texts: see Costs. least_row: seconds that a row of the
+    target takes at least, where there are many."""
 
     size: float = SIZE_PRIOR
     texts: int = 1
+    least_row: float = 0.0
     target: ForwardCost = field(default_factory=ForwardCost)
     draft: ForwardCost = field(default_factory=ForwardCost)
     rounds: int = 0
@@ -142,10 +145,13 @@ class ModeCosts:
 
     @property
     def row_price(self) -> float:
-        """Committed tokens that one more row in the target's forward must bring, to pay for itself."""
+        """Committed tokens that one more row in the target's forward must bring, to pay for itself.
+
+        Few rows may cost next to nothing more than one; of that does not follow what those behind them cost.
+        """
         if not self.target.known:
-            return ROW_PRIOR
-        return self.target.per_row / max(self.token_value, 1e-9)
+            return ROW_PRIOR * self.texts
+        return max(self.target.per_row, self.least_row) / max(self.token_value, 1e-9)
 
     @property
     def seconds_per_token(self) -> float:
@@ -201,11 +207,17 @@ class Costs:
             mode.fade()
             for cost in (mode.target, mode.draft):
                 cost.fade()
-        fresh.gain.fade()
+        fresh.gain.limit(FEW_TEXTS)
         return fresh
 
     def mode(self, overlapped: bool) -> ModeCosts:
         return self.overlapped if overlapped else self.serial
+
+    def record_prompt(self, tokens: int, seconds: float) -> None:
+        """The target has read so many tokens of a prompt."""
+        self.target_read.record(tokens, seconds)
+        if self.target_read.known:
+            self.serial.least_row = self.overlapped.least_row = self.target_read.per_row
 
     def record_reading(self, tokens: int, seconds: float) -> None:
         """The draft has read so many tokens of a text."""

@@ -29,6 +29,11 @@ class Gain:
         """Let what is known count little from now on."""
         self.spent, self.tokens = STALE * self.spent, STALE * self.tokens
 
+    def limit(self, tokens: float) -> None:
+        """Let what is known count for at most so many tokens."""
+        share = min(1.0, tokens / max(self.tokens, 1e-9))
+        self.spent, self.tokens = share * self.spent, share * self.tokens
+
     def token_cost(self, guess: float) -> float:
         """Of a token to come, in plain tokens. guess: where little is known."""
         return (PRIOR_TOKENS * guess + self.spent) / (PRIOR_TOKENS + self.tokens)
