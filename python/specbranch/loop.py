@@ -102,7 +102,7 @@ class DecodingLoop:
         verify = partial(self.forwards.verify, [(turn.text.verifier, turn.trunk) for turn in asked])
         if overlapped:
             verdicts = self.workers.submit(verify)
-            self._draft_during([turn for turn in asked if turn.text.drafting], verdicts)
+            self._draft_during(asked, verdicts)
         else:
             verdicts = PendingVerdicts(verify())
         committed = [
@@ -124,9 +124,9 @@ class DecodingLoop:
 
     def _draft_during(self, turns: list[Turn], verdicts: Verdicts) -> None:
         """Grow branches until the target is done, or until it would have to wait for the next step."""
-        begin, first = self.clock(), turns[0].text
+        begin, drafting = self.clock(), [turn for turn in turns if turn.text.drafting]
+        first, trunks = drafting[0].text, sum(len(turn.trunk) for turn in turns)
         cost = first.costs.overlapped
-        trunks = sum(len(turn.trunk) for turn in turns)
 
         def should_continue(under_way: int) -> bool:
             """Whether one more step would end with the target, or at most half a step later."""
@@ -140,11 +140,11 @@ class DecodingLoop:
 
         with self.workers.draft_threads():
             while not verdicts.done():
-                for turn in turns:
+                for turn in drafting:
                     assert turn.flight is not None
                     turn.expansion = turn.text.policy.draft_during(turn.text.tree, turn.flight, turn.state)
                     turn.steps = turn.text.steps(turn.expansion)
-                wanting = [turn for turn in _going(turns) if turn.steps]
+                wanting = [turn for turn in _going(drafting) if turn.steps]
                 if not wanting or not should_continue(0):
                     break
                 self._expand(wanting, True, should_continue)

@@ -6,6 +6,7 @@ import pytest
 
 from specbranch.policies.costs import (
     ENOUGH_ROUNDS,
+    FEW_TEXTS,
     RETRY_AFTER,
     RETRY_ROUNDS,
     RETRY_SHARE,
@@ -235,12 +236,42 @@ def test_prices_of_texts_that_share_their_rounds() -> None:
     assert costs.serial.token_value == pytest.approx(0.1)
 
 
+def test_a_row_of_several_texts_is_no_cheaper_than_one_of_a_prompt() -> None:
+    """Rows up to a tile's cost nothing on some processors, and those behind them what they cost in a prompt."""
+    costs = Costs(0.25)
+    costs.at_once(8)
+    assert costs.serial.row_price == pytest.approx(8 * ROW_PRIOR)
+    for rows in (1, 1, 8, 8):
+        costs.serial.target.record(rows, 0.1)
+    assert costs.serial.row_price == 0.0
+    for rows in (100, 200):
+        costs.record_prompt(rows, 0.06 + 0.004 * rows)
+    assert costs.serial.row_price == pytest.approx(0.004 / (0.1 / 8), rel=0.01)
+    assert costs.overlapped.least_row == costs.serial.least_row
+
+
+def test_a_step_that_texts_share_costs_each_its_share_before_anything_is_read() -> None:
+    def saving(sharing: int) -> float:
+        costs = Costs(0.25, sharing=sharing)
+        for rows in (1, 1, 5, 5):
+            costs.serial.target.record(rows, 0.1)
+        costs.serial.draft.record(1, 0.09)
+        costs.serial.draft.record(8, 0.09)
+        return costs.saving
+
+    assert saving(1) < 0.02
+    assert saving(8) > 0.04
+
+
 def test_what_is_known_of_fewer_texts_counts_little_for_more() -> None:
     fewer = Costs(0.25)
     for rows in (1, 1, 5, 5):
         fewer.serial.target.record(rows, 1.0)
+    fewer.gain.record(10.0, 100)
     more = fewer.for_more()
     more.at_once(8)
+    assert more.gain.tokens == FEW_TEXTS
+    assert more.gain.spent == pytest.approx(FEW_TEXTS / 10)
     assert more.serial.target.of(8) == pytest.approx(1.0)
     for _ in range(12):
         more.serial.target.record(8, 2.0)

@@ -169,7 +169,7 @@ SHARED_BUGS = [
     Bug(LOOP, "Turn.own_errors", "self.error = error", "raise", "one text's error ends the round of all"),
     Bug(LOOP, PLAY, "asked = _going(ready)", "asked = [each for each in turns if hasattr(each, 'state')]", "a trunk"),
     Bug(LOOP, BEFORE, "_going(wanting)", "wanting", ON),
-    Bug(LOOP, DURING, "in _going(turns)", "in turns", ON),
+    Bug(LOOP, DURING, "in _going(drafting)", "in turns", ON),
     Bug(LOOP, EXPAND, "turn.error = found", "raise found", "one text's error ends the round of all"),
     Bug(LOOP, "DecodingLoop._commit", "turn.error is None and", "", SPITE),
     Bug(LOOP, "DecodingLoop._commit", "turn.error = turn.error or verdict", "raise verdict", "ends the round of all"),
