@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -167,7 +168,9 @@ class SpecBranchProposer:
             )
         except Exception:
             logger.exception("SpecBranch drafts no more, after a fault of its own; vLLM goes on without drafts")
-            self._proposer = None
+            proposer, self._proposer = self._proposer, None
+            with suppress(Exception):  # which is said already
+                proposer.close()
             return nothing
 
 

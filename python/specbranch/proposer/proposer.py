@@ -107,8 +107,10 @@ class Proposer:
 
     def close(self) -> None:
         """End what runs beside the engine, and leave the draft as it was."""
-        self._background.close()
-        self._attached.close()
+        try:
+            self._background.close()
+        finally:
+            self._attached.close()
 
     @property
     def texts(self) -> Sequence[Text]:
@@ -281,9 +283,11 @@ class Background:
             task.result()
 
     def close(self) -> None:
-        self.stop()
-        if self._executor is not None:
-            self._executor.shutdown()
+        try:
+            self.stop()
+        finally:
+            if self._executor is not None:
+                self._executor.shutdown()
 
     def _begin(self) -> None:
         if self._threads is not None:
