@@ -23,14 +23,11 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specbranch.cli.bench.vllm_peer import VllmProcess, bound_to, cores
 from specbranch.cli.bench.vllm_worker import preloaded, serve, versions
 from specbranch.runtime.sources import resolve
-
-if TYPE_CHECKING:
-    from specbranch.cli.bench.peers import PeerText
 
 OURS = "specbranch.integrations.vllm.SpecBranchProposer"
 DRAFTED = (2, 4, 6)  # tokens of vLLM's own draft_model method
@@ -153,10 +150,8 @@ class Engine(VllmProcess):
         super().__init__(kind.partition(":")[0], command, environment, setup)
 
     def ask(self, texts: Sequence[Sequence[int]], max_new_tokens: int) -> dict[str, Any]:
+        """As `Vllm.generate`. Raises ChildProcessError for an engine that fails or has ended."""
         return self._ask({"texts": list(texts), "max_new_tokens": max_new_tokens})
-
-    def generate(self, ids: Sequence[int], **options: Any) -> PeerText:
-        raise NotImplementedError("several texts are asked for")
 
 
 def prompts_of(args: argparse.Namespace) -> list[list[int]]:

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 ROOM = 16  # positions behind the last token, so that drafting is not cut short there
 
-_Self = TypeVar("_Self", bound="PeerProcess")
+_Self = TypeVar("_Self", bound="ChildProcess")
 
 
-class PeerProcess(ABC):
+class ChildProcess:
     """A process and all that it starts, until `close`, which a with statement does. Its log stays where something went
     wrong.
 
@@ -51,13 +51,6 @@ class PeerProcess(ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @abstractmethod
-    def generate(self, ids: Sequence[int], **options: Any) -> PeerText:
-        """What the peer writes; options: as for `Peers.generate`.
-
-        Raises ChildProcessError for what it refuses, a process that has ended, and an answer that cannot be.
-        """
 
     def close(self) -> None:
         """End the process and every one that it started."""
@@ -111,6 +104,17 @@ class PeerProcess(ABC):
         self._failed = True
         log = "" if str(self._log) in reason else f" (its log: {self._log})"
         return ChildProcessError(" ".join(reason.split()) + log)
+
+
+class PeerProcess(ChildProcess, ABC):
+    """One that writes texts beside our methods."""
+
+    @abstractmethod
+    def generate(self, ids: Sequence[int], **options: Any) -> PeerText:
+        """What the peer writes; options: as for `Peers.generate`.
+
+        Raises ChildProcessError for what it refuses, a process that has ended, and an answer that cannot be.
+        """
 
 
 def _signal(group: int, number: int) -> None:

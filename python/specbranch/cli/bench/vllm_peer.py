@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.bench.process import PeerProcess, last_line
+from specbranch.cli.bench.process import ChildProcess, PeerProcess, last_line
 
 if TYPE_CHECKING:
     from specbranch.cli.bench.peers import PeerText
@@ -48,7 +48,7 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-class VllmProcess(PeerProcess):
+class VllmProcess(ChildProcess):
     """A process that answers in lines of JSON, as vllm_worker.py does.
 
     setup: what it is to load. environment: more than ours. Raises ChildProcessError where it does not start, and then
@@ -96,7 +96,7 @@ class VllmProcess(PeerProcess):
         return named or error or last_line(said)
 
 
-class VllmEngine(VllmProcess):
+class VllmEngine(VllmProcess, PeerProcess):
     """One engine.
 
     setup: as the worker's `Engine` takes it; cores: those that it computes on. stop: the tokens that end a text. Raises
