@@ -59,7 +59,7 @@ def packed_linear_cases(device: str) -> Iterator[Case]:
     for name, (hidden, intermediate, kv, layers) in MODELS.items():
         layer = layer_shapes(hidden, intermediate, kv)
         for kind in KINDS:
-            for rows in (1, 2, 4, 6, 8, 16, 256):
+            for rows in (1, 2, 4, 6, 8, 16, 64, 256):
                 quick = name == "0.5B" and (kind[0], rows) in (("lossless", 1), ("lossless", 6), ("q4_0", 1))
                 yield packed_linear_case(f"{name}: one of {layers} layers", layer, rows, kind, quick)
             yield packed_linear_case(f"{name}: output layer", ((VOCABULARY, hidden),), 1, kind, quick=False)

@@ -45,8 +45,8 @@ Isa best_without_tiles() {
 bool ask_for_amx() {
 #if defined(SPECBRANCH_AMX) && defined(__linux__)
   unsigned a = 0, b = 0, c = 0, d = 0;
-  constexpr unsigned bf16_bit = 1u << 22, tile_bit = 1u << 24;  // leaf 7, EDX
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & bf16_bit) == 0 || (d & tile_bit) == 0) return false;
+  constexpr unsigned needed = 1u << 22 | 1u << 24 | 1u << 25;  // AMX-BF16, AMX-TILE, AMX-INT8: leaf 7, EDX
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & needed) != needed) return false;
   if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c >> 27 & 1) == 0) return false;  // OSXSAVE: XGETBV may be used
   unsigned kept = 0, high = 0;
   asm volatile("xgetbv" : "=a"(kept), "=d"(high) : "c"(0));

@@ -18,7 +18,7 @@ namespace specbranch {
 
 // `bf16`: the level before it, and products of bfloat16 and of 8 bits by the processor's own instructions (AVX512-BF16, VNNI,
 // VBMI and VBMI2 on x86, FEAT_BF16 and FEAT_DotProd on Arm). Only the files of a cpu/bf16/ folder are compiled for it. `amx`: `bf16` of x86 and
-// bfloat16 products in tiles (AMX-TILE, AMX-BF16), for the files of a cpu/amx/ folder.
+// products in tiles, of bfloat16 and of 8 bits (AMX-TILE, AMX-BF16, AMX-INT8), for the files of a cpu/amx/ folder.
 enum class Isa { baseline, avx2, avx512, bf16, amx };
 
 // The level in use: the best one this processor has, or one named by the environment variable SPECBRANCH_ISA (read

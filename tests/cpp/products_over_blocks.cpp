@@ -143,7 +143,7 @@ TEST(fast_products_over_blocks_are_those_of_plain_code) {
                   p, p.input.data + row * p.in, [&](int64_t i) -> const Run& { return blocks.runs[i]; }, layout.format);
               expected.insert(expected.end(), one.begin(), one.end());
             }
-            for (const int64_t rows : {1, 2, 3, 4, 5, 8, 11, 12, 13, 30}) {
+            for (const int64_t rows : {1, 2, 3, 4, 5, 8, 11, 12, 13, 16, 17, 21, 30}) {
               const int64_t row = rows % 2 == 0 ? 0 : most - rows;
               const auto first = expected.begin() + row * p.out;
               PackedLinearParams q = blocks.params(format, Arithmetic::fast);

@@ -8,7 +8,7 @@
 // exact, at every level. A row with an infinity or NaN gets NaN.
 //
 // 16 outputs lie in the lanes of a register (linear/packed_blocks.h). At every instruction-set level a run's codes are
-// unpacked once for up to `fast_rows` rows.
+// unpacked once for up to `fast_rows` rows; amx/fast.h has what the processor's tiles do with more.
 #pragma once
 
 #include <algorithm>
@@ -106,13 +106,16 @@ inline FloatVec fused(FloatVec a, FloatVec b, FloatVec c) {
 
 // ---- Inputs
 
-// Rows [rows, in] in 8 bits. scales: [rows, runs, 2], a run's scale and that times the sum of its inputs; sums: [rows,
-// in / 16] of inputs.
+// Rows in 8 bits, the same run of `together` rows one after the other: codes [rows / together, runs, together, 32];
+// scales [.., 2], a run's scale and that times the sum of its inputs; sums [.., 2] of inputs, of a run's halves.
+template <int together>
 struct FastInputs {
-  int64_t in, runs;
+  int64_t runs;
   int8_t* codes;
   float* scales;
   int32_t* sums;
+
+  int64_t place(int64_t row, int64_t n) const { return (row / together * runs + n) * together + row % together; }
 
   void round_row(const Bfloat16* from, int64_t row) const {
     constexpr int vectors = run_size / simd_width;
@@ -125,7 +128,8 @@ struct FastInputs {
       }
       const float most = reduce_max(largest), check = reduce_sum(odd);
       const float factor = most < 1e-30f ? 0.0f : 127.0f / most;
-      int8_t* const to = codes + row * in + n * run_size;
+      const int64_t at = place(row, n);
+      int8_t* const to = codes + at * run_size;
       int32_t sum[2] = {0, 0};
       for (int i = 0; i < vectors; ++i) {
         // The sum's last bits are the nearest integer, ties to even.
@@ -137,10 +141,10 @@ struct FastInputs {
         }
       }
       const float scale = check != check ? check : most < 1e-30f ? 0.0f : most / 127.0f;
-      float* const both = scales + (row * runs + n) * 2;
+      float* const both = scales + at * 2;
       both[0] = scale;
       both[1] = scale * static_cast<float>(sum[0] + sum[1]);
-      memcpy(sums + (row * runs + n) * 2, sum, sizeof sum);
+      memcpy(sums + at * 2, sum, sizeof sum);
     }
   }
 };
@@ -233,14 +237,16 @@ struct FastRun {
   }
 };
 
-template <WeightFormat format>
+template <WeightFormat format, int together = 1>
 struct FastProduct {
   FastLayout<format> layout;
   const uint8_t* weights;
-  FastInputs inputs;
+  FastInputs<together> inputs;
   const Bfloat16* bias;  // [out] or null
   Bfloat16* output;      // [rows, out]
   int64_t rows;
+
+  const uint8_t* group(int64_t number) const { return weights + number * layout.group_bytes(); }
 };
 
 // Rounds to nearest, ties to even.
@@ -251,14 +257,38 @@ inline HalfBits rounded(FloatVec y) {
   return __builtin_convertvector((UintVec)select(nan, broadcast(int32_t{0x7FC0}), (IntVec)near), HalfBits);
 }
 
+// Writes the outputs from o on of `rows` rows, of those that there are.
+template <int rows, WeightFormat format, int together>
+inline void finish_rows(const FastProduct<format, together>& p, int64_t o, int64_t row, const FloatVec* y) {
+  const int64_t out = p.layout.out, count = std::min<int64_t>(simd_width, out - o);
+  if (count <= 0) return;
+  FloatVec bias{};
+  if (p.bias != nullptr) {
+    Bfloat16 from[simd_width] = {};
+    memcpy(from, p.bias + o, static_cast<size_t>(count) * sizeof(Bfloat16));
+    bias = load(from);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < rows; ++r) {
+    if (together > 1 && row + r >= p.rows) return;
+    const HalfBits bits = rounded(p.bias == nullptr ? y[r] : y[r] + bias);
+    Bfloat16* const to = p.output + (row + r) * out + o;
+    if (count == simd_width) {
+      store_unaligned(to, bits);
+    } else {
+      memcpy(to, &bits, static_cast<size_t>(count) * sizeof(Bfloat16));
+    }
+  }
+}
+
 // A group's outputs in `rows` rows. next: weights that are asked for meanwhile, as many bytes as a group has.
 template <WeightFormat format, int rows>
 __attribute__((noinline)) void fast_tile(const FastProduct<format>& p, int64_t group, int64_t row,
                                          const uint8_t* next) {
   using Weights = FastRun<format>;
   const FastLayout<format> layout = p.layout;
-  const uint8_t* const data = p.weights + group * layout.group_bytes();
-  const FastInputs& in = p.inputs;
+  const uint8_t* const data = p.group(group);
+  const FastInputs<1>& in = p.inputs;
   const int64_t runs = in.runs, fetched = runs == 0 ? 0 : divide_up(layout.group_bytes(), runs * fast_line);
   for (int lane = 0; lane < layout.width; lane += simd_width) {
     FloatVec y[rows] = {};
@@ -270,9 +300,10 @@ __attribute__((noinline)) void fast_tile(const FastProduct<format>& p, int64_t g
       run.read(layout, data, n, lane);
 #pragma GCC unroll 16
       for (int r = 0; r < rows; ++r) {
-        const int8_t* const codes = in.codes + (row + r) * in.in + n * run_size;
-        const float* const scales = in.scales + ((row + r) * runs + n) * 2;
-        const int32_t* const sums = in.sums + ((row + r) * runs + n) * 2;
+        const int64_t at = in.place(row + r, n);
+        const int8_t* const codes = in.codes + at * run_size;
+        const float* const scales = in.scales + at * 2;
+        const int32_t* const sums = in.sums + at * 2;
 #pragma GCC unroll 2
         for (int h = 0; h < Weights::halves; ++h) {
           constexpr int parts = Weights::parts / Weights::halves;
@@ -289,24 +320,7 @@ __attribute__((noinline)) void fast_tile(const FastProduct<format>& p, int64_t g
         if constexpr (Weights::blocks.minimum) y[r] = fused(-run.minimum, broadcast(scales[1]), y[r]);
       }
     }
-    const int64_t o = group * layout.width + lane, count = std::min<int64_t>(simd_width, layout.out - o);
-    if (count <= 0) return;
-    FloatVec bias{};
-    if (p.bias != nullptr) {
-      Bfloat16 from[simd_width] = {};
-      memcpy(from, p.bias + o, static_cast<size_t>(count) * sizeof(Bfloat16));
-      bias = load(from);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < rows; ++r) {
-      const HalfBits bits = rounded(p.bias == nullptr ? y[r] : y[r] + bias);
-      Bfloat16* const to = p.output + (row + r) * layout.out + o;
-      if (count == simd_width) {
-        store_unaligned(to, bits);
-      } else {
-        memcpy(to, &bits, static_cast<size_t>(count) * sizeof(Bfloat16));
-      }
-    }
+    finish_rows<rows>(p, group * layout.width + lane, row, y);
   }
 }
 
@@ -320,41 +334,51 @@ void fast_tiles(const FastProduct<format>& p, int64_t group, int64_t row, int64_
 
 // ---- The product
 
+// The groups from `begin` to `end` in all rows; `following` is what this thread goes on with.
 template <WeightFormat format>
-void fast_product(FastProduct<format> p, const Bfloat16* input, int threads) {
+void fast_panel(const FastProduct<format>& p, int64_t begin, int64_t end, int64_t following) {
+  const int64_t row_groups = divide_up(p.rows, fast_rows), last = p.layout.groups() - 1;
+  for (int64_t g = 0; g < row_groups; ++g) {
+    const int64_t row = p.rows * g / row_groups, count = p.rows * (g + 1) / row_groups - row;
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t next = g > 0 ? group : group + 1 < end ? group + 1 : std::min(following, last);
+      fast_tiles<format>(p, group, row, count, p.group(next));
+    }
+  }
+}
+
+// Rounds the inputs and hands out panels of groups: panel_of(p, begin, end, following). most_groups: of a panel.
+template <WeightFormat format, int together, typename Panel>
+void fast_product(FastProduct<format, together> p, const Bfloat16* input, int threads, int64_t most_groups,
+                  const Panel& panel_of) {
   thread_local Buffer<int8_t> codes;
   thread_local Buffer<float> scales;
   thread_local Buffer<int32_t> sums;
   const int64_t in = p.layout.in, runs = p.layout.runs(), groups = p.layout.groups();
-  p.inputs = {in, runs, codes.at_least(p.rows * in), scales.at_least(p.rows * runs * 2),
-              sums.at_least(p.rows * runs * 2)};
+  const int64_t places = divide_up(p.rows, together) * together * runs;
+  p.inputs = {runs, codes.at_least(places * run_size), scales.at_least(places * 2), sums.at_least(places * 2)};
   threads = threads_for(p.rows, in, p.layout.out, threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (p.rows * in > 65536)
   for (int64_t row = 0; row < p.rows; ++row) p.inputs.round_row(input + row * in, row);
 
   // Panels are handed out one by one, since the draft may be running on one of the cores, and one ahead, since a group
   // asks for the next one's weights.
-  const int64_t panel = std::max<int64_t>(1, std::min<int64_t>(p.rows > fast_rows ? 4 : 8, groups / (32 * threads)));
-  const int64_t row_groups = divide_up(p.rows, fast_rows), group_bytes = p.layout.group_bytes();
+  const int64_t panel = std::max<int64_t>(1, std::min(most_groups, groups / (32 * threads)));
   std::atomic<int64_t> next_panel{0};
 #pragma omp parallel num_threads(threads)
   {
     int64_t begin = next_panel++ * panel;
     while (begin < groups) {
-      const int64_t following = next_panel++ * panel, end = std::min(begin + panel, groups);
-      for (int64_t g = 0; g < row_groups; ++g) {
-        const int64_t row = p.rows * g / row_groups, count = p.rows * (g + 1) / row_groups - row;
-        for (int64_t group = begin; group < end; ++group) {
-          const int64_t next = g > 0 ? group : group + 1 < end ? group + 1 : std::min(following, groups - 1);
-          fast_tiles<format>(p, group, row, count, p.weights + next * group_bytes);
-        }
-      }
+      const int64_t following = next_panel++ * panel;
+      panel_of(p, begin, std::min(begin + panel, groups), following);
       begin = following;
     }
   }
 }
 
-inline void fast(const PackedLinearParams& params) {
+// Calls multiply(product, input) for all rows, at most `fast_pass` at once.
+template <int together, typename Multiply>
+void fast_passes(const PackedLinearParams& params, const Multiply& multiply) {
   const int64_t rows = rows_of(params.input), in = params.weight.in, out = params.weight.out;
   const Bfloat16* const input = params.input.as<const Bfloat16>();
   Bfloat16* const output = params.output.as<Bfloat16>();
@@ -362,15 +386,23 @@ inline void fast(const PackedLinearParams& params) {
   for (int64_t i = 0; i < passes; ++i) {
     const int64_t begin = rows * i / passes;
     with_block_format(params.weight.format, [&](auto format) {
-      const FastProduct<format> p{{out, in},
-                                  params.weight.data.as<const uint8_t>(),
-                                  {},
-                                  params.bias.as<const Bfloat16>(),
-                                  output + begin * out,
-                                  rows * (i + 1) / passes - begin};
-      fast_product(p, input + begin * in, params.launch.threads);
+      const FastProduct<format, together> p{{out, in},
+                                            params.weight.data.as<const uint8_t>(),
+                                            {},
+                                            params.bias.as<const Bfloat16>(),
+                                            output + begin * out,
+                                            rows * (i + 1) / passes - begin};
+      multiply(p, input + begin * in);
     });
   }
+}
+
+inline void fast(const PackedLinearParams& params) {
+  fast_passes<1>(params, [&](const auto& product, const Bfloat16* input) {
+    fast_product(
+        product, input, params.launch.threads, product.rows > fast_rows ? 4 : 8,
+        [](const auto& p, int64_t begin, int64_t end, int64_t following) { fast_panel(p, begin, end, following); });
+  });
 }
 
 }  // namespace SPECBRANCH_ISA

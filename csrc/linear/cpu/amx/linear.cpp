@@ -1,8 +1,8 @@
 // linear and packed_linear of bfloat16 with the processor's tiles.
+#include "linear/cpu/amx/fast.h"
 #include "linear/cpu/amx/few.h"
 #include "linear/cpu/amx/many.h"
 #include "linear/cpu/bf16/run.h"
-#include "linear/cpu/fast.h"
 
 namespace specbranch {
 namespace cpu {
@@ -23,7 +23,9 @@ void run_blocks(const PackedLinearParams& params) {
 void linear(const LinearParams& params) { run_dense(params); }
 
 void packed_linear(const PackedLinearParams& params) {
-  if (params.weight.arithmetic == Arithmetic::fast) return fast(params);
+  if (params.weight.arithmetic == Arithmetic::fast) {
+    return rows_of(params.input) > fast_rows ? fast_in_tiles(params) : fast(params);
+  }
   if (params.weight.format == WeightFormat::lossless) return run_lossless(params);
   run_blocks(params);
 }

@@ -2,24 +2,10 @@
 // ascending order. Whoever computes a product does so, so that a row gets the same bits from every kernel.
 #pragma once
 
-#include <type_traits>
-#include <utility>
-
 #include "linear/cpu/amx/inputs.h"
 
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
-
-template <typename Body, int... numbers>
-__attribute__((always_inline)) inline void for_each(const Body& body, std::integer_sequence<int, numbers...>) {
-  (body(std::integral_constant<int, numbers>()), ...);
-}
-
-// Calls body(number as a type) for 0 to count - 1.
-template <int count, typename Body>
-__attribute__((always_inline)) inline void for_each(const Body& body) {
-  for_each(body, std::make_integer_sequence<int, count>());
-}
 
 template <int weights, int inputs>
 struct TileSums {

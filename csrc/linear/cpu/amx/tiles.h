@@ -6,6 +6,8 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "core/isa.h"
 #include "core/storage.h"
@@ -18,6 +20,17 @@ constexpr int tile_rows = 16;                         // at most: columns of a t
 constexpr int step_in = 32;                           // elements of `in` that an instruction takes
 constexpr int tile_weights = tile_outputs * step_in;  // bfloat16
 constexpr int tile_sums = tile_outputs * tile_rows;   // floats
+
+template <typename Body, int... numbers>
+__attribute__((always_inline)) inline void for_each(const Body& body, std::integer_sequence<int, numbers...>) {
+  (body(std::integral_constant<int, numbers>()), ...);
+}
+
+// Calls body(number as a type) for 0 to count - 1.
+template <int count, typename Body>
+__attribute__((always_inline)) inline void for_each(const Body& body) {
+  for_each(body, std::make_integer_sequence<int, count>());
+}
 
 // What LDTILECFG reads.
 struct alignas(64) TileConfig {
@@ -52,6 +65,12 @@ inline void tile_add_products() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(a), "i"(b));
 }
 
+// The same of bytes, all signed, four at a time, added to sums of 32 bits.
+template <int sums, int a, int b>
+inline void tile_add_bytes() {
+  asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(a), "i"(b));
+}
+
 // What the tiles are for, up to four of sums: those of weight tile i and input tile j are tile i * inputs + j.
 template <int inputs>
 constexpr int sums_tile(int i, int j) {
@@ -67,22 +86,30 @@ constexpr int input_tile(int j) {
   return inputs == 1 ? 7 : 6 + j;
 }
 
-// The tiles of the calling thread, from here to the end of the scope. columns: rows of the input in a tile; 16 where
-// there are two input tiles.
-class Tiles {
+// The tiles of the calling thread, from here to the end of the scope.
+class Configured {
  public:
-  explicit Tiles(int columns) {
+  explicit Configured(const TileConfig& config) { tile_config(config); }
+  ~Configured() { tile_release(); }
+  Configured(const Configured&) = delete;
+  Configured& operator=(const Configured&) = delete;
+};
+
+// For products of bfloat16. columns: rows of the input in a tile; 16 where there are two input tiles.
+class Tiles : Configured {
+ public:
+  explicit Tiles(int columns) : Configured(config_of(columns)) {}
+
+ private:
+  static TileConfig config_of(int columns) {
     TileConfig config;
     for (int tile = 0; tile < 8; ++tile) {
       const bool weights = tile >= 4 && tile < 7;
       config.rows[tile] = 16;
       config.row_bytes[tile] = static_cast<uint16_t>(weights ? step_in * sizeof(Bfloat16) : columns * sizeof(float));
     }
-    tile_config(config);
+    return config;
   }
-  ~Tiles() { tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
 };
 
 }  // namespace SPECBRANCH_ISA
