@@ -118,7 +118,7 @@ lint: install
 	$(if $(filter x86_64,$(shell uname -m)),$(BIN)/clang-tidy --quiet $(wildcard csrc/*/cpu/bf16/*.cpp) -- $(TIDY_FLAGS) \
 		-march=x86-64-v4 -mavx512bf16 -mavx512vbmi -mavx512vbmi2 -mavx512vnni -USPECBRANCH_ISA -DSPECBRANCH_ISA=bf16)
 	$(if $(filter x86_64,$(shell uname -m)),$(BIN)/clang-tidy --quiet $(wildcard csrc/*/cpu/amx/*.cpp) -- $(TIDY_FLAGS) \
-		-march=x86-64-v4 -mavx512bf16 -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mamx-tile -mamx-bf16 -USPECBRANCH_ISA -DSPECBRANCH_ISA=amx)
+		-march=x86-64-v4 -mavx512bf16 -mavx512vbmi -mavx512vbmi2 -mavx512vnni -mamx-tile -mamx-bf16 -mamx-int8 -USPECBRANCH_ISA -DSPECBRANCH_ISA=amx)
 
 gate: install
 	$(BIN)/python scripts/cuda_gate.py

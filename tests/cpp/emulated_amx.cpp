@@ -118,6 +118,8 @@ class Instruction {
       store(reg, rows, stride_);
     } else if (opcode == 0x5C && prefix == f3 && mod_ == 3) {
       add_products(reg, rm_, vvvv);
+    } else if (opcode == 0x5E && prefix == f2 && mod_ == 3) {
+      add_byte_products(reg, rm_, vvvv);
     } else {
       return false;
     }
@@ -233,16 +235,36 @@ void store(int tile, void* rows, int64_t stride) {
   }
 }
 
-void add_products(int sums, int a, int b) {
-  const char* const name = "TDPBF16PS";
-  Tile &c = tile_of(sums, name), &left = tile_of(a, name), &right = tile_of(b, name);
+void check_factors(const char* name, int sums, int a, int b) {
+  const Tile &c = tile_of(sums, name), &left = tile_of(a, name), &right = tile_of(b, name);
   expect(sums != a && sums != b && a != b, name, "a tile is named twice");
-  expect(c.bytes % 4 == 0 && left.bytes % 4 == 0 && right.bytes % 4 == 0, name, "a row is no whole number of pairs");
+  expect(c.bytes % 4 == 0 && left.bytes % 4 == 0 && right.bytes % 4 == 0, name, "a row is no whole number of words");
   expect(c.rows == left.rows, name, "sums and first factor have not the same rows");
   expect(c.bytes == right.bytes, name, "sums and second factor have not the same columns");
   expect(left.bytes / 4 == right.rows, name, "the factors' sizes do not match");
+}
+
+void add_products(int sums, int a, int b) {
+  check_factors("TDPBF16PS", sums, a, b);
   const Mode mode;
-  add(c, left, right);
+  add(file[sums], file[a], file[b]);
+}
+
+void add_byte_products(int sums, int a, int b) {
+  check_factors("TDPBSSD", sums, a, b);
+  const Tile &left = file[a], &right = file[b];
+  for (int m = 0; m < left.rows; ++m) {
+    for (int n = 0; n < right.bytes / 4; ++n) {
+      uint32_t sum;  // which wraps around
+      unsigned char* const to = file[sums].data[m] + 4 * n;
+      std::memcpy(&sum, to, sizeof sum);
+      for (int i = 0; i < left.bytes; ++i) {
+        const int factor = static_cast<int8_t>(left.data[m][i]);
+        sum += static_cast<uint32_t>(factor * static_cast<int8_t>(right.data[i / 4][4 * n + i % 4]));
+      }
+      std::memcpy(to, &sum, sizeof sum);
+    }
+  }
 }
 
 bool configured() {

@@ -21,7 +21,8 @@ void release();                        // TILERELEASE
 void zero(int tile);                   // TILEZERO
 void load(int tile, const void* rows, int64_t stride);
 void store(int tile, void* rows, int64_t stride);
-void add_products(int sums, int a, int b);  // TDPBF16PS
+void add_products(int sums, int a, int b);
+void add_byte_products(int sums, int a, int b);  // TDPBF16PS
 
 // Whether the calling thread has tiles.
 bool configured();

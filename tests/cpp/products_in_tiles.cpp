@@ -85,6 +85,27 @@ TEST(emulated_tiles_do_what_the_manual_says) {
   emulated_amx::release();
 }
 
+TEST(emulated_tiles_multiply_signed_bytes) {
+  if (!runs_here()) return;
+  configure({{2, 12}, {2, 8}, {2, 12}});
+  const int8_t a[2][8] = {{-128, 127, 1, 2, 3, 4, 5, 6}, {0, 0, 0, -1, 1, 0, 0, 0}};
+  int8_t b[2][12] = {};
+  for (int k = 0; k < 8; ++k) b[k / 4][k % 4] = static_cast<int8_t>(k == 0 ? -128 : k);      // first column
+  for (int k = 0; k < 8; ++k) b[k / 4][8 + k % 4] = static_cast<int8_t>(k == 3 ? 100 : -k);  // last one
+  int32_t sums[2][3] = {{7, 7, 7}, {INT32_MAX, 0, 0}};
+  emulated_amx::load(1, a, sizeof a[0]);
+  emulated_amx::load(2, b, sizeof b[0]);
+  emulated_amx::load(0, sums, sizeof sums[0]);
+  emulated_amx::add_byte_products(0, 1, 2);
+  emulated_amx::store(0, sums, sizeof sums[0]);
+  CHECK_EQUAL(sums[0][0], 7 + 128 * 128 + 127 + 2 + 6 + 12 + 20 + 30 + 42);
+  CHECK_EQUAL(sums[0][1], 7);
+  CHECK_EQUAL(sums[0][2], 7 - 127 - 2 + 200 - 12 - 20 - 30 - 42);
+  CHECK_EQUAL(sums[1][0], static_cast<int32_t>(static_cast<uint32_t>(INT32_MAX) + 1));
+  CHECK_EQUAL(sums[1][2], -104);
+  emulated_amx::release();
+}
+
 // Whether `run` ends the process.
 bool dies(const std::function<void()>& run) {
   fflush(stdout);
@@ -132,6 +153,10 @@ TEST(emulated_tiles_find_mistakes) {
   CHECK(dies([&] {
     configure(good);
     emulated_amx::add_products(0, 1, 1);
+  }));
+  CHECK(dies([&] {
+    configure({{8, 64}, {16, 64}, {16, 64}});
+    emulated_amx::add_byte_products(0, 1, 2);
   }));
   CHECK(dies([&] { configure(good, 2); }));
   CHECK(dies([&] { configure({{17, 64}}); }));

@@ -10,7 +10,7 @@
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
 
-constexpr int64_t most_few = 2 * tile_rows;
+constexpr int64_t most_few = 4 * tile_rows;
 // Of `in`: how far ahead weights are asked for. Not so far as the next tiles, which may be more than the second-level
 // cache holds; far enough for the bytes that are on their way from memory at once.
 constexpr int64_t fetch_steps = 4;
@@ -72,11 +72,12 @@ void few(const Product<Weights>& p, int threads) {
   Inputs x{p.in, p.rows};
   x.data = scratch.at_least(x.size());
   for (int64_t tile = 0; tile < x.tiles; ++tile) x.pack(p.input, tile);
-  if (x.tiles == 1) {
+  switch (x.tiles) {
     // Those that are read where they lie are as many streams of memory as they have rows.
-    few_panels<std::is_same_v<Weights, Dense> ? 2 : 4, 1>(p, x, threads);
-  } else {
-    few_panels<2, 2>(p, x, threads);
+    case 1: return few_panels<std::is_same_v<Weights, Dense> ? 2 : 4, 1>(p, x, threads);
+    case 2: return few_panels<2, 2>(p, x, threads);
+    case 3: return few_panels<1, 3>(p, x, threads);
+    default: return few_panels<1, 4>(p, x, threads);
   }
 }
 

@@ -24,11 +24,17 @@ struct TileSums {
   template <typename Load>
   __attribute__((always_inline)) static void add_step(const Inputs& x, int64_t input, int64_t step,
                                                       const Load& load_weights) {
-    for_each<inputs>([&](auto j) { tile_load<input_tile<inputs>(j)>(x.at(input + j, step), x.stride()); });
+    constexpr bool all_fit = inputs <= 2;
+    static_assert(all_fit || weights == 1, "else the inputs are loaded again for each tile of weights");
+    const auto load_input = [&](auto j) { tile_load<input_tile<inputs>(j)>(x.at(input + j, step), x.stride()); };
+    if constexpr (all_fit) for_each<inputs>(load_input);
     for_each<weights>([&](auto i) {
       constexpr int weight = weight_tile<inputs>(i);
       load_weights(std::integral_constant<int, weight>(), i);
-      for_each<inputs>([&](auto j) { tile_add_products<sums_tile<inputs>(i, j), weight, input_tile<inputs>(j)>(); });
+      for_each<inputs>([&](auto j) {
+        if constexpr (!all_fit) load_input(j);
+        tile_add_products<sums_tile<inputs>(i, j), weight, input_tile<inputs>(j)>();
+      });
     });
   }
 

@@ -81,9 +81,10 @@ template <int inputs>
 constexpr int weight_tile(int i) {
   return 4 + i % (inputs == 1 ? 3 : 2);
 }
+// Two of the inputs', one after the other where there are more.
 template <int inputs>
 constexpr int input_tile(int j) {
-  return inputs == 1 ? 7 : 6 + j;
+  return inputs == 1 ? 7 : 6 + j % 2;
 }
 
 // The tiles of the calling thread, from here to the end of the scope.
