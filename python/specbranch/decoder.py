@@ -19,7 +19,7 @@ from specbranch.drafters.model import ModelDrafter
 from specbranch.job import Job
 from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
-from specbranch.policies.costs import Costs
+from specbranch.policies.costs import Costs, CostsByTexts
 from specbranch.policies.methods import make_policy
 from specbranch.policies.policy import Policy
 from specbranch.policies.reading import AtOnce, Lengths, Reading, WhenItPays
@@ -42,10 +42,11 @@ class Decoder:
         self.pair, self.tokenizer, self.hrad = pair, tokenizer, hrad
         self.drafting = drafting
         self.calibrator = Calibrator()
-        self._costs: dict[tuple[str, int], Costs] = {}  # by method, and by texts at once, in powers of two
+        self._costs: dict[str, CostsByTexts] = {}  # of each method
         self.excerpt = self._excerpt("auto" if drafting.draft_context is None else drafting.draft_context)
         self._overlap = check_overlap(drafting.overlap)
         self._lengths = Lengths()
+        self._when_it_pays = WhenItPays(self._lengths)
         self._row_dependence = ""
         make_policy(drafting.method or "", dict(drafting.options))
         self._check_rows()
@@ -122,13 +123,9 @@ class Decoder:
 
     def costs_of(self, method: str, texts: int = 1) -> Costs:
         """What a method has cost with so many texts at once; where there were none, what is known from fewer."""
-        size = (texts - 1).bit_length()
-        if (method, size) not in self._costs:
-            fewer = [self._costs[method, less] for less in range(size) if (method, less) in self._costs]
-            self._costs[method, size] = fewer[-1].for_more() if fewer else Costs(self.pair.relative_size)
-        costs = self._costs[method, size]
-        costs.at_once(texts)
-        return costs
+        if method not in self._costs:
+            self._costs[method] = CostsByTexts(Costs(self.pair.relative_size))
+        return self._costs[method].of(texts)
 
     def _walk(self, request: Request, builder: TextBuilder, said: Said) -> Walk | None:
         """None where no rule wants to be asked."""
@@ -171,7 +168,7 @@ class Decoder:
     def _reading(self, policy: Policy, draft_context: str | None) -> Reading:
         excerpt = self.excerpt if draft_context is None else self._excerpt(draft_context)
         if excerpt is None and policy.thrifty:
-            return WhenItPays(self._lengths)
+            return self._when_it_pays
         return AtOnce(ALL if excerpt is None else excerpt)
 
     def _excerpt(self, draft_context: str) -> Excerpt | None:

@@ -23,8 +23,9 @@ class Decoding:
 
     overlap: True, False, or None to take what the costs prefer. reading: when the draft reads, and what. costs: of the
     rounds to come. tree: its root is the last committed token. remaining: tokens that may still be committed. read_at:
-    when it began, or was read on. drafting: whether the draft has read the text; before that, decoding is
-    autoregressive. saved: seconds, by drafting in this text so far; negative where it has lost some.
+    when it began, or was read on. excerpt: what the draft is to read, once that is decided. drafting: whether it has;
+    before that, decoding is autoregressive. saved: seconds, by drafting in this text so far; negative where it has lost
+    some.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Decoding:
         self.verifier, self.drafter, self.policy = verifier, drafter, policy
         self.costs, self.workers, self.overlap, self.reading = costs, workers, overlap, reading
         self.tree, self.remaining = Tree(0, 0), 0
+        self.excerpt: Excerpt | None = None
         self.drafting = False
         self.saved = 0.0
         self.backoff = Backoff()
@@ -47,7 +49,6 @@ class Decoding:
         self.stats = Stats(method=policy.name)
         self.read_at = 0.0
         self._unread = 0  # of the prompt, by the target
-        self._excerpt: Excerpt | None = None  # that the draft reads
         self._prompt_tokens = 0
         self._lessons: list[tuple[Tree, list[int], Verdict]] = []
 
@@ -68,46 +69,48 @@ class Decoding:
         """Whether the target has read the prompt, so that rounds may follow."""
         return self._unread == 0
 
-    def read(self, most: float = math.inf) -> int:
-        """Read at least so many more tokens of what is to be read, if there are: the target its prompt, then the draft.
-        Returns how many."""
-        count = self._read_prompt(most) if self._unread else 0
-        if count < most:
-            count += self._read_draft(most - count)
-        if count:
-            self.read_at = self.workers.clock()
-        return count
-
-    def _read_prompt(self, most: float) -> int:
+    def read_prompt(self, most: float = math.inf) -> int:
+        """Have the target read at least so many more tokens of the prompt, if there are. Returns how many."""
+        if self.ready:
+            return 0
         begin = self.workers.clock()
         count = self.verifier.read(most)
         self.workers.wait()
-        seconds = self.workers.clock() - begin
+        self.read_at = self.workers.clock()
+        seconds = self.read_at - begin
         self._unread -= count
         self.stats.prefill_seconds += seconds
         self.costs.record_prompt(count, seconds)
         return count
 
-    def _read_draft(self, most: float) -> int:
-        """Of the text, or of the ends of the prompt and what follows, as soon as that is expected to pay."""
-        if self.drafter is None or self.drafting:
+    def unread(self) -> Unread | None:
+        """What the draft may read, where that is still to be decided."""
+        if self.drafter is None or self.excerpt is not None or not self.ready:
+            return None
+        tokens = {excerpt: self.drafter.unread(excerpt, self._end) for excerpt in self.reading.excerpts}
+        return Unread(self.costs, tokens, self.remaining)
+
+    def read_draft(self, most: float = math.inf) -> int:
+        """Have the draft read at least so many more tokens of the excerpt and of what follows, if there are. Returns
+        how many."""
+        if self.drafter is None or self.excerpt is None or self.drafting:
             return 0
-        end = self.tree.position + 1 + self.remaining
-        if self._excerpt is None:
-            tokens = {excerpt: self.drafter.unread(excerpt, end) for excerpt in self.reading.excerpts}
-            self._excerpt = self.reading.choose(Unread(self.costs, tokens, self.remaining))
-            if self._excerpt is None:
-                return 0
-        begin = self.workers.clock()
-        count = self.drafter.read(self._excerpt, end, most)
+        end, begin = self._end, self.workers.clock()
+        count = self.drafter.read(self.excerpt, end, most)
         self.workers.wait()
-        seconds = self.workers.clock() - begin
+        self.read_at = self.workers.clock()
+        seconds = self.read_at - begin
         self.costs.record_reading(count, seconds)
-        self.stats.add_reading(self._prompt_tokens - len(self.drafter.gap(self._excerpt, end)), seconds)
-        self.drafting = self.drafter.unread(self._excerpt, end) == 0
+        self.stats.add_reading(self._prompt_tokens - len(self.drafter.gap(self.excerpt, end)), seconds)
+        self.drafting = self.drafter.unread(self.excerpt, end) == 0
         if self.drafting:
             self.costs.end_waiting()
         return count
+
+    @property
+    def _end(self) -> int:
+        """Tokens of the text, if it gets as many as it may."""
+        return self.tree.position + 1 + self.remaining
 
     # ---- Decisions
 
@@ -115,9 +118,10 @@ class Decoding:
     def may_overlap(self) -> bool:
         return self.policy.overlaps and self.drafting
 
-    def choose_overlap(self) -> bool:
-        """Whether the draft is to go on beside the target, in the round to come."""
-        saved = self.saved if self.policy.thrifty else math.inf
+    def choose_overlap(self, saved: float) -> bool:
+        """Whether the draft is to go on beside the target, in the round to come. saved: by drafting, in all its
+        texts."""
+        saved = saved if self.policy.thrifty else math.inf
         return self.costs.choose_overlap(saved) if self.overlap is None else self.overlap
 
     def state(self, overlapped: bool) -> State:
@@ -193,22 +197,22 @@ class Decoding:
                 self.drafter.learn(tree, path, verdict.next_token, verdict.forecast)
         self._lessons.clear()
 
-    def measure(self, state: State, trunk: Trunk, verdict: Verdict, texts: int, end: float) -> None:
-        """Keep what a round brought that ended at `end`. texts: that went through it together."""
+    def measure(self, state: State, trunk: Trunk, verdict: Verdict, seconds: float, end: float) -> None:
+        """Keep what a round brought that ended at `end`. seconds: this text's share of it."""
         self.stats.add_target(verdict.step)
         tokens = len(verdict.path) + 1
         round = self.stats.end_round(end, tokens)
         self.stats.plain_token_seconds = self.costs.plain
-        seconds = round.seconds / texts  # this one's share
         if not self.drafting:
-            self.costs.idle += seconds
             return
-        drafted = bool(round.draft) or len(trunk) > 1
-        gain = tokens * self.costs.plain - seconds if drafted and state.costs.target.known else 0.0
+        gain = tokens * self.costs.plain - seconds if self.has_drafted(trunk) and state.costs.target.known else 0.0
         self.saved += gain
         self.backoff.record(bool(round.draft), gain / max(self.costs.plain, 1e-9), state.retry)
-        self.costs.record_drafted(seconds, tokens)
         last = verdict.path[-1] if verdict.path else 0
         self.costs.record_verdict(len(verdict.path), rejected=last in trunk.parents)
         self.stats.overlapped_rounds += state.overlapped
         self.stats.overlap = self.stats.overlapped_rounds > 0
+
+    def has_drafted(self, trunk: Trunk) -> bool:
+        """Whether the newest round was not a plain one for this text."""
+        return bool(self.stats.log[-1].draft) or len(trunk) > 1

@@ -15,6 +15,7 @@ from functools import partial
 from specbranch.core.messages import Trunk, Verdict
 from specbranch.decoding import Decoding
 from specbranch.policies.policy import NOTHING, Expansion, InFlight, State
+from specbranch.policies.reading import Unread
 from specbranch.stages import Forwards, OneByOne, PendingVerdicts, ShouldContinue, Verdicts, Workers
 
 
@@ -76,18 +77,38 @@ class DecodingLoop:
         return turns
 
     def read(self, texts: Sequence[Decoding]) -> list[Turn]:
-        """Read on, where texts are not read: those that wait longest go first."""
+        """Read on, where texts are not read: the target its prompts, then the draft. Those that wait longest go
+        first."""
         turns, left = [Turn(text) for text in texts], self.chunk
-        for turn in sorted(turns, key=lambda turn: turn.text.read_at):
+        waiting = sorted(turns, key=lambda turn: turn.text.read_at)
+        for turn in waiting:
             with turn.own_errors():
-                if left > 0:
-                    left -= turn.text.read(left)
+                left -= turn.text.read_prompt(left) if left > 0 else 0
+        self._choose_reading(turns)
+        for turn in waiting:
+            with turn.own_errors():
+                left -= turn.text.read_draft(left) if left > 0 else 0
         return turns
+
+    def _choose_reading(self, turns: Sequence[Turn]) -> None:
+        """What the draft is to read: of texts with the same costs that is decided together."""
+        groups: dict[tuple[int, int], list[tuple[Decoding, Unread]]] = {}
+        for turn in turns:
+            with turn.own_errors():
+                if turn.error is None and (unread := turn.text.unread()) is not None:
+                    groups.setdefault((id(turn.text.costs), id(turn.text.reading)), []).append((turn.text, unread))
+        for group in groups.values():
+            first = group[0][0]
+            drafting = sum(turn.text.drafting and turn.text.costs is first.costs for turn in turns)
+            excerpts = first.reading.choose([unread for _, unread in group], drafting, self.chunk == math.inf)
+            for (text, _), excerpt in zip(group, excerpts, strict=True):
+                text.excerpt = excerpt
 
     def play(self, turns: Sequence[Turn]) -> None:
         """The rest of a round, for texts that are read."""
         ready = [turn for turn in turns if turn.ready]
-        overlapped = next((turn.text.choose_overlap() for turn in ready if turn.text.may_overlap), False)
+        may = [turn.text for turn in ready if turn.text.may_overlap]
+        overlapped = bool(may) and may[0].choose_overlap(sum(text.saved for text in may))
         begin = self.clock()
         for turn in ready:
             turn.state = turn.text.state(overlapped)
@@ -105,10 +126,11 @@ class DecodingLoop:
             self._draft_during(asked, verdicts)
         else:
             verdicts = PendingVerdicts(verify())
-        committed = [
-            turn for turn, verdict in zip(asked, verdicts.results(), strict=True) if self._commit(turn, verdict)
-        ]
-        self._measure(committed, overlapped)
+        results = verdicts.results()
+        seconds = self.clock() - begin
+        committed = [turn for turn, verdict in zip(asked, results, strict=True) if self._commit(turn, verdict)]
+        if committed:
+            self._measure(committed, overlapped, begin, seconds)
 
     def _draft_before(self, turns: list[Turn], overlapped: bool) -> None:
         """Draft while that is worth a step: what it costs is shared by the texts that want it."""
@@ -173,17 +195,38 @@ class DecodingLoop:
             turn.verdict, turn.committed = verdict, turn.text.commit(turn.flight, verdict)
         return turn.error is None
 
-    def _measure(self, turns: list[Turn], overlapped: bool) -> None:
-        """Keep what the round cost and gave, for the rounds to come."""
+    def _measure(self, turns: list[Turn], overlapped: bool, begin: float, seconds: float) -> None:
+        """Keep what the round cost and gave, for the rounds to come. seconds: until its verdicts were there."""
         end, tokens = self.clock(), sum(len(turn.committed) for turn in turns)
-        for costs in {id(turn.text.costs): turn.text.costs for turn in turns}.values():
-            mine = [turn for turn in turns if turn.text.costs is costs]
-            mode, step = costs.mode(overlapped), mine[0].verdict.step
-            mode.target.record(step.rows, step.seconds)
-            for turn in mine:
-                turn.text.measure(turn.state, turn.trunk, turn.verdict, len(turns), end)
-            if any(turn.text.drafting for turn in mine):
-                mode.record_round(mine[0].text.stats.log[-1].seconds, tokens)
+        by_costs: dict[int, list[Turn]] = {}
+        for turn in turns:
+            by_costs.setdefault(id(turn.text.costs), []).append(turn)
+        for mine in by_costs.values():
+            costs, step = mine[0].text.costs, mine[0].verdict.step
+            costs.mode(overlapped).target.record(step.rows, step.seconds)
+        shares = _shares(turns, end - begin, seconds)
+        for turn, share in zip(turns, shares, strict=True):
+            turn.text.measure(turn.state, turn.trunk, turn.verdict, share, end)
+        for mine in by_costs.values():
+            costs = mine[0].text.costs
+            share_of = {turn: share for turn, share in zip(turns, shares, strict=True) if turn in mine}
+            drafting = [turn for turn in mine if turn.text.drafting]
+            costs.idle += sum(share for turn, share in share_of.items() if turn not in drafting)
+            if drafting:
+                committed = sum(len(turn.committed) for turn in drafting)
+                costs.record_drafted(sum(share_of[turn] for turn in drafting), committed, len(drafting))
+                costs.mode(overlapped).record_round(end - begin, tokens)
+
+
+def _shares(turns: Sequence[Turn], round: float, seconds: float) -> list[float]:
+    """What each text has cost of a round: those that drafted pay for what a plain round would not have taken. Else
+    texts would gain by drafting what the others wait for. seconds: of the round, until its verdicts were there."""
+    drafted = [turn.text.has_drafted(turn.trunk) for turn in turns]
+    costs = next((turn.text.costs for turn, has in zip(turns, drafted, strict=True) if has), None)
+    if costs is None or all(drafted) or not costs.serial.target.known:
+        return [round / len(turns)] * len(turns)
+    more = seconds - costs.plain * len(turns)
+    return [(round - more) / len(turns) + (more / sum(drafted) if has else 0.0) for has in drafted]
 
 
 def _going(turns: Sequence[Turn]) -> list[Turn]:

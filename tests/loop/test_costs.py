@@ -6,7 +6,6 @@ import pytest
 
 from specbranch.policies.costs import (
     ENOUGH_ROUNDS,
-    FEW_TEXTS,
     RETRY_AFTER,
     RETRY_ROUNDS,
     RETRY_SHARE,
@@ -252,12 +251,12 @@ def test_a_row_of_several_texts_is_no_cheaper_than_one_of_a_prompt() -> None:
 
 def test_a_step_that_texts_share_costs_each_its_share_before_anything_is_read() -> None:
     def saving(sharing: int) -> float:
-        costs = Costs(0.25, sharing=sharing)
+        costs = Costs(0.25)
         for rows in (1, 1, 5, 5):
             costs.serial.target.record(rows, 0.1)
         costs.serial.draft.record(1, 0.09)
         costs.serial.draft.record(8, 0.09)
-        return costs.saving
+        return costs.saving(sharing)
 
     assert saving(1) < 0.02
     assert saving(8) > 0.04
@@ -270,11 +269,38 @@ def test_what_is_known_of_fewer_texts_counts_little_for_more() -> None:
     fewer.gain.record(10.0, 100)
     more = fewer.for_more()
     more.at_once(8)
-    assert more.gain.tokens == FEW_TEXTS
-    assert more.gain.spent == pytest.approx(FEW_TEXTS / 10)
+    assert more.gain.tokens == 0
     assert more.serial.target.of(8) == pytest.approx(1.0)
     for _ in range(12):
         more.serial.target.record(8, 2.0)
     assert more.serial.target.of(8) == pytest.approx(2.0, rel=0.1)
     assert fewer.serial.target.of(8) == pytest.approx(1.0)
     assert (fewer.texts, more.texts, more.overlapped.texts) == (1, 8, 8)
+
+
+def test_rows_beyond_all_measured_ones_take_what_a_prompts_rows_take() -> None:
+    """Between one row and two there is more noise than slope."""
+    costs = Costs(0.25)
+    for seconds, rows in ((0.1, 1), (0.1, 1), (0.115, 2)):
+        costs.serial.draft.record(rows, seconds)
+    assert costs.serial.draft.of(16) == pytest.approx(0.115 + 14 * 0.015, rel=0.1)
+    for rows in (100, 200):
+        costs.record_prompt(rows, 0.06 + 0.008 * rows)
+    assert costs.serial.draft.of(16) == pytest.approx(0.115 + 14 * 0.25 * 0.008, rel=0.1)  # by their sizes
+    for rows in (100, 200):
+        costs.record_reading(rows, 0.01 + 0.001 * rows)
+    assert costs.serial.draft.of(16) == pytest.approx(0.115 + 14 * 0.001, rel=0.1)
+    costs.serial.draft.record(16, 0.2)
+    assert costs.serial.draft.of(16) == pytest.approx(0.2, rel=0.1)
+    assert costs.overlapped.draft.beyond == costs.serial.draft.beyond
+
+
+def test_texts_together_stake_whole_rounds_on_the_trial_of_the_other_mode() -> None:
+    costs = Costs()
+    costs.at_once(4)
+    for _ in range(TRIAL_ROUNDS):
+        costs.serial.record_round(0.8, 4)
+        costs.serial.target.record(4, 1.0)
+    stake = TRIAL_STAKE * costs.serial.target.of(4)
+    assert costs.choose_overlap(saved=0.99 * stake) is False
+    assert costs.choose_overlap(saved=1.01 * stake) is True

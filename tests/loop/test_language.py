@@ -158,10 +158,11 @@ BEFORE, DURING, MEASURE = "DecodingLoop._draft_before", "DecodingLoop._draft_dur
 BY_COSTS = "{id(turn.text.costs): turn.text.costs for turn in turns}.values()"
 BY_TEXT = "[turn.text.costs for turn in turns]"
 SPITE, ON = "commits in spite of its error", "goes on after an error"
+MORE = "more of prompts is read than is allowed"
 
 SHARED_BUGS = [
     # Whose is what
-    Bug(LOOP, PLAY, "zip(asked, verdicts", "zip(asked[::-1], verdicts", "another path than the verdict's"),
+    Bug(LOOP, PLAY, "zip(asked, results", "zip(asked[::-1], results", "another path than the verdict's"),
     Bug(LOOP, EXPAND, "asked, drafted, strict", "asked, drafted[::-1], strict", "proposals of another node"),
     Bug(LOOP, EXPAND, "min(turn.steps", "max(turn.steps", "the draft: no room"),
     Bug(DECODING, STATE, "overlapped and self.may_overlap", "overlapped", "a draft that has not read"),
@@ -175,33 +176,38 @@ SHARED_BUGS = [
     Bug(LOOP, "DecodingLoop._commit", "turn.error = turn.error or verdict", "raise verdict", "ends the round of all"),
     # What a step costs
     Bug(LOOP, EXPAND, BY_COSTS, BY_TEXT, "the draft's steps are not recorded once"),
-    Bug(LOOP, MEASURE, BY_COSTS, BY_TEXT, "another step than the target's"),
+    Bug(LOOP, MEASURE, "id(turn.text.costs), []", "id(turn), []", "the target's step is not recorded once"),
     Bug(
         LOOP,
         MEASURE,
-        "mode.target.record(step.rows, step.seconds)",
-        "[mode.target.record(step.rows, step.seconds) for _ in mine]",
+        "costs.mode(overlapped).target.record(step.rows, step.seconds)",
+        "[costs.mode(overlapped).target.record(step.rows, step.seconds) for _ in mine]",
         "the target's step is not recorded once",
     ),
     Bug(LOOP, EXPAND, "/ len(taken)", "/ len(turns)", "other seconds than the draft's"),
     Bug(LOOP, EXPAND, "record(step.rows", "record(step.rows // len(turns)", "the draft's steps are not recorded once"),
     Bug(LOOP, MEASURE, "sum(len(turn.committed) for turn in turns)", "len(turns[0].committed)", "the round is not"),
-    Bug(LOOP, MEASURE, "turn.verdict, len(turns)", "turn.verdict, 1", "a text's share of the round"),
-    Bug(LOOP, MEASURE, "any(turn.text.drafting for turn in mine)", "True", "the round is not recorded once"),
+    Bug(LOOP, MEASURE, "_shares(turns", "_shares(turns[:1] * len(turns)", "a text's share of the round"),
+    Bug(LOOP, MEASURE, "if drafting:", "if True:", "the round is not recorded once"),
+    Bug(LOOP, "_shares", "if has else 0.0", "", "a text's share of the round"),
+    Bug(LOOP, "_shares", "more / sum(drafted)", "more / len(drafted)", "a text's share of the round"),
+    Bug(DECODING, "Decoding.has_drafted", "or len(trunk) > 1", "", "a text's share of the round"),
     Bug(LOOP, BEFORE, "sharing=len(turns)", "sharing=1", "a step that others share than was said"),
     Bug(LOOP, PLAY, "for turn in ready if turn.text.may_overlap", "for turn in ready", "recorded of the other mode"),
     # Prompts that are read in chunks
     Bug(LOOP, PLAY, "if turn.ready]", "if turn.error is None]", "decodes before it has read the prompt"),
-    Bug(LOOP, READ, "if left > 0", "if True", "the target: reads nothing"),
-    Bug(LOOP, READ, "left -= turn.text.read(left)", "turn.text.read(left)", "more of prompts is read than is allowed"),
+    Bug(LOOP, READ, "read_prompt(left) if left > 0 else 0", "read_prompt(left)", "the target: reads nothing"),
+    Bug(
+        LOOP, READ, "left -= turn.text.read_prompt", "turn.text.read_prompt", "more of prompts is read than is allowed"
+    ),
+    Bug(LOOP, READ, "left -= turn.text.read_draft", "turn.text.read_draft", "more of prompts is read than is allowed"),
     Bug(LOOP, READ, "sorted(turns, key=lambda turn: turn.text.read_at)", "turns", "is not read for too long"),
-    Bug(DECODING, "Decoding.read", "(most - count)", "(most)", "more of prompts is read than is allowed"),
-    Bug(DECODING, "Decoding._read_prompt", "self._unread -= count", "self._unread = 0", "decodes before it has read"),
+    Bug(DECODING, "Decoding.read_prompt", "self._unread -= count", "self._unread = 0", "decodes before it has read"),
     Bug(
         DECODING,
-        "Decoding._read_draft",
-        "unread(self._excerpt, end) == 0",
-        "unread(self._excerpt, end) >= 0",
+        "Decoding.read_draft",
+        "unread(self.excerpt, end) == 0",
+        "unread(self.excerpt, end) >= 0",
         "has not",
     ),
 ]

@@ -41,7 +41,8 @@ def unread(costs: Costs, prompt: int, remaining: int) -> Unread:
 
 
 def choose(costs: Costs, prompt: int, remaining: int, lengths: Lengths | None = None) -> Excerpt | None:
-    return WhenItPays(lengths or Lengths()).choose(unread(costs, prompt, remaining))
+    (chosen,) = WhenItPays(lengths or Lengths()).choose([unread(costs, prompt, remaining)])
+    return chosen
 
 
 def test_texts_that_were_cut_off_did_not_end() -> None:
@@ -181,7 +182,7 @@ def test_trials_of_a_draft_that_loses_are_a_small_share_of_the_time() -> None:
     costs, lost = known(read=0.05), 0.0
     reading, passed = WhenItPays(Lengths()), 0.0
     for _ in range(3000):
-        if reading.choose(unread(costs, 600, 60)) is None:
+        if reading.choose([unread(costs, 600, 60)]) == [None]:
             costs.idle += 60.0
             passed += 60.0
             continue

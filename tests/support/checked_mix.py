@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, cast
 
+import pytest
 from checked_loop import Case, CheckedDecoding
 from language import CHUNK, LanguageDrafter, LanguageTarget, Trouble, step_of
 
@@ -52,16 +53,16 @@ class WatchedMode(ModeCosts):
 
 @dataclass
 class WatchedCosts(Costs):
-    """shares: seconds and tokens of every text's part of a round."""
+    """shares: of every round, the seconds and tokens of texts that the draft has read, and how many they are."""
 
-    shares: list[tuple[float, int]] = field(default_factory=list)
+    shares: list[tuple[float, int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.serial, self.overlapped = WatchedMode(self.size), WatchedMode(self.size)
 
-    def record_drafted(self, seconds: float, tokens: int) -> None:
-        self.shares.append((seconds, tokens))
-        super().record_drafted(seconds, tokens)
+    def record_drafted(self, seconds: float, tokens: int, texts: int = 1) -> None:
+        self.shares.append((seconds, tokens, texts))
+        super().record_drafted(seconds, tokens, texts)
 
     def seen(self, overlapped: bool) -> tuple[Forwards, Forwards, list[tuple[float, int]]]:
         """What was recorded of a mode since this was asked last: forwards of the target, of the draft, and rounds."""
@@ -337,6 +338,19 @@ def check_round(turns: Sequence[Turn], shared: Shared) -> None:
         reading = [text for _, text in committed if text.drafting]
         seconds = committed[0][1].stats.log[-1].seconds if reading else 0.0
         assert rounds == ([(seconds, tokens)] if reading else []), "the round is not recorded once"
-        shares = [(seconds / len(done), len(turn.committed)) for turn, text in committed if text.drafting]
-        assert costs.shares == shares, "a text's share of the round"
+        shares = [(share_of(turn, done), len(turn.committed)) for turn, text in committed if text.drafting]
+        expected = [(*map(sum, zip(*shares, strict=True)), len(shares))] if shares else []
+        assert costs.shares == [pytest.approx(each) for each in expected], "a text's share of the round"
         costs.shares.clear()
+
+
+def share_of(turn: Turn, done: Sequence[tuple[Turn, CheckedDecoding]]) -> float:
+    """The seconds of a round that a text counts as its own: a plain token's, and where it drafted, of what is left."""
+    seconds = done[0][1].stats.log[-1].seconds
+    drafted = [other for other, text in done if text.stats.log[-1].draft or len(other.trunk) > 1]
+    if not drafted or len(drafted) == len(done):
+        return seconds / len(done)
+    costs = drafted[0].text.costs
+    if not costs.serial.target.known:
+        return seconds / len(done)
+    return (seconds - costs.plain * (len(done) - len(drafted))) / len(drafted) if turn in drafted else costs.plain

@@ -7,7 +7,7 @@ from recording_device import RecordedGraph
 from tiny import FAMILIES, tiny_model
 
 from specbranch import METHODS, SpecBranch
-from specbranch.policies.costs import Costs
+from specbranch.policies.costs import Costs, CostsByTexts
 
 SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 0.9, "top_k": 12, "top_p": 0.95, "seed": 3}]
 
@@ -23,7 +23,7 @@ def tiny_pair(family: str = "llama", noise: float = 0.003, dtype: torch.dtype = 
             weight.add_(noise * torch.randn(weight.shape, generator=generator))
     pair = SpecBranch(target.to(dtype), draft.to(dtype), draft_context="all")  # type: ignore[arg-type]
     for method in METHODS:
-        pair.decoder._costs[method, 0] = Costs()  # which take it for a small one: as it is, it would rest
+        pair.decoder._costs[method] = CostsByTexts(Costs())  # which take it for a small one: as it is, it would rest
     return pair
 
 

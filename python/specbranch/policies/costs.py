@@ -20,12 +20,11 @@ OUTLIER = 4.0  # a measurement counts as at most 4 times what was expected: a la
 TRIAL_ROUNDS = 6  # rounds in each mode before "auto" trusts its measurements
 ENOUGH_ROUNDS = 2  # measured rounds after which the trial of the overlapped mode may end early,
 HOPELESS = 1.1  # namely if it is 1.1 times as slow as the serial mode
-TRIAL_STAKE = 6.0  # plain tokens' time that a text must have saved before it is put at stake in that trial
+TRIAL_STAKE = 6.0  # plain rounds' time that texts must have saved before it is put at stake in that trial
 RETRY_AFTER = 40  # rounds, at least, before the slower mode is tried again; doubled whenever it loses
 RETRY_SHARE = 0.01  # of the time that such trials may cost at first
 RETRY_ROUNDS = 3  # rounds of such a trial
 STALE = 0.3  # weight of the measurements before such a trial
-FEW_TEXTS = 16.0  # tokens that what fewer texts have gained counts for, where more share the rounds
 
 
 @dataclass
@@ -33,7 +32,8 @@ class ForwardCost:
     """Seconds of one forward as intercept + slope * rows, an exponentially weighted least-squares fit; and those over
     one row apart, since rows are often cheap at first and dear later, where a line through the later ones is too low.
 
-    skipped: how many forwards do not count: the first one pays for page faults and lazy set-up.
+    skipped: how many forwards do not count: the first one pays for page faults and lazy set-up. most: rows of the
+    largest one. beyond: seconds that every row behind those is expected to take; 0: what the others do.
     """
 
     skipped: int = 1
@@ -45,6 +45,8 @@ class ForwardCost:
     rows_seconds: float = 0.0
     slope: float | None = None
     single: float | None = None
+    most: float = 0.0
+    beyond: float = 0.0
 
     def record(self, rows: float, seconds: float) -> None:
         if not rows:
@@ -56,6 +58,7 @@ class ForwardCost:
             seconds = min(seconds, OUTLIER * max(self.of(rows), self.mean))
         if rows == 1:
             self.single = seconds if self.single is None else self.single + SINGLE_WEIGHT * (seconds - self.single)
+        self.most = max(self.most, rows)
         self.weight = self.weight * DECAY + 1
         self.rows = self.rows * DECAY + rows
         self.seconds = self.seconds * DECAY + seconds
@@ -92,11 +95,13 @@ class ForwardCost:
         """Expected seconds of a forward over `rows` rows; 0 while nothing is known."""
         if not self.known:
             return 0.0
+        beyond = max(0.0, rows - self.most) * (self.beyond or self.per_row)
+        rows = min(rows, self.most)
         line = max(0.0, (self.seconds + self.per_row * (rows * self.weight - self.rows)) / self.weight)
         if self.single is None:
-            return line
+            return line + beyond
         least = min(self.single, self.mean)
-        return least if rows <= 1 else max(least, line)
+        return least + beyond if rows <= 1 else max(least, line) + beyond
 
 
 @dataclass
@@ -171,14 +176,12 @@ class Costs:
     right, and what it brings.
 
     size: parameters of the draft's forward over those of the target's, which says what the draft takes until that is
-    measured. texts: that share the rounds; times of a token are of a round divided by the tokens of all. sharing: texts
-    that would share a draft's step, if it read them. idle: seconds of texts that it did not read, since it last read
-    one. drafted: of those that it did.
+    measured. texts: that share the rounds; times of a token are of a round divided by the tokens of all. idle: seconds
+    of texts that it did not read, since it last read one. drafted: of those that it did.
     """
 
     size: float = SIZE_PRIOR
     texts: int = 1
-    sharing: int = 1
     serial: ModeCosts = field(init=False)
     overlapped: ModeCosts = field(init=False)
     target_read: ForwardCost = field(default_factory=lambda: ForwardCost(skipped=0))
@@ -198,16 +201,16 @@ class Costs:
 
     def at_once(self, texts: int) -> None:
         """So many texts share the rounds to come."""
-        self.texts = self.serial.texts = self.overlapped.texts = self.sharing = texts
+        self.texts = self.serial.texts = self.overlapped.texts = texts
 
     def for_more(self) -> Costs:
-        """To begin with where more texts share the rounds: what is known counts little."""
+        """To begin with where more texts share the rounds: what is known counts little, and what was gained nothing."""
         fresh = copy.deepcopy(self)
         for mode in (fresh.serial, fresh.overlapped):
             mode.fade()
             for cost in (mode.target, mode.draft):
                 cost.fade()
-        fresh.gain.limit(FEW_TEXTS)
+        fresh.gain = Gain()
         return fresh
 
     def mode(self, overlapped: bool) -> ModeCosts:
@@ -218,10 +221,17 @@ class Costs:
         self.target_read.record(tokens, seconds)
         if self.target_read.known:
             self.serial.least_row = self.overlapped.least_row = self.target_read.per_row
+            self._expect_of_rows()
 
     def record_reading(self, tokens: int, seconds: float) -> None:
         """The draft has read so many tokens of a text."""
         self.draft_read.record(tokens, seconds)
+        self._expect_of_rows()
+
+    def _expect_of_rows(self) -> None:
+        """Rows of the draft that come beyond all measured ones take what those of a prompt take."""
+        row = self.draft_read.per_row if self.draft_read.known else self.size * self.target_read.per_row
+        self.serial.draft.beyond = self.overlapped.draft.beyond = row
 
     def end_waiting(self) -> None:
         """The draft has read a text: the wait for it is over."""
@@ -229,11 +239,11 @@ class Costs:
         if self.gain.token_cost(1.0) >= 1.0:
             self.gain.fade()
 
-    def record_drafted(self, seconds: float, tokens: int) -> None:
-        """Count a round of a text that the draft has read."""
+    def record_drafted(self, seconds: float, tokens: int, texts: int = 1) -> None:
+        """Count a round of so many texts that the draft has read: their shares of its time, and what they committed."""
         self.drafted += seconds
         if self.serial.target.known:
-            self.gain.record(seconds / max(self.plain, 1e-9), tokens)
+            self.gain.record(seconds / max(self.plain, 1e-9), tokens, texts)
 
     @property
     def plain(self) -> float:
@@ -243,10 +253,9 @@ class Costs:
                 return mode.plain
         return self.target_read.seconds / max(self.target_read.rows, 1.0)
 
-    @property
-    def saving(self) -> float:
-        """Seconds that a draft is expected to save at each token."""
-        guess = guessed_token_cost(self.acceptance, self.serial.step_price(self.sharing), self.serial.row_price)
+    def saving(self, sharing: int = 1) -> float:
+        """Seconds that a draft is expected to save at each token. sharing: texts that would share its steps."""
+        guess = guessed_token_cost(self.acceptance, self.serial.step_price(sharing), self.serial.row_price)
         return self.plain * (1 - self.gain.token_cost(guess))
 
     def bearable_loss(self, tokens: int) -> float:
@@ -271,11 +280,11 @@ class Costs:
     def choose_overlap(self, saved: float = float("inf")) -> bool:
         """The mode of the next round: both are tried, then the one with the cheaper committed token is used. The
         other one is tried again now and then, in case it was measured at a bad moment. saved: seconds, by the draft in
-        this text so far."""
+        these texts so far."""
         if self.serial.rounds < TRIAL_ROUNDS:
             return False
         if self.overlapped.rounds < TRIAL_ROUNDS and not self._hopeless():
-            return saved + RETRY_SHARE * self.drafted >= TRIAL_STAKE * self.plain
+            return saved + RETRY_SHARE * self.drafted >= TRIAL_STAKE * self.plain * self.texts
         if self._trial > 0:
             self._trial -= 1
             return not self._preferred
@@ -299,3 +308,22 @@ class Costs:
         of it."""
         winner, loser = sorted(mode.seconds_per_token for mode in (self.serial, self.overlapped))
         return max(RETRY_AFTER, RETRY_ROUNDS * (loser / winner - 1) / RETRY_SHARE) * 2.0**self._losses
+
+
+@dataclass
+class CostsByTexts:
+    """What rounds have cost by how many texts shared them, in powers of two. first: of one text, where none was
+    decoded."""
+
+    first: Costs
+    by_size: dict[int, Costs] = field(default_factory=dict)
+
+    def of(self, texts: int) -> Costs:
+        """With so many texts at once; where there were none, what is known from fewer."""
+        size = (texts - 1).bit_length()
+        if size not in self.by_size:
+            fewer = [self.by_size[less] for less in range(size) if less in self.by_size]
+            self.by_size[size] = fewer[-1].for_more() if fewer else copy.deepcopy(self.first)
+        costs = self.by_size[size]
+        costs.at_once(texts)
+        return costs

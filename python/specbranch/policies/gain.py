@@ -21,18 +21,19 @@ class Gain:
     spent: float = 0.0
     tokens: float = 0.0
 
-    def record(self, spent: float, tokens: int) -> None:
-        self.spent = self.spent * DECAY + min(spent, OUTLIER * (tokens + 1))
+    def record(self, spent: float, tokens: int, texts: int = 1) -> None:
+        """Count a round of so many texts."""
+        self.spent = self.spent * DECAY + min(spent, OUTLIER * (tokens + texts))
         self.tokens = self.tokens * DECAY + tokens
 
     def fade(self) -> None:
         """Let what is known count little from now on."""
         self.spent, self.tokens = STALE * self.spent, STALE * self.tokens
 
-    def limit(self, tokens: float) -> None:
-        """Let what is known count for at most so many tokens."""
-        share = min(1.0, tokens / max(self.tokens, 1e-9))
-        self.spent, self.tokens = share * self.spent, share * self.tokens
+    @property
+    def guessed(self) -> float:
+        """Share of what is expected that is a guess."""
+        return PRIOR_TOKENS / (PRIOR_TOKENS + self.tokens)
 
     def token_cost(self, guess: float) -> float:
         """Of a token to come, in plain tokens. guess: where little is known."""

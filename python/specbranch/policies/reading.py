@@ -17,6 +17,7 @@ from specbranch.policies.costs import RETRY_SHARE, Costs
 LOSSES = {Excerpt(256, 128): 0.1, Excerpt(512, 256): 0.03, ALL: 0.0}
 PRIOR_TOKENS = 256.0  # one text of so many tokens, before any was seen
 FORGETTING = 0.9  # weight of earlier texts at every new one
+DOUBT = 1.0  # a guess must promise twice what reading costs, which is spent for certain
 
 
 @dataclass
@@ -58,8 +59,12 @@ class Reading(Protocol):
     def excerpts(self) -> Sequence[Excerpt]:
         """Among which it chooses."""
 
-    def choose(self, text: Unread) -> Excerpt | None:
-        """What the draft is to read now; None for nothing yet."""
+    def choose(self, texts: Sequence[Unread], drafting: int = 0, together: bool = False) -> Sequence[Excerpt | None]:
+        """What the draft is to read of each now; None for nothing yet.
+
+        texts: with the same costs. drafting: how many others it drafts for already. together: they are waited for until
+        the last one is over.
+        """
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,8 @@ class AtOnce:
     def excerpts(self) -> Sequence[Excerpt]:
         return (self.excerpt,)
 
-    def choose(self, text: Unread) -> Excerpt | None:
-        return self.excerpt
+    def choose(self, texts: Sequence[Unread], drafting: int = 0, together: bool = False) -> Sequence[Excerpt | None]:
+        return [self.excerpt] * len(texts)
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,53 @@ class WhenItPays:
     """As soon as drafting is expected to save more than reading costs, and then what is worth most. A draft that is not
     expected to pay is tried again now and then, so that the loss to be expected is at most a RETRY_SHARE of the time
     without it.
+
+    Texts share the draft's steps, so what one of them saves depends on how many are read. Those that are waited for
+    together are read all or none: some that are over early make a round of the others hardly cheaper.
     """
 
     lengths: Lengths
     excerpts = tuple(LOSSES)
 
-    def choose(self, text: Unread) -> Excerpt | None:
-        costs = text.costs
-        saving = self.lengths.expected(text.remaining) * costs.saving
+    def choose(self, texts: Sequence[Unread], drafting: int = 0, together: bool = False) -> Sequence[Excerpt | None]:
+        choices: list[Excerpt | None] = [None] * len(texts)
+        bearable = RETRY_SHARE * texts[0].costs.idle
+        places = range(len(texts)) if together else self._paying(texts, drafting)
+        offers = self._offers([texts[place] for place in places], drafting)
+        if not offers:  # but for one, perhaps
+            alone = [self._offers([text], drafting)[0] for text in texts]
+            place = max(range(len(texts)), key=lambda place: alone[place][0])
+            places, offers = range(place, place + 1), [alone[place]]
+        if sum(worth for worth, _ in offers) >= -bearable:
+            for place, (_, excerpt) in zip(places, offers, strict=True):
+                choices[place] = excerpt
+        return choices
 
-        def worth(excerpt: Excerpt) -> float:
-            return saving * (1 - LOSSES[excerpt]) - costs.reading(text.tokens[excerpt])
+    def _paying(self, texts: Sequence[Unread], drafting: int) -> Sequence[int]:
+        """The places of the most texts that are each worth reading where just they are read."""
+        paying: Sequence[int] = range(len(texts))
+        while paying:
+            offers = self._offers([texts[place] for place in paying], drafting)
+            fewer = [place for place, (worth, _) in zip(paying, offers, strict=True) if worth >= 0]
+            if len(fewer) == len(paying):
+                break
+            paying = fewer
+        return paying
 
-        best = max(reversed(LOSSES), key=worth)
-        return best if worth(best) >= -RETRY_SHARE * costs.idle else None
+    def _offers(self, texts: Sequence[Unread], drafting: int) -> list[tuple[float, Excerpt]]:
+        """Of each text, if just these are read, how many seconds the best excerpt saves, and which it is."""
+        if not texts:
+            return []
+        costs = texts[0].costs
+        saving, doubt = costs.saving(drafting + len(texts)), 1 + DOUBT * costs.gain.guessed
+
+        def offer(text: Unread) -> tuple[float, Excerpt]:
+            saved = self.lengths.expected(text.remaining) * saving
+            worths = {
+                excerpt: saved * (1 - loss) - doubt * costs.reading(text.tokens[excerpt])
+                for excerpt, loss in reversed(LOSSES.items())
+            }
+            best = max(worths, key=worths.__getitem__)
+            return worths[best], best
+
+        return [offer(text) for text in texts]

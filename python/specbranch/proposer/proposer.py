@@ -160,6 +160,7 @@ class Proposer:
     def _read(self, texts: Sequence[Text], costs: Costs) -> None:
         """The draft begins to read texts where that is expected to pay; of those that grew, its caches do. Then it
         reads on, those first that wait longest; not so much that the engine would wait long."""
+        rooms: dict[Text, int] = {}
         for text in texts:
             tokens = len(text.tokens)
             if text.fits(tokens + self._most):
@@ -167,29 +168,43 @@ class Proposer:
             room = self._slots.room_for(tokens + self._most)
             if room is None:
                 self._slots.forget(text)
-                continue
-            self._guard(text, partial(self._begin, text, room, texts, costs))
+            else:
+                rooms[text] = room
+        excerpts = {text: text.excerpt for text in rooms if text.runner is not None}
+        excerpts |= self._choose([text for text in rooms if text.runner is None], texts, costs)
+        for text, excerpt in excerpts.items():
+            self._guard(text, partial(self._begin, text, excerpt, rooms[text], texts))
         left = float(PREFILL_CHUNK)
         for text in sorted(texts, key=lambda text: text.read_at):
             if left > 0 and text.runner is not None and not text.ready:
                 left -= self._read_on(text, left, costs)
 
-    def _begin(self, text: Text, room: int, live: Sequence[Text], costs: Costs) -> None:
+    def _choose(self, texts: Sequence[Text], live: Sequence[Text], costs: Costs) -> dict[Text, Excerpt]:
+        """Those that the draft is to begin to read, and what of them."""
+        unread: dict[Text, Unread] = {}
+
+        def look(text: Text) -> None:
+            others = [other for other in self._texts if other is not text]
+            tokens = {each: self._slots.unread(text.tokens, each, others) for each in self._reading.excerpts}
+            unread[text] = Unread(costs, tokens, max(1, self._context - len(text.tokens)))
+
+        for text in texts:
+            self._guard(text, partial(look, text))
+        if not unread:
+            return {}
+        chosen = self._reading.choose([*unread.values()], sum(text.runner is not None for text in live))
+        return {text: excerpt for text, excerpt in zip(unread, chosen, strict=True) if excerpt is not None}
+
+    def _begin(self, text: Text, excerpt: Excerpt, room: int, live: Sequence[Text]) -> None:
         others = [other for other in self._texts if other is not text]
         if text.runner is not None:
-            moved = self._slots.move(text, room, others, live)
-            if moved is None:
-                return
-            runner, excerpt = moved, text.excerpt
+            runner = self._slots.move(text, room, others, live)
         else:
-            unread_of = {each: self._slots.unread(text.tokens, each, others) for each in self._reading.excerpts}
-            chosen = self._reading.choose(Unread(costs, unread_of, max(1, self._context - len(text.tokens))))
-            taken = None if chosen is None else self._slots.take(text.tokens, room, others, live)
-            if chosen is None or taken is None:
-                return
-            runner, excerpt = taken, chosen
+            runner = self._slots.take(text.tokens, room, others, live)
             if self.policy.calibrated:
                 text.calibrator = copy.deepcopy(self._calibrator)
+        if runner is None:
+            return
         text.begin(runner, excerpt, room, self.policy, self._vocabulary)
         text.read_at = self._calls
 

@@ -71,7 +71,7 @@ class StepCosts:
             grain = 1 << (texts.bit_length() - 3)
             number = texts // grain * grain
         if number not in self._by_number:
-            costs = Costs(self._size, sharing=number)
+            costs = Costs(self._size)
             costs.serial.draft, costs.draft_read = self._draft_steps, self._draft_read
             self._by_number[number] = costs
         return self._by_number[number]
