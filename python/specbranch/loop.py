@@ -21,7 +21,7 @@ from specbranch.stages import Forwards, OneByOne, PendingVerdicts, ShouldContinu
 
 @dataclass(eq=False)
 class Turn:
-    """One text's part in a round. error: of this text alone, which then is over."""
+    """One text's part in a round. error: of this text alone, which then is over. share: seconds that it has cost."""
 
     text: Decoding
     state: State = field(init=False)
@@ -32,6 +32,7 @@ class Turn:
     verdict: Verdict = field(init=False)
     error: Exception | None = None
     committed: list[int] = field(default_factory=list)
+    share: float = 0.0
 
     @property
     def ready(self) -> bool:
@@ -204,17 +205,15 @@ class DecodingLoop:
         for mine in by_costs.values():
             costs, step = mine[0].text.costs, mine[0].verdict.step
             costs.mode(overlapped).target.record(step.rows, step.seconds)
-        shares = _shares(turns, end - begin, seconds)
-        for turn, share in zip(turns, shares, strict=True):
+        for turn, share in zip(turns, _shares(turns, end - begin, seconds), strict=True):
+            turn.share = share
             turn.text.measure(turn.state, turn.trunk, turn.verdict, share, end)
         for mine in by_costs.values():
-            costs = mine[0].text.costs
-            share_of = {turn: share for turn, share in zip(turns, shares, strict=True) if turn in mine}
-            drafting = [turn for turn in mine if turn.text.drafting]
-            costs.idle += sum(share for turn, share in share_of.items() if turn not in drafting)
+            costs, drafting = mine[0].text.costs, [turn for turn in mine if turn.text.drafting]
+            costs.idle += sum(turn.share for turn in mine if not turn.text.drafting)
             if drafting:
                 committed = sum(len(turn.committed) for turn in drafting)
-                costs.record_drafted(sum(share_of[turn] for turn in drafting), committed, len(drafting))
+                costs.record_drafted(sum(turn.share for turn in drafting), committed, len(drafting))
                 costs.mode(overlapped).record_round(end - begin, tokens)
 
 
