@@ -148,6 +148,8 @@ class DecodingLoop:
     def _draft_during(self, turns: list[Turn], verdicts: Verdicts) -> None:
         """Grow branches until the target is done, or until it would have to wait for the next step."""
         begin, drafting = self.clock(), [turn for turn in turns if turn.text.drafting]
+        if not drafting:
+            return
         first, trunks = drafting[0].text, sum(len(turn.trunk) for turn in turns)
         cost = first.costs.overlapped
 

@@ -256,6 +256,15 @@ def test_texts_that_go_together_share_the_time_of_their_steps() -> None:
         ]
 
 
+def test_the_only_text_that_overlaps_may_fail_before_there_is_a_trunk() -> None:
+    """Then nobody drafts beside the target of the others."""
+    drafting = Case(1, "specbranch", True, prompt=(1, 2), new_tokens=30, draft_cost=(0.1, 0.0))
+    plain = Case(1, "autoregressive", None, prompt=(1, 2), new_tokens=30, draft_cost=(0.1, 0.0))
+    failed, whole = Mix(1, (drafting, plain), (0, 0), (("draft", 1), ("", 0)), 0.0, True, math.inf).run()
+    assert not failed.tokens
+    assert len(whole.tokens) == 30
+
+
 @pytest.mark.parametrize("bug", SHARED_BUGS, ids=[f"{bug.function}-{bug.right}" for bug in SHARED_BUGS])
 def test_a_planted_bug_of_rounds_together_is_found(bug: Bug) -> None:
     said = set()
