@@ -1,4 +1,4 @@
-"""What the draft reads of texts that share rounds; in virtual time, a batch is hardly ever slower than without one."""
+"""What the draft reads of texts that share rounds: in virtual time, a batch is hardly ever slower for it."""
 
 from __future__ import annotations
 

@@ -9,9 +9,8 @@
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
 
-constexpr int64_t runs_at_once = 512 << 10;  // bytes that a thread unpacks at once: they stay in its second-level cache
-constexpr int row_step = 4;                  // rows that kernels differ by
-constexpr int64_t run_bytes = 704;           // of a run, unpacked, at most
+constexpr int64_t unpacked_at_once = 512 << 10;  // bytes, by a thread: they stay in its second-level cache
+constexpr int row_step = 4;                      // rows that kernels differ by
 
 // A run of a group, unpacked once for all rows: codes less their zero, four elements of each output together.
 template <WeightFormat format>
@@ -34,7 +33,6 @@ struct TileRun {
     if constexpr (Packed::blocks.minimum) store_unaligned(minimum, packed.minimum);
   }
 };
-static_assert(sizeof(TileRun<WeightFormat::q6_k>) <= run_bytes, "two scales");
 
 // What the tiles are for: four of sums; two of inputs and of weights, one after the other.
 constexpr int fast_sums = 4;
@@ -162,13 +160,16 @@ void meet_panel(const FastProduct<format, tile_rows>& p, int64_t begin, int64_t 
 }
 
 // Many rows: a thread unpacks a few groups, which then meet all of them.
+template <WeightFormat format>
+void meet_all(const FastProduct<format, tile_rows>& product, const Bfloat16* input, int threads) {
+  const int64_t bytes = product.layout.runs() * static_cast<int64_t>(sizeof(TileRun<format>));  // of a group
+  const int64_t most_groups = std::clamp<int64_t>(unpacked_at_once / std::max<int64_t>(bytes, 1), 1, 4);
+  fast_product(product, input, threads, most_groups, meet_panel<format>);
+}
+
 inline void fast_in_tiles(const PackedLinearParams& params) {
-  fast_passes<tile_rows>(params, [&](const auto& product, const Bfloat16* input) {
-    const int64_t bytes = std::max<int64_t>(1, product.layout.runs() * run_bytes);
-    fast_product(
-        product, input, params.launch.threads, std::clamp<int64_t>(runs_at_once / bytes, 1, 4),
-        [](const auto& p, int64_t begin, int64_t end, int64_t following) { meet_panel(p, begin, end, following); });
-  });
+  fast_passes<tile_rows>(
+      params, [&](const auto& product, const Bfloat16* input) { meet_all(product, input, params.launch.threads); });
 }
 
 }  // namespace SPECBRANCH_ISA
