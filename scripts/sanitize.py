@@ -1,10 +1,10 @@
-"""Run the tests of the ops on the emulated CUDA kernels, and those of the speculation tree, built with the address and
-undefined-behaviour sanitizers.
+"""Run the tests of the ops on the emulated CUDA kernels, and those of the speculation tree and of look-ups in texts,
+built with the address and undefined-behaviour sanitizers.
 
     python scripts/sanitize.py [--build-dir build/sanitize] [PYTEST ARGUMENTS]
 
 Every kernel runs, in a selection of cases that takes a few minutes with the build; a path among the arguments replaces
-the list of files, and leaves out the tree's. Only with g++ on Linux: Python itself is not built with the sanitizers, so
+the list of files, and leaves out the others. Only with g++ on Linux: Python itself is not built with the sanitizers, so
 their runtimes are loaded first.
 """
 
@@ -25,8 +25,13 @@ TESTS = [
 ]
 """What runs on every implementation of the ops. The exhaustive tests take too long here, and on a rented GPU."""
 
-PLANNING = ["tests/loop/test_compiled_tree.py", "tests/loop/test_tree.py", "tests/loop/test_calibration.py"]
-"""What runs on the compiled tree and calibration."""
+PLANNING = [
+    "tests/loop/test_compiled_tree.py",
+    "tests/loop/test_tree.py",
+    "tests/loop/test_calibration.py",
+    "tests/loop/test_suffix_index.py",
+]
+"""What runs on the compiled tree, calibration and look-ups in texts."""
 
 # What takes long under a sanitizer and runs next to no line that the rest does not: left to the ordinary run.
 SLOW = [

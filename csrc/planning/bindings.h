@@ -30,5 +30,6 @@ class PythonTree : public Tree {
 void bind_proposals(py::module_& m);
 void bind_tree(py::module_& m);
 void bind_calibration(py::module_& m);
+void bind_retrieval(py::module_& m);
 
 }  // namespace specbranch

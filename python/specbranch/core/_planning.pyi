@@ -1,7 +1,7 @@
-"""The compiled tree and calibration: csrc/planning binds csrc/tree. In plain Python: tests/support/plain_tree.py and
-plain_calibration.py."""
+"""The compiled tree, calibration and look-ups in texts: csrc/planning binds csrc/tree and csrc/retrieval. In plain
+Python: tests/support/plain_tree.py, plain_calibration.py and plain_suffix_index.py."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 from specbranch.core.tree import Choice, Proposals, Signals
@@ -124,3 +124,97 @@ class Calibrator:
         """One label: whether the target's token was the first candidate there, or (covered) any candidate."""
     def observe(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
         """Take a verdict's labels: at every accepted node, the root first, the token that the target went on with."""
+
+class SuffixIndex:
+    """Where the newest tokens of a text occurred before: its tokens, and the order of all its prefixes.
+
+    A prefix is named by its last position. Prefixes are ordered by their tokens read backwards, at most 64 of them; one
+    that runs out of text comes first, and equal ones come by position. What is appended changes no prefix, so a text
+    may grow: new positions wait in a tail without order until there are max(256, a 1024th of the text) of them, and
+    are then merged. 8 bytes a token; while it is built 28.
+
+    tokens: ids from 0 to 2^31 - 2, at most as many; soonest read from a buffer of int32 or int64 (an array of numpy).
+    Raises ValueError for another. Other threads run while it is built.
+    """
+
+    def __init__(self, tokens: Iterable[int] = ()) -> None: ...
+    @staticmethod
+    def mapped(tokens: Any, order: Any) -> SuffixIndex:
+        """Over the tokens and the order of another index: contiguous buffers of int32 (of a mapped file, say), which
+        are kept and not copied.
+
+        Nothing of them is read here. An entry of the order that is no position raises ValueError when a look-up comes
+        upon it, and so does a token that is none; `check` finds any other mistake. Raises ValueError for another type
+        or length.
+        """
+    def __len__(self) -> int: ...
+    @property
+    def tokens(self) -> memoryview:
+        """The tokens as int32, to be read only, without a copy."""
+    @property
+    def order(self) -> memoryview:
+        """The last positions of all prefixes, in order, likewise; the tail is merged first."""
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Append tokens. Raises ValueError for some that are none, of which nothing is appended, and of a mapped index;
+        BufferError while a view of the tokens or the order is in use."""
+    def check(self) -> bool:
+        """Whether the order is one (every position once, each where it belongs; without the tail) and the tokens are
+        some. Reads everything."""
+
+class Continuations:
+    """What followed earlier occurrences, as a trie: a node for each token that followed something, in columns, level by
+    level.
+
+    token: the node's. parent: its parent's place, -1 where that is the context's end. match: how many tokens before
+    this one are as in the context and the nodes above, where that is longest, at most 64. count: the occurrences that
+    go through the node. total: those that go through its parent (or all, for a first token), whether or not they go on.
+    source: the place, among the indexes, of the best of its occurrences.
+
+    Siblings: the longest match first, then the highest count, then the best occurrence.
+    """
+
+    def __len__(self) -> int: ...
+    @property
+    def token(self) -> list[int]: ...
+    @property
+    def parent(self) -> list[int]: ...
+    @property
+    def match(self) -> list[int]: ...
+    @property
+    def count(self) -> list[int]: ...
+    @property
+    def total(self) -> list[int]: ...
+    @property
+    def source(self) -> list[int]: ...
+
+def continuations(
+    indexes: Sequence[SuffixIndex],
+    context: Iterable[int],
+    drafted: int = 0,
+    *,
+    occurrences: int = 32,
+    depth: int = 64,
+    least_match: int = 1,
+    most_nodes: int = 240,
+) -> Continuations:
+    """What followed the earlier occurrences of a context's end.
+
+    indexes: the text's own first, then others. context: its newest tokens, of which the last 64 count; the last
+    `drafted` of them are not in indexes[0], which holds all before them.
+
+    An occurrence is a position of an index with a next token, and its match the number of tokens, read backwards from
+    there, that are those at the context's end: at most 64, and at least `least_match`. The last position of indexes[0]
+    has a next token if something is drafted; else it is the context's own.
+
+    Looked at are, of each index, the whole tail, and of the order `occurrences` entries on each side of the place where
+    the context would stand, behind those that equal it; a position without a next token is passed over. Taken are the
+    best `occurrences` of all: the longest match first, then the earlier index, then the later position.
+
+    An occurrence's run is what follows it, at most `depth` tokens. In indexes[0] it goes on from the end of the text
+    through the drafted tokens, and then through itself, as a copy in LZ77 does: a text that repeats itself is continued
+    for as long as one likes. Elsewhere it ends with the tokens.
+
+    The runs become a trie, the best first, of at most `most_nodes` nodes: where there is no room for another a run
+    ends, and later ones still count in the nodes that they share. Raises ValueError for arguments out of range, and for
+    what it reads of a mapped index that cannot be.
+    """
