@@ -8,7 +8,8 @@
 
 namespace specbranch {
 
-// The tree for Python. Columns that never change but at their end are lists, which grow when they are asked for.
+// The tree for Python. Columns are lists, which grow when they are asked for; that of reaches is made anew after some have
+// changed.
 class PythonTree : public Tree {
  public:
   using Tree::Tree;
@@ -16,6 +17,10 @@ class PythonTree : public Tree {
   template <typename T>
   const py::list& column(T Node::* member) {
     py::list& list = columns_[column_of(member)];
+    if (column_of(member) == 3 && seen_ != revisions()) {
+      list = py::list();
+      seen_ = revisions();
+    }
     for (auto i = static_cast<int64_t>(list.size()); i < size(); ++i) list.append(node(i).*member);
     return list;
   }
@@ -25,6 +30,7 @@ class PythonTree : public Tree {
   static int column_of(double Node::* /*reach*/) { return 3; }
 
   py::list columns_[4];
+  int64_t seen_ = 0;  // revisions
 };
 
 void bind_proposals(py::module_& m);

@@ -32,17 +32,33 @@ ProposalRows correct_rows(const Calibration& calibration, ProposalRows rows) {
   return rows;
 }
 
+// What is kept of a state, by name.
+template <typename State, typename Take>
+void each_part(State& state, const Take& take) {
+  take("weights", state.drafted.weights);
+  take("covariance", state.drafted.covariance);
+  take("labels", state.drafted_labels.count);
+  take("_last", state.drafted_labels.last);
+  take("_lately", state.drafted_labels.lately);
+  take("_covered", state.covered);
+  take("_missed", state.missed);
+  take("retrieved_weights", state.retrieved.weights);
+  take("retrieved_covariance", state.retrieved.covariance);
+  take("retrieved_labels", state.retrieved_labels.count);
+  take("_retrieved_last", state.retrieved_labels.last);
+  take("_retrieved_lately", state.retrieved_labels.lately);
+}
+
 py::dict state_of(const Calibration& calibration) {
-  const Calibration::State& state = calibration.state;
-  return py::dict("weights"_a = state.weights, "covariance"_a = state.covariance, "labels"_a = state.labels,
-                  "_last"_a = state.last, "_lately"_a = state.lately, "_covered"_a = state.covered,
-                  "_missed"_a = state.missed);
+  py::dict found;
+  each_part(calibration.state, [&](const char* name, const auto& value) { found[name] = value; });
+  return found;
 }
 
 void restore(Calibration& calibration, const py::dict& given) {
   Calibration::State state = calibration.state;
   size_t known = 0;
-  const auto take = [&](const char* name, auto& value) {
+  each_part(state, [&](const char* name, auto& value) {
     if (!given.contains(name)) return;
     try {
       value = given[name].cast<std::decay_t<decltype(value)>>();
@@ -50,14 +66,7 @@ void restore(Calibration& calibration, const py::dict& given) {
       throw py::value_error(std::string("state: another shape or type of ") + name);
     }
     ++known;
-  };
-  take("weights", state.weights);
-  take("covariance", state.covariance);
-  take("labels", state.labels);
-  take("_last", state.last);
-  take("_lately", state.lately);
-  take("_covered", state.covered);
-  take("_missed", state.missed);
+  });
   if (known != given.size()) throw py::value_error("state: holds what no calibrator has learned");
   calibration.state = state;
 }
@@ -81,6 +90,13 @@ void bind_calibration(py::module_& m) {
           "observe",
           [](Calibration& calibration, const PythonTree& tree, const Nodes& path, int64_t next_token) {
             calibration.observe(tree, path, next_token);
+          },
+          "tree"_a, "path"_a, "next_token"_a)
+      .def("chances", &Calibration::chances, "found"_a)
+      .def(
+          "observe_retrieved",
+          [](Calibration& calibration, const PythonTree& tree, const Nodes& path, int64_t next_token) {
+            calibration.observe_retrieved(tree, path, next_token);
           },
           "tree"_a, "path"_a, "next_token"_a);
 }

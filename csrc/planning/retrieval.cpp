@@ -4,10 +4,12 @@
 #include "retrieval/suffix_index.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -178,7 +180,8 @@ py::memoryview column(const py::object& index) {
 }
 
 Continuations look_up(const py::sequence& indexes, py::handle context, int64_t drafted, int64_t occurrences,
-                      int64_t depth, int64_t least_match, int64_t most_nodes) {
+                      int64_t depth, int64_t least_match, int64_t most_nodes,
+                      const std::optional<std::array<int64_t, 3>>& near) {
   // Reading the arguments may run Python code, which may extend an index: it is done when the look-up begins.
   const std::vector<int32_t> tokens = read_tokens(context, "context", std::max(drafted, SuffixIndex::DEPTH));
   std::vector<py::object> held;
@@ -189,7 +192,8 @@ Continuations look_up(const py::sequence& indexes, py::handle context, int64_t d
     held.push_back(py::reinterpret_borrow<py::object>(index));
     all.push_back(&index.cast<const PythonSuffixIndex&>());
   }
-  return continuations(all, tokens, drafted, {occurrences, depth, least_match, most_nodes});
+  const Near where = near ? Near{(*near)[0], (*near)[1], (*near)[2]} : Near{};
+  return continuations(all, tokens, drafted, {occurrences, depth, least_match, most_nodes}, where);
 }
 
 }  // namespace
@@ -211,11 +215,13 @@ void bind_retrieval(py::module_& m) {
       .def_readonly("match", &Continuations::match)
       .def_readonly("count", &Continuations::count)
       .def_readonly("total", &Continuations::total)
-      .def_readonly("source", &Continuations::source);
+      .def_readonly("source", &Continuations::source)
+      .def_readonly("position", &Continuations::position)
+      .def_readonly("near", &Continuations::near);
   const ContinuationLimits limits;
   m.def("continuations", &look_up, "indexes"_a, "context"_a, "drafted"_a = 0, py::kw_only(),
         "occurrences"_a = limits.occurrences, "depth"_a = limits.depth, "least_match"_a = limits.least_match,
-        "most_nodes"_a = limits.most_nodes);
+        "most_nodes"_a = limits.most_nodes, "near"_a = py::none());
 }
 
 }  // namespace specbranch

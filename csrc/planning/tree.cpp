@@ -99,6 +99,8 @@ void bind_tree(py::module_& m) {
           },
           "nodes"_a, "proposals"_a)
       .def("branch", &Tree::branch, "node"_a, "width"_a)
+      .def("graft", &Tree::graft, "node"_a, "found"_a, "chances"_a, "least"_a, "depth"_a)
+      .def("use", &Tree::use, "nodes"_a)
       .def(
           "adopt",
           [](PythonTree& tree, const PythonTree& other, int64_t node) {
@@ -120,6 +122,13 @@ void bind_tree(py::module_& m) {
       .def("best_path", &Tree::best_path, "start"_a = 0)
       .def("best_choices", &Tree::best_choices, "start"_a = 0)
       .def("below", &Tree::below, "node"_a)
+      .def("free_nodes", &Tree::free_nodes)
+      .def("read", &Tree::read, "path"_a)
+      .def("with_unread", &Tree::with_unread, "choices"_a)
+      .def("retrieved_odds", &Tree::retrieved_odds, "node"_a, "token"_a)
+      .def("relate", &Tree::relate, "proposals"_a, "nodes"_a)
+      .def(
+          "retrieved", [](const PythonTree& tree, int64_t node) { return tree.retrieved(node) != nullptr; }, "node"_a)
       .def("depth_of", &Tree::depth_of, "choice"_a)
       .def("reach_of", &Tree::reach_of, "choice"_a)
       .def("chance_of", &Tree::chance_of, "choice"_a)

@@ -77,7 +77,7 @@ inline py::object named_tuple(PyTypeObject* type, const py::tuple& items) {
 
 inline py::object python_signals(const Signals& signals) {
   return named_tuple(value_classes.signals, py::make_tuple(signals.agreement, signals.entropy, signals.margin,
-                                                           signals.depth, signals.forecast));
+                                                           signals.depth, signals.forecast, signals.retrieved));
 }
 
 inline py::object python_proposals(const Proposals& proposals) {
@@ -92,8 +92,8 @@ inline py::object python_proposals(const Proposals& proposals) {
 
 inline Signals read_signals(py::handle object) {
   const Items items(object, "signals: expected a Signals");
-  if (items.size() != 5) throw py::value_error("signals: expected a Signals");
-  return {number(items[0]), number(items[1]), number(items[2]), integer(items[3]), number(items[4])};
+  if (items.size() != 6) throw py::value_error("signals: expected a Signals");
+  return {number(items[0]), number(items[1]), number(items[2]), integer(items[3]), number(items[4]), number(items[5])};
 }
 
 // Append one Proposals to some columns.

@@ -9,8 +9,10 @@ namespace {
 
 struct Occurrence {
   int64_t match, index, position;
+  bool near;
 
   bool operator<(const Occurrence& other) const {  // the better one
+    if (near != other.near) return near;
     if (match != other.match) return match > other.match;
     if (index != other.index) return index < other.index;
     return position > other.position;
@@ -26,12 +28,20 @@ void expect(const char* name, int64_t value, int64_t least, int64_t most) {
 
 // Occurrences of the context's end in one index. following: how many of its positions have a next token.
 void find(const SuffixIndex& index, int64_t place, int64_t following, const std::vector<int32_t>& context,
-          const ContinuationLimits& limits, std::vector<Occurrence>& found) {
+          const ContinuationLimits& limits, const Near& near, std::vector<Occurrence>& found) {
   const int32_t* end = context.data() + context.size() - 1;
   const int64_t most = std::min(static_cast<int64_t>(context.size()), SuffixIndex::DEPTH);
   const auto match_at = [&](int64_t position) {
     return common_end(index.tokens() + position, end, std::min(position + 1, most));
   };
+  if (near.index == place) {
+    for (int64_t position = std::max<int64_t>(0, near.first); position <= near.last && position < following;
+         ++position) {
+      if (const int64_t match = match_at(position); match >= limits.least_match) {
+        found.push_back({match, place, position, true});
+      }
+    }
+  }
   // Away from the context's own place in the order, matches only become shorter.
   const int64_t middle = index.place(end, most);
   const auto look = [&](int64_t entry, int64_t step) {
@@ -39,7 +49,7 @@ void find(const SuffixIndex& index, int64_t place, int64_t following, const std:
       const int64_t position = index.position(entry), match = match_at(position);
       if (match < limits.least_match) return;
       if (position >= following) continue;
-      found.push_back({match, place, position});
+      if (!near.has(place, position)) found.push_back({match, place, position, false});
       --left;
     }
   };
@@ -50,7 +60,7 @@ void find(const SuffixIndex& index, int64_t place, int64_t following, const std:
   for (int64_t position = following - 1; position >= index.sorted() && full < limits.occurrences; --position) {
     if (index.tokens()[position] != *end) continue;
     const int64_t match = match_at(position);
-    if (match >= limits.least_match) found.push_back({match, place, position});
+    if (match >= limits.least_match && !near.has(place, position)) found.push_back({match, place, position, false});
     full += match == most;
   }
 }
@@ -59,12 +69,13 @@ void find(const SuffixIndex& index, int64_t place, int64_t following, const std:
 class Trie {
  public:
   struct Node {
-    int64_t token, match, source;
-    int64_t count = 0;
+    int64_t token, source, position;
+    int64_t match = 0, count = 0;
+    bool near = false;
     int64_t first_child = -1, last_child = -1, next_sibling = -1;
   };
 
-  explicit Trie(int64_t most_nodes) : most_(most_nodes + 1) { nodes_.push_back({-1, 0, -1}); }
+  explicit Trie(int64_t most_nodes) : most_(most_nodes + 1) { nodes_.push_back({-1, -1, -1}); }
 
   // Begin a run, then add its tokens one by one. Runs come best first, so the one that makes a node is its best.
   void begin() {
@@ -80,12 +91,15 @@ class Trie {
     if (child < 0) {
       child = static_cast<int64_t>(nodes_.size());
       if (child == most_) return false;
-      nodes_.push_back({token, std::min(occurrence.match + depth_, SuffixIndex::DEPTH), occurrence.index});
+      nodes_.push_back({token, occurrence.index, occurrence.position + 1 + depth_});
       Node& parent = nodes_[at_];
       (parent.first_child < 0 ? parent.first_child : nodes_[parent.last_child].next_sibling) = child;
       parent.last_child = child;
     }
-    ++nodes_[child].count;
+    Node& node = nodes_[child];
+    node.match = std::max(node.match, std::min(occurrence.match + depth_, SuffixIndex::DEPTH));
+    node.near |= occurrence.near;
+    ++node.count;
     at_ = child;
     ++depth_;
     return true;
@@ -94,7 +108,8 @@ class Trie {
   Continuations columns() const {
     Continuations all;
     const size_t size = nodes_.size() - 1;
-    for (auto* column : {&all.token, &all.parent, &all.match, &all.count, &all.total, &all.source}) {
+    for (auto* column :
+         {&all.token, &all.parent, &all.match, &all.count, &all.total, &all.source, &all.position, &all.near}) {
       column->reserve(size);
     }
     std::vector<int64_t> places = {0}, children;  // level by level
@@ -106,6 +121,7 @@ class Trie {
       }
       std::sort(children.begin(), children.end(), [&](int64_t a, int64_t b) {
         const Node &one = nodes_[a], &other = nodes_[b];
+        if (one.near != other.near) return one.near;
         if (one.match != other.match) return one.match > other.match;
         if (one.count != other.count) return one.count > other.count;
         return a < b;
@@ -118,6 +134,8 @@ class Trie {
         all.count.push_back(node.count);
         all.total.push_back(parent.count);
         all.source.push_back(node.source);
+        all.position.push_back(node.position);
+        all.near.push_back(node.near);
         places.push_back(child);
       }
     }
@@ -132,7 +150,7 @@ class Trie {
 }  // namespace
 
 Continuations continuations(const std::vector<const SuffixIndex*>& indexes, const std::vector<int32_t>& context,
-                            int64_t drafted, const ContinuationLimits& limits) {
+                            int64_t drafted, const ContinuationLimits& limits, const Near& near) {
   const auto length = static_cast<int64_t>(context.size());
   expect("drafted", drafted, 0, INT64_MAX);
   if (drafted > length) {
@@ -151,7 +169,7 @@ Continuations continuations(const std::vector<const SuffixIndex*>& indexes, cons
     const SuffixIndex& index = *indexes[i];
     // Behind the text's last token stand the drafted ones, and its last position without any is the context itself.
     const int64_t following = i == 0 && drafted > 0 ? index.size() : index.size() - 1;
-    find(index, i, following, context, limits, found);
+    find(index, i, following, context, limits, near, found);
   }
   const auto taken = std::min(static_cast<int64_t>(found.size()), limits.occurrences);
   std::partial_sort(found.begin(), found.begin() + taken, found.end());

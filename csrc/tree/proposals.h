@@ -10,7 +10,7 @@ namespace specbranch {
 struct Signals {
   double agreement = 0, entropy = 0, margin = 0;
   int64_t depth = 0;
-  double forecast = 0;
+  double forecast = 0, retrieved = 0;
 };
 
 // The candidates after one node, best first, with the probability that the target picks each. It points into the
@@ -28,6 +28,10 @@ class ProposalColumns {
   int64_t size() const { return static_cast<int64_t>(places_.size()); }
   Proposals operator[](int64_t index) const;
   double* confidence(int64_t index) { return confidence_.data() + places_[index].first; }
+  // Null where there are none.
+  Signals* signals(int64_t index) {
+    return places_[index].signals < 0 ? nullptr : signals_.data() + places_[index].signals;
+  }
 
   // Append some, piece by piece: candidates, then what there is to say of all that came since the last end().
   void candidate(int64_t token, double confidence);

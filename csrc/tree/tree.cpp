@@ -1,6 +1,7 @@
 #include "tree/tree.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -30,6 +31,11 @@ std::optional<Proposals> Tree::proposals(int64_t node) const {
   const int64_t place = this->node(node).proposals;
   if (place < 0) return std::nullopt;
   return proposals_[place];
+}
+
+const Tree::Retrieved* Tree::retrieved(int64_t node) const {
+  const int64_t place = this->node(node).found;
+  return place < 0 ? nullptr : &retrieved_[place];
 }
 
 Proposals Tree::proposed(int64_t node) const {
@@ -74,6 +80,16 @@ Nodes Tree::take_all(const Choices& choices) {
 }
 
 void Tree::note(int64_t node, const Proposals& proposals) {
+  keep(node, proposals);
+  for (const int64_t child : children(node)) {
+    const Retrieved* retrieved = this->retrieved(child);
+    if (!retrieved) continue;
+    const double reach = nodes_[node].reach * chance_after(node, nodes_[child].token, retrieved->chance);
+    if (nodes_[child].reach > 0) scale(child, reach / nodes_[child].reach);
+  }
+}
+
+void Tree::keep(int64_t node, const Proposals& proposals) {
   at(node).proposals = proposals_.size();  // before the columns grow: this checks the node
   proposals_.add(proposals);
   const int64_t first = std::min<int64_t>(2, proposals.count);
@@ -101,6 +117,66 @@ void Tree::branch(int64_t node, int64_t width) {
   }
 }
 
+int64_t Tree::graft(int64_t node, const Continuations& found, const std::vector<double>& chances, double least,
+                    int64_t depth) {
+  static_cast<void>(this->node(node));
+  if (static_cast<int64_t>(chances.size()) != found.size()) {
+    throw std::invalid_argument("chances: expected one for each of " + std::to_string(found.size()) +
+                                " tokens that were found, got " + std::to_string(chances.size()));
+  }
+  const int64_t before = size();
+  Nodes place(found.size(), -1);
+  for (int64_t i = 0; i < found.size(); ++i) {
+    const int64_t above = found.parent[i] < 0 ? node : place[found.parent[i]];
+    if (above < 0 || nodes_[above].depth >= depth) continue;
+    if (const std::optional<int64_t> known = child(above, found.token[i])) {
+      place[i] = *known;
+      continue;
+    }
+    const double reach = nodes_[above].reach * chance_after(above, found.token[i], chances[i]);
+    if (!(reach >= least)) continue;
+    place[i] = add(above, found.token[i], reach);
+    nodes_[place[i]].found = static_cast<int64_t>(retrieved_.size());
+    nodes_[place[i]].free = true;
+    retrieved_.push_back({found_at(found, i), chances[i]});
+  }
+  return size() - before;
+}
+
+int64_t Tree::use(const Nodes& nodes) {
+  int64_t fresh = 0;
+  for (const int64_t node : nodes) {
+    fresh += at(node).free;
+    at(node).free = false;
+  }
+  return fresh;
+}
+
+// The chance that `token` follows a node, where `chance` was said of it before the draft ran over the node: what the
+// draft says, and if it does not name the token, that it is wrong.
+double Tree::chance_after(int64_t node, int64_t token, double chance) const {
+  const std::optional<Proposals> proposals = this->proposals(node);
+  if (!proposals) return chance;
+  double named = 0;
+  for (int64_t rank = 0; rank < proposals->count; ++rank) {
+    if (proposals->tokens[rank] == token) return proposals->confidence[rank];
+    named += proposals->confidence[rank];
+  }
+  return chance * std::max(0.0, 1 - named);
+}
+
+// Another reach for all that is below a node, and for the node.
+void Tree::scale(int64_t node, double factor) {
+  if (factor == 1) return;
+  ++revisions_;
+  for (const int64_t each : below(node)) {
+    nodes_[each].reach *= factor;
+    push({-nodes_[each].reach, each, -1});  // what is in the frontier for the reach before is stale
+    if (nodes_[each].proposals < 0) continue;
+    for (int64_t rank = 0; rank <= nodes_[each].offered; ++rank) offer(each, rank);
+  }
+}
+
 std::vector<std::pair<int64_t, int64_t>> Tree::adopt(const Tree& other, int64_t node) {
   if (size() != 1) throw std::invalid_argument("expected a tree with a root only");
   const Node& root = other.node(node);
@@ -111,12 +187,19 @@ std::vector<std::pair<int64_t, int64_t>> Tree::adopt(const Tree& other, int64_t 
   Nodes place(other.size(), -1);
   for (const int64_t old : other.below(node)) {
     const Node& found = other.nodes_[old];
-    if (!kept.empty()) add(place[found.parent], found.token, top > 0 ? found.reach / top : 1.0);
+    if (!kept.empty()) {
+      const int64_t now = add(place[found.parent], found.token, top > 0 ? found.reach / top : 1.0);
+      nodes_[now].free = found.free;
+      if (found.found >= 0) {
+        nodes_[now].found = static_cast<int64_t>(retrieved_.size());
+        retrieved_.push_back(other.retrieved_[found.found]);
+      }
+    }
     place[old] = static_cast<int64_t>(kept.size());
     kept.emplace_back(old, place[old]);
   }
   for (const auto& [old, now] : kept) {
-    if (const std::optional<Proposals> proposals = other.proposals(old)) note(now, *proposals);
+    if (const std::optional<Proposals> proposals = other.proposals(old)) keep(now, *proposals);
   }
   return kept;
 }
@@ -161,10 +244,19 @@ Nodes Tree::best_path(int64_t start) const {
 }
 
 Choices Tree::best_choices(int64_t start) const {
+  static_cast<void>(node(start));
   Choices path;
-  for (const int64_t node : best_path(start)) path.push_back({node});
-  const int64_t last = path.back().node;
-  if (nodes_[last].proposals >= 0) path.push_back({last, 0});
+  for (int64_t node = start; node >= 0;) {
+    path.push_back({node});
+    const int64_t child = likeliest_child(node);
+    if (nodes_[node].proposals >= 0 && proposed(node).count && !is_child(node, 0)) {
+      if (child < 0 || reach_of({node, 0}) > nodes_[child].reach) {
+        path.push_back({node, 0});
+        break;
+      }
+    }
+    node = child;
+  }
   return path;
 }
 
@@ -178,6 +270,65 @@ Nodes Tree::below(int64_t node) const {
     if (inside[i]) members.push_back(i);
   }
   return members;
+}
+
+Nodes Tree::free_nodes() const {
+  Nodes found;
+  for (int64_t i = 0; i < size(); ++i) {
+    if (nodes_[i].free) found.push_back(i);
+  }
+  return found;
+}
+
+int64_t Tree::read(const Choices& path) const {
+  int64_t count = 0;
+  while (count < static_cast<int64_t>(path.size()) && path[count].rank < 0 && node(path[count].node).proposals >= 0) {
+    ++count;
+  }
+  return count;
+}
+
+Choices Tree::with_unread(const Choices& choices) const {
+  Choices all;
+  std::vector<bool> taken(size());
+  for (const Choice& choice : choices) {
+    Choices above;
+    for (int64_t node = this->node(choice.node).parent; node >= 0 && nodes_[node].proposals < 0 && !taken[node];
+         node = nodes_[node].parent) {
+      above.push_back({node});
+      taken[node] = true;
+    }
+    all.insert(all.end(), above.rbegin(), above.rend());
+    if (choice.rank < 0) {
+      if (taken[choice.node]) continue;
+      taken[choice.node] = true;
+    }
+    all.push_back(choice);
+  }
+  return all;
+}
+
+double Tree::retrieved_odds(int64_t node, int64_t token) const {
+  const Retrieved* best = nullptr;
+  bool same = false;
+  for (const int64_t child : children(node)) {
+    const Retrieved* retrieved = this->retrieved(child);
+    if (!retrieved || (best && !(retrieved->chance > best->chance))) continue;
+    best = retrieved;
+    same = nodes_[child].token == token;
+  }
+  if (!best) return 0;
+  const double chance = std::clamp(best->chance, 0.02, 0.98);
+  const double odds = std::log(chance / (1 - chance));
+  return same ? odds + 1 : -odds - 1;
+}
+
+void Tree::relate(ProposalRows& rows, const Nodes& nodes) const {
+  if (rows.steps()) check_step(rows.nodes, static_cast<int64_t>(nodes.size()));
+  for (int64_t i = 0; rows.steps() && i < rows.nodes; ++i) {
+    Signals* signals = rows.columns.signals(i);
+    if (signals && rows.columns[i].count) signals->retrieved = retrieved_odds(nodes[i], rows.columns[i].tokens[0]);
+  }
 }
 
 int64_t Tree::depth_of(Choice choice) const { return node(choice.node).depth + (choice.rank >= 0); }
@@ -233,7 +384,9 @@ Outcomes Tree::likeliest(int64_t count, int64_t depth, int64_t ranks) {
   std::vector<Entry> kept;
   while (!frontier_.empty() && static_cast<int64_t>(found.size()) < count) {
     const Entry entry = pop();
-    bool stale;
+    bool stale = entry.cost != cost_of(entry);
+    if (!kept.empty() && !later(kept.back(), entry) && !later(entry, kept.back())) stale = true;  // it was there twice
+    if (stale) continue;
     if (entry.rank < 0) {
       stale = nodes_[entry.node].proposals >= 0;
     } else {
@@ -250,6 +403,12 @@ Outcomes Tree::likeliest(int64_t count, int64_t depth, int64_t ranks) {
   }
   for (const Entry& entry : kept) push(entry);
   return found;
+}
+
+// That an entry for the place would have now.
+double Tree::cost_of(const Entry& entry) const {
+  const Node& node = nodes_[entry.node];
+  return entry.rank < 0 ? -node.reach : -(node.reach * proposed(entry.node).confidence[entry.rank]);
 }
 
 bool Tree::later(const Entry& a, const Entry& b) {

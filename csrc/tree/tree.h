@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "tree/found.h"
 #include "tree/proposals.h"
 
 namespace specbranch {
@@ -41,6 +42,14 @@ class Tree {
     int64_t first_child = -1, last_child = -1, next_sibling = -1;
     int64_t proposals = -1;  // their place in the columns
     int64_t offered = 1;     // the highest rank in the frontier
+    int64_t found = -1;      // of a retrieved one: its place in what was found
+    bool free = false;       // a retrieved one that no model has run over
+  };
+
+  // What speaks for a retrieved node, and the chance that followed from it.
+  struct Retrieved {
+    Found found;
+    double chance;
   };
 
   Tree(int64_t token, int64_t position);
@@ -48,7 +57,11 @@ class Tree {
   int64_t position() const { return position_; }
   int64_t size() const { return static_cast<int64_t>(nodes_.size()); }
   const Node& node(int64_t index) const;
+  // How often the reach of nodes that were there has changed.
+  int64_t revisions() const { return revisions_; }
   std::optional<Proposals> proposals(int64_t node) const;
+  // Null where the node was not retrieved.
+  const Retrieved* retrieved(int64_t node) const;
 
   // ---- Growing
   int64_t add(int64_t parent, int64_t token, double reach);
@@ -57,6 +70,11 @@ class Tree {
   void note(int64_t node, const Proposals& proposals);
   Nodes descend(const Nodes& nodes, const ProposalRows& rows);
   void branch(int64_t node, int64_t width);
+  // Returns how many nodes there are more.
+  int64_t graft(int64_t node, const Continuations& found, const std::vector<double>& chances, double least,
+                int64_t depth);
+  // A model is to run over them. Returns how many were free until now.
+  int64_t use(const Nodes& nodes);
   // Of a tree with a root only: become the subtree at a node of another tree. Returns the old and the new index of every
   // node that survives.
   std::vector<std::pair<int64_t, int64_t>> adopt(const Tree& other, int64_t node);
@@ -68,6 +86,14 @@ class Tree {
   Nodes best_path(int64_t start) const;
   Choices best_choices(int64_t start) const;
   Nodes below(int64_t node) const;
+  Nodes free_nodes() const;
+  Choices with_unread(const Choices& choices) const;
+  int64_t read(const Choices& path) const;
+  // Log-odds that what was retrieved after a node gives to a token, as far as they are worth more than none; those of
+  // another token speak against it. 0 where nothing was retrieved.
+  double retrieved_odds(int64_t node, int64_t token) const;
+  // Let the first step of a draft's run over some nodes say what was retrieved there.
+  void relate(ProposalRows& rows, const Nodes& nodes) const;
   int64_t depth_of(Choice choice) const;
   double reach_of(Choice choice) const;
   double chance_of(Choice choice) const;
@@ -88,13 +114,19 @@ class Tree {
   int64_t candidate(int64_t node, int64_t rank) const;
   bool is_child(int64_t node, int64_t rank) const;
   int64_t likeliest_child(int64_t node) const;
+  double chance_after(int64_t node, int64_t token, double chance) const;
+  void keep(int64_t node, const Proposals& proposals);
+  void scale(int64_t node, double factor);
+  double cost_of(const Entry& entry) const;
   void offer(int64_t node, int64_t rank);
   void push(const Entry& entry);
   Entry pop();
 
   int64_t position_;
+  int64_t revisions_ = 0;
   std::vector<Node> nodes_;
   ProposalColumns proposals_;
+  std::vector<Retrieved> retrieved_;
   std::vector<Entry> frontier_;  // a heap
 };
 

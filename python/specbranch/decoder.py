@@ -14,8 +14,9 @@ from specbranch.core.checks import shown
 from specbranch.core.errors import SpecBranchError, SpecBranchWarning
 from specbranch.core.excerpt import ALL, Excerpt, check_draft_context
 from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted
-from specbranch.decoding import Decoding
+from specbranch.decoding import Decoding, costs_name
 from specbranch.drafters.model import ModelDrafter
+from specbranch.drafters.retrieval import RetrievalDrafter
 from specbranch.job import Job
 from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
@@ -44,7 +45,8 @@ class Decoder:
         self.calibrator = Calibrator()
         self._costs: dict[str, CostsByTexts] = {}  # of each method
         self.excerpt = self._excerpt("auto" if drafting.draft_context is None else drafting.draft_context)
-        self._overlap = check_overlap(drafting.overlap)
+        self._overlap = check_auto("overlap", drafting.overlap)
+        self._retrieval = check_auto("retrieval", drafting.retrieval)
         self._lengths = Lengths()
         self._when_it_pays = WhenItPays(self._lengths)
         self._row_dependence = ""
@@ -117,15 +119,16 @@ class Decoder:
             for stage in (job.text.verifier, job.text.drafter):
                 if isinstance(stage, (ModelVerifier, ModelDrafter)):
                     stage.keep()
-        if job.text.policy.calibrated:
+        if job.text.policy.calibrated or job.text.retriever is not None:
             self.calibrator = job.calibrator
         self._lengths.record(len(job.builder.tokens), ended=job.reason == "stop")
 
-    def costs_of(self, method: str, texts: int = 1) -> Costs:
-        """What a method has cost with so many texts at once; where there were none, what is known from fewer."""
-        if method not in self._costs:
-            self._costs[method] = CostsByTexts(Costs(self.pair.relative_size))
-        return self._costs[method].of(texts)
+    def costs_of(self, name: str, texts: int = 1) -> Costs:
+        """What a method (see costs_name) has cost with so many texts at once; where there were none, what is known
+        from fewer."""
+        if name not in self._costs:
+            self._costs[name] = CostsByTexts(Costs(self.pair.relative_size))
+        return self._costs[name].of(texts)
 
     def _walk(self, request: Request, builder: TextBuilder, said: Said) -> Walk | None:
         """None where no rule wants to be asked."""
@@ -143,20 +146,23 @@ class Decoder:
     ) -> Decoding:
         own, asked, sampling = self.drafting, request.drafting, request.sampling
         policy = make_policy(asked.method or own.method or "", {**own.options, **asked.options})
+        told = self._retrieval if asked.retrieval is None else check_auto("retrieval", asked.retrieval)
+        retriever = RetrievalDrafter(calibrator) if retrieves(policy, told) else None
         drafter = None
-        if policy.candidates > 0:
+        if policy.candidates > 0 and (slot.draft is not None or not told):
             draft = slot.need_draft(f"method {policy.name!r}")
             learner = calibrator if policy.calibrated else None
             rules = self._draft_rules(request, slot)
             drafter = ModelDrafter(draft, sampling, policy.candidates, slot.vocabulary, learner, rules)
-        mode = self._overlap if asked.overlap is None else check_overlap(asked.overlap)
+        mode = self._overlap if asked.overlap is None else check_auto("overlap", asked.overlap)
         predictor = None
         if self.hrad is not None and policy.uses_forecast:
             predictor = Predictor(slot.tap, self.hrad)
         slot.target.model.tap = None if predictor is None else predictor.tap
         verifier = ModelVerifier(slot.target, sampling, predictor, walk)
         reading = self._reading(policy, asked.draft_context)
-        return Decoding(verifier, drafter, policy, self.costs_of(policy.name), self.pair.workers, mode, reading)
+        costs = self.costs_of(costs_name(policy, retriever))
+        return Decoding(verifier, drafter, policy, costs, self.pair.workers, mode, reading, retriever)
 
     def _draft_rules(self, request: Request, slot: Slot) -> DraftRules | None:
         processors = request.rules.for_draft
@@ -191,10 +197,20 @@ class Decoder:
         self._row_dependence = found
 
 
-def check_overlap(overlap: bool | str | None) -> bool | None:
+def retrieves(policy: Policy, told: bool | None) -> bool:
+    """Whether a method is to have retrieved tokens. told: None for "auto". Raises SpecBranchError where it never has
+    any."""
+    if told and policy.candidates > 0 and not policy.may_retrieve:
+        raise SpecBranchError(
+            f"retrieval is True, but method {policy.name!r} never retrieves: expected 'auto' or False"
+        )
+    return policy.may_retrieve and (policy.thrifty if told is None else told)
+
+
+def check_auto(name: str, value: bool | str | None) -> bool | None:
     """True, False, or None for "auto". Raises SpecBranchError for anything else."""
-    if overlap is None or (isinstance(overlap, str) and overlap == "auto"):
+    if value is None or (isinstance(value, str) and value == "auto"):
         return None
-    if isinstance(overlap, bool):
-        return overlap
-    raise SpecBranchError(f"overlap is {shown(overlap)}; expected True, False or 'auto'")
+    if isinstance(value, bool):
+        return value
+    raise SpecBranchError(f"{name} is {shown(value)}; expected True, False or 'auto'")

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.messages import Drafted, Forecast, Trunk, Verdict
 from specbranch.core.stats import Stats
-from specbranch.core.tree import Tree
+from specbranch.core.tree import Choice, Tree
 from specbranch.policies.backoff import Backoff
 from specbranch.policies.costs import Costs
 from specbranch.policies.policy import Expansion, InFlight, Policy, State
 from specbranch.policies.reading import AtOnce, Reading, Unread
-from specbranch.stages import Drafter, Nodes, Verifier, Workers
+from specbranch.stages import Drafter, Nodes, Retriever, Verifier, Workers
 
 READ_ALL = AtOnce(ALL)
+LEAST_REACH = 0.02  # of a retrieved token: no row is as cheap
+LONGEST_RUN = 64  # of retrieved tokens in a trunk
 
 
 class Decoding:
@@ -24,8 +26,8 @@ class Decoding:
     overlap: True, False, or None to take what the costs prefer. reading: when the draft reads, and what. costs: of the
     rounds to come. tree: its root is the last committed token. remaining: tokens that may still be committed. read_at:
     when it began, or was read on. excerpt: what the draft is to read, once that is decided. drafting: whether it has;
-    before that, decoding is autoregressive. saved: seconds, by drafting in this text so far; negative where it has lost
-    some.
+    before that, nothing is drafted but what a retriever finds. saved: seconds, by drafting in this text so far;
+    negative where it has lost some.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class Decoding:
         workers: Workers,
         overlap: bool | None,
         reading: Reading = READ_ALL,
+        retriever: Retriever | None = None,
     ) -> None:
-        self.verifier, self.drafter, self.policy = verifier, drafter, policy
+        self.verifier, self.drafter, self.policy, self.retriever = verifier, drafter, policy, retriever
         self.costs, self.workers, self.overlap, self.reading = costs, workers, overlap, reading
         self.tree, self.remaining = Tree(0, 0), 0
         self.excerpt: Excerpt | None = None
@@ -50,6 +53,7 @@ class Decoding:
         self.read_at = 0.0
         self._unread = 0  # of the prompt, by the target
         self._prompt_tokens = 0
+        self._judged = 0, False  # tokens accepted that the draft had said, and whether it had said the next one
         self._lessons: list[tuple[Tree, list[int], Verdict]] = []
 
     # ---- Prompts
@@ -59,6 +63,8 @@ class Decoding:
         self._unread = self.verifier.begin(prompt)
         if self.drafter is not None:
             self.drafter.begin(prompt)
+        if self.retriever is not None:
+            self.retriever.begin(prompt)
         self.stats.prompt_tokens, self.stats.reused_tokens = len(prompt), len(prompt) - 1 - self._unread
         self._prompt_tokens, self.remaining = len(prompt), max_new_tokens
         self.tree = Tree(prompt[-1], len(prompt) - 1)
@@ -134,6 +140,25 @@ class Decoding:
         mine = overlapped and self.may_overlap
         return State(mine, mode, self.costs.acceptance, remaining, retry, burst, self.forecast, losing)
 
+    def draft_before(self, state: State) -> Expansion:
+        """What the draft is to run over next, before there is a trunk."""
+        return self._readable(self.policy.draft_before(self.tree, state))
+
+    def draft_during(self, flight: InFlight, state: State) -> Expansion:
+        """The same while the target verifies."""
+        return self._readable(self.policy.draft_during(self.tree, flight, state))
+
+    def _readable(self, wanted: Expansion) -> Expansion:
+        """What the policy wants, behind what a draft must run over before that: retrieved nodes above."""
+        if self.retriever is None or not wanted.choices:
+            return wanted
+        tree, choices = self.tree, self.tree.with_unread(wanted.choices)
+        # The next step of a burst makes nodes of first candidates, which a retrieved one may be already.
+        alone = len(choices) == len(wanted.choices) and not any(
+            choice.rank < 0 and tree.children[choice.node] for choice in choices
+        )
+        return Expansion(choices, wanted.steps if alone else 1)
+
     def steps(self, expansion: Expansion) -> int:
         """How many of the steps that the policy wants there is room for."""
         if self.drafter is None or not self.drafting or not expansion.choices:
@@ -141,10 +166,8 @@ class Decoding:
         return min(expansion.steps, self.drafter.room // len(expansion.choices))
 
     def choose_trunk(self, state: State) -> InFlight:
-        tree, choice = self.tree, self.policy.choose_trunk(self.tree, state)
-        size = len(tree)
-        nodes = tuple(tree.take_all(choice.choices[: self.verifier.most_rows]))
-        self.stats.drafted += len(tree) - size
+        choice = self.policy.choose_trunk(self.tree, state)
+        nodes = tuple(self._use(choice.choices[: self.verifier.most_rows]))
         return InFlight(nodes, nodes[min(choice.branch_point, len(nodes) - 1)])
 
     # ---- Growing, committing, learning
@@ -152,10 +175,36 @@ class Decoding:
     def take(self, expansion: Expansion) -> Nodes:
         """Where the draft is to run; a candidate becomes a node."""
         assert self.drafter is not None
+        return self.drafter, self.tree, self._use(expansion.choices)
+
+    def _use(self, choices: Sequence[Choice]) -> list[int]:
+        """The nodes of choices that a model is to run over: from now on they have cost something."""
         size = len(self.tree)
-        nodes = self.tree.take_all(expansion.choices)
-        self.stats.drafted += len(self.tree) - size
-        return self.drafter, self.tree, nodes
+        nodes = self.tree.take_all(choices)
+        self.stats.drafted += len(self.tree) - size + self.tree.use(nodes)
+        return nodes
+
+    def retrieve(self, flight: InFlight | None = None) -> None:
+        """Let the best path go on with what followed its end elsewhere."""
+        if self.retriever is None:
+            return
+        self.learn()
+        tree, path = self.tree, self.tree.best_choices()
+        trunk = 0 if flight is None else max(tree.depth[node] for node in flight.nodes)
+        deepest, end = min(self.remaining - 1, trunk + LONGEST_RUN), path[-1]
+        if len(path) > deepest or tree.reach_of(end) < LEAST_REACH:
+            return
+        drafted = tree.tokens([choice.node for choice in path[1:] if choice.rank < 0])
+        if end.rank >= 0:
+            proposals = tree.proposals[end.node]
+            assert proposals is not None
+            drafted.append(proposals.tokens[end.rank])
+        retrieved = self.retriever.find(drafted)
+        if retrieved.chances and tree.reach_of(end) * max(retrieved.chances) >= LEAST_REACH:
+            size = len(tree)
+            node = tree.take(end)
+            self.stats.drafted += len(tree) - size
+            tree.graft(node, *retrieved, LEAST_REACH, deepest)
 
     def grow(self, nodes: Sequence[int], drafted: Drafted, flight: InFlight | None) -> None:
         """Make nodes of as many of the draft's candidates as the policy wants."""
@@ -166,6 +215,7 @@ class Decoding:
         for step in drafted.steps:
             self.stats.add_draft(step)
         self.stats.drafted += len(tree) - size
+        self.retrieve(flight)
 
     def commit(self, flight: InFlight, verdict: Verdict) -> list[int]:
         """Both caches take the accepted path; the tree starts again at the target's next token, with what was drafted
@@ -174,7 +224,11 @@ class Decoding:
         path = [0, *(flight.nodes[place] for place in verdict.path)]
         committed = [*tree.tokens(path[1:]), verdict.next_token]
         node = tree.child(path[-1], verdict.next_token)
-        self.stats.count(tree, len(flight.nodes) - 1, path, node)
+        if node is not None:
+            self.stats.drafted += tree.use([node])
+        self.stats.count(tree, flight.nodes, path, node)
+        read = tree.read([Choice(node) for node in path])
+        self._judged = min(len(path) - 1, read), read == len(path)
         survivors: dict[int, int] = {}
         if node is None:
             rerooted = Tree(verdict.next_token, tree.position + len(committed))
@@ -183,6 +237,9 @@ class Decoding:
         self.verifier.commit(verdict.path)
         if self.drafter is not None:
             self.drafter.commit(path, survivors, committed)
+        if self.retriever is not None:
+            self.retriever.commit(committed)
+        if self.drafter is not None or self.retriever is not None:
             self._lessons.append((tree, path, verdict))
         self.tree, self.forecast = rerooted, verdict.forecast
         self.remaining -= len(committed)
@@ -191,10 +248,12 @@ class Decoding:
 
     def learn(self) -> None:
         """Update the calibrator from the latest verdicts. Called just before the next draft step, so that it runs while
-        the target is busy."""
-        if self.drafter is not None:
-            for tree, path, verdict in self._lessons:
+        the target is busy, or before the next look-up."""
+        for tree, path, verdict in self._lessons:
+            if self.drafter is not None:
                 self.drafter.learn(tree, path, verdict.next_token, verdict.forecast)
+            if self.retriever is not None:
+                self.retriever.learn(tree, path, verdict.next_token)
         self._lessons.clear()
 
     def measure(self, state: State, trunk: Trunk, verdict: Verdict, seconds: float, end: float) -> None:
@@ -203,16 +262,22 @@ class Decoding:
         tokens = len(verdict.path) + 1
         round = self.stats.end_round(end, tokens)
         self.stats.plain_token_seconds = self.costs.plain
-        if not self.drafting:
-            return
         gain = tokens * self.costs.plain - seconds if self.has_drafted(trunk) and state.costs.target.known else 0.0
         self.saved += gain
+        if not self.drafting:
+            return
         self.backoff.record(bool(round.draft), gain / max(self.costs.plain, 1e-9), state.retry)
         last = verdict.path[-1] if verdict.path else 0
-        self.costs.record_verdict(len(verdict.path), rejected=last in trunk.parents)
+        accepted, judged = self._judged
+        self.costs.record_verdict(accepted, rejected=judged and last in trunk.parents)
         self.stats.overlapped_rounds += state.overlapped
         self.stats.overlap = self.stats.overlapped_rounds > 0
 
     def has_drafted(self, trunk: Trunk) -> bool:
         """Whether the newest round was not a plain one for this text."""
         return bool(self.stats.log[-1].draft) or len(trunk) > 1
+
+
+def costs_name(policy: Policy, retriever: Retriever | None) -> str:
+    """Of texts that have the same costs."""
+    return policy.name if retriever is None else f"{policy.name} with retrieval"

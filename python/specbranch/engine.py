@@ -32,7 +32,7 @@ from specbranch.door import (
     requests,
 )
 from specbranch.request import Drafting, Request
-from specbranch.runtime.choices import CACHE_TOKENS, SELF, draft_of
+from specbranch.runtime.choices import CACHE_TOKENS, RETRIEVAL, SELF, draft_of
 from specbranch.runtime.hrad.predictor import HRad, load_hrad
 from specbranch.runtime.loading import ModelSource, check_loaded, load_model, load_tokenizer
 from specbranch.runtime.model import PREFILL_CHUNK, rows_for
@@ -74,6 +74,7 @@ class SpecBranch:
         method: str = "specbranch",
         overlap: bool | str | None = "auto",
         draft_context: str | None = "auto",
+        retrieval: bool | str | None = "auto",
         threads: int | None = None,
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
@@ -88,7 +89,9 @@ class SpecBranch:
 
         overlap: True, False or "auto" (measure both and take the faster). draft_context: what of a prompt the draft
         reads: "all" of it, or "H+N", its first H tokens and its last N; "auto" reads when that is expected to pay, and
-        as much as pays, with the methods that go by measured costs (`thrifty`), and all of it with the others. threads:
+        as much as pays, with the methods that go by measured costs (`thrifty`), and all of it with the others.
+        retrieval: True, False or "auto": whether what followed the same tokens before, in the text, is drafted too,
+        which costs no forward; "auto" with the methods that go by measured costs. True needs no draft. threads:
         intra-op threads (default: torch's); target_threads: the target's share of them when both models run. hrad: a
         predictor trained for this pair, or the directory of one (`specbranch train-hrad`); SpecBranch uses it.
         cuda_graphs: on a GPU, replay steps that were captured; models whose steps cannot be captured run eagerly.
@@ -111,7 +114,9 @@ class SpecBranch:
             if draft is None:
                 raise SpecBranchError("hrad predicts for a pair: pass draft=")
             predictor = hrad if isinstance(hrad, HRad) else load_hrad(hrad, target, draft)
-        self.decoder = Decoder(self.pair, tokenizer, Drafting(method, overlap, draft_context, options), predictor)
+        self.decoder = Decoder(
+            self.pair, tokenizer, Drafting(method, overlap, draft_context, retrieval, options), predictor
+        )
         self.max_requests = whole("max_requests", max_requests, least=1)
         self.cache_tokens = count("cache_tokens", cache_tokens)
         self.last: Generation | None = None
@@ -136,6 +141,7 @@ class SpecBranch:
         method: str = "specbranch",
         overlap: bool | str | None = "auto",
         draft_context: str | None = "auto",
+        retrieval: bool | str | None = "auto",
         threads: int | None = None,
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
@@ -156,9 +162,9 @@ class SpecBranch:
         which changes a target's text, and never a draft's); or "auto": of a target lossless where a measurement at load
         shows that it is faster, of a draft 4 bits. A loaded model's are always kept. A GGUF file's stay in its blocks,
         but a draft's may be rounded on, and "auto" takes bfloat16 where that is faster. draft "self": the target once
-        more, its weights in 4 bits. target_arithmetic, draft_arithmetic: of products over blocks, of 8 or 4 bits or a
-        file's: "exact" (their values as bfloat16) or "fast" (activations in 8 bits); None is exact for the target, fast
-        for the draft. The rest is as for the constructor.
+        more, its weights in 4 bits; "retrieval": no model, as retrieval=True. target_arithmetic, draft_arithmetic: of
+        products over blocks, of 8 or 4 bits or a file's: "exact" (their values as bfloat16) or "fast" (activations in 8
+        bits); None is exact for the target, fast for the draft. The rest is as for the constructor.
 
         Raises SpecBranchError when a checkpoint cannot be loaded, when its weights are not those of its configuration
         or cannot be kept or multiplied as asked for, and when the vocabularies differ.
@@ -168,6 +174,8 @@ class SpecBranch:
             raise SpecBranchError(
                 "draft is 'self', but target is a loaded model: expected one that can be loaded again"
             )
+        if isinstance(draft, str) and draft == RETRIEVAL:
+            draft, retrieval = None, True
         draft, draft_weights = draft_of(target, draft, draft_weights)
         own_tokenizer = tokenizer if tokenizer is not None else load_tokenizer(target, "target", trust)
         if draft is not None:
@@ -187,6 +195,7 @@ class SpecBranch:
             method=method,
             overlap=overlap,
             draft_context=draft_context,
+            retrieval=retrieval,
             threads=threads,
             target_threads=target_threads,
             hrad=hrad,
@@ -264,6 +273,7 @@ class SpecBranch:
         method: str | None = None,
         overlap: bool | str | None = None,
         draft_context: str | None = None,
+        retrieval: bool | str | None = None,
         **options: object,
     ) -> Generation | list[Generation]:
         """Continue a prompt by at most max_new_tokens.
@@ -273,7 +283,7 @@ class SpecBranch:
         the last, by name. A list of such prompts is decoded at once, `max_requests` of them, and each text is what it
         is alone; the result is a list too, and seed may be one. The text is a pure function of target, prompt, sampling
         parameters, rules and seed: method, draft and overlap change the speed only. stop: strings that end the text.
-        method, overlap, draft_context and options: for this call only.
+        method, overlap, draft_context, retrieval and options: for this call only.
 
         What is None is as generation_config says, else as the checkpoint's does, else as transformers' `generate` has
         it: greedy decoding unless do_sample is set. A temperature above 0 samples, with their filters or transformers'
@@ -305,7 +315,7 @@ class SpecBranch:
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             logprobs=logprobs,
-            drafting=Drafting(method, overlap, draft_context, options),
+            drafting=Drafting(method, overlap, draft_context, retrieval, options),
         )
         if isinstance(asks, list):
             if streamer is not None:
@@ -341,6 +351,7 @@ class SpecBranch:
         method: str | None = None,
         overlap: bool | str | None = None,
         draft_context: str | None = None,
+        retrieval: bool | str | None = None,
         **options: object,
     ) -> TextStream | TextStreams:
         """`generate`, giving the text piece by piece as it is committed, never half a character.
@@ -363,7 +374,7 @@ class SpecBranch:
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             logprobs=logprobs,
-            drafting=Drafting(method, overlap, draft_context, options),
+            drafting=Drafting(method, overlap, draft_context, retrieval, options),
         )
         if isinstance(asks, list):
             return TextStreams(partial(Several, self.decoder, asks, self.max_requests, self.cache_tokens))
@@ -381,14 +392,15 @@ class SpecBranch:
         method: str | None = None,
         overlap: bool | str | None = None,
         draft_context: str | None = None,
+        retrieval: bool | str | None = None,
         **model_arguments: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """The door from transformers: `target.generate(**inputs, custom_generate=engine, …)`.
 
         All that `generate` takes is honoured, or refused by name. seed: of the noise that tokens are sampled with, the
         next row of a batch with the next one; None draws it from torch's generator, so that `set_seed` decides. method,
-        overlap, draft_context: as for `generate` here. Texts of a batch are decoded at once, `max_requests` of them.
-        `last` is the Generation of the last one.
+        overlap, draft_context, retrieval: as for `generate` here. Texts of a batch are decoded at once, `max_requests`
+        of them. `last` is the Generation of the last one.
 
         Returns what `generate` returns: int64 [rows, n], or an output with sequences, scores and logits.
         """
@@ -397,7 +409,7 @@ class SpecBranch:
         handed = HandedOver(
             input_ids, logits_processor, stopping_criteria, generation_config, model_arguments, asked_of_generate()
         )
-        asked = requests(handed, seed, Drafting(method, overlap, draft_context), self.pair.vocabulary)
+        asked = requests(handed, seed, Drafting(method, overlap, draft_context, retrieval), self.pair.vocabulary)
         asks, said = [partial(_same, request) for request in asked], Said()
         try:
             if len(asks) == 1 or handed.streamer is not None:
@@ -432,7 +444,7 @@ class SpecBranch:
 
     def request(self, prompt: PromptInput, **arguments: Any) -> Request:
         """What `generate` makes of the same arguments, checked, for a `scheduler`. Raises SpecBranchError."""
-        how = ("method", "overlap", "draft_context")
+        how = ("method", "overlap", "draft_context", "retrieval")
         drafting = Drafting(**{name: arguments.pop(name) for name in how if name in arguments})
         asks = self._asks(prompt, drafting=drafting, **arguments)
         if isinstance(asks, list):

@@ -114,6 +114,7 @@ class DecodingLoop:
         for turn in ready:
             turn.state = turn.text.state(overlapped)
             turn.text.stats.begin_round(begin, turn.state.overlapped)
+            turn.text.retrieve()
         self._draft_before([turn for turn in ready if turn.text.drafting], overlapped)
         asked = _going(ready)
         if not asked:
@@ -138,7 +139,7 @@ class DecodingLoop:
         while turns:
             for turn in turns:
                 state = turn.state if len(turns) == 1 else replace(turn.state, sharing=len(turns))
-                turn.expansion = turn.text.policy.draft_before(turn.text.tree, state)
+                turn.expansion = turn.text.draft_before(state)
                 turn.steps = turn.text.steps(turn.expansion)
             wanting = [turn for turn in turns if turn.steps]
             if len(wanting) == len(turns):
@@ -167,7 +168,7 @@ class DecodingLoop:
             while not verdicts.done():
                 for turn in drafting:
                     assert turn.flight is not None
-                    turn.expansion = turn.text.policy.draft_during(turn.text.tree, turn.flight, turn.state)
+                    turn.expansion = turn.text.draft_during(turn.flight, turn.state)
                     turn.steps = turn.text.steps(turn.expansion)
                 wanting = [turn for turn in _going(drafting) if turn.steps]
                 if not wanting or not should_continue(0):
@@ -216,7 +217,8 @@ class DecodingLoop:
             if drafting:
                 committed = sum(len(turn.committed) for turn in drafting)
                 costs.record_drafted(sum(turn.share for turn in drafting), committed, len(drafting))
-                costs.mode(overlapped).record_round(end - begin, tokens)
+                if not _copied(turns):
+                    costs.mode(overlapped).record_round(end - begin, tokens)
 
 
 def _shares(turns: Sequence[Turn], round: float, seconds: float) -> list[float]:
@@ -228,6 +230,12 @@ def _shares(turns: Sequence[Turn], round: float, seconds: float) -> list[float]:
         return [round / len(turns)] * len(turns)
     more = seconds - costs.plain * len(turns)
     return [(round - more) / len(turns) + (more / sum(drafted) if has else 0.0) for has in drafted]
+
+
+def _copied(turns: Sequence[Turn]) -> bool:
+    """Whether most tokens of a round were retrieved. It says nothing of what another token takes to come by."""
+    rounds = [turn.text.stats.log[-1] for turn in turns]
+    return 2 * sum(round.retrieved_accepted for round in rounds) > sum(round.tokens for round in rounds)
 
 
 def _going(turns: Sequence[Turn]) -> list[Turn]:

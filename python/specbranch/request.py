@@ -16,6 +16,7 @@ class Drafting:
     method: str | None = None
     overlap: bool | str | None = None
     draft_context: str | None = None
+    retrieval: bool | str | None = None
     options: Mapping[str, object] = field(default_factory=dict)
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.generation import Generation, GenerationFailed
 from specbranch.decoder import Decoder
-from specbranch.decoding import Decoding
+from specbranch.decoding import Decoding, costs_name
 from specbranch.job import Job
 from specbranch.loop import DecodingLoop, Turn
 from specbranch.request import Request
@@ -103,7 +103,7 @@ class Scheduler:
     def _price(self, texts: Sequence[Decoding]) -> None:
         """What rounds of so many texts have cost is what they go by."""
         for text in texts:
-            text.costs = self.decoder.costs_of(text.policy.name, len(texts))
+            text.costs = self.decoder.costs_of(costs_name(text.policy, text.retriever), len(texts))
 
     def _admit(self) -> list[Ticket]:
         """Begin texts that wait, while there is room. Returns those that are over at once."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from specbranch.core.excerpt import Excerpt
 from specbranch.core.messages import Drafted, Forecast, Trunk, Verdict
+from specbranch.core.suffix_index import Continuations
 from specbranch.core.tree import Tree
 
 ShouldContinue = Callable[[int], bool]
@@ -143,6 +144,30 @@ class Drafter(Protocol):
 
     def learn(self, tree: Tree, path: Sequence[int], next_token: int, forecast: Forecast | None) -> None:
         """Take a verdict's labels, and a predictor's forecast for the round to come."""
+
+
+class Retrieved(NamedTuple):
+    """Tokens that were found for what comes next, and the chance that the target picks each, if it picks those before
+    it."""
+
+    found: Continuations
+    chances: Sequence[float]
+
+
+class Retriever(Protocol):
+    """Finds tokens without a forward."""
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        """Start a text."""
+
+    def find(self, drafted: Sequence[int]) -> Retrieved:
+        """What may come behind the text and some drafted tokens."""
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        """The text goes on with these."""
+
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
+        """Take a verdict's labels."""
 
 
 Nodes = tuple[Drafter, Tree, Sequence[int]]

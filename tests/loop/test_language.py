@@ -118,7 +118,7 @@ BUGS = [
         TREE, "PlainTree.reroot", "self.position + self.depth[node]", "self.position", "the root is not the last token"
     ),
     Bug(TREE, "PlainTree.reroot", "kept[self.parent[old]]", "new - 1", "a row in the draft's cache is another node's"),
-    Bug(TREE, "PlainTree.reroot", "tree.note(new,", "tree.note(max(0, new - 1),", "proposals of another node"),
+    Bug(TREE, "PlainTree.reroot", "tree._keep(new,", "tree._keep(max(0, new - 1),", "proposals of another node"),
     Bug(
         TREE, "PlainTree.descend", "Choice(node, 0)", "Choice(node, 1)", "a row in the draft's cache is another node's"
     ),

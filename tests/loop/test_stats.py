@@ -33,7 +33,7 @@ def test_causes_on_a_small_tree(path, next_token, rejected, behind, losing, left
     stats = Stats(drafted=len(TREE) - 1)
     stats.begin_round(0.0, overlapped=False)
     node = TREE.child(path[-1], next_token)
-    stats.count(TREE, len(TRUNK) - 1, path, node)
+    stats.count(TREE, TRUNK, path, node)
     round = stats.end_round(1.0, tokens=len(path))
     assert (round.rejected, round.behind_rejection, round.losing_branches) == (rejected, behind, losing)
     assert (round.rolled_back, round.wasted) == (rejected + behind, rejected + behind + losing)

@@ -43,12 +43,16 @@ OPTIONS = st.fixed_dictionaries(
         "depth": st.sampled_from((1, 2, 9, 64, 100)),
         "least_match": st.sampled_from((1, 2, 5, 64)),
         "most_nodes": st.sampled_from((1, 3, 20, 1000)),
+        "near": st.none() | st.tuples(st.integers(-1, 2), st.integers(-3, 12), st.integers(-3, 20)),
     },
 )
 
 
 def nodes(found: Continuations) -> list[Node]:
-    columns = found.token, found.parent, found.match, found.count, found.total, found.source
+    columns = (
+        *(found.token, found.parent, found.match, found.count, found.total, found.source),
+        *(found.position, found.near),
+    )
     assert {len(column) for column in columns} == {len(found)}
     return [Node(*row) for row in zip(*columns, strict=True)]
 
@@ -71,7 +75,7 @@ class Indexes(RuleBasedStateMachine):
         assert self.index.order.tolist() == self.plain.order
 
     @rule(drafted=texts(2), others=st.lists(texts(), max_size=2), options=OPTIONS)
-    def look_up(self, drafted: list[int], others: list[list[int]], options: dict[str, int]) -> None:
+    def look_up(self, drafted: list[int], others: list[list[int]], options: dict[str, Any]) -> None:
         context = self.plain.tokens[-(DEPTH + 6) :] + drafted
         found = continuations([self.index, *(SuffixIndex(other) for other in others)], context, len(drafted), **options)
         plain = [self.plain, *(PlainSuffixIndex(other) for other in others)]
@@ -113,7 +117,7 @@ def test_a_merge_of_every_size(vocabulary: int) -> None:
 
 @given(texts(), texts(), texts(2), st.lists(texts(), max_size=2), OPTIONS)
 def test_any_context_is_looked_up_as_it_is_defined(
-    text: list[int], before: list[int], drafted: list[int], others: list[list[int]], options: dict[str, int]
+    text: list[int], before: list[int], drafted: list[int], others: list[list[int]], options: dict[str, Any]
 ) -> None:
     """One that does not belong to the text too, and shorter or longer than what counts."""
     context = before + drafted
@@ -123,7 +127,7 @@ def test_any_context_is_looked_up_as_it_is_defined(
 
 
 @given(texts(), texts(2), OPTIONS)
-def test_a_mapped_index_is_the_one_that_was_built(text: list[int], context: list[int], options: dict[str, int]) -> None:
+def test_a_mapped_index_is_the_one_that_was_built(text: list[int], context: list[int], options: dict[str, Any]) -> None:
     built = SuffixIndex(text)
     mapped = SuffixIndex.mapped(array("i", text), array("i", built.order))
     assert mapped.check()
@@ -150,12 +154,15 @@ def test_columns_of_a_trie() -> None:
     found = continuations([index], [5, 1], depth=2)
     # 5 1 is followed by 3 8 and by 2 8, and 6 1 by 2 9.
     assert nodes(found) == [
-        Node(2, -1, 2, 2, 3, 0),
-        Node(3, -1, 2, 1, 3, 0),
-        Node(8, 0, 3, 1, 2, 0),
-        Node(9, 0, 2, 1, 2, 0),
-        Node(8, 1, 3, 1, 1, 0),
+        Node(2, -1, 2, 2, 3, 0, 2, 0),
+        Node(3, -1, 2, 1, 3, 0, 6, 0),
+        Node(8, 0, 3, 1, 2, 0, 3, 0),
+        Node(9, 0, 2, 1, 2, 0, 11, 0),
+        Node(8, 1, 3, 1, 1, 0, 7, 0),
     ]
+    # Where it was expected goes first, whatever else it has.
+    near = continuations([index], [5, 1], depth=1, near=(0, 8, 9))
+    assert nodes(near) == [Node(2, -1, 2, 2, 3, 0, 10, 1), Node(3, -1, 2, 1, 3, 0, 6, 0)]
     assert len(continuations([index], [])) == len(continuations([], [5, 1])) == len(continuations([index], [4])) == 0
 
 
@@ -296,7 +303,7 @@ def test_what_is_no_token_at_all_is_refused() -> None:
         ({"most_nodes": 0}, "most_nodes: expected 1 to 2147483646, got 0"),
     ],
 )
-def test_limits_that_are_none_are_refused(options: dict[str, int], said: str) -> None:
+def test_limits_that_are_none_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         continuations([SuffixIndex([1, 2])], [1, 2], **options)
 

@@ -43,6 +43,7 @@ class Occurrence:
     match: int
     index: int
     position: int
+    near: bool
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Node:
     count: int
     total: int
     source: int
+    position: int
+    near: int
 
 
 def match_of(here: list[int], there: list[int]) -> int:
@@ -73,6 +76,7 @@ def plain_continuations(
     depth: int = 64,
     least_match: int = 1,
     most_nodes: int = 240,
+    near: tuple[int, int, int] | None = None,
 ) -> list[Node]:
     """See continuations in _planning.pyi."""
     end = backwards(context, len(context) - 1)
@@ -84,11 +88,13 @@ def plain_continuations(
         middle = sum(backwards(index.tokens, position) <= end for position in order)
         looked_at = order[max(0, middle - occurrences) : middle + occurrences]
         looked_at += range(index.sorted, following)
+        expected = range(near[1], near[2] + 1) if near is not None and near[0] == place else range(0)
+        looked_at += [position for position in range(following) if position in expected and position not in looked_at]
         for position in looked_at:
             match = match_of(backwards(index.tokens, position), end)
             if match >= least_match:
-                found.append(Occurrence(match, place, position))
-    found.sort(key=lambda each: (-each.match, each.index, -each.position))
+                found.append(Occurrence(match, place, position, position in expected))
+    found.sort(key=lambda each: (not each.near, -each.match, each.index, -each.position))
     taken = found[:occurrences]
     runs = [run_of(each, indexes, context, drafted, depth) for each in taken]
 
@@ -106,10 +112,13 @@ def plain_continuations(
         return [each for each, run in zip(taken, runs, strict=True) if tuple(run[: len(path)]) == path]
 
     def match_at(path: tuple[int, ...]) -> int:
-        return min(DEPTH, through(path)[0].match + len(path) - 1)
+        return min(DEPTH, max(each.match for each in through(path)) + len(path) - 1)
 
-    def place_among_siblings(path: tuple[int, ...]) -> tuple[int, int, int]:
-        return -match_at(path), -len(through(path)), taken.index(through(path)[0])
+    def is_near(path: tuple[int, ...]) -> bool:
+        return any(each.near for each in through(path))
+
+    def place_among_siblings(path: tuple[int, ...]) -> tuple[bool, int, int, int]:
+        return not is_near(path), -match_at(path), -len(through(path)), taken.index(through(path)[0])
 
     level: list[tuple[int, ...]] = [()]
     ordered: list[tuple[int, ...]] = []
@@ -128,6 +137,8 @@ def plain_continuations(
             count=len(through(path)),
             total=len(through(path[:-1])),
             source=through(path)[0].index,
+            position=through(path)[0].position + len(path),
+            near=int(is_near(path)),
         )
         for path in ordered
     ]

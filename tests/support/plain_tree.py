@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
+from itertools import takewhile
+from typing import NamedTuple
 
+from specbranch.core.suffix_index import Continuations
 from specbranch.core.tree import Choice, ProposalRows, Proposals
+
+
+class Found(NamedTuple):
+    """What speaks for a retrieved token: see csrc/tree/found.h."""
+
+    match: int
+    occurrences: int
+    total: int
+    source: int
+    near: bool
+    first: bool
+
+
+def found_at(found: Continuations, i: int) -> Found:
+    first = found.parent[i] not in found.parent[:i]
+    return Found(found.match[i], found.count[i], found.total[i], found.source[i], bool(found.near[i]), first)
 
 
 class PlainTree:
     """See specbranch.core.tree.Tree."""
 
-    __slots__ = ("_frontier", "_offered", "children", "depth", "parent", "position", "proposals", "reach", "token")
+    __slots__ = (
+        "_frontier",
+        "_offered",
+        "children",
+        "depth",
+        "found",
+        "free",
+        "parent",
+        "position",
+        "proposals",
+        "reach",
+        "token",
+    )
 
     def __init__(self, token: int, position: int) -> None:
         self.position = position
@@ -21,6 +53,8 @@ class PlainTree:
         self.children: list[list[int]] = [[]]
         self._frontier = [(-1.0, 0, -1)]  # (-reach, node, rank)
         self._offered = [1]  # by node: the highest rank in the frontier
+        self.found: dict[int, tuple[Found, float]] = {}  # by retrieved node: what speaks for it, and its chance
+        self.free: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.token)
@@ -53,9 +87,11 @@ class PlainTree:
 
     def note(self, node: int, proposals: Proposals) -> None:
         """Keep what the draft proposes after `node`; no candidate becomes a node yet."""
-        self.proposals[node] = proposals
-        for rank in range(min(2, len(proposals.tokens))):
-            self._offer(node, rank)
+        self._keep(node, proposals)
+        for child in self.children[node]:
+            if child in self.found and self.reach[child] > 0:
+                chance = self._chance_after(node, self.token[child], self.found[child][1])
+                self._scale(child, self.reach[node] * chance / self.reach[child])
 
     def descend(self, nodes: Sequence[int], proposals: ProposalRows | Sequence[Sequence[Proposals]]) -> list[int]:
         """Note a draft's run: proposals[0] at `nodes`, proposals[1] at the first candidates there, and so on.
@@ -77,6 +113,34 @@ class PlainTree:
             if not self._is_child(node, rank):
                 self.take(Choice(node, rank))
 
+    def graft(self, node: int, found: Continuations, chances: Sequence[float], least: float, depth: int) -> int:
+        """Add what was retrieved after a node, as far as its reach is at least `least` and it is no deeper than
+        `depth`; a token that is a child already stays as it is. Returns how many nodes there are more."""
+        if len(chances) != len(found):
+            raise ValueError("chances: expected one for each token")
+        before = len(self)
+        place: list[int | None] = []
+        for i, (token, parent, chance) in enumerate(zip(found.token, found.parent, chances, strict=True)):
+            above = node if parent < 0 else place[parent]
+            place.append(None)
+            if above is None or self.depth[above] >= depth:
+                continue
+            if (known := self.child(above, token)) is not None:
+                place[i] = known
+                continue
+            reach = self.reach[above] * self._chance_after(above, token, chance)
+            if reach >= least:
+                added = place[i] = self.add(above, token, reach)
+                self.found[added] = found_at(found, i), chance
+                self.free.add(added)
+        return len(self) - before
+
+    def use(self, nodes: Sequence[int]) -> int:
+        """A model is to run over some nodes. Returns how many were free until now."""
+        fresh = self.free & {*nodes}
+        self.free -= fresh
+        return len(fresh)
+
     def reroot(self, node: int) -> tuple[PlainTree, dict[int, int]]:
         """The subtree at `node` as a tree of its own, and the map from old to new indices of what survives."""
         kept = {old: new for new, old in enumerate(self.below(node))}
@@ -85,9 +149,13 @@ class PlainTree:
         for old, new in kept.items():
             if new:
                 tree.add(kept[self.parent[old]], self.token[old], self.reach[old] / top if top > 0 else 1.0)
+                if old in self.found:
+                    tree.found[new] = self.found[old]
+                if old in self.free:
+                    tree.free.add(new)
         for old, new in kept.items():
             if (proposals := self.proposals[old]) is not None:
-                tree.note(new, proposals)
+                tree._keep(new, proposals)
         return tree, kept
 
     # ---- Asking
@@ -114,11 +182,49 @@ class PlainTree:
         return path
 
     def best_choices(self, start: int = 0) -> list[Choice]:
-        """The best path as choices; at its end the draft's newest first candidate, if that is no node yet."""
-        path = [Choice(node) for node in self.best_path(start)]
-        if self.proposals[path[-1].node] is not None:
-            path.append(Choice(path[-1].node, 0))
+        """The best path as choices. It ends with a draft's first candidate that is no node yet, if no node beside that
+        is likelier."""
+        path: list[Choice] = []
+        for node in self.best_path(start):
+            path.append(Choice(node))
+            if self.proposals[node] and not self._is_child(node, 0):
+                children = [self.reach[child] for child in self.children[node]]
+                if not children or self.reach_of(Choice(node, 0)) > max(children):
+                    return [*path, Choice(node, 0)]
         return path
+
+    def free_nodes(self) -> list[int]:
+        """The retrieved nodes that no model has run over."""
+        return sorted(self.free)
+
+    def read(self, path: Sequence[Choice]) -> int:
+        """How many of the first choices of a path the draft has run over."""
+        return len([*takewhile(lambda choice: choice.rank < 0 and self.proposals[choice.node] is not None, path)])
+
+    def with_unread(self, choices: Sequence[Choice]) -> list[Choice]:
+        """The choices, each behind those nodes above it that the draft has not run over; none of them twice."""
+        every: list[Choice] = []
+        for choice in choices:
+            above = self.path(choice.node)[-2::-1]
+            unread = list(takewhile(lambda node: self.proposals[node] is None, above))[::-1]
+            every += [Choice(node) for node in unread if Choice(node) not in every]
+            if choice.rank >= 0 or choice not in every:
+                every.append(choice)
+        return every
+
+    def retrieved(self, node: int) -> bool:
+        return node in self.found
+
+    def retrieved_odds(self, node: int, token: int) -> float:
+        """Log-odds that what was retrieved after a node gives to a token, as far as they are worth more than none;
+        those of another token speak against it. 0 where nothing was retrieved."""
+        retrieved = [child for child in self.children[node] if child in self.found]
+        if not retrieved:
+            return 0.0
+        best = max(retrieved, key=lambda child: self.found[child][1])
+        chance = min(max(self.found[best][1], 0.02), 0.98)
+        odds = math.log(chance / (1 - chance)) + 1
+        return odds if self.token[best] == token else -odds
 
     def below(self, node: int) -> list[int]:
         """`node` and all its descendants, in the order they were added."""
@@ -188,6 +294,8 @@ class PlainTree:
         while frontier and len(found) < count:
             entry = heappop(frontier)
             cost, node, rank = entry
+            if cost != self._cost_of(node, rank) or (kept and kept[-1] == entry):
+                continue  # of a reach that it had, or there twice
             if rank < 0:
                 stale = self.proposals[node] is not None
             else:
@@ -202,6 +310,36 @@ class PlainTree:
         for entry in kept:
             heappush(frontier, entry)
         return found
+
+    def _cost_of(self, node: int, rank: int) -> float:
+        """That an entry for the place would have now."""
+        reach = self.reach[node]
+        return -reach if rank < 0 else -(reach * self._at(node).confidence[rank])
+
+    def _keep(self, node: int, proposals: Proposals) -> None:
+        self.proposals[node] = proposals
+        for rank in range(min(2, len(proposals.tokens))):
+            self._offer(node, rank)
+
+    def _chance_after(self, node: int, token: int, chance: float) -> float:
+        """The chance that `token` follows a node, where `chance` was said of it before the draft ran over the node:
+        what the draft says, and if it does not name the token, that it is wrong."""
+        if (proposals := self.proposals[node]) is None:
+            return chance
+        if token in proposals.tokens:
+            return proposals.confidence[proposals.tokens.index(token)]
+        return chance * max(0.0, 1 - sum(proposals.confidence))
+
+    def _scale(self, node: int, factor: float) -> None:
+        """Another reach for all that is below a node, and for the node."""
+        if factor == 1:
+            return
+        for each in self.below(node):
+            self.reach[each] *= factor
+            heappush(self._frontier, (-self.reach[each], each, -1))
+            if self.proposals[each] is not None:
+                for rank in range(self._offered[each] + 1):
+                    self._offer(each, rank)
 
     def _offer(self, node: int, rank: int) -> None:
         """Put a candidate into the frontier, unless there is none or it cannot be reached."""

@@ -22,7 +22,7 @@ class RandomPolicy:
 
     name = "random"
     candidates = 3
-    overlaps = calibrated = thrifty = uses_forecast = False
+    overlaps = calibrated = thrifty = uses_forecast = may_retrieve = False
 
     def __init__(self, chance: random.Random, idle: float = 0.0) -> None:
         """idle: share of rounds from which on it drafts nothing for some tokens."""

@@ -66,6 +66,12 @@ class Tree:
         """
     def branch(self, node: int, width: int) -> None:
         """Make nodes of the first `width` candidates of `node`; those that are nodes already stay."""
+    def graft(self, node: int, found: Continuations, chances: Sequence[float], least: float, depth: int) -> int:
+        """Add what was retrieved after a node, as far as its reach is at least `least` and it is no deeper than
+        `depth`; a token that is a child already stays as it is. chances: Calibrator.chances. Returns how many nodes
+        there are more."""
+    def use(self, nodes: Sequence[int]) -> int:
+        """A model is to run over some nodes. Returns how many were free until now."""
     def adopt(self, other: Tree, node: int) -> dict[int, int]:
         """Of a tree with a root only: become the subtree at `node` of another tree. Returns the map from old to new
         indices of what survives."""
@@ -80,9 +86,23 @@ class Tree:
     def best_path(self, start: int = 0) -> list[int]:
         """The path that goes on from `start` to the likeliest child at every node; `start` included."""
     def best_choices(self, start: int = 0) -> list[Choice]:
-        """The best path as choices; at its end the draft's newest first candidate, if that is no node yet."""
+        """The best path as choices. It ends with a draft's first candidate that is no node yet, if no node beside that
+        is likelier."""
     def below(self, node: int) -> list[int]:
         """`node` and all its descendants, in the order they were added."""
+    def free_nodes(self) -> list[int]:
+        """The retrieved nodes that no model has run over."""
+    def read(self, path: Sequence[Choice]) -> int:
+        """How many of the first choices of a path the draft has run over."""
+    def with_unread(self, choices: Sequence[Choice]) -> list[Choice]:
+        """The choices, each behind those nodes above it that the draft has not run over; none of them twice."""
+    def retrieved(self, node: int) -> bool:
+        """Whether it was."""
+    def retrieved_odds(self, node: int, token: int) -> float:
+        """Log-odds that what was retrieved after a node gives to a token, as far as they are worth more than none;
+        those of another token speak against it. 0 where nothing was retrieved."""
+    def relate(self, proposals: ProposalRows, nodes: Sequence[int]) -> None:
+        """Let the first step of a draft's run over some nodes say what was retrieved there: Signals.retrieved."""
     def depth_of(self, choice: Choice) -> int:
         """The depth of the node that a choice is or would be."""
     def deepest(self, choices: Sequence[Choice]) -> int:
@@ -124,6 +144,11 @@ class Calibrator:
         """One label: whether the target's token was the first candidate there, or (covered) any candidate."""
     def observe(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
         """Take a verdict's labels: at every accepted node, the root first, the token that the target went on with."""
+    def chances(self, found: Continuations) -> list[float]:
+        """The chance that the target picks each retrieved token, if it picks those before it; of siblings together at
+        most 1."""
+    def observe_retrieved(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
+        """Take a verdict's labels for what was retrieved below the accepted nodes."""
 
 class SuffixIndex:
     """Where the newest tokens of a text occurred before: its tokens, and the order of all its prefixes.
@@ -168,9 +193,10 @@ class Continuations:
     token: the node's. parent: its parent's place, -1 where that is the context's end. match: how many tokens before
     this one are as in the context and the nodes above, where that is longest, at most 64. count: the occurrences that
     go through the node. total: those that go through its parent (or all, for a first token), whether or not they go on.
-    source: the place, among the indexes, of the best of its occurrences.
+    source: the place, among the indexes, of the best of its occurrences; position: where the token stands there. near:
+    1 where one of its occurrences is near what was expected, else 0.
 
-    Siblings: the longest match first, then the highest count, then the best occurrence.
+    Siblings: those that are near first, then the longest match, then the highest count, then the best occurrence.
     """
 
     def __len__(self) -> int: ...
@@ -186,6 +212,10 @@ class Continuations:
     def total(self) -> list[int]: ...
     @property
     def source(self) -> list[int]: ...
+    @property
+    def position(self) -> list[int]: ...
+    @property
+    def near(self) -> list[int]: ...
 
 def continuations(
     indexes: Sequence[SuffixIndex],
@@ -196,6 +226,7 @@ def continuations(
     depth: int = 64,
     least_match: int = 1,
     most_nodes: int = 240,
+    near: tuple[int, int, int] | None = None,
 ) -> Continuations:
     """What followed the earlier occurrences of a context's end.
 
@@ -207,8 +238,10 @@ def continuations(
     has a next token if something is drafted; else it is the context's own.
 
     Looked at are, of each index, the whole tail, and of the order `occurrences` entries on each side of the place where
-    the context would stand, behind those that equal it; a position without a next token is passed over. Taken are the
-    best `occurrences` of all: the longest match first, then the earlier index, then the later position.
+    the context would stand, behind those that equal it; a position without a next token is passed over. near: (index,
+    first, last), positions of one index that are looked at in any case: where the text goes on, say, that was copied
+    from. Taken are the best `occurrences` of all: those that are near first, then the longest match, then the earlier
+    index, then the later position.
 
     An occurrence's run is what follows it, at most `depth` tokens. In indexes[0] it goes on from the end of the text
     through the drafted tokens, and then through itself, as a copy in LZ77 does: a text that repeats itself is continued

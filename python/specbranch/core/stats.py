@@ -21,7 +21,8 @@ class Round:
     """What happened between two commits.
 
     draft, target: the forwards. verified, accepted: drafted tokens scored, and those accepted. hit: the next token
-    was in the tree. rolled_back, wasted: tokens of the best path, and of the whole tree, that were thrown away.
+    was in the tree. retrieved, retrieved_accepted: those of them that were found without a draft's step. rolled_back,
+    wasted: tokens of the best path, and of the whole tree, that were thrown away.
     rejected, behind_rejection, losing_branches: what the wasted ones were, as in Stats.
     """
 
@@ -37,6 +38,8 @@ class Round:
     behind_rejection: int = 0
     losing_branches: int = 0
     tokens: int = 0
+    retrieved: int = 0
+    retrieved_accepted: int = 0
 
     @property
     def seconds(self) -> float:
@@ -66,8 +69,9 @@ class Stats:
 
     target_runner, draft_runner: how their steps ran, "captured" or "eager", and why. target_weights, draft_weights: the
     format of packed weights, "" for weights as they are. row_dependent: which layers of the target keep texts from
-    being equal to autoregressive decoding to the bit, "" for none. drafted: tokens that ever became tree nodes.
-    verified: drafted tokens that the target scored. accepted: those of them that became part of the text. rolled_back:
+    being equal to autoregressive decoding to the bit, "" for none. drafted: tokens that ever became tree nodes; of
+    retrieved ones, those that a model has run over. verified: drafted tokens that the target scored. accepted: those of
+    them that became part of the text. retrieved, retrieved_accepted: of both, those that were retrieved. rolled_back:
     tokens of a tree's best path (the trunk and its likeliest continuation) thrown away. target_busy and draft_busy:
     time inside the models, prefill apart. draft_context_tokens: of the prompt, that the draft read; 0 where it read
     none and the text was decoded without it. draft_prefill_seconds: what that took, whenever it was; part of
@@ -102,6 +106,8 @@ class Stats:
     behind_rejection: int = 0
     losing_branches: int = 0
     hits: int = 0
+    retrieved: int = 0
+    retrieved_accepted: int = 0
     target_busy: float = 0.0
     draft_busy: float = 0.0
     log: list[Round] = field(default_factory=list)
@@ -130,21 +136,26 @@ class Stats:
         self.target_busy += step.seconds
         self.log[-1].target.append(step)
 
-    def count(self, tree: Tree, verified: int, path: Sequence[int], next_node: int | None) -> None:
-        """Add one round. tree: as it stands at the verdict. verified: drafted tokens in the trunk. path: the accepted
-        nodes, the root first. next_node: the node of the target's next token, if it was drafted."""
+    def count(self, tree: Tree, trunk: Sequence[int], path: Sequence[int], next_node: int | None) -> None:
+        """Add one round. tree: as it stands at the verdict. trunk: the verified nodes, the root first. path: the
+        accepted ones. next_node: the node of the target's next token, if it was drafted."""
         kept = {*path, *(() if next_node is None else tree.below(next_node))}
+        free = {*tree.free_nodes()}  # which cost nothing
         round = self.log[-1]
-        round.verified, round.accepted = verified, len(path) - 1
+        round.verified, round.accepted = len(trunk) - 1, len(path) - 1
+        round.retrieved = sum(map(tree.retrieved, trunk[1:]))
+        round.retrieved_accepted = sum(map(tree.retrieved, path[1:]))
         round.hit = next_node is not None
         # Rolled back: what is thrown away of the best path. The first such token has an accepted parent.
-        rolled_back = sum(node not in kept for node in tree.best_path())
+        rolled_back = sum(node not in kept and node not in free for node in tree.best_path())
         round.rejected = min(rolled_back, 1)
         round.behind_rejection = rolled_back - round.rejected
-        round.losing_branches = len(tree) - len(kept) - rolled_back
+        round.losing_branches = len(tree) - len(kept | free) - rolled_back
         self.rounds += 1
         self.verified += round.verified
         self.accepted += round.accepted
+        self.retrieved += round.retrieved
+        self.retrieved_accepted += round.retrieved_accepted
         self.hits += round.hit
         self.rejected += round.rejected
         self.behind_rejection += round.behind_rejection
@@ -177,7 +188,7 @@ class Stats:
     @property
     def saved_seconds(self) -> float:
         """An estimate of the time that the draft has saved, its prefill paid; negative where it lost some."""
-        if not self.draft_context_tokens or not self.plain_token_seconds:
+        if not (self.draft_context_tokens or self.retrieved) or not self.plain_token_seconds:
             return 0.0
         return self.new_tokens * self.plain_token_seconds - self.decode_seconds - self.draft_prefill_seconds
 
@@ -219,6 +230,8 @@ class Stats:
             "drafted_tokens": self.drafted,
             "verified_tokens": self.verified,
             "accepted_tokens": self.accepted,
+            "retrieved_tokens": self.retrieved,
+            "retrieved_accepted_tokens": self.retrieved_accepted,
             "acceptance_rate": ratio(self.accepted, self.verified),
             "hit_rate": ratio(self.hits, self.rounds),
             "rollback_rate": ratio(self.rolled_back, self.rolled_back + self.accepted + self.hits),

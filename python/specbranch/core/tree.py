@@ -22,7 +22,8 @@ class Signals(NamedTuple):
     agreement: the estimated chance that the target picks the first candidate (a softmax of perturbed scores; at
     temperature 0 the draft's probability). entropy: of the draft's distribution, in nats. margin: score of the first
     candidate less that of the second. depth: the node's, in the tree where the draft ran over it. forecast: log-odds
-    that a learned predictor gave the first candidate; 0 without one.
+    that a learned predictor gave the first candidate; 0 without one. retrieved: log-odds that what was retrieved gives
+    it, see Tree.retrieved_odds; 0 where nothing was.
     """
 
     agreement: float
@@ -30,6 +31,7 @@ class Signals(NamedTuple):
     margin: float
     depth: int
     forecast: float = 0.0
+    retrieved: float = 0.0
 
 
 class Proposals(NamedTuple):
@@ -56,6 +58,9 @@ class Tree(_planning.Tree):
     position: the root's in the text, so node i stands at position + depth[i]. token, parent, depth: of each node.
     reach: estimated probability that the target accepts the whole path from the root to the node. proposals: None until
     the draft has run over the node. children: in the order they were added. All of them are to be read only.
+
+    Nodes may be retrieved: tokens that followed the same text elsewhere. They have a reach before any draft has run,
+    and are free until a model runs over them.
 
     The frontier is a heap of what could be drafted next, likeliest first: nodes without proposals, and candidates that
     are no nodes yet. Entries go stale when their turn is over, and are dropped when they come up.

@@ -144,6 +144,7 @@ class ModelDrafter:
             confidence = each.confidence if self.sampling.temperature == 0 else None
             below = [depth + step for depth in depths]
             proposals.add(each.tokens, each.scores, confidence, each.entropy, below, odds)
+        tree.relate(proposals, nodes)
         if self.calibrator is not None:
             proposals = self.calibrator.correct(proposals)
         return Drafted(proposals, [each.step for each in samples])

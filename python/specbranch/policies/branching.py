@@ -22,6 +22,7 @@ class Branching(ABC):
     max_depth: int
     min_reach: float
     overlaps = True
+    may_retrieve = True
 
     @property
     @abstractmethod
@@ -37,8 +38,22 @@ class Branching(ABC):
             # An outcome pays for one more row where it saves a step if it comes true.
             if reach < self.min_reach or (choices and anywhere and reach * step <= row):
                 break
+            if anywhere and not self._worth_a_row(tree, choice, choices, row / max(step, 1e-9)):
+                continue
             choices.append(choice)
         return Expansion(choices, min(state.burst, max(1, depth - tree.deepest(choices))))
+
+    def _worth_a_row(self, tree: Tree, choice: Choice, chosen: list[Choice], row: float) -> bool:
+        """Whether the draft is to run over a place whose next token is retrieved: that saves a step only if the target
+        goes on with another one. row: what it takes, in steps."""
+        if choice.rank >= 0:
+            return True
+        node = choice.node
+        above = tree.parent[node]
+        if above >= 0 and Choice(above) not in chosen and not tree.read([Choice(above)]):
+            return False  # and so what is above it would be
+        child = max((tree.reach[child] for child in tree.children[node]), default=0.0)
+        return child == 0.0 or tree.reach[node] - child > row
 
     def width(self, tree: Tree, node: int, flight: InFlight | None) -> int:
         return self.outcomes.width(tree, node, flight)
@@ -102,11 +117,14 @@ class Hedging(Options, Branching):
     def draft_before(self, tree: Tree, state: State) -> Expansion:
         """Draft on while the next token is worth more, by its chance to be accepted, than its step costs."""
         path = tree.best_choices()
-        if state.overlapped and len(path) > 1:
+        read = tree.read(path)
+        if state.overlapped and read:
             return NOTHING  # after a hit there is a trunk: let the target start at once
-        if not (self._worth_a_step(tree, path, state) if self.thrifty else self._sure(tree, path)):
-            return NOTHING
-        return extend(tree, path, min(self.max_trunk, state.remaining - 1))
+        depth = min(self.max_trunk, state.remaining - 1)
+        if not self.thrifty:
+            return extend(tree, path, depth) if self._sure(tree, path) else NOTHING
+        places = path[read:depth]
+        return Expansion(places[: self._worth_a_step(tree, places, not read, state)])
 
     def choose_trunk(self, tree: Tree, state: State) -> TrunkChoice:
         """The best path as far as its rows pay, and what pays beside it."""
@@ -158,13 +176,22 @@ class Hedging(Options, Branching):
                 return len(path) - 1
         return _run_length(tree.chances(path[1:]), self.epsilon)
 
-    def _worth_a_step(self, tree: Tree, path: list[Choice], state: State) -> bool:
-        if len(path) == 1 and (state.retry or state.losing):
-            return state.retry
-        worth = tree.reach_of(path[-1]) * state.acceptance
-        if len(path) == 1:
-            worth *= FIRST_STEP
-        return worth >= state.step_price + state.costs.row_price
+    def _worth_a_step(self, tree: Tree, places: list[Choice], first: bool, state: State) -> int:
+        """At how many of these places, in order, the next step is to be; 0 where it is not worth a step. They are the
+        rest of the best path, over which the draft has not run; first: nor over its root.
+
+        A step brings a token, if the draft is right, where a retrieved one is wrong or there is none.
+        """
+        if first and (state.retry or state.losing):
+            return int(state.retry and bool(places))
+        reaches = [*tree.reaches(places), 0.0]
+        best, count = 0.0, 0
+        for rows in range(1, len(reaches)):
+            worth = (reaches[0] - reaches[rows]) * state.acceptance * (FIRST_STEP if first else 1.0)
+            profit = worth - state.step_price(rows) - state.costs.row_price
+            if profit >= best:
+                best, count = profit, rows
+        return count
 
     def _sure(self, tree: Tree, path: list[Choice]) -> bool:
         return len(path) == 1 or tree.chance_of(path[-1]) >= self.epsilon
@@ -184,6 +211,7 @@ class Paper(Hedging):
     thrifty: bool = inherited(Hedging, "thrifty", False)
     decide_by_forecast: bool = inherited(Hedging, "decide_by_forecast", True)
     name = "specbranch-paper"
+    may_retrieve = False
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class ChainPolicy:
     calibrated = False
     thrifty = False
     uses_forecast = False
+    may_retrieve = True
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
         return NOTHING
@@ -37,6 +38,7 @@ class Autoregressive(ChainPolicy):
 
     name = "autoregressive"
     candidates = 0
+    may_retrieve = False
 
 
 @dataclass(frozen=True)

@@ -137,11 +137,14 @@ class ModeCosts:
         """Let the rounds measured so far count little from now on."""
         self.seconds, self.tokens = STALE * self.seconds, STALE * self.tokens
 
-    def step_price(self, sharing: int = 1) -> float:
-        """Committed tokens that a draft step must bring to each of the texts that share it, to pay for itself."""
+    def step_price(self, sharing: int = 1, rows: int = 1) -> float:
+        """Committed tokens that a draft step must bring to each of the texts that share it, to pay for itself. rows: of
+        the text that asks; the others have one each."""
         if not (self.draft.known and self.target.known):
-            return self.size
-        return self.draft.of(sharing) / sharing / max(self.token_value, 1e-9)
+            return self.size * (1 + ROW_PRIOR * (rows - 1))
+        step = self.draft.of(sharing)
+        more = self.draft.of(sharing + rows - 1) - step if rows > 1 else 0.0
+        return (step / sharing + more) / max(self.token_value, 1e-9)
 
     @property
     def plain(self) -> float:

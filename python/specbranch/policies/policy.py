@@ -35,10 +35,9 @@ class State:
     losing: bool = False
     sharing: int = 1
 
-    @property
-    def step_price(self) -> float:
-        """Committed tokens that a draft step must bring to this text, to pay for itself."""
-        return self.costs.step_price(self.sharing)
+    def step_price(self, rows: int = 1) -> float:
+        """Committed tokens that a draft step over so many rows must bring to this text, to pay for itself."""
+        return self.costs.step_price(self.sharing, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +85,10 @@ class Policy(Protocol):
     @property
     def thrifty(self) -> bool:
         """Whether measured costs decide when the draft is used."""
+
+    @property
+    def may_retrieve(self) -> bool:
+        """Whether its tree may have retrieved tokens."""
 
     @property
     def uses_forecast(self) -> bool:

@@ -8,6 +8,7 @@ ROUNDS = "rounds.safetensors"  # what a predictor was trained on, in its directo
 WEIGHTS = ("auto", "keep", "lossless", "int8", "int4")  # how a loaded checkpoint's weights are kept
 CACHE_TOKENS = 4096  # of a text, where there is to be room for several that come one by one
 SELF = "self"  # as a draft: the target once more
+RETRIEVAL = "retrieval"  # as a draft: none, but what followed the same tokens before
 ARITHMETICS = ("exact", "fast")  # of products over blocks of weights: over their values, or with activations in 8 bits
 ARITHMETIC_OF = {"target": "exact", "draft": "fast"}  # where none is chosen
 

@@ -236,11 +236,11 @@ class CachedModel:
         """The next forward over tree nodes, whose rows in the cache it takes.
 
         parents: the node above each, which has a row already or stands earlier in `nodes`; -1 for the root. backlog:
-        committed tokens that the cache lacks; they become part of the prefix, in the same forward, and then `nodes` may
-        only be the root.
+        committed tokens that the cache lacks; they become part of the prefix, in the same forward, and then the root is
+        among the nodes and no node has a row.
         """
         cache, prefix, position = self.cache, self.cache.length, self.position
-        if backlog and (list(nodes) != [0] or cache.nodes):
+        if backlog and (nodes[0] != 0 or cache.nodes):
             raise ValueError("a backlog can only be caught up together with the root")
         cache.reserve(len(backlog) + len(nodes))
         first = cache.used + len(backlog)

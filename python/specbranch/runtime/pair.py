@@ -59,7 +59,7 @@ class Slot:
     def need_draft(self, what: str) -> Runner:
         """The draft. Raises SpecBranchError where there is none."""
         if self.draft is None:
-            raise SpecBranchError(f"{what} needs a draft model: pass draft=")
+            raise SpecBranchError(f"{what} needs a draft model: pass draft=, or retrieval=True to do without")
         return self.draft
 
     def reset(self, text: Sequence[int], tokens: int, draft: bool = True) -> None:
