@@ -147,6 +147,8 @@ class Decoder:
         own, asked, sampling = self.drafting, request.drafting, request.sampling
         policy = make_policy(asked.method or own.method or "", {**own.options, **asked.options})
         told = self._retrieval if asked.retrieval is None else check_auto("retrieval", asked.retrieval)
+        if asked.retrieval is True and not policy.may_retrieve:
+            raise SpecBranchError(f"retrieval is True, but method {policy.name!r} never retrieves")
         retriever = RetrievalDrafter(calibrator) if retrieves(policy, told) else None
         drafter = None
         if policy.candidates > 0 and (slot.draft is not None or not told):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from specbranch import METHODS, SpecBranch, bundled
+from specbranch import METHODS, SpecBranch, SpecBranchError, bundled
 from specbranch.policies.methods import make_policy
 from specbranch.text.encoding import encode
 
@@ -52,6 +52,41 @@ def test_same_tokens_as_autoregressive(
             assert drafted.text == plain.text
             accepted += drafted.stats.accepted
     assert accepted > len(texts) * NEW_TOKENS  # the drafts were really used
+
+
+RETRIEVING = [(method, overlap) for method, overlap in RUNS if make_policy(method, {}).may_retrieve]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2], ids=["greedy", "seed1"])
+def test_retrieved_tokens_do_not_change_the_text(bundled_pair: SpecBranch, sampling: dict[str, Any]) -> None:
+    """Beside a draft, with every method that may have them, and without one."""
+    alone = SpecBranch(bundled_pair.target, tokenizer=bundled_pair.tokenizer, retrieval=True)
+    retrieved = accepted = 0
+    for text in prompts()[::10]:
+        text += text[: len(text) // 2]  # which the model may go on to repeat
+        plain = bundled_pair.generate(text, max_new_tokens=32, method="autoregressive", **sampling)
+        runs = [
+            bundled_pair.generate(text, max_new_tokens=32, method=method, overlap=overlap, retrieval=True, **sampling)
+            for method, overlap in RETRIEVING
+        ]
+        for found in [*runs, alone.generate(text, max_new_tokens=32, **sampling)]:
+            assert (found.tokens, found.text) == (plain.tokens, plain.text), (text, found.stats.method)
+            assert 0 <= found.stats.retrieved_accepted <= found.stats.retrieved <= found.stats.verified
+            retrieved, accepted = retrieved + found.stats.retrieved, accepted + found.stats.retrieved_accepted
+        together = bundled_pair.generate([text, text], max_new_tokens=32, retrieval=True, **sampling)
+        assert [each.tokens for each in together] == [plain.tokens] * 2
+    assert 0 < accepted < retrieved
+
+
+@pytest.mark.parametrize("method", ["autoregressive", "specbranch-paper"])
+def test_methods_that_never_retrieve(bundled_pair: SpecBranch, method: str) -> None:
+    """The paper's settings are the paper's."""
+    text = "one two three one two three one two"
+    assert bundled_pair.generate(text, max_new_tokens=8, method=method).stats.retrieved == 0
+    with pytest.raises(SpecBranchError, match=f"retrieval is True, but method '{method}' never retrieves"):
+        bundled_pair.generate(text, max_new_tokens=8, method=method, retrieval=True)
+    with pytest.raises(SpecBranchError, match="retrieval is 'often'; expected True, False or 'auto'"):
+        bundled_pair.generate(text, max_new_tokens=8, method=method, retrieval="often")
 
 
 @pytest.mark.parametrize("threads", [2, 3])

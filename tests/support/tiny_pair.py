@@ -23,7 +23,8 @@ def tiny_pair(family: str = "llama", noise: float = 0.003, dtype: torch.dtype = 
             weight.add_(noise * torch.randn(weight.shape, generator=generator))
     pair = SpecBranch(target.to(dtype), draft.to(dtype), draft_context="all")  # type: ignore[arg-type]
     for method in METHODS:
-        pair.decoder._costs[method] = CostsByTexts(Costs())  # which take it for a small one: as it is, it would rest
+        for name in (method, f"{method} with retrieval"):
+            pair.decoder._costs[name] = CostsByTexts(Costs())  # which take it for a small one: as it is, it would rest
     return pair
 
 

@@ -272,6 +272,8 @@ class Costs:
     def record_verdict(self, accepted: int, rejected: bool) -> None:
         """Count a verdict: so many tokens accepted and then, perhaps, one rejected. What follows that was not
         judged."""
+        if not accepted and not rejected:
+            return
         self.accepted = self.accepted * DECAY + accepted
         self.verified = self.verified * DECAY + accepted + rejected
 
