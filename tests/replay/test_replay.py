@@ -116,6 +116,8 @@ def test_an_interrupted_record_goes_on(
         collect(bundled_pair, PROMPTS, Sampling(), 9, path, False, nothing)
     with pytest.raises(SpecBranchError, match="another choice of features"):
         collect(bundled_pair, PROMPTS, Sampling(), 8, path, True, nothing)
+    with pytest.raises(SpecBranchError, match=r"another choice of prompt ids \(False, here True\)"):
+        collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing, prompt_ids=True)
     with pytest.raises(SpecBranchError, match=f"holds {PROMPTS[3].id} of bundled, which is not among these prompts"):
         collect(bundled_pair, PROMPTS[:3], Sampling(), 8, path, False, nothing)
     changed = [replace(PROMPTS[1], text="def other("), PROMPTS[0], *PROMPTS[2:]]
@@ -130,6 +132,30 @@ def test_an_interrupted_record_goes_on(
     ):
         with pytest.raises(SpecBranchError, match=f"a record with another {expected}"):
             collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing, machine=machine)
+
+
+def test_a_record_holds_the_prompts_only_where_that_was_asked_for(
+    bundled_pair: SpecBranch, recorded: tuple[Record, Path], tmp_path: Path
+) -> None:
+    assert all(text.prompt_ids is None for text in recorded[0].texts)
+    with safe_open(recorded[1], "pt") as file:
+        assert not [name for name in file.keys() if "prompt" in name]  # noqa: SIM118
+    path = tmp_path / "r.safetensors"
+    for prompts in (PROMPTS[:1], PROMPTS[:2]):  # the second run goes on with the first one's file
+        made = collect(bundled_pair, prompts, Sampling(), 8, path, False, nothing, prompt_ids=True)
+    for prompt, text, read in zip(PROMPTS[:2], made.texts, Record.load(path).texts, strict=True):
+        assert text.prompt_ids is not None
+        assert read.prompt_ids is not None
+        assert text.prompt_ids.tolist() == read.prompt_ids.tolist() == encode(bundled_pair.tokenizer, prompt.text)
+        assert (len(text.prompt_ids), read.prompt_ids.dtype) == (text.prompt_tokens, torch.int64)
+    with pytest.raises(SpecBranchError, match=r"another choice of prompt ids \(True, here False\)"):
+        collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing)
+
+
+def test_no_record_of_the_repository_holds_a_prompt() -> None:
+    for path in RECORD.parent.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert not [name for name in file.keys() if "prompt" in name]  # noqa: SIM118
 
 
 def test_a_record_is_of_what_the_draft_reads(tmp_path: Path) -> None:
