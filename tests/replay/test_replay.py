@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,21 @@ from safetensors import safe_open
 
 from specbranch import METHODS, SpecBranch, SpecBranchError, bundled
 from specbranch.cli import main as cli
+from specbranch.core.excerpt import ALL
 from specbranch.core.identity import ModelIdentity
 from specbranch.core.sampling import Sampling
+from specbranch.core.stats import Stats
+from specbranch.core.tree import Tree
+from specbranch.drafters.retrieval import RetrievalDrafter
+from specbranch.loop import DecodingLoop
+from specbranch.policies.calibration import Calibrator
 from specbranch.policies.methods import make_policy
 from specbranch.replay.costs import Line, ReplayCosts
 from specbranch.replay.planner import plan
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.replay.recorder import collect
-from specbranch.replay.replayer import replay
+from specbranch.replay.replayer import ReplayDrafter, replay
+from specbranch.replay.virtual_time import VirtualTime
 from specbranch.text.encoding import encode
 from specbranch.text.prompts import Prompt
 
@@ -52,6 +60,32 @@ def perfect(tokens: int, agreement: float = 0.99) -> Record:
     tails = RecordedProposals(torch.full((tokens * TAIL, 2), -1), none[:, None].expand(-1, 2), none, none)
     identity = ModelIdentity("a", "b")
     return Record(identity, identity, {}, [RecordedText("x", "t", 3, torch.arange(tokens), said, tails)])
+
+
+def copied(tokens: int = 90, prompt: int = 120, prompt_ids: bool = True) -> Record:
+    """Three texts that copy pieces of their prompts, on which the draft is wrong now and then. No id occurs twice in a
+    prompt, nor in a text."""
+    generator, k, texts = torch.Generator().manual_seed(7), 4, []
+
+    def rows(first: torch.Tensor) -> RecordedProposals:
+        others = torch.randint(3000, 4000, (len(first), k - 1), generator=generator)
+        agreement = torch.rand(len(first), k, generator=generator).softmax(1).sort(1, descending=True).values
+        return RecordedProposals(torch.cat([first[:, None], others], 1), agreement, agreement[:, 0], agreement[:, 1])
+
+    for number in range(3):
+        ids = torch.randperm(1000, generator=generator)[:prompt]
+        pieces = [ids[start : start + 12] for start in torch.randperm(prompt // 12, generator=generator) * 12]
+        text = torch.cat([torch.cat([piece, torch.tensor([1000 + i])]) for i, piece in enumerate(pieces)])[:tokens]
+        right = torch.rand(tokens, generator=generator) < 0.7
+        said = rows(torch.where(right, text, 2000 + text))
+        tails = rows(torch.randint(3000, 4000, (tokens * TAIL,), generator=generator))
+        tails.tokens[right.repeat_interleave(TAIL)] = -1
+        for values in (tails.agreement, tails.entropy, tails.margin):
+            values[right.repeat_interleave(TAIL)] = torch.nan
+        kept = ids if prompt_ids else None
+        texts.append(RecordedText(str(number), "copies", prompt, text, said, tails, prompt_ids=kept))
+    identity = ModelIdentity("a", "b")
+    return Record(identity, identity, {}, texts)
 
 
 def test_lines_are_interpolated_and_go_on() -> None:
@@ -236,6 +270,17 @@ def test_files_that_are_no_records_are_refused_by_name(
     assert error.count("\n") == 1
 
 
+def same_rounds(replayed: Stats, real: Stats) -> None:
+    """Forward by forward."""
+    assert [len(round.draft) for round in replayed.log] == [len(round.draft) for round in real.log]
+    replayed_rounds, real_rounds = (
+        [(r.verified, r.accepted, r.retrieved, r.retrieved_accepted, r.tokens) for r in stats.log]
+        for stats in (replayed, real)
+    )
+    assert replayed_rounds == real_rounds
+    assert (replayed.rolled_back, replayed.wasted) == (real.rolled_back, real.wasted)
+
+
 @pytest.mark.parametrize("method", ["speculative", "pearl", "ssd", "specbranch-paper"])
 def test_a_serial_replay_decides_as_the_real_run(
     bundled_pair: SpecBranch, recorded: tuple[Record, Path], method: str
@@ -244,12 +289,91 @@ def test_a_serial_replay_decides_as_the_real_run(
     costs = ReplayCosts.ratio(5)
     replayed = replay(Record.load(recorded[1]), make_policy(method, {}), costs, overlap=False)
     for prompt, stats in zip(PROMPTS, replayed, strict=True):
-        real = bundled_pair.generate(prompt.text, max_new_tokens=NEW_TOKENS, method=method, overlap=False).stats
-        assert [len(round.draft) for round in stats.log] == [len(round.draft) for round in real.log]
-        assert [(r.verified, r.accepted, r.tokens) for r in stats.log] == [
-            (r.verified, r.accepted, r.tokens) for r in real.log
-        ]
-        assert (stats.rolled_back, stats.wasted) == (real.rolled_back, real.wasted)
+        same_rounds(
+            stats, bundled_pair.generate(prompt.text, max_new_tokens=NEW_TOKENS, method=method, overlap=False).stats
+        )
+
+
+@pytest.mark.parametrize("draft", [True, False])
+@pytest.mark.parametrize("method", ["speculative", "pearl"])
+def test_a_serial_replay_retrieves_as_the_real_run(
+    bundled_pair: SpecBranch, recorded: tuple[Record, Path], method: str, draft: bool
+) -> None:
+    record = recorded[0]
+    ids = [encode(bundled_pair.tokenizer, prompt.text) for prompt in PROMPTS]
+    texts = [replace(text, prompt_ids=torch.tensor(i)) for text, i in zip(record.texts, ids, strict=True)]
+    replayed = replay(record, make_policy(method, {}), ReplayCosts.ratio(5), False, texts, retrieval=True, draft=draft)
+    assert sum(stats.retrieved_accepted for stats in replayed) > 0
+    model = bundled_pair.draft if draft else None
+    engine = SpecBranch(
+        bundled_pair.target, model, tokenizer=bundled_pair.tokenizer, method=method, overlap=False, retrieval=True
+    )
+    for prompt, stats in zip(PROMPTS, replayed, strict=True):
+        same_rounds(stats, engine.generate(prompt.text, max_new_tokens=NEW_TOKENS).stats)
+
+
+@pytest.mark.parametrize("draft", [True, False])
+@pytest.mark.parametrize("overlap", [False, True, None])
+@pytest.mark.parametrize("method", [method for method in METHODS if make_policy(method, {}).may_retrieve])
+def test_a_replay_with_retrieval_gives_the_recorded_tokens(
+    method: str, overlap: bool | None, draft: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[int]] = []
+    rounds = DecodingLoop.rounds
+
+    def watched(self: DecodingLoop, *asked: Any) -> Iterator[list[int]]:
+        given.append([])
+        for committed in rounds(self, *asked):
+            given[-1] += committed
+            yield committed
+
+    monkeypatch.setattr(DecodingLoop, "rounds", watched)
+    record, costs = copied(), ReplayCosts.ratio(10, 0.02, 0.02)
+    stats = replay(record, make_policy(method, {}), costs, overlap, retrieval=True, draft=draft)
+    assert given == [text.tokens.tolist() for text in record.texts]
+    assert all((s.draft_forwards > 0) == draft for s in stats)
+    assert all(s.retrieved >= s.retrieved_accepted > 0 for s in stats)
+    assert all(s.retrieved == sum(round.retrieved for round in s.log) for s in stats)
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_what_stands_in_the_prompt_is_retrieved_where_the_record_holds_it(draft: bool) -> None:
+    """The texts copy pieces of their prompts, and never themselves."""
+    policy, costs = make_policy("specbranch", {}), ReplayCosts.ratio(10, 0.02, 0.02)
+
+    def replayed(prompt_ids: bool, retrieval: bool) -> list[Stats]:
+        record = copied(prompt_ids=prompt_ids)
+        return replay(record, policy, costs, False, retrieval=retrieval, draft=draft)
+
+    with_prompts, without, off = replayed(True, True), replayed(False, True), replayed(True, False)
+    assert not any(s.retrieved for s in [*without, *off])
+    assert [s.target_forwards for s in without] == [s.target_forwards for s in off]
+    assert sum(s.seconds for s in with_prompts) < 0.7 * sum(s.seconds for s in off)
+
+
+def test_a_step_is_told_what_was_retrieved_after_its_nodes() -> None:
+    """And one step may run over retrieved nodes above the place that is wanted."""
+    record = copied()
+    text, calibrator = record.texts[0], Calibrator()
+    drafter = ReplayDrafter(text, VirtualTime(), ReplayCosts.ratio(5), 4, None)
+    assert text.prompt_ids is not None
+    prompt, tokens = text.prompt_ids.tolist(), text.tokens.tolist()
+    drafter.begin(prompt)
+    drafter.read(ALL, 999, math.inf)
+    tree = Tree(prompt[-1], len(prompt) - 1)
+    finder = RetrievalDrafter(calibrator)
+    finder.begin([*prompt, *tokens[:2]])
+    for i in range(2):
+        tree.add(i, tokens[i], 1.0)
+    tree.graft(2, *finder.find([]), 0.02, 8)
+    assert tree.tokens(range(3, 6)) == tokens[2:5]
+    drafted = drafter.propose(tree, [0, 1, 2, 3, 4], 1)
+    assert [step.rows for step in drafted.steps] == [5]
+    for node, proposals in enumerate(drafted.proposals[0]):
+        assert proposals.tokens[0] == text.proposals.tokens[node, 0]
+        assert proposals.signals is not None
+        odds = tree.retrieved_odds(node, proposals.tokens[0])
+        assert (proposals.signals.retrieved, odds != 0) == (odds, node >= 2)
 
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "records" / "coder_good_t1.safetensors"
