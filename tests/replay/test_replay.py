@@ -433,6 +433,37 @@ def test_plan_on_a_record(recorded: tuple[Record, Path], tmp_path: Path, capsys:
     assert default["specbranch", "overlapped"] > max(default["pearl", "overlapped"], default["ssd", "overlapped"])
 
 
+def test_plan_with_retrieval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default where the records hold all prompts; for the methods that may, and once without a draft."""
+    monkeypatch.setattr("specbranch.replay.planner.GRIDS", {"speculative": {"length": (2, 4)}})
+    held, some_held, out = tmp_path / "held.safetensors", tmp_path / "not_all.safetensors", tmp_path / "plan.json"
+    record = copied(40)
+    record.save(held)
+    replace(record, texts=[*record.texts[:2], replace(record.texts[2], prompt_ids=None)]).save(some_held)
+
+    def planned(*arguments: object) -> dict[tuple[str, str, bool, bool], float]:
+        assert cli.main(["plan", *map(str, arguments), "--ratio", "10", "--json", str(out)]) == 0
+        report = json.loads(out.read_text())
+        expectations = report["results"][0]["expectations"]
+        assert report["retrieval"] == any(e["retrieval"] for e in expectations)
+        assert ("drafts from" in capsys.readouterr().out) == report["retrieval"]
+        return {(e["method"], e["mode"], e["draft"], e["retrieval"]): e["speedup"] for e in expectations[::-1]}
+
+    retrieving = {method for method in METHODS if make_policy(method, {}).may_retrieve}
+    on, off = planned(held), planned(held, "--retrieval", "off")
+    assert {method for method, _, _, retrieval in on if retrieval} == retrieving
+    assert {method for method, _, draft, _ in on if not draft} == {"autoregressive", "specbranch"}
+    assert {key for key in on if not key[3]} <= off.keys()
+    assert on["specbranch", "serial", True, True] > off["specbranch", "serial", True, False]
+    assert on["specbranch", "serial", False, True] > 1
+    assert off == planned(some_held)
+    part = planned(some_held, "--retrieval", "on")
+    assert on.keys() == part.keys()
+    assert 1 < part["specbranch", "serial", False, True] < on["specbranch", "serial", False, True]
+
+
 def test_plan_needs_costs_and_one_pair(
     recorded: tuple[Record, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
