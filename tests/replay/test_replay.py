@@ -481,11 +481,17 @@ def test_record_command_measures_costs_for_plan(tmp_path: Path, capsys: pytest.C
     prompts.write_text("".join(json.dumps({"id": p.id, "prompt": p.text}) + "\n" for p in PROMPTS[:2]))
     out = tmp_path / "deep" / "r.safetensors"
     command = ["record", *PAIR, "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "12"]
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--prompt-ids"]) == 0
     assert "2 texts, 24 tokens, agreement 0." in capsys.readouterr().out
+    assert cli.main(command) == 1
+    assert "r.safetensors: a record with another choice of prompt ids (True, here False)" in capsys.readouterr().err
     record = Record.load(out)
+    assert [len(text.prompt_ids) for text in record.texts if text.prompt_ids is not None] == [
+        text.prompt_tokens for text in record.texts
+    ]
     for _ in range(2):  # the second replaces the first's
         assert cli.main(["plan", str(out), "--json", str(tmp_path / "plan.json")]) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["retrieval"] is True
     costs = ReplayCosts.of(record)
     assert 0 < costs.serial_draft(1) < costs.serial_target(1)
     assert {e.method for e in plan(record, costs, ("serial",))} == set(METHODS)
