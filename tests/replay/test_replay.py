@@ -492,6 +492,12 @@ def test_record_command_measures_costs_for_plan(tmp_path: Path, capsys: pytest.C
     for _ in range(2):  # the second replaces the first's
         assert cli.main(["plan", str(out), "--json", str(tmp_path / "plan.json")]) == 0
     assert json.loads((tmp_path / "plan.json").read_text())["retrieval"] is True
+    measured = {
+        (mode, model): [rows for rows, _ in points]
+        for mode in record.costs
+        for model, points in record.costs[mode].items()
+    }
+    assert measured["serial", "target"] == measured["overlapped", "target"] == [*measured["serial", "draft"], 32, 64]
     costs = ReplayCosts.of(record)
     assert 0 < costs.serial_draft(1) < costs.serial_target(1)
     assert {e.method for e in plan(record, costs, ("serial",))} == set(METHODS)
