@@ -3,7 +3,8 @@
     python benchmarks/check_replay.py RECORD BENCH.json
 
 The record must hold the same prompts and costs measured on the machine of the report. "auto" is replayed as it ran:
-both modes tried, then the faster one. Where the machine was faster in one minute than in the other, compare ratios to
+both modes tried, then the faster one. Methods retrieve where they did; then the record needs the prompts' tokens too
+(`specbranch record --prompt-ids`). Where the machine was faster in one minute than in the other, compare ratios to
 autoregressive decoding.
 """
 
@@ -32,7 +33,9 @@ def main() -> None:
             continue
         chosen = [texts[run["task"], run["id"]] for run in runs]
         overlap = {"auto": None, "on": True, "off": False}[report["settings"]["overlap"]]
-        stats = replay(record, make_policy(method, {}), ReplayCosts.of(record), overlap, chosen)
+        retrieval = any(run["stats"].get("retrieved_tokens") for run in runs)
+        policy = make_policy(method, {})
+        stats = replay(record, policy, ReplayCosts.of(record), overlap, chosen, retrieval=retrieval)
         tokens, forwards = sum(run["new_tokens"] for run in runs), sum(run["stats"]["target_forwards"] for run in runs)
         measured = tokens / sum(run["seconds"] - run["prefill_seconds"] for run in runs)
         replayed = sum(s.new_tokens for s in stats) / sum(s.seconds for s in stats)

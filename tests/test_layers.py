@@ -24,7 +24,7 @@ NEVER = {  # modules, and what they and those in them never import
     "specbranch.policies": {*HEAVY, "specbranch.runtime"},
     "specbranch.loop": {*HEAVY, "numpy", "specbranch.runtime", "specbranch.drafters", "specbranch.together"},
     "specbranch.decoding": {*HEAVY, "numpy", "specbranch.runtime", "specbranch.drafters", "specbranch.together"},
-    "specbranch.replay.replayer": {"specbranch.runtime", "specbranch.drafters", "specbranch.engine"},
+    "specbranch.replay.replayer": {"specbranch.runtime", "specbranch.drafters.model", "specbranch.engine"},
     "specbranch.replay.virtual_time": {*HEAVY, "numpy", "specbranch.runtime"},
     "specbranch.runtime": {"specbranch.policies"},
     "specbranch.cli.bench.vllm_worker": {*HEAVY, "numpy", "specbranch"},  # another Python runs it

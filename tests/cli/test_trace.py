@@ -13,7 +13,7 @@ import pytest
 
 from specbranch import SpecBranch, bundled
 from specbranch.cli import main as cli
-from specbranch.cli.trace import outcome, trace
+from specbranch.cli.trace import is_trace, outcome, trace
 from specbranch.core.messages import Step
 from specbranch.core.stats import Round, Stats
 from specbranch.together import Together
@@ -23,12 +23,12 @@ ROUNDING = 0.002  # microseconds: two ends rounded to nanoseconds
 
 
 def lanes(file: dict) -> dict[tuple[str, str], list[dict]]:
-    """The complete events by (process name, thread name), in order of time."""
+    """The complete events and the instants by (process name, thread name), in order of time."""
     events = file["traceEvents"]
     names = {(e["name"], e["pid"], e.get("tid")): e["args"]["name"] for e in events if e["name"].endswith("_name")}
     found = defaultdict(list)
     for event in events:
-        if event["ph"] == "X":
+        if event["ph"] != "M":
             process = names["process_name", event["pid"], None]
             found[process, names["thread_name", event["pid"], event["tid"]]].append(event)
     return {lane: sorted(events, key=lambda e: e["ts"]) for lane, events in found.items()}
@@ -59,10 +59,36 @@ def test_every_forward_is_there_and_lies_in_its_round(bundled_pair: SpecBranch, 
                 assert event["args"]["rows"] == step.rows
             for event in events:
                 assert any(covers(round, event) for round in rounds)
-    for events in found.values():
-        assert all(a["ts"] + a["dur"] <= b["ts"] + ROUNDING for a, b in pairwise(events))
+    for (_, lane), events in found.items():
+        assert lane == "retrieval" or all(a["ts"] + a["dur"] <= b["ts"] + ROUNDING for a, b in pairwise(events))
     first, second = (found[f"{prompt} ({method})", "rounds"] for prompt, _ in runs)
     assert first[-1]["ts"] + first[-1]["dur"] <= second[0]["ts"]  # prompts come one after another
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_what_was_retrieved_has_a_lane_of_its_own(bundled_pair: SpecBranch, draft: bool, tmp_path: Path) -> None:
+    """Only in texts where something was, and a mark in each such round."""
+    again = "def first(x):\n    return x + 1\n\n\n" * 3
+    model = bundled_pair.draft if draft else None
+    engine = SpecBranch(
+        bundled_pair.target, model, tokenizer=bundled_pair.tokenizer, method="speculative", retrieval=True
+    )
+    stats = engine.generate(again, max_new_tokens=24, overlap=False).stats
+    plain = bundled_pair.generate(again, max_new_tokens=24, method="pearl", retrieval=False).stats
+    file = trace([("p", stats), ("q", plain)])
+    (tmp_path / "trace.json").write_text(json.dumps(file))
+    assert is_trace(tmp_path / "trace.json")
+    found = lanes(json.loads(json.dumps(file)))
+    rounds = [(event, round) for event, round in zip(found["p (speculative)", "rounds"], stats.log, strict=True)]
+    assert [(e["ts"], *e["args"].values()) for e in found["p (speculative)", "retrieval"]] == [
+        (event["ts"], round.retrieved, round.retrieved_accepted) for event, round in rounds if round.retrieved
+    ]
+    for name in ("retrieved", "retrieved_accepted"):
+        marks = found["p (speculative)", "retrieval"]
+        assert sum(event["args"][name] for event in marks) == getattr(stats, name) > 0
+    named = [(e["pid"], e["args"]["name"]) for e in file["traceEvents"] if e["name"] == "thread_name"]
+    assert [name for pid, name in named if pid == 1] == ["rounds", "target", "draft", "retrieval"]
+    assert [name for pid, name in named if pid == 2] == ["rounds", "target", "draft"]
 
 
 def covers(round: dict, event: dict) -> bool:
@@ -135,6 +161,7 @@ def test_the_picture_of_a_trace(tmp_path):
         Round(1.02, True, 1.05, [], [Step(1.02, 1.04, 1)], verified=1, rejected=1, tokens=1),
     ]
     file, out = tmp_path / "trace.json", tmp_path / "trace.png"
+    rounds[0].retrieved = rounds[0].retrieved_accepted = 1
     file.write_text(json.dumps(trace([("p", Stats(method="pearl", log=rounds))])))
     subprocess.run([sys.executable, script, file, out], check=True)
     assert out.read_bytes().startswith(b"\x89PNG")

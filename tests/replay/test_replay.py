@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,21 @@ from safetensors import safe_open
 
 from specbranch import METHODS, SpecBranch, SpecBranchError, bundled
 from specbranch.cli import main as cli
+from specbranch.core.excerpt import ALL
 from specbranch.core.identity import ModelIdentity
 from specbranch.core.sampling import Sampling
+from specbranch.core.stats import Stats
+from specbranch.core.tree import Tree
+from specbranch.drafters.retrieval import RetrievalDrafter
+from specbranch.loop import DecodingLoop
+from specbranch.policies.calibration import Calibrator
 from specbranch.policies.methods import make_policy
 from specbranch.replay.costs import Line, ReplayCosts
 from specbranch.replay.planner import plan
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.replay.recorder import collect
-from specbranch.replay.replayer import replay
+from specbranch.replay.replayer import ReplayDrafter, replay
+from specbranch.replay.virtual_time import VirtualTime
 from specbranch.text.encoding import encode
 from specbranch.text.prompts import Prompt
 
@@ -52,6 +60,32 @@ def perfect(tokens: int, agreement: float = 0.99) -> Record:
     tails = RecordedProposals(torch.full((tokens * TAIL, 2), -1), none[:, None].expand(-1, 2), none, none)
     identity = ModelIdentity("a", "b")
     return Record(identity, identity, {}, [RecordedText("x", "t", 3, torch.arange(tokens), said, tails)])
+
+
+def copied(tokens: int = 90, prompt: int = 120, prompt_ids: bool = True) -> Record:
+    """Three texts that copy pieces of their prompts, on which the draft is wrong now and then. No id occurs twice in a
+    prompt, nor in a text."""
+    generator, k, texts = torch.Generator().manual_seed(7), 4, []
+
+    def rows(first: torch.Tensor) -> RecordedProposals:
+        others = torch.randint(3000, 4000, (len(first), k - 1), generator=generator)
+        agreement = torch.rand(len(first), k, generator=generator).softmax(1).sort(1, descending=True).values
+        return RecordedProposals(torch.cat([first[:, None], others], 1), agreement, agreement[:, 0], agreement[:, 1])
+
+    for number in range(3):
+        ids = torch.randperm(1000, generator=generator)[:prompt]
+        pieces = [ids[start : start + 12] for start in torch.randperm(prompt // 12, generator=generator) * 12]
+        text = torch.cat([torch.cat([piece, torch.tensor([1000 + i])]) for i, piece in enumerate(pieces)])[:tokens]
+        right = torch.rand(tokens, generator=generator) < 0.7
+        said = rows(torch.where(right, text, 2000 + text))
+        tails = rows(torch.randint(3000, 4000, (tokens * TAIL,), generator=generator))
+        tails.tokens[right.repeat_interleave(TAIL)] = -1
+        for values in (tails.agreement, tails.entropy, tails.margin):
+            values[right.repeat_interleave(TAIL)] = torch.nan
+        kept = ids if prompt_ids else None
+        texts.append(RecordedText(str(number), "copies", prompt, text, said, tails, prompt_ids=kept))
+    identity = ModelIdentity("a", "b")
+    return Record(identity, identity, {}, texts)
 
 
 def test_lines_are_interpolated_and_go_on() -> None:
@@ -116,6 +150,8 @@ def test_an_interrupted_record_goes_on(
         collect(bundled_pair, PROMPTS, Sampling(), 9, path, False, nothing)
     with pytest.raises(SpecBranchError, match="another choice of features"):
         collect(bundled_pair, PROMPTS, Sampling(), 8, path, True, nothing)
+    with pytest.raises(SpecBranchError, match=r"another choice of prompt ids \(False, here True\)"):
+        collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing, prompt_ids=True)
     with pytest.raises(SpecBranchError, match=f"holds {PROMPTS[3].id} of bundled, which is not among these prompts"):
         collect(bundled_pair, PROMPTS[:3], Sampling(), 8, path, False, nothing)
     changed = [replace(PROMPTS[1], text="def other("), PROMPTS[0], *PROMPTS[2:]]
@@ -130,6 +166,30 @@ def test_an_interrupted_record_goes_on(
     ):
         with pytest.raises(SpecBranchError, match=f"a record with another {expected}"):
             collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing, machine=machine)
+
+
+def test_a_record_holds_the_prompts_only_where_that_was_asked_for(
+    bundled_pair: SpecBranch, recorded: tuple[Record, Path], tmp_path: Path
+) -> None:
+    assert all(text.prompt_ids is None for text in recorded[0].texts)
+    with safe_open(recorded[1], "pt") as file:
+        assert not [name for name in file.keys() if "prompt" in name]  # noqa: SIM118
+    path = tmp_path / "r.safetensors"
+    for prompts in (PROMPTS[:1], PROMPTS[:2]):  # the second run goes on with the first one's file
+        made = collect(bundled_pair, prompts, Sampling(), 8, path, False, nothing, prompt_ids=True)
+    for prompt, text, read in zip(PROMPTS[:2], made.texts, Record.load(path).texts, strict=True):
+        assert text.prompt_ids is not None
+        assert read.prompt_ids is not None
+        assert text.prompt_ids.tolist() == read.prompt_ids.tolist() == encode(bundled_pair.tokenizer, prompt.text)
+        assert (len(text.prompt_ids), read.prompt_ids.dtype) == (text.prompt_tokens, torch.int64)
+    with pytest.raises(SpecBranchError, match=r"another choice of prompt ids \(True, here False\)"):
+        collect(bundled_pair, PROMPTS, Sampling(), 8, path, False, nothing)
+
+
+def test_no_record_of_the_repository_holds_a_prompt() -> None:
+    for path in RECORD.parent.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert not [name for name in file.keys() if "prompt" in name]  # noqa: SIM118
 
 
 def test_a_record_is_of_what_the_draft_reads(tmp_path: Path) -> None:
@@ -210,6 +270,17 @@ def test_files_that_are_no_records_are_refused_by_name(
     assert error.count("\n") == 1
 
 
+def same_rounds(replayed: Stats, real: Stats) -> None:
+    """Forward by forward."""
+    assert [len(round.draft) for round in replayed.log] == [len(round.draft) for round in real.log]
+    replayed_rounds, real_rounds = (
+        [(r.verified, r.accepted, r.retrieved, r.retrieved_accepted, r.tokens) for r in stats.log]
+        for stats in (replayed, real)
+    )
+    assert replayed_rounds == real_rounds
+    assert (replayed.rolled_back, replayed.wasted) == (real.rolled_back, real.wasted)
+
+
 @pytest.mark.parametrize("method", ["speculative", "pearl", "ssd", "specbranch-paper"])
 def test_a_serial_replay_decides_as_the_real_run(
     bundled_pair: SpecBranch, recorded: tuple[Record, Path], method: str
@@ -218,12 +289,91 @@ def test_a_serial_replay_decides_as_the_real_run(
     costs = ReplayCosts.ratio(5)
     replayed = replay(Record.load(recorded[1]), make_policy(method, {}), costs, overlap=False)
     for prompt, stats in zip(PROMPTS, replayed, strict=True):
-        real = bundled_pair.generate(prompt.text, max_new_tokens=NEW_TOKENS, method=method, overlap=False).stats
-        assert [len(round.draft) for round in stats.log] == [len(round.draft) for round in real.log]
-        assert [(r.verified, r.accepted, r.tokens) for r in stats.log] == [
-            (r.verified, r.accepted, r.tokens) for r in real.log
-        ]
-        assert (stats.rolled_back, stats.wasted) == (real.rolled_back, real.wasted)
+        same_rounds(
+            stats, bundled_pair.generate(prompt.text, max_new_tokens=NEW_TOKENS, method=method, overlap=False).stats
+        )
+
+
+@pytest.mark.parametrize("draft", [True, False])
+@pytest.mark.parametrize("method", ["speculative", "pearl"])
+def test_a_serial_replay_retrieves_as_the_real_run(
+    bundled_pair: SpecBranch, recorded: tuple[Record, Path], method: str, draft: bool
+) -> None:
+    record = recorded[0]
+    ids = [encode(bundled_pair.tokenizer, prompt.text) for prompt in PROMPTS]
+    texts = [replace(text, prompt_ids=torch.tensor(i)) for text, i in zip(record.texts, ids, strict=True)]
+    replayed = replay(record, make_policy(method, {}), ReplayCosts.ratio(5), False, texts, retrieval=True, draft=draft)
+    assert sum(stats.retrieved_accepted for stats in replayed) > 0
+    model = bundled_pair.draft if draft else None
+    engine = SpecBranch(
+        bundled_pair.target, model, tokenizer=bundled_pair.tokenizer, method=method, overlap=False, retrieval=True
+    )
+    for prompt, stats in zip(PROMPTS, replayed, strict=True):
+        same_rounds(stats, engine.generate(prompt.text, max_new_tokens=NEW_TOKENS).stats)
+
+
+@pytest.mark.parametrize("draft", [True, False])
+@pytest.mark.parametrize("overlap", [False, True, None])
+@pytest.mark.parametrize("method", [method for method in METHODS if make_policy(method, {}).may_retrieve])
+def test_a_replay_with_retrieval_gives_the_recorded_tokens(
+    method: str, overlap: bool | None, draft: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[list[int]] = []
+    rounds = DecodingLoop.rounds
+
+    def watched(self: DecodingLoop, *asked: Any) -> Iterator[list[int]]:
+        given.append([])
+        for committed in rounds(self, *asked):
+            given[-1] += committed
+            yield committed
+
+    monkeypatch.setattr(DecodingLoop, "rounds", watched)
+    record, costs = copied(), ReplayCosts.ratio(10, 0.02, 0.02)
+    stats = replay(record, make_policy(method, {}), costs, overlap, retrieval=True, draft=draft)
+    assert given == [text.tokens.tolist() for text in record.texts]
+    assert all((s.draft_forwards > 0) == draft for s in stats)
+    assert all(s.retrieved >= s.retrieved_accepted > 0 for s in stats)
+    assert all(s.retrieved == sum(round.retrieved for round in s.log) for s in stats)
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_what_stands_in_the_prompt_is_retrieved_where_the_record_holds_it(draft: bool) -> None:
+    """The texts copy pieces of their prompts, and never themselves."""
+    policy, costs = make_policy("specbranch", {}), ReplayCosts.ratio(10, 0.02, 0.02)
+
+    def replayed(prompt_ids: bool, retrieval: bool) -> list[Stats]:
+        record = copied(prompt_ids=prompt_ids)
+        return replay(record, policy, costs, False, retrieval=retrieval, draft=draft)
+
+    with_prompts, without, off = replayed(True, True), replayed(False, True), replayed(True, False)
+    assert not any(s.retrieved for s in [*without, *off])
+    assert [s.target_forwards for s in without] == [s.target_forwards for s in off]
+    assert sum(s.seconds for s in with_prompts) < 0.7 * sum(s.seconds for s in off)
+
+
+def test_a_step_is_told_what_was_retrieved_after_its_nodes() -> None:
+    """And one step may run over retrieved nodes above the place that is wanted."""
+    record = copied()
+    text, calibrator = record.texts[0], Calibrator()
+    drafter = ReplayDrafter(text, VirtualTime(), ReplayCosts.ratio(5), 4, None)
+    assert text.prompt_ids is not None
+    prompt, tokens = text.prompt_ids.tolist(), text.tokens.tolist()
+    drafter.begin(prompt)
+    drafter.read(ALL, 999, math.inf)
+    tree = Tree(prompt[-1], len(prompt) - 1)
+    finder = RetrievalDrafter(calibrator)
+    finder.begin([*prompt, *tokens[:2]])
+    for i in range(2):
+        tree.add(i, tokens[i], 1.0)
+    tree.graft(2, *finder.find([]), 0.02, 8)
+    assert tree.tokens(range(3, 6)) == tokens[2:5]
+    drafted = drafter.propose(tree, [0, 1, 2, 3, 4], 1)
+    assert [step.rows for step in drafted.steps] == [5]
+    for node, proposals in enumerate(drafted.proposals[0]):
+        assert proposals.tokens[0] == text.proposals.tokens[node, 0]
+        assert proposals.signals is not None
+        odds = tree.retrieved_odds(node, proposals.tokens[0])
+        assert (proposals.signals.retrieved, odds != 0) == (odds, node >= 2)
 
 
 RECORD = Path(__file__).parents[2] / "benchmarks" / "records" / "coder_good_t1.safetensors"
@@ -283,6 +433,37 @@ def test_plan_on_a_record(recorded: tuple[Record, Path], tmp_path: Path, capsys:
     assert default["specbranch", "overlapped"] > max(default["pearl", "overlapped"], default["ssd", "overlapped"])
 
 
+def test_plan_with_retrieval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default where the records hold all prompts; for the methods that may, and once without a draft."""
+    monkeypatch.setattr("specbranch.replay.planner.GRIDS", {"speculative": {"length": (2, 4)}})
+    held, some_held, out = tmp_path / "held.safetensors", tmp_path / "not_all.safetensors", tmp_path / "plan.json"
+    record = copied(40)
+    record.save(held)
+    replace(record, texts=[*record.texts[:2], replace(record.texts[2], prompt_ids=None)]).save(some_held)
+
+    def planned(*arguments: object) -> dict[tuple[str, str, bool, bool], float]:
+        assert cli.main(["plan", *map(str, arguments), "--ratio", "10", "--json", str(out)]) == 0
+        report = json.loads(out.read_text())
+        expectations = report["results"][0]["expectations"]
+        assert report["retrieval"] == any(e["retrieval"] for e in expectations)
+        assert ("drafts from" in capsys.readouterr().out) == report["retrieval"]
+        return {(e["method"], e["mode"], e["draft"], e["retrieval"]): e["speedup"] for e in expectations[::-1]}
+
+    retrieving = {method for method in METHODS if make_policy(method, {}).may_retrieve}
+    on, off = planned(held), planned(held, "--retrieval", "off")
+    assert {method for method, _, _, retrieval in on if retrieval} == retrieving
+    assert {method for method, _, draft, _ in on if not draft} == {"autoregressive", "specbranch"}
+    assert {key for key in on if not key[3]} <= off.keys()
+    assert on["specbranch", "serial", True, True] > off["specbranch", "serial", True, False]
+    assert on["specbranch", "serial", False, True] > 1
+    assert off == planned(some_held)
+    part = planned(some_held, "--retrieval", "on")
+    assert on.keys() == part.keys()
+    assert 1 < part["specbranch", "serial", False, True] < on["specbranch", "serial", False, True]
+
+
 def test_plan_needs_costs_and_one_pair(
     recorded: tuple[Record, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,11 +481,23 @@ def test_record_command_measures_costs_for_plan(tmp_path: Path, capsys: pytest.C
     prompts.write_text("".join(json.dumps({"id": p.id, "prompt": p.text}) + "\n" for p in PROMPTS[:2]))
     out = tmp_path / "deep" / "r.safetensors"
     command = ["record", *PAIR, "--prompts", str(prompts), "--out", str(out), "--max-new-tokens", "12"]
-    assert cli.main(command) == 0
+    assert cli.main([*command, "--prompt-ids"]) == 0
     assert "2 texts, 24 tokens, agreement 0." in capsys.readouterr().out
+    assert cli.main(command) == 1
+    assert "r.safetensors: a record with another choice of prompt ids (True, here False)" in capsys.readouterr().err
     record = Record.load(out)
+    assert [len(text.prompt_ids) for text in record.texts if text.prompt_ids is not None] == [
+        text.prompt_tokens for text in record.texts
+    ]
     for _ in range(2):  # the second replaces the first's
         assert cli.main(["plan", str(out), "--json", str(tmp_path / "plan.json")]) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["retrieval"] is True
+    measured = {
+        (mode, model): [rows for rows, _ in points]
+        for mode in record.costs
+        for model, points in record.costs[mode].items()
+    }
+    assert measured["serial", "target"] == measured["overlapped", "target"] == [*measured["serial", "draft"], 32, 64]
     costs = ReplayCosts.of(record)
     assert 0 < costs.serial_draft(1) < costs.serial_target(1)
     assert {e.method for e in plan(record, costs, ("serial",))} == set(METHODS)

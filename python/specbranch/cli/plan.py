@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="with --ratio: what one more row adds to a forward, as a share of it, for example 0.02 (default: 0)",
     )
+    parser.add_argument(
+        "--retrieval",
+        choices=("on", "off"),
+        help="let methods retrieve that may, and show retrieval without a draft model; what is in a prompt is found "
+        "where its record holds that (default: on if all records do)",
+    )
     parser.add_argument("--json", metavar="OUT", help="write all results to this file")
 
 
@@ -56,19 +62,22 @@ def run(args: argparse.Namespace) -> int:
     if args.row is not None and not args.ratio:
         raise ValueError("--row has no effect without --ratio: the costs are those measured with the record")
     record = joined([Record.load(Path(path)) for path in args.records], args.records)
+    held = all(text.prompt_ids is not None for text in record.texts)
+    retrieval = held if args.retrieval is None else args.retrieval == "on"
     results = []
     for title, costs, modes in cost_sets(record, args):
         from specbranch.replay.planner import plan
 
         with status(f"replaying: {title}"):
-            expectations = list(plan(record, costs, modes))
+            expectations = list(plan(record, costs, modes, retrieval))
         output_console().print(table(expectations, title))
         results.append({"costs": title, "expectations": [asdict(expectation) for expectation in expectations]})
     if args.json is not None:
         pair: dict[str, Any] = {"target": asdict(record.target), "draft": asdict(record.draft)}
         command = shlex.join(["specbranch", *args.argv])
         texts = [{"task": text.task, "id": text.id, "tokens": len(text)} for text in record.texts]
-        write_json(args.json, {"command": command, **pair, "texts": texts, "results": results})
+        head = {"command": command, **pair, "retrieval": retrieval}
+        write_json(args.json, {**head, "texts": texts, "results": results})
     return 0
 
 
@@ -103,6 +112,14 @@ def cost_sets(record: Record, args: argparse.Namespace) -> list[tuple[str, Repla
     return [("costs as measured with the record", ReplayCosts.of(record), tuple(MODES))]
 
 
+DRAFTS_FROM = {  # by draft and retrieval
+    (False, False): "none",
+    (True, False): "model",
+    (False, True): "retrieval",
+    (True, True): "both",
+}
+
+
 def table(expectations: list[Expectation], title: str) -> FoldedTable:
     best = max(range(len(expectations)), key=lambda place: expectations[place].tokens_per_second)
     settings = (" ".join(f"{name}={value}" for name, value in each.settings.items()) for each in expectations)
@@ -113,9 +130,12 @@ def table(expectations: list[Expectation], title: str) -> FoldedTable:
         "rollback": "rollback_rate",
         "wasted": "wasted_per_token",
     }
+    keys = [key("method", (each.method for each in expectations)), key("mode", (each.mode for each in expectations))]
+    if any(each.retrieval for each in expectations):
+        keys.append(key("drafts from", (DRAFTS_FROM[each.draft, each.retrieval] for each in expectations)))
     return FoldedTable(
         title,
-        [key("method", (each.method for each in expectations)), key("mode", (each.mode for each in expectations))],
+        keys,
         [
             *(
                 figures(heading, (f"{getattr(each, name):.2f}" for each in expectations))

@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", required=True, metavar="FILE", help="output file (safetensors); resumes if it is incomplete"
     )
     parser.add_argument("--features", action="store_true", help="also record the target's features, for H-RAD")
+    parser.add_argument(
+        "--prompt-ids",
+        action="store_true",
+        help="also record the prompts' tokens, from which the prompts can be read; without them plan --retrieval looks "
+        "into the answers only",
+    )
     add_sampling(parser)
     add_drafting(parser, [DEFAULT_METHOD])
 
@@ -51,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.out)
     engine = load_engine(args)
     engine.target.generation_config = bare(engine.target)  # a record has no rules but its sampling
-    record = record_prompts(engine, prompts, sampling_options(args), path, args.features)
+    record = record_prompts(engine, prompts, sampling_options(args), path, args.features, args.prompt_ids)
     if record is None:
         return INTERRUPTED
     if record.texts:
@@ -62,7 +68,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def record_prompts(
-    engine: SpecBranch, prompts: list[Prompt], options: dict[str, Any], path: Path, features: bool
+    engine: SpecBranch,
+    prompts: list[Prompt],
+    options: dict[str, Any],
+    path: Path,
+    features: bool,
+    prompt_ids: bool = False,
 ) -> Record | None:
     """The record of the prompts, without those that cannot be used, which are told; None after Ctrl-C, with the
     finished ones in the file."""
@@ -84,8 +95,9 @@ def record_prompts(
             complain(f"error: prompt {prompt.id}: {one_line(error)}")
 
         try:
+            here = machine(engine)
             return collect(
-                engine, prompts, Sampling(**options), new_tokens, path, features, before, failed, machine(engine)
+                engine, prompts, Sampling(**options), new_tokens, path, features, before, failed, here, prompt_ids
             )
         except KeyboardInterrupt:
             complain(f"interrupted at prompt {seen} of {len(prompts)}; run it again to go on")

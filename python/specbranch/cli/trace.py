@@ -1,7 +1,7 @@
 """The logs of generations as a trace for chrome://tracing and ui.perfetto.dev.
 
-The format is Chrome's Trace Event Format: complete events (ph "X"), times in microseconds, and metadata events that
-name processes and threads. Each prompt is a process; its threads are the lanes.
+The format is Chrome's Trace Event Format: complete events (ph "X"), instants (ph "i"), times in microseconds, and
+metadata events that name processes and threads. Each prompt is a process; its threads are the lanes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from specbranch.cli.files import json_object
 from specbranch.core.messages import Step
 from specbranch.core.stats import Round, Stats
 
-THREADS = {"rounds": 1, "target": 2, "draft": 3}  # the lanes, in the order they are shown
+THREADS = {"rounds": 1, "target": 2, "draft": 3, "retrieval": 4}  # the lanes, in the order they are shown
 
 Event = dict[str, Any]
 
@@ -24,7 +24,9 @@ def trace(runs: Sequence[tuple[str, Stats]]) -> dict[str, Any]:
     origin = min((round.begin for _, stats in runs for round in stats.log), default=0.0)
     events: list[Event] = []
     for process, (prompt, stats) in enumerate(runs, 1):
-        events += _names(process, f"{prompt} ({stats.method})")
+        retrieved = any(round.retrieved for round in stats.log)
+        lanes = [lane for lane in THREADS if lane != "retrieval" or retrieved]
+        events += _names(process, f"{prompt} ({stats.method})", lanes)
         for round in stats.log:
             events += _round_events(process, round, origin)
     return {"traceEvents": events, "displayTimeUnit": "ms"}
@@ -65,6 +67,17 @@ def _round_events(process: int, round: Round, origin: float) -> Iterable[Event]:
     for lane, name, forwards in (("target", "verify", round.target), ("draft", "draft", round.draft)):
         for step in forwards:
             yield _forward(process, lane, name, step, origin)
+    if round.retrieved:  # in no time to speak of, and no forward: an instant where the round begins
+        yield {
+            "name": "retrieved",
+            "cat": "retrieval",
+            "ph": "i",
+            "s": "t",  # for its thread
+            "ts": _microseconds(round.begin - origin),
+            "pid": process,
+            "tid": THREADS["retrieval"],
+            "args": {"retrieved": round.retrieved, "retrieved_accepted": round.retrieved_accepted},
+        }
 
 
 def _forward(process: int, lane: str, name: str, step: Step, origin: float) -> Event:
@@ -85,8 +98,13 @@ def _event(process: int, lane: str, name: str, begin: float, end: float) -> Even
     }
 
 
-def _names(process: int, name: str) -> Iterable[Event]:
+def _microseconds(seconds: float) -> float:
+    return round(seconds * 1e9) / 1000
+
+
+def _names(process: int, name: str, lanes: Iterable[str]) -> Iterable[Event]:
     yield {"name": "process_name", "ph": "M", "pid": process, "args": {"name": name}}
-    for lane, thread in THREADS.items():
+    for lane in lanes:
+        thread = THREADS[lane]
         yield {"name": "thread_name", "ph": "M", "pid": process, "tid": thread, "args": {"name": lane}}
         yield {"name": "thread_sort_index", "ph": "M", "pid": process, "tid": thread, "args": {"sort_index": thread}}

@@ -20,6 +20,7 @@ from specbranch.runtime.verifier import ModelVerifier
 from specbranch.runtime.workers import Streams, Threads, Worker
 
 ROWS = (1, 2, 4, 6, 8, 12, 16)
+LONG_TRUNKS = (32, 64)  # of retrieved tokens
 REPEATS = 5
 CANDIDATES = 6
 
@@ -81,15 +82,16 @@ def _measure(target: Runner, draft: Runner, workers: Threads | Streams, prefix: 
         tree = chain(rows, lengths["draft"])
         return timed(draft, lambda: drafter.propose(tree, range(rows)))
 
-    def beside(mine: Callable[[int], Callable[[], float]], other: Callable[[int], Callable[[], float]]) -> Points:
-        return [(rows, _median_beside(mine(rows), other(4), workers, mine is verify)) for rows in ROWS]
-
+    trunks = [rows for rows in (*ROWS, *LONG_TRUNKS) if rows <= verifier.most_rows]
     return {
         "serial": {
-            "target": [(rows, _median(verify(rows))) for rows in ROWS],
+            "target": [(rows, _median(verify(rows))) for rows in trunks],
             "draft": [(rows, _median(propose(rows))) for rows in ROWS],
         },
-        "overlapped": {"target": beside(verify, propose), "draft": beside(propose, verify)},
+        "overlapped": {
+            "target": [(rows, _median_beside(verify(rows), propose(4), workers, True)) for rows in trunks],
+            "draft": [(rows, _median_beside(propose(rows), verify(4), workers, False)) for rows in ROWS],
+        },
     }
 
 

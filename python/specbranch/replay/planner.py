@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from specbranch.core.stats import ratio
+from specbranch.policies.branching import Hedging
 from specbranch.policies.methods import METHODS, make_policy
 from specbranch.replay.costs import ReplayCosts
 from specbranch.replay.record import Record, RecordedText
@@ -29,7 +30,7 @@ class Expectation:
     """A method with these settings, replayed.
 
     tokens_per_second: in the unit of the costs. speedup: over autoregressive decoding. The other figures are as in
-    Stats, over all texts.
+    Stats, over all texts. draft, retrieval: where its drafts come from, a model or earlier in the text.
     """
 
     method: str
@@ -40,6 +41,8 @@ class Expectation:
     tokens_per_target_forward: float
     rollback_rate: float
     wasted_per_token: float
+    draft: bool = True
+    retrieval: bool = False
 
 
 def expect(
@@ -49,8 +52,13 @@ def expect(
     mode: str,
     settings: dict[str, object],
     texts: Sequence[RecordedText],
+    retrieval: bool = False,
+    draft: bool = True,
 ) -> Expectation:
-    stats = replay(record, make_policy(method, settings), costs, MODES[mode], texts)
+    """A method replayed over some texts. retrieval: if it may. draft: False leaves the model out."""
+    policy = make_policy(method, settings)
+    retrieval, draft = retrieval and policy.may_retrieve, draft and policy.candidates > 0
+    stats = replay(record, policy, costs, MODES[mode], texts, retrieval=retrieval, draft=draft)
     alone = 1 / costs.serial_target(1)
 
     tokens = sum(s.new_tokens for s in stats)
@@ -65,30 +73,37 @@ def expect(
         tokens / sum(s.target_forwards for s in stats),
         ratio(rolled_back, rolled_back + kept),
         sum(s.wasted for s in stats) / tokens,
+        draft,
+        retrieval,
     )
 
 
-def plan(record: Record, costs: ReplayCosts, modes: Sequence[str] = tuple(MODES)) -> Iterator[Expectation]:
+def plan(
+    record: Record, costs: ReplayCosts, modes: Sequence[str] = tuple(MODES), retrieval: bool = False
+) -> Iterator[Expectation]:
     """Every method in every mode: with its defaults, then with the best settings of its grid where they are better.
 
-    The grid is searched on every other text and the winner is replayed over all of them.
+    The grid is searched on every other text and the winner is replayed over all of them. retrieval: for the methods
+    that may, and once alone, without the draft model.
     """
     sample = record.texts[::2]
     for method, mode in itertools.product(METHODS, modes):
         if MODES[mode] and not make_policy(method, {}).overlaps:
             continue
-        default = expect(record, costs, method, mode, {}, record.texts)
+        default = expect(record, costs, method, mode, {}, record.texts, retrieval)
         yield default
         grid = GRIDS.get(method, {})
         choices: list[dict[str, object]] = [
             dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())
         ]
-        tried = [expect(record, costs, method, mode, settings, sample) for settings in choices if settings]
+        tried = [expect(record, costs, method, mode, settings, sample, retrieval) for settings in choices if settings]
         if tried:
             best = max(tried, key=lambda expectation: expectation.tokens_per_second)
-            tuned = expect(record, costs, method, mode, best.settings, record.texts)
+            tuned = expect(record, costs, method, mode, best.settings, record.texts, retrieval)
             if tuned.tokens_per_second > default.tokens_per_second:
                 yield tuned
+    if retrieval and "serial" in modes:  # without a draft nothing runs beside the target
+        yield expect(record, costs, Hedging.name, "serial", {}, record.texts, retrieval=True, draft=False)
 
 
 def tasks_of(texts: Sequence[RecordedText]) -> list[str]:

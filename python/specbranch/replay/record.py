@@ -51,6 +51,7 @@ class RecordedText:
     TAIL tokens that the draft goes on with after its own first candidate, where that is wrong: `[N * TAIL]` rows, NaN
     where it is right. features: bfloat16 [N, F], the target's before each token, where they were asked for. prompt: a
     fingerprint of what was continued ("": not known). round_seconds: of a round outside the models (0: not measured).
+    prompt_ids: int64 [prompt_tokens], where they were asked for: a prompt can be read from them.
     """
 
     id: str
@@ -62,6 +63,7 @@ class RecordedText:
     features: Tensor | None = None
     prompt: str = ""
     round_seconds: float = 0.0
+    prompt_ids: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -107,6 +109,8 @@ class Record:
                     tensors[f"{i}.{name}.{part}"] = kept.contiguous()
             if text.features is not None:
                 tensors[f"{i}.features"] = text.features.to(torch.bfloat16).contiguous()
+            if text.prompt_ids is not None:
+                tensors[f"{i}.prompt_ids"] = text.prompt_ids.to(torch.int32)
         head = asdict(replace(self, texts=[]))
         del head["texts"]
         metadata = {"format": FORMAT, "head": json.dumps(head), "texts": json.dumps(entries)}
@@ -129,6 +133,7 @@ class Record:
                         proposals=_read(file, f"{i}.said"),
                         tails=_read(file, f"{i}.tails"),
                         features=file.get_tensor(f"{i}.features") if f"{i}.features" in names else None,
+                        prompt_ids=file.get_tensor(f"{i}.prompt_ids").long() if f"{i}.prompt_ids" in names else None,
                     )
                     for i, entry in enumerate(json.loads(metadata["texts"]))
                 ]

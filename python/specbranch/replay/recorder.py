@@ -45,12 +45,14 @@ def collect(
     before: Callable[[str], None],
     failed: Callable[[Prompt, SpecBranchError], None] | None = None,
     machine: Mapping[str, object] | None = None,
+    prompt_ids: bool = False,
 ) -> Record:
     """Decode and record every prompt that the file at `path` does not hold yet; it is written after each. What comes
     out is the same whether or not it was interrupted, but for times.
 
     before: told each prompt's id when its turn comes. failed: told of a prompt that cannot be used, instead of an error
     that ends the run. machine: what it is made on and with; a file made with other versions is not continued.
+    prompt_ids: also keep the prompts' tokens, for replays with retrieval.
     Raises SpecBranchError when the file there is of another pair, other settings or other prompts.
     """
     assert engine.draft is not None
@@ -59,7 +61,7 @@ def collect(
     record = Record(identify(engine.target), identify(engine.draft), settings, [], machine=dict(machine or {}))
     if path.exists() and path.stat().st_size:
         found = Record.load(path)
-        check_continues(found, record, features, path)
+        check_continues(found, record, features, prompt_ids, path)
         check_prompts(found, prompts, path)
         record = found
     done = {(text.task, text.id): text for text in record.texts}
@@ -68,7 +70,7 @@ def collect(
         if (prompt.task, prompt.id) in done:
             continue
         try:
-            text = _decoded(engine, prompt, sampling, max_new_tokens, features)
+            text = _decoded(engine, prompt, sampling, max_new_tokens, features, prompt_ids)
         except SpecBranchError as error:
             if failed is None:
                 raise
@@ -83,7 +85,7 @@ def collect(
 
 
 def _decoded(
-    engine: SpecBranch, prompt: Prompt, sampling: Sampling, max_new_tokens: int, features: bool
+    engine: SpecBranch, prompt: Prompt, sampling: Sampling, max_new_tokens: int, features: bool, prompt_ids: bool
 ) -> RecordedText:
     ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
     made = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling))
@@ -98,7 +100,8 @@ def _decoded(
         excerpt=engine.draft_excerpt,
     )
     outside = median(round.outside_seconds for round in made.stats.log)
-    return replace(text, prompt=fingerprint(prompt), round_seconds=outside).rounded()
+    kept = torch.tensor(ids) if prompt_ids else None
+    return replace(text, prompt=fingerprint(prompt), round_seconds=outside, prompt_ids=kept).rounded()
 
 
 def fingerprint(prompt: Prompt) -> str:
@@ -106,7 +109,7 @@ def fingerprint(prompt: Prompt) -> str:
     return hashlib.sha256(json.dumps([prompt.text, prompt.chat]).encode()).hexdigest()[:16]
 
 
-def check_continues(found: Record, wanted: Record, features: bool, path: Path) -> None:
+def check_continues(found: Record, wanted: Record, features: bool, prompt_ids: bool, path: Path) -> None:
     """That a record at `path` may be continued with these settings. Raises SpecBranchError."""
     shared = wanted.machine.keys() & found.machine.keys()
     for name, here, there in (
@@ -114,6 +117,7 @@ def check_continues(found: Record, wanted: Record, features: bool, path: Path) -
         ("draft", wanted.draft, found.draft),
         *((name, value, found.sampling.get(name)) for name, value in wanted.sampling.items()),
         *(("choice of features", features, text.features is not None) for text in found.texts[:1]),
+        *(("choice of prompt ids", prompt_ids, text.prompt_ids is not None) for text in found.texts[:1]),
         *((name, wanted.machine[name], found.machine[name]) for name in DECIDES if name in shared),
     ):
         if here != there:

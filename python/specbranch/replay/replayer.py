@@ -1,7 +1,7 @@
 """Replays: any policy over a record, in virtual time, without models.
 
-The decoding loop is the real one (loop.py); only its drafter, verifier and workers are replaced by what was recorded
-and by given costs of forwards.
+The decoding loop is the real one (loop.py), and so is retrieval, which takes no forward and here no time; only drafter,
+verifier and workers are replaced by what was recorded and by given costs of forwards.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from specbranch.core.messages import Drafted, Forecast, Step, Trunk, Verdict
 from specbranch.core.stats import Stats
 from specbranch.core.tree import MOST_NODES, Proposals, Signals, Tree
 from specbranch.decoding import Decoding
+from specbranch.drafters.retrieval import RetrievalDrafter
 from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
@@ -23,6 +24,10 @@ from specbranch.replay.costs import ReplayCosts
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
 from specbranch.replay.virtual_time import VirtualTime
 from specbranch.stages import Ready, ShouldContinue
+
+# Ids that no vocabulary has, for tokens that are not recorded, so that nothing is retrieved by them.
+UNKNOWN_PROMPT = 2**30
+UNKNOWN_DRAFT = 2**29
 
 
 class Predictor(Protocol):
@@ -141,6 +146,8 @@ class ReplayDrafter:
             done.append(Step(begin, self.time.now, len(nodes) + backlog))
             backlog = 0
             found = [self._proposals(start, path) for path in paths]
+            if not proposals:  # what was retrieved stands below the given nodes only
+                found = [_related(tree, node, each) for node, each in zip(nodes, found, strict=True)]
             proposals.append(found if self.calibrator is None else self.calibrator.correct(found))
         self._ran.update(nodes, range(len(tree), len(tree) + len(nodes) * (len(done) - 1)))
         self.room -= len(nodes) * len(done)
@@ -159,20 +166,29 @@ class ReplayDrafter:
         return Proposals(tuple(tokens[:count]), tuple(confidence[:count]), signals)
 
     def _row(self, start: int, path: list[int]) -> Row:
-        """What the draft proposed after a path of tokens that begins at the text's token `start`. Off the recorded
-        path: the recorded tail's confidences, with token ids that match nothing."""
+        """What the draft proposed after a path of tokens that begins at the text's token `start`. Off the text: its
+        tail there; where none is recorded, the confidences of another one, with ids that match nothing."""
         expected = self._tokens[start : start + len(path)]
         wrong = next((i for i, token in enumerate(path) if i >= len(expected) or token != expected[i]), None)
         position = start + len(path)
         if wrong is None:
             return self._along[min(position, len(self._along) - 1)]
-        turn, step = start + wrong, len(path) - 1 - wrong
+        turn, behind = start + wrong, path[wrong + 1 :]
+        step = len(behind)
+        if self._is_tail(turn, path[wrong], behind):
+            return self._tails[turn * TAIL + step]
         if self._turns and (turn >= len(self.text) or self._tails[turn * TAIL][0][0] < 0):
             turn = self._turns[turn % len(self._turns)]  # not the draft's first choice there: another wrong turn's tail
         rows = self._tails if self._turns else self._along
         index = turn * TAIL + step % TAIL if self._turns else position % len(rows)
         tokens, confidence, entropy, margin = rows[index]
-        return [-2 - i for i in range(len(tokens))], confidence, entropy, margin
+        return [UNKNOWN_DRAFT + i for i in range(len(tokens))], confidence, entropy, margin
+
+    def _is_tail(self, turn: int, token: int, behind: list[int]) -> bool:
+        """Whether a wrong token and those behind it are the draft's own first choices, and it is known what comes."""
+        if turn >= len(self.text) or token != self._along[turn][0][0] or len(behind) >= TAIL:
+            return False
+        return behind == [self._tails[turn * TAIL + i][0][0] for i in range(len(behind))]
 
 
 Row = tuple[list[int], list[float], float, float]
@@ -185,6 +201,13 @@ def _rows(rows: RecordedProposals) -> list[Row]:
     )
 
 
+def _related(tree: Tree, node: int, proposals: Proposals) -> Proposals:
+    """The same, told what was retrieved after the node, as Tree.relate does."""
+    assert proposals.signals is not None
+    odds = tree.retrieved_odds(node, proposals.tokens[0])
+    return proposals._replace(signals=proposals.signals._replace(retrieved=odds)) if odds else proposals
+
+
 def replay(
     record: Record,
     policy: Policy,
@@ -192,11 +215,15 @@ def replay(
     overlap: bool | None,
     texts: Sequence[RecordedText] | None = None,
     predictor: Predictor | None = None,
+    retrieval: bool = False,
+    draft: bool = True,
 ) -> list[Stats]:
     """Decode every recorded text again with another policy, in virtual seconds.
 
     overlap: True, False, or None to let measured costs choose, as `overlap="auto"` does. The calibrator and the
-    measured costs are carried from text to text, as in a running engine.
+    measured costs are carried from text to text, as in a running engine. retrieval: what followed the same tokens
+    before, in the text, is drafted too; in its prompt as well where the record holds that. draft: False leaves the
+    draft model out.
     """
     measured = Costs(costs.serial_draft(1) / costs.serial_target(1))  # about what the models' sizes say
     calibrator = Calibrator()
@@ -204,14 +231,23 @@ def replay(
     for text in texts if texts is not None else record.texts:
         time = VirtualTime()
         drafter = None
-        if policy.candidates > 0:
+        if draft and policy.candidates > 0:
             drafter = ReplayDrafter(text, time, costs, policy.candidates, calibrator if policy.calibrated else None)
-        decoding = Decoding(ReplayVerifier(text, time, costs, predictor), drafter, policy, measured, time, overlap)
-        prompt = [0] * text.prompt_tokens
+        retriever = RetrievalDrafter(calibrator) if retrieval else None
+        verifier = ReplayVerifier(text, time, costs, predictor)
+        decoding = Decoding(verifier, drafter, policy, measured, time, overlap, retriever=retriever)
         count = 0
-        for committed in DecodingLoop(time).rounds(decoding, prompt, len(text)):
+        for committed in DecodingLoop(time).rounds(decoding, _prompt(text), len(text)):
             count += len(committed)
         decoding.stats.seconds = time.now
         decoding.stats.new_tokens = count
         results.append(decoding.stats)
     return results
+
+
+def _prompt(text: RecordedText) -> list[int]:
+    """Its tokens; where they are not known, as many that are all different."""
+    if text.prompt_ids is None:
+        return list(range(UNKNOWN_PROMPT, UNKNOWN_PROMPT + text.prompt_tokens))
+    ids: list[int] = text.prompt_ids.tolist()
+    return ids
