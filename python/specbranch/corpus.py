@@ -75,7 +75,7 @@ class Corpus:
         memory for: 32 bytes a token, of which 8 remain.
         """
         paths = [files] if isinstance(files, (str, os.PathLike)) else list(files)
-        _check_memory("the corpus", sum(map(_size, paths)) // TEXT_BYTES)
+        _check_memory(sum(map(_size, paths)) // TEXT_BYTES)
         tokens = array("i")
         between = next((id for id in (tokenizer.eos_token_id, tokenizer.bos_token_id) if id is not None), None)
 
@@ -98,12 +98,12 @@ class Corpus:
         if not tokens:
             given = ", ".join(map(str, paths[:5])) or "no files"
             raise SpecBranchError(f"the corpus is empty: expected a text, found no token in {given}")
-        _check_memory("the corpus", len(tokens))
+        _check_memory(len(tokens))
         before("the index")
         try:
             index = SuffixIndex(tokens)
         except MemoryError:
-            raise SpecBranchError(_too_large("the corpus", len(tokens))) from None
+            raise SpecBranchError(_too_large(len(tokens))) from None
         return Corpus(index, identify_vocabulary(tokenizer), tuple(Path(path).name for path in paths))
 
     def save(self, path: CorpusSource) -> None:
@@ -246,19 +246,16 @@ def _tokenized(name: str, pieces: Iterator[str], tokenizer: PreTrainedTokenizerB
             raise SpecBranchError(f"{name}: cannot be tokenized: {error}") from error
 
 
-def _check_memory(name: str, tokens: int) -> None:
+def _check_memory(tokens: int) -> None:
     """Raises SpecBranchError where building an index takes more than there is."""
     if (free := available_memory()) is not None and tokens * BYTES_BUILT > free:
-        raise SpecBranchError(_too_large(name, tokens))
+        raise SpecBranchError(_too_large(tokens))
 
 
-def _too_large(name: str, tokens: int) -> str:
-    free = available_memory()
+def _too_large(tokens: int) -> str:
+    free, needed = available_memory(), tokens * BYTES_BUILT / GIB
     there = "less is there" if free is None else f"{free / GIB:.2f} GiB are available"
-    return (
-        f"{name} has about {tokens} tokens; its index takes {tokens * BYTES_BUILT / GIB:.2f} GiB while it is built, "
-        f"and {there}"
-    )
+    return f"the corpus has about {tokens} tokens; its index takes {needed:.2f} GiB while it is built, and {there}"
 
 
 def available_memory() -> int | None:

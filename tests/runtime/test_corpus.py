@@ -268,11 +268,12 @@ def test_a_corpus_is_copied_from_and_the_text_stays(bundled_pair, tokenizer, tmp
     for given in (corpus, file, str(tmp_path / "saved.safetensors"), [Corpus.build([], tokenizer, texts=["x"]), file]):
         engine = SpecBranch(bundled_pair.target, tokenizer=tokenizer, retrieval=True, corpus=given)
         for sampling, expected in zip(SAMPLINGS, alone, strict=True):
-            found = engine.generate(PROMPT, max_new_tokens=NEW, **sampling)
-            assert found.tokens == expected.tokens
-            if not sampling:
-                assert found.stats.retrieved_accepted > NEW // 2
-                assert found.stats.target_forwards < NEW // 2
+            for method in ("specbranch", "speculative"):
+                found = engine.generate(PROMPT, max_new_tokens=NEW, method=method, **sampling)
+                assert found.tokens == expected.tokens
+                if not sampling and method == "speculative":  # which goes by no measured costs
+                    assert found.stats.retrieved_accepted > NEW // 2
+                    assert found.stats.target_forwards < NEW // 2
 
 
 def test_engines_with_a_draft_share_a_corpus(bundled_pair, tokenizer):
@@ -282,7 +283,8 @@ def test_engines_with_a_draft_share_a_corpus(bundled_pair, tokenizer):
     engines = [SpecBranch(bundled_pair.target, bundled_pair.draft, **options) for _ in range(2)]
     for engine in engines:
         assert engine.corpora == [corpus]
-        found = engine.generate(PROMPT, max_new_tokens=NEW)
+        assert engine.generate(PROMPT, max_new_tokens=NEW).tokens == expected.tokens
+        found = engine.generate(PROMPT, max_new_tokens=NEW, method="speculative", retrieval=True)
         assert found.tokens == expected.tokens
         assert found.stats.retrieved_accepted > 0
         without = engine.generate(PROMPT, max_new_tokens=NEW, retrieval=False)
