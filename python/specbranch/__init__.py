@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted, TextStream, TokenLogprob
     from specbranch.core.sampling import Sampling
     from specbranch.core.stats import Stats
+    from specbranch.corpus import Corpus
     from specbranch.engine import SpecBranch
     from specbranch.once import generate
     from specbranch.policies.methods import METHODS
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "Corpus",
     "Generation",
     "GenerationFailed",
     "GenerationInterrupted",
@@ -42,6 +44,7 @@ __all__ = [
 
 _HOME = {
     "METHODS": "policies.methods",
+    "Corpus": "corpus",
     "Generation": "core.generation",
     "GenerationFailed": "core.generation",
     "GenerationInterrupted": "core.generation",
@@ -67,8 +70,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'specbranch' has no attribute {name!r}")
     from importlib import import_module
 
-    if name == "SpecBranch":  # the ops and the values need none of it
+    if name in ("Corpus", "SpecBranch"):  # the ops and the values need none of it
         from specbranch.core.extras import check_installed
 
-        check_installed("specbranch.SpecBranch", "transformers")
+        check_installed(f"specbranch.{name}", "transformers")
     return getattr(import_module(f"specbranch.{_HOME[name]}"), name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +14,7 @@ from specbranch.core.checks import shown
 from specbranch.core.errors import SpecBranchError, SpecBranchWarning
 from specbranch.core.excerpt import ALL, Excerpt, check_draft_context
 from specbranch.core.generation import Generation, GenerationFailed, GenerationInterrupted
+from specbranch.core.suffix_index import SuffixIndex
 from specbranch.decoding import Decoding, costs_name
 from specbranch.drafters.model import ModelDrafter
 from specbranch.drafters.retrieval import RetrievalDrafter
@@ -37,11 +38,17 @@ class Decoder:
     """Decodes the texts of one pair, and keeps what a text teaches the next: costs, calibration and lengths."""
 
     def __init__(
-        self, pair: Pair, tokenizer: PreTrainedTokenizerBase | None, drafting: Drafting, hrad: HRad | None
+        self,
+        pair: Pair,
+        tokenizer: PreTrainedTokenizerBase | None,
+        drafting: Drafting,
+        hrad: HRad | None,
+        corpora: Sequence[SuffixIndex] = (),
     ) -> None:
-        """drafting: of requests that say nothing else. Raises SpecBranchError for what cannot be used."""
+        """drafting: of requests that say nothing else. corpora: what retrieved tokens may come from, beside the text.
+        Raises SpecBranchError for what cannot be used."""
         self.pair, self.tokenizer, self.hrad = pair, tokenizer, hrad
-        self.drafting = drafting
+        self.drafting, self.corpora = drafting, list(corpora)
         self.calibrator = Calibrator()
         self._costs: dict[str, CostsByTexts] = {}  # of each method
         self.excerpt = self._excerpt("auto" if drafting.draft_context is None else drafting.draft_context)
@@ -149,7 +156,7 @@ class Decoder:
         told = self._retrieval if asked.retrieval is None else check_auto("retrieval", asked.retrieval)
         if asked.retrieval is True and not policy.may_retrieve:
             raise SpecBranchError(f"retrieval is True, but method {policy.name!r} never retrieves")
-        retriever = RetrievalDrafter(calibrator) if retrieves(policy, told) else None
+        retriever = RetrievalDrafter(calibrator, self.corpora) if retrieves(policy, told) else None
         drafter = None
         if policy.candidates > 0 and (slot.draft is not None or not told):
             draft = slot.need_draft(f"method {policy.name!r}")
@@ -207,6 +214,20 @@ def retrieves(policy: Policy, told: bool | None) -> bool:
             f"retrieval is True, but method {policy.name!r} never retrieves: expected 'auto' or False"
         )
     return policy.may_retrieve and (policy.thrifty if told is None else told)
+
+
+def check_corpus_used(drafting: Drafting) -> None:
+    """Raises SpecBranchError where nothing would be retrieved from a corpus."""
+    policy, told = (
+        make_policy(drafting.method or "", dict(drafting.options)),
+        check_auto("retrieval", drafting.retrieval),
+    )
+    if not retrieves(policy, told):
+        auto = policy.may_retrieve and told is None
+        raise SpecBranchError(
+            f"corpus has no effect with method {policy.name!r} and retrieval {shown(drafting.retrieval)}"
+            + (": pass retrieval=True" if auto else ", which retrieve nothing")
+        )
 
 
 def check_auto(name: str, value: bool | str | None) -> bool | None:

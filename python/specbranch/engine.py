@@ -18,7 +18,8 @@ from specbranch.core.errors import SpecBranchError
 from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.generation import Generation, GenerationFailed, TextStream
 from specbranch.core.sampling import Sampling
-from specbranch.decoder import Decoder
+from specbranch.corpus import Corpus, CorpusSource, corpora_of
+from specbranch.decoder import Decoder, check_auto, check_corpus_used
 from specbranch.door import (
     HandedOver,
     answer,
@@ -52,6 +53,7 @@ LONGEST = 32768  # of a text, where a configuration does not say
 
 Messages = Sequence[Message] | Sequence[Sequence[Message]]
 Prompts = PromptInput | Sequence[PromptInput]
+Corpora = Corpus | CorpusSource | Sequence[Corpus | CorpusSource]
 
 
 class SpecBranch:
@@ -75,6 +77,7 @@ class SpecBranch:
         overlap: bool | str | None = "auto",
         draft_context: str | None = "auto",
         retrieval: bool | str | None = "auto",
+        corpus: Corpora | None = None,
         threads: int | None = None,
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
@@ -91,7 +94,8 @@ class SpecBranch:
         reads: "all" of it, or "H+N", its first H tokens and its last N; "auto" reads when that is expected to pay, and
         as much as pays, with the methods that go by measured costs (`thrifty`), and all of it with the others.
         retrieval: True, False or "auto": whether what followed the same tokens before, in the text, is drafted too,
-        which costs no forward; "auto" with the methods that go by measured costs. True needs no draft. threads:
+        which costs no forward; "auto" with the methods that go by measured costs. True needs no draft. corpus: texts
+        that it is found in too: a Corpus, the path of a saved one or of a text file, or a list of these. threads:
         intra-op threads (default: torch's); target_threads: the target's share of them when both models run. hrad: a
         predictor trained for this pair, or the directory of one (`specbranch train-hrad`); SpecBranch uses it.
         cuda_graphs: on a GPU, replay steps that were captured; models whose steps cannot be captured run eagerly.
@@ -106,6 +110,8 @@ class SpecBranch:
         """
         check_loaded(target, draft, hrad)
         self.target, self.draft = target, draft
+        drafting = Drafting(method, overlap, draft_context, retrieval, options)
+        self.corpora = [] if corpus is None else used_corpora(corpus, drafting, tokenizer)
         threads, target_threads = count("threads", threads), count("target_threads", target_threads)
         kept = whole("prompt_cache", prompt_cache, least=0)
         self.pair = Pair(target, draft, threads, target_threads, flag("cuda_graphs", cuda_graphs), priority, kept)
@@ -114,9 +120,7 @@ class SpecBranch:
             if draft is None:
                 raise SpecBranchError("hrad predicts for a pair: pass draft=")
             predictor = hrad if isinstance(hrad, HRad) else load_hrad(hrad, target, draft)
-        self.decoder = Decoder(
-            self.pair, tokenizer, Drafting(method, overlap, draft_context, retrieval, options), predictor
-        )
+        self.decoder = Decoder(self.pair, tokenizer, drafting, predictor, [each.index for each in self.corpora])
         self.max_requests = whole("max_requests", max_requests, least=1)
         self.cache_tokens = count("cache_tokens", cache_tokens)
         self.last: Generation | None = None
@@ -142,6 +146,7 @@ class SpecBranch:
         overlap: bool | str | None = "auto",
         draft_context: str | None = "auto",
         retrieval: bool | str | None = "auto",
+        corpus: Corpora | None = None,
         threads: int | None = None,
         target_threads: int | None = None,
         hrad: HRad | str | Path | None = None,
@@ -175,9 +180,13 @@ class SpecBranch:
                 "draft is 'self', but target is a loaded model: expected one that can be loaded again"
             )
         if isinstance(draft, str) and draft == RETRIEVAL:
+            if check_auto("retrieval", retrieval) is False:
+                raise SpecBranchError("draft is 'retrieval', but retrieval is False: expected 'auto' or True")
             draft, retrieval = None, True
         draft, draft_weights = draft_of(target, draft, draft_weights)
         own_tokenizer = tokenizer if tokenizer is not None else load_tokenizer(target, "target", trust)
+        if corpus is not None:  # before the models are loaded, for what cannot be used
+            corpus = used_corpora(corpus, Drafting(method, overlap, draft_context, retrieval, options), own_tokenizer)
         if draft is not None:
             check_vocabularies(own_tokenizer, load_tokenizer(draft, "draft", trust))
         threads = count("threads", threads)
@@ -196,6 +205,7 @@ class SpecBranch:
             overlap=overlap,
             draft_context=draft_context,
             retrieval=retrieval,
+            corpus=corpus,
             threads=threads,
             target_threads=target_threads,
             hrad=hrad,
@@ -539,6 +549,12 @@ class SpecBranch:
 
 def _same(request: Request) -> Request:
     return request
+
+
+def used_corpora(corpus: Corpora, drafting: Drafting, tokenizer: PreTrainedTokenizerBase | None) -> list[Corpus]:
+    """Raises SpecBranchError where they would have no effect, and for what is none."""
+    check_corpus_used(drafting)
+    return corpora_of(corpus, tokenizer)
 
 
 def one_of(prompt: Prompts | None, messages: Messages | None) -> Prompts:

@@ -31,6 +31,7 @@ WRITING = {
     "bench --plot": ["bench", *MODELS, "--plot"],
     "record --out": ["record", *MODELS, "--out"],
     "train-hrad --out": ["train-hrad", *MODELS, "--out"],
+    "corpus --out": ["corpus", PROMPTS, "--tokenizer", "bundled", "--out"],
     "plan --json": ["plan", "--ratio", "4", "some.safetensors", "--json"],
 }
 FILES = [name for name in WRITING if name != "train-hrad --out"]
@@ -44,6 +45,8 @@ READ = (
     "--prompt",
     "--chat-template",
     "--hrad",
+    "--corpus",
+    "--tokenizer",
 )  # arguments that are no outputs, though they are names
 
 
@@ -53,6 +56,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for command in ("generate", "bench.command", "record", "train_hrad"):
         monkeypatch.setattr(f"specbranch.cli.{command}.load_engine", lambda args: pytest.fail("loaded"))
     monkeypatch.setattr("specbranch.replay.record.Record.load", lambda path: pytest.fail("loaded"))
+    monkeypatch.setattr("specbranch.corpus.Corpus.build", lambda *_, **__: pytest.fail("built"))
 
 
 def refused(capsys: pytest.CaptureFixture[str], name: str, out: Path | str, *more: str) -> str:
@@ -374,7 +378,7 @@ def test_an_output_that_is_read_too_is_refused(capsys, tmp_path, monkeypatch, na
     if name == "generate --trace":
         line[line.index("--prompt") : line.index("x") + 1] = ["--prompts", str(read)]
     assert cli.main([*line, str(out)]) == 1
-    kind = "records" if name == "plan --json" else "prompts"
+    kind = {"plan --json": "records", "corpus --out": "files"}.get(name, "prompts")
     flag = name.split()[1]
     assert capsys.readouterr().err == (
         f"specbranch: error: {flag} {out} is among the {kind} that are read; choose another\n"
@@ -391,10 +395,16 @@ def test_two_outputs_in_one_file_are_refused(capsys, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", [name for name in WRITING if name != "plan --json"])
-@pytest.mark.parametrize("role", ["target", "draft"])
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        *((name, role) for name in WRITING if not name.startswith(("plan", "corpus")) for role in ("target", "draft")),
+        ("corpus --out", "tokenizer"),
+    ],
+)
 def test_nothing_is_written_into_a_model_s_directory(capsys, tmp_path, name, role):
-    model = shutil.copytree(bundled.path(role), tmp_path / "model")
+    own = bundled.path("target" if role == "tokenizer" else role)
+    model = shutil.copytree(own, tmp_path / "model")
     (tmp_path / "link").symlink_to("model")
     before = {file.name: file.read_bytes() for file in model.iterdir()}
     for directory in (model, tmp_path / "link"):
@@ -402,8 +412,8 @@ def test_nothing_is_written_into_a_model_s_directory(capsys, tmp_path, name, rol
             out = directory if name == "train-hrad --out" else directory / file
             said = refused(capsys, name, out, f"--{role}", str(model))
             assert f"the directory of --{role}, {model}" in said
-    said = refused(capsys, name, bundled.path(role) / ("" if name == "train-hrad --out" else "new.json"))
-    assert f"the directory of --{role}, {bundled.path(role)}" in said
+    said = refused(capsys, name, own / ("" if name == "train-hrad --out" else "new.json"))
+    assert f"the directory of --{role}, {own}" in said
     assert {file.name: file.read_bytes() for file in model.iterdir()} == before
 
 

@@ -183,6 +183,8 @@ def test_plan_takes_row_with_ratio_only(capsys):
 # ---- devices, drafts and sampling without effect
 
 
+RETRIEVED = ["generate", "--target", "bundled", "--draft", "retrieval", "--prompt", "x"]
+ON = ["generate", "--target", "bundled", "--retrieval", "on", "--prompt", "x"]
 ALONE = ["generate", "--target", "bundled", "--method", "autoregressive", "--prompt", "x"]
 
 
@@ -199,6 +201,15 @@ ALONE = ["generate", "--target", "bundled", "--method", "autoregressive", "--pro
         ([*ALONE, "--overlap", "on"], "--overlap has no effect with autoregressive; it is for pearl, ssd, "),
         ([*GENERATE, "--method", "speculative", "--overlap", "off"], "--overlap has no effect with speculative"),
         ([*BENCH, "--methods", "speculative", "--overlap", "on"], "--overlap has no effect with speculative, auto"),
+        ([*RETRIEVED, "--draft-device", "cpu"], "--draft-device has no effect with --draft retrieval\n"),
+        ([*RETRIEVED, "--draft-weights", "int4"], "--draft-weights has no effect with --draft retrieval\n"),
+        ([*RETRIEVED, "--draft-arithmetic", "fast"], "--draft-arithmetic has no effect with --draft retrieval\n"),
+        ([*RETRIEVED, "--draft-context", "all"], "--draft-context has no effect with --draft retrieval\n"),
+        ([*RETRIEVED, "--overlap", "on"], "--overlap has no effect with --draft retrieval\n"),
+        ([*RETRIEVED, "--hrad", "my-hrad"], "--hrad has no effect with --draft retrieval\n"),
+        ([*RETRIEVED, "--device", "cpu", "--device-map", "auto"], "--device has no effect with --device-map\n"),
+        ([*ON, "--draft-weights", "int4"], "--draft-weights has no effect without --draft\n"),
+        ([*ON, "--overlap", "off"], "--overlap has no effect without --draft\n"),
         (
             [*ALONE, "--draft-context", "all"],
             "--draft-context has no effect with autoregressive; it is for methods that",
@@ -260,6 +271,87 @@ def test_choices_with_effect_pass_without_a_word(capsys, monkeypatch, options, e
     assert found["draft"] == "bundled"
     assert found.items() >= expected.items()
     assert capsys.readouterr().err == "specbranch: error: enough\n"
+
+
+# ---- retrieval
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            [*ALONE, "--retrieval", "on"],
+            "--retrieval has no effect with autoregressive; it is for speculative, adaptive, ",
+        ),
+        ([*ALONE, "--retrieval", "off"], "--retrieval has no effect with autoregressive; it is for speculative, "),
+        (
+            [*GENERATE, "--method", "specbranch-paper", "--retrieval", "on"],
+            "--retrieval has no effect with specbranch-p",
+        ),
+        (
+            [*BENCH, "--methods", "specbranch-paper", "--retrieval", "on"],
+            "--retrieval has no effect with specbranch-pap",
+        ),
+        (
+            [*RETRIEVED, "--retrieval", "off"],
+            "--retrieval off leaves no draft with --draft retrieval; expected auto or on",
+        ),
+        (
+            [*RETRIEVED, "--method", "specbranch-paper"],
+            "--draft retrieval is no draft for specbranch-paper; it is for speculative, adaptive, pearl, ssd, spec",
+        ),
+        ([*ALONE, "--corpus", "f.txt"], "--corpus has no effect with autoregressive and --retrieval auto; it is for "),
+        (
+            [*GENERATE, "--corpus", "f.txt", "--retrieval", "off"],
+            "--corpus has no effect with specbranch and --retrieval",
+        ),
+        (
+            [*GENERATE, "--corpus", "f.txt", "--method", "pearl"],
+            "--corpus has no effect with pearl and --retrieval auto; it is for --retrieval on with speculative, ",
+        ),
+        (
+            [*GENERATE, "--corpus", "f.txt", "--no-thrifty"],
+            "--corpus has no effect with specbranch and --retrieval auto",
+        ),
+        ([*ON, "--method", "specbranch-paper"], "--retrieval has no effect with specbranch-paper"),
+        (["generate", "--target", "bundled", "--prompt", "x"], "--method specbranch needs --draft\n"),
+        ([*RECORD, "--draft", "retrieval"], "record needs a draft model; --draft retrieval has none\n"),
+        ([*TRAIN, "--draft", "retrieval"], "train-hrad needs a draft model; --draft retrieval has none\n"),
+        (
+            [*BENCH, "--draft", "retrieval", "--peers", "greedy,assisted"],
+            "--peers assisted needs a draft model; --draft ",
+        ),
+        (["doctor", "--target", "bundled", "--draft", "retrieval"], "--draft retrieval is no model that could be exam"),
+    ],
+)
+def test_retrieval_without_effect_is_refused(capsys, monkeypatch, tmp_path, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.jsonl").write_text("".join(f'{{"prompt": "{number}"}}\n' for number in range(20)))
+    monkeypatch.setattr("specbranch.cli.loading.load_pair", lambda *args, **options: pytest.fail("loaded"))
+    assert f"specbranch: error: {expected}" in one_line(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (GENERATE, {"draft": "bundled", "retrieval": "auto", "corpus": None}),
+        ([*GENERATE, "--retrieval", "off"], {"draft": "bundled", "retrieval": False, "corpus": None}),
+        ([*GENERATE, "--corpus", "a", "b"], {"draft": "bundled", "retrieval": "auto", "corpus": ["a", "b"]}),
+        ([*GENERATE, "--method", "pearl", "--retrieval", "on", "--corpus", "a"], {"retrieval": True, "corpus": ["a"]}),
+        (RETRIEVED, {"draft": "retrieval", "retrieval": "auto"}),
+        ([*RETRIEVED, "--method", "speculative", "--corpus", "a"], {"draft": "retrieval", "corpus": ["a"]}),
+        (ON, {"draft": None, "retrieval": True}),
+    ],
+)
+def test_retrieval_is_passed_on(monkeypatch, arguments, expected):
+    assert loaded_options(monkeypatch, *arguments).items() >= expected.items()
+
+
+def test_bench_leaves_out_the_peers_that_need_a_draft_model(monkeypatch):
+    found = []
+    monkeypatch.setattr(bench, "load_engine", lambda args: found.append(args.peers) or 1 / 0)
+    assert cli.main([*BENCH, "--draft", "retrieval"]) == 1
+    assert found == [("greedy", "prompt-lookup")]
 
 
 def test_switches_for_gpus_are_warned_of_on_a_cpu(capsys, monkeypatch):

@@ -12,16 +12,25 @@ from typing import Any
 from specbranch.cli.messages import complain
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.excerpt import check_draft_context
-from specbranch.runtime.choices import ARITHMETIC_OF, ARITHMETICS, DTYPES, PRIORITIES, WEIGHTS
+from specbranch.runtime.choices import ARITHMETIC_OF, ARITHMETICS, DTYPES, PRIORITIES, RETRIEVAL, WEIGHTS
 from specbranch.text.generation_config import sampling
 
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 SAMPLING = {"max_new_tokens": 128, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 MODEL = "DIR|GGUF|NAME"  # what names a model
-OVERLAP: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+OF_A_DRAFT = {  # arguments that say something of a draft model, and what they are where they say nothing
+    "draft_device": None,
+    "draft_weights": "auto",
+    "draft_arithmetic": None,
+    "draft_context": "auto",
+    "overlap": "auto",
+    "hrad": None,
+}
+AUTO: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}  # of what may be left to the engine
 
 
-def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None:
+def add_models(parser: argparse.ArgumentParser, *, draft_required: bool, retrieval: bool = True) -> None:
+    """retrieval: whether drafts may be retrieved."""
     parser.add_argument(
         "--target", required=True, metavar=MODEL, help='the model: a checkpoint or a file; "bundled" is the tiny one'
     )
@@ -30,6 +39,7 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
         required=draft_required,
         metavar=MODEL,
         help="the small model that drafts; its vocabulary must be the target's; self: the target's weights in 4 bits"
+        + ("; retrieval: no model, but what followed the same tokens before" if retrieval else "")
         + ("" if draft_required else " (not needed by --method autoregressive)"),
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
@@ -74,7 +84,7 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
     parser.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads (default: torch's)")
     parser.add_argument(
         "--overlap",
-        choices=tuple(OVERLAP),
+        choices=tuple(AUTO),
         default="auto",
         help="draft while the target verifies; auto measures (default: %(default)s)",
     )
@@ -85,6 +95,25 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool) -> None
         metavar="auto|all|H+N",
         help="what of a prompt the draft reads: all of it, or its first H tokens and its last N; auto reads when and "
         "what pays, by measured costs (default: %(default)s)",
+    )
+    if retrieval:
+        add_retrieval(parser)
+
+
+def add_retrieval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--retrieval",
+        choices=tuple(AUTO),
+        default="auto",
+        help="draft what followed the same tokens before, too, which takes no forward; auto: with methods that go by "
+        "measured costs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--corpus",
+        nargs="+",
+        metavar="FILE",
+        help="texts in which that is looked for, beside the one that is decoded: text files, or what specbranch corpus "
+        "made of some",
     )
 
 
@@ -97,19 +126,16 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def check_devices(args: argparse.Namespace) -> None:
-    """Refuse devices that nothing runs on, and warn of switches for GPUs in a run without one. Raises ValueError."""
-    if args.draft_device is not None and args.draft is None:
-        raise ValueError("--draft-device has no effect without --draft")
-    if args.draft_weights != "auto" and args.draft is None:
-        raise ValueError("--draft-weights has no effect without --draft")
-    if args.draft_arithmetic is not None and args.draft is None:
-        raise ValueError("--draft-arithmetic has no effect without --draft")
-    if (
-        args.device is not None
-        and args.device_map is not None
-        and (args.draft is None or args.draft_device is not None)
-    ):
-        others = "--device-map" if args.draft is None else "--device-map and --draft-device"
+    """Refuse devices that nothing runs on, and what is for a draft model where there is none; warn of switches for GPUs
+    in a run without one. Raises ValueError."""
+    no_draft = args.draft in (None, RETRIEVAL)
+    if no_draft:
+        without = "without --draft" if args.draft is None else f"with --draft {args.draft}"
+        for name, unset in OF_A_DRAFT.items():
+            if getattr(args, name, unset) != unset:
+                raise ValueError(f"{flag(name)} has no effect {without}")
+    if args.device is not None and args.device_map is not None and (no_draft or args.draft_device is not None):
+        others = "--device-map" if no_draft else "--device-map and --draft-device"
         raise ValueError(f"--device has no effect with {others}")
     unused = ["--no-cuda-graphs"] * (not args.cuda_graphs) + [f"--priority {args.priority}"] * (
         args.priority != "target"

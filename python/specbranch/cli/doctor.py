@@ -18,7 +18,7 @@ from specbranch.cli.messages import FAILURE, one_line
 from specbranch.cli.models import configured, fused, loaded
 from specbranch.cli.terminal import output_width
 from specbranch.core.extras import MissingPackageError, check_installed
-from specbranch.runtime.choices import draft_of
+from specbranch.runtime.choices import RETRIEVAL, draft_of
 
 HELP = "report what is installed and what can run here"
 OUTPUTS = ()
@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.draft is not None and args.target is None:
         raise ValueError("--draft needs --target")
+    if args.draft == RETRIEVAL:
+        raise ValueError(f"--draft {RETRIEVAL} is no model that could be examined")
     draft, _ = draft_of(args.target, args.draft, "auto")
     findings = examine(args.target, draft, args.load, args.trust_remote_code)
     if args.json:

@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import Field
 from typing import Any
 
-from specbranch.cli.arguments import flag, number, whole
+from specbranch.cli.arguments import AUTO, flag, number, whole
 from specbranch.cli.messages import complain
 from specbranch.policies.methods import METHODS, make_policy, options_of
+from specbranch.runtime.choices import RETRIEVAL
 
 DEFAULT_METHOD = "specbranch"
 
@@ -32,7 +33,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 def check_method(args: argparse.Namespace) -> None:
     """Refuse a method without the draft that it needs, and options without effect on it; a draft without effect is
     warned of and left out. Raises ValueError."""
-    if args.draft is None and args.method != "autoregressive":
+    if args.draft is None and args.retrieval != "on" and args.method != "autoregressive":
         raise ValueError(f"--method {args.method} needs --draft")
     check_used(args, [args.method])
     if args.draft is not None and args.method == "autoregressive":
@@ -86,6 +87,7 @@ def check_used(args: argparse.Namespace, methods: Sequence[str]) -> None:
         raise ValueError(f"--overlap has no effect with {running}; it is for {takers}")
     if args.draft_context != "auto" and not any(make_policy(method, given).candidates for method in methods):
         raise ValueError(f"--draft-context has no effect with {running}; it is for methods that draft")
+    _check_retrieval(args, methods)
     for name in given:
         fields = options_by_name()[name]
         if not fields.keys() & set(methods):
@@ -93,6 +95,24 @@ def check_used(args: argparse.Namespace, methods: Sequence[str]) -> None:
     if args.hrad is not None and not any(make_policy(method, given).uses_forecast for method in methods):
         takers = ", ".join(forecast_methods())
         raise ValueError(f"--hrad has no effect with {running} and these options; it is for {takers}")
+
+
+def _check_retrieval(args: argparse.Namespace, methods: Sequence[str]) -> None:
+    """Refuse to retrieve nothing where something of it is asked for. Raises ValueError."""
+    policies = [make_policy(method, drafting_options(args)) for method in methods]
+    running, takers = ", ".join(methods), ", ".join(name for name in METHODS if make_policy(name, {}).may_retrieve)
+    if args.retrieval != "auto" and not any(policy.may_retrieve for policy in policies):
+        raise ValueError(f"--retrieval has no effect with {running}; it is for {takers}")
+    if args.draft == RETRIEVAL:
+        if args.retrieval == "off":
+            raise ValueError(f"--retrieval off leaves no draft with --draft {RETRIEVAL}; expected auto or on")
+        if unable := [policy.name for policy in policies if policy.candidates > 0 and not policy.may_retrieve]:
+            raise ValueError(f"--draft {RETRIEVAL} is no draft for {', '.join(unable)}; it is for {takers}")
+    told = True if args.draft == RETRIEVAL else AUTO[args.retrieval]
+    retrieving = (policy.may_retrieve and (policy.thrifty if told == "auto" else told) for policy in policies)
+    if args.corpus is not None and not any(retrieving):
+        also = "" if told is True else f" and --retrieval {args.retrieval}"
+        raise ValueError(f"--corpus has no effect with {running}{also}; it is for --retrieval on with {takers}")
 
 
 def _kind_of_value(name: str, fields: dict[str, Field[Any]]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from specbranch.core.files import claimed, is_special, stream_of, whole, write_j
 
 __all__ = ["Output", "check_writable", "claim", "json_object", "whole", "write_json"]
 
-FILES_READ, MODELS_READ = ("prompts", "records"), ("target", "draft", "hrad")  # arguments
+FILES_READ = ("prompts", "records", "corpus", "files")  # arguments
+MODELS_READ = ("target", "draft", "tokenizer", "hrad")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def _named(args: argparse.Namespace, argument: str) -> list[Path]:
 def _model_directory(name: Path, argument: str) -> Path:
     from specbranch import bundled
 
-    return bundled.path(argument) if name == Path("bundled") and argument in bundled.NAMES else name.expanduser()
+    role = {"tokenizer": "target"}.get(argument, argument)
+    return bundled.path(role) if name == Path("bundled") and role in bundled.NAMES else name.expanduser()
 
 
 def _same(a: Path, b: Path) -> bool:

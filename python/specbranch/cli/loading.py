@@ -7,10 +7,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import OVERLAP, check_devices, whole
+from specbranch.cli.arguments import AUTO, check_devices, whole
 from specbranch.cli.drafting import drafting_options
 from specbranch.cli.terminal import status
-from specbranch.runtime.choices import draft_of
+from specbranch.runtime.choices import RETRIEVAL, draft_of
 
 if TYPE_CHECKING:
     from specbranch import SpecBranch
@@ -44,8 +44,11 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
     """Load the pair of `add_models`, with the options of `add_drafting`, `add_hrad` and `add_chat` where a
     command has them.
 
-    Raises ValueError for devices that nothing runs on, and OSError for a chat template that cannot be read.
+    Raises ValueError for devices that nothing runs on and for a draft that is none, and OSError for a chat template
+    that cannot be read.
     """
+    if args.draft == RETRIEVAL and not hasattr(args, "retrieval"):
+        raise ValueError(f"{args.command} needs a draft model; --draft {RETRIEVAL} has none")
     check_devices(args)
     args.draft, args.draft_weights = draft_of(args.target, args.draft, args.draft_weights)
     template = chat_template(args) if hasattr(args, "chat_template") else None
@@ -63,8 +66,10 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
         draft_arithmetic=args.draft_arithmetic,
         cuda_graphs=args.cuda_graphs,
         priority=args.priority,
-        overlap=OVERLAP[args.overlap],
+        overlap=AUTO[args.overlap],
         draft_context=args.draft_context,
+        retrieval=AUTO[getattr(args, "retrieval", "auto")],
+        corpus=getattr(args, "corpus", None),
         threads=args.threads,
         hrad=getattr(args, "hrad", None),
         prompt_cache=getattr(args, "prompt_cache", 0),

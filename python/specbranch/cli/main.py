@@ -22,7 +22,7 @@ from specbranch.cli.messages import (
 )
 from specbranch.core.extras import check_installed
 
-COMMANDS = ("generate", "chat", "serve", "bench", "record", "plan", "train-hrad", "demo", "doctor")
+COMMANDS = ("generate", "chat", "serve", "bench", "corpus", "record", "plan", "train-hrad", "demo", "doctor")
 SAYS_WHAT_IS_MISSING = ("doctor",)  # and runs without it
 
 

@@ -35,7 +35,7 @@ OUTPUTS = (Output("out", "a record of specbranch record", is_record, read_back=T
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_models(parser, draft_required=True)
+    add_models(parser, draft_required=True, retrieval=False)
     add_prompts(parser)
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="output file (safetensors); resumes if it is incomplete"

@@ -40,7 +40,7 @@ OUTPUTS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_models(parser, draft_required=True)
+    add_models(parser, draft_required=True, retrieval=False)
     add_prompts(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="output directory; resumes if it is incomplete")
     add_sampling(parser)

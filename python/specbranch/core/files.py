@@ -51,12 +51,17 @@ def write_tensors(path: str | Path, data: bytes) -> None:
     safetensors puts metadata in another order each time; here the same content is the same file.
     """
     end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
+    write(path, tensors_header(json.loads(data[8:end])), memoryview(data)[end:])
+
+
+def tensors_header(header: dict[str, Any]) -> bytes:
+    """How a safetensors file begins, up to its tensors. header: dtype, shape and data_offsets of each, by name, and
+    __metadata__."""
     if metadata := header.pop("__metadata__", None):
         header = {"__metadata__": dict(sorted(metadata.items())), **header}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    write(path, len(text).to_bytes(8, "little"), text, memoryview(data)[end:])
+    return len(text).to_bytes(8, "little") + text
 
 
 @contextmanager

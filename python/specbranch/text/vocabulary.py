@@ -1,7 +1,10 @@
-"""Whether two models have the same tokens, and which of them end a text."""
+"""Whether two models, or a model and a corpus, have the same tokens, and which of them end a text."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -9,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from specbranch.core.checks import whole
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.identity import ModelIdentity
 from specbranch.text.generation_config import OWNER
 
 
@@ -39,6 +43,14 @@ def check_vocabularies(target: PreTrainedTokenizerBase | None, draft: PreTrained
 def _added(target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase) -> int:
     """How many ids one of the two may have beyond the other's end: its added special tokens."""
     return max(len(target.added_tokens_decoder), len(draft.added_tokens_decoder))
+
+
+def identify_vocabulary(tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
+    """The tokenizer's name, which is its checkpoint's, and a fingerprint of all tokens with their ids."""
+    words = sorted(tokenizer.get_vocab().items(), key=lambda word: (word[1], word[0]))
+    digest = hashlib.sha256(json.dumps(words).encode())
+    name = Path(getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__).name
+    return ModelIdentity(name, digest.hexdigest()[:16])
 
 
 def end_of_sequence(model: PreTrainedModel) -> frozenset[int]:

@@ -17,11 +17,12 @@ from specbranch.cli.arguments import sampling_options
 from specbranch.cli.bench import llama_peer, memory, report, vllm_peer
 from specbranch.cli.bench.peers import Peers, PeerText
 from specbranch.cli.bench.process import ROOM, PeerProcess
+from specbranch.cli.drafting import drafting_options
 from specbranch.cli.machine import describe_measuring_machine
 from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
 from specbranch.core.errors import SpecBranchError
-from specbranch.policies.methods import METHODS
+from specbranch.policies.methods import METHODS, make_policy
 from specbranch.runtime.checkpoint import is_gguf
 from specbranch.runtime.loading import load_model
 from specbranch.runtime.packed import weight_format
@@ -72,10 +73,13 @@ class Contenders:
         self._options = sampling_options(args)
         del self._options["max_new_tokens"]
         self._peers = None
-        if engine.draft is not None and set(args.peers) - set(IN_A_PROCESS):
+        # Whoever asks for retrieval asks it of the methods that can.
+        given = drafting_options(args)
+        self._never = [name for name in METHODS if not make_policy(name, given).may_retrieve]
+        if set(args.peers) - set(IN_A_PROCESS):
             # A peer has the weights of the checkpoint, whatever we made of ours.
-            target, draft = (_as_stored(role, model, args) for role, model in engine.models.items())
-            self._peers = Peers(target, draft, args.threads)
+            models = {role: _as_stored(role, model, args) for role, model in engine.models.items()}
+            self._peers = Peers(models["target"], models.get("draft"), args.threads)
 
     @property
     def models(self) -> tuple[PreTrainedModel, ...]:
@@ -98,8 +102,11 @@ class Contenders:
             write = partial(self._peers.generate, name)
         return Contender(name, partial(self._of_peer, write), comparable)
 
+    def _options_of(self, method: str) -> dict[str, Any]:
+        return {"method": method, **self._options, **({"retrieval": False} if method in self._never else {})}
+
     def _of_method(self, name: str, ids: list[int], new_tokens: int) -> Output:
-        generation = self._engine.generate(ids, max_new_tokens=new_tokens, method=name, **self._options)
+        generation = self._engine.generate(ids, max_new_tokens=new_tokens, **self._options_of(name))
         tokens, stats = generation.tokens, generation.stats.as_dict()
         return Output(tokens, len(tokens), stats["prefill_seconds"], stats)
 
@@ -108,7 +115,7 @@ class Contenders:
         fails."""
         started = time.perf_counter()
         try:
-            generations = self._engine.generate(prompts, max_new_tokens=new_tokens, method=name, **self._options)
+            generations = self._engine.generate(prompts, max_new_tokens=new_tokens, **self._options_of(name))
         except Exception as error:
             return partial(_fail, error)
         seconds = time.perf_counter() - started
@@ -194,7 +201,7 @@ class Bench:
             name,
             {
                 "target": resolve(args.target, "target"),
-                "draft": resolve(args.draft, "draft"),
+                "draft": None if self.engine.draft is None else resolve(args.draft, "draft"),
                 "dtype": str(target.dtype).removeprefix("torch."),
                 "max_model_len": positions,
                 "kv_cache_memory_bytes": max(vllm_peer.LEAST_CACHE, 2 * memory.cache_bytes(self.engine, positions)),

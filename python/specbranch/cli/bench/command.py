@@ -14,6 +14,7 @@ from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import Progress, output_console, progress
 from specbranch.policies.methods import METHODS
+from specbranch.runtime.choices import RETRIEVAL
 from specbranch.text.generation_config import bare
 from specbranch.text.prompts import Prompt, read_all
 
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--fresh needs --json: without a file nothing is kept")
     check_used(args, methods(args))
     _check_processes(args)
+    _check_peers(args)
     prompts = read_all(args.prompts, args.limit)
     if args.plot is not None:
         plot.check(args.plot)
@@ -184,6 +186,20 @@ def laps(args: argparse.Namespace) -> list[list[str]]:
     first = [*methods(args), *(peer for peer in args.peers if peer not in engines), *engines[:1]]
     bases = [name for name in first if name in (report.BASELINE, report.REFERENCE)]
     return [first, *([*bases, engine] for engine in engines[1:])]
+
+
+def _check_peers(args: argparse.Namespace) -> None:
+    """Without a draft model there are no peers that need one; such as were named are refused. Raises ValueError."""
+    if args.draft != RETRIEVAL:
+        return
+    drafting = {
+        "assisted",
+        *(name for each in (vllm_peer.SPECULATIVE_TOKENS, llama_peer.DRAFTED_TOKENS) for name in each if each[name]),
+    }
+    if args.peers is PEERS:
+        args.peers = tuple(peer for peer in PEERS if peer not in drafting)
+    elif unable := [peer for peer in args.peers if peer in drafting]:
+        raise ValueError(f"--peers {','.join(unable)} needs a draft model; --draft {RETRIEVAL} has none")
 
 
 def _check_processes(args: argparse.Namespace) -> None:

@@ -52,19 +52,19 @@ class _FirstStep(StoppingCriteria):
 
 
 class Peers:
-    """transformers' own generation over a loaded target and draft.
+    """transformers' own generation over a loaded target and draft, which assisted generation needs.
 
     threads: intra-op threads for every peer; None leaves torch's.
     """
 
-    def __init__(self, target: PreTrainedModel, draft: PreTrainedModel, threads: int | None = None) -> None:
+    def __init__(self, target: PreTrainedModel, draft: PreTrainedModel | None, threads: int | None = None) -> None:
         self._target, self._draft, self._threads = target, draft, threads
         # One config each for the whole run: assisted generation keeps an adapted threshold in the draft's.
-        self._configs = {model: bare(model) for model in (target, draft)}
+        self._configs = {model: bare(model) for model in self.models}
 
     @property
-    def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
-        return self._target, self._draft
+    def models(self) -> tuple[PreTrainedModel, ...]:
+        return (self._target,) if self._draft is None else (self._target, self._draft)
 
     def generate(
         self,

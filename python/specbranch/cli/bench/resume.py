@@ -21,7 +21,8 @@ _ELSEWHERE = ("argv", "command", "json", "plot", "fresh", "trust_remote_code")
 def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """What must be the same for all measurements of a file: options as given, texts, machine and versions.
 
-    Raises ValueError where a peer of vLLM or llama.cpp is asked for and cannot be.
+    Raises ValueError where a peer of vLLM or llama.cpp is asked for and cannot be, and OSError for a corpus that cannot
+    be read.
     """
     machine, versions = describe_measuring_machine(), describe_versions()
     if any(peer in vllm_peer.NAMES for peer in args.peers):
@@ -37,8 +38,19 @@ def request(args: argparse.Namespace, prompts: Sequence[Prompt]) -> dict[str, An
         "machine": {name: machine[name] for name in ("cpu", "cores", "isa", "core_isa", "system")},
         "versions": versions,
     }
+    if args.corpus is not None:
+        asked["corpus"] = {"sha256": [_digest(file) for file in args.corpus]}
     as_written: dict[str, Any] = json.loads(json.dumps(asked))
     return as_written
+
+
+def _digest(file: str) -> str:
+    """Raises OSError that names the file."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while piece := stream.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_report(path: str, request: dict[str, Any], *, fresh: bool) -> dict[str, Any] | None:
