@@ -154,9 +154,7 @@ class Decoding:
             return wanted
         tree, choices = self.tree, self.tree.with_unread(wanted.choices)
         # The next step of a burst makes nodes of first candidates, which a retrieved one may be already.
-        alone = len(choices) == len(wanted.choices) and not any(
-            choice.rank < 0 and tree.children[choice.node] for choice in choices
-        )
+        alone = not any(choice.rank < 0 and tree.children[choice.node] for choice in choices)
         return Expansion(choices, wanted.steps if alone else 1)
 
     def steps(self, expansion: Expansion) -> int:

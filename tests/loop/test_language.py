@@ -64,7 +64,11 @@ LOOP, DECODING, TREE, MESSAGES, STATS = (
 POLICY, BRANCHING = "specbranch.policies.policy", "specbranch.policies.branching"
 ROUNDS, READ, PLAY, EXPAND = "DecodingLoop.rounds", "DecodingLoop.read", "DecodingLoop.play", "DecodingLoop._expand"
 COMMIT, CHOOSE, STATE = "Decoding.commit", "Decoding.choose_trunk", "Decoding.state"
-BEGIN, TAKE, GROW = "Decoding.begin", "Decoding.take", "Decoding.grow"
+BEGIN, TAKE, GROW, USE = "Decoding.begin", "Decoding.take", "Decoding.grow", "Decoding._use"
+RETRIEVE, READABLE, COUNT = "Decoding.retrieve", "Decoding._readable", "Stats.count"
+UNLEARNED = "the retriever: a verdict that it never learned"
+UNCOMMITTABLE = "a retrieved token that cannot be committed"
+NOT_TOLD, NOT_BELIEVED = "the retriever was not told of the text", "retrieved, and the draft is not believed"
 NO_TOKEN, TWICE = "a token that cannot be committed", "a token twice below one parent"
 
 BUGS = [
@@ -141,13 +145,54 @@ BUGS = [
     Bug(BRANCHING, "Hedging.draft_during", ", state.remaining - 1)", ", state.remaining + 9)", NO_TOKEN),
     Bug(BRANCHING, "Hedging.draft_during", "max(1, depth - tree.deepest(choices))", "state.burst", NO_TOKEN),
     # Counts, and what was asked for
-    Bug(DECODING, CHOOSE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
-    Bug(DECODING, TAKE, "self.stats.drafted += len(self.tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, USE, "self.stats.drafted += len(self.tree) - size", "_ = 0", "drafted tokens are miscounted"),
+    Bug(DECODING, CHOOSE, "self._use(", "self.tree.take_all(", "drafted tokens are miscounted"),
+    Bug(DECODING, TAKE, "self._use(", "self.tree.take_all(", "drafted tokens are miscounted"),
     Bug(DECODING, GROW, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
     Bug(DECODING, GROW, "in drafted.steps:", "in drafted.steps[:1]:", "draft steps are miscounted"),
-    Bug(DECODING, COMMIT, "len(flight.nodes) - 1", "len(flight.nodes)", "verified tokens are miscounted"),
+    Bug(STATS, COUNT, "len(trunk) - 1", "len(trunk)", "verified tokens are miscounted"),
     Bug(STATS, "Stats.count", "tree.below(next_node)", "(next_node,)", "wasted tokens are miscounted"),
     Bug(STATS, "Stats.count", "next_node is not None", "len(path) > 1", "a hit is not counted"),
+    # What is retrieved
+    Bug(
+        DECODING, READABLE, "self.tree.with_unread(wanted.choices)", "wanted.choices", "a node without its parent's row"
+    ),
+    Bug(DECODING, READABLE, "if alone else 1", "", TWICE),
+    Bug(DECODING, RETRIEVE, "min(self.remaining - 1, trunk + LONGEST_RUN)", "trunk + LONGEST_RUN", UNCOMMITTABLE),
+    Bug(DECODING, RETRIEVE, "self.learn()", "pass", "the retriever: looks up before it has learned"),
+    Bug(DECODING, RETRIEVE, "in path[1:] if", "in path[2:] if", "the best path is not what goes on"),
+    Bug(DECODING, RETRIEVE, "drafted.append(", "bool(", "the best path is not what goes on"),
+    Bug(DECODING, RETRIEVE, "tree.graft(node,", "tree.graft(0,", "retrieved behind another text"),
+    Bug(DECODING, RETRIEVE, "*retrieved, LEAST_REACH", "*retrieved, 0.0", "retrieved, and hardly likely"),
+    Bug(DECODING, RETRIEVE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, BEGIN, "self.retriever.begin(prompt)", "self.retriever.begin(prompt[:-1])", NOT_TOLD),
+    Bug(DECODING, COMMIT, "self.retriever.commit(committed)", "pass", NOT_TOLD),
+    Bug(DECODING, COMMIT, "or self.retriever is not None", "", UNLEARNED),
+    Bug(
+        DECODING, COMMIT, "self.stats.drafted += tree.use([node])", "tree.use([node])", "drafted tokens are miscounted"
+    ),
+    Bug(DECODING, USE, " + self.tree.use(nodes)", "", "drafted tokens are miscounted"),
+    Bug(
+        DECODING,
+        "Decoding.learn",
+        "self.retriever is not None",
+        "False",
+        UNLEARNED,
+    ),
+    Bug(STATS, COUNT, "{*tree.free_nodes()}", "set()", "wasted tokens are miscounted"),
+    Bug(STATS, COUNT, " and node not in free", "", "rollback is miscounted"),
+    Bug(STATS, COUNT, "tree.retrieved, trunk[1:]", "tree.retrieved, path[1:]", "retrieved tokens are miscounted"),
+    Bug(STATS, COUNT, "tree.retrieved, path[1:]", "tree.retrieved, trunk[1:]", "retrieved tokens are miscounted"),
+    Bug(TREE, "PlainTree.note", "chance / self.reach[child]", "self.reach[child]", NOT_BELIEVED),
+    Bug(TREE, "PlainTree.note", "self.reach[child] > 0", "False", NOT_BELIEVED),
+    Bug(TREE, "PlainTree._chance_after", "token in proposals.tokens", "False", NOT_BELIEVED),
+    Bug(TREE, "PlainTree.graft", "self.free.add(added)", "pass", "wasted tokens are miscounted"),
+    Bug(TREE, "PlainTree.best_choices", "> max(children)", "> 2", "the best path is not"),
+    Bug(TREE, "PlainTree.with_unread", "if Choice(node) not in every", "", "a node twice in a step"),
+    Bug(TREE, "PlainTree.with_unread", "[::-1]\n", "\n", "a node without its parent's row"),
+    Bug(TREE, "PlainTree.reroot", "tree.found[new] = self.found[old]", "pass", "retrieved tokens are miscounted"),
+    Bug(TREE, "PlainTree.reroot", "tree.free.add(new)", "pass", "wasted tokens are miscounted"),
+    Bug(TREE, "PlainTree.likeliest", "cost != self._cost_of(node, rank) or", "False or", "a place is wanted twice"),
     Bug(
         DECODING, "Decoding.choose_overlap", "if self.overlap is None else self.overlap", "", "overlapped, and was told"
     ),
@@ -188,6 +233,8 @@ SHARED_BUGS = [
     Bug(LOOP, EXPAND, "record(step.rows", "record(step.rows // len(turns)", "the draft's steps are not recorded once"),
     Bug(LOOP, MEASURE, "sum(len(turn.committed) for turn in turns)", "len(turns[0].committed)", "the round is not"),
     Bug(LOOP, MEASURE, "_shares(turns", "_shares(turns[:1] * len(turns)", "a text's share of the round"),
+    Bug(LOOP, MEASURE, "if not _copied(turns):", "if True:", "the round is not recorded once"),
+    Bug(LOOP, "_copied", "2 * sum", "sum", "the round is not recorded once"),
     Bug(LOOP, MEASURE, "if drafting:", "if True:", "the round is not recorded once"),
     Bug(LOOP, "_shares", "if has else 0.0", "", "a text's share of the round"),
     Bug(LOOP, "_shares", "more / sum(drafted)", "more / len(drafted)", "a text's share of the round"),
