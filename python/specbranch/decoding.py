@@ -198,7 +198,8 @@ class Decoding:
             assert proposals is not None
             drafted.append(proposals.tokens[end.rank])
         retrieved = self.retriever.find(drafted)
-        if retrieved.chances and tree.reach_of(end) * max(retrieved.chances) >= LEAST_REACH:
+        first = [i for i, parent in enumerate(retrieved.found.parent) if parent < 0]
+        if first and tree.reach_of(end) * max(retrieved.chances[i] for i in first) >= LEAST_REACH:
             size = len(tree)
             node = tree.take(end)
             self.stats.drafted += len(tree) - size

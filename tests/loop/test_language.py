@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from checked_loop import Case
@@ -12,7 +13,7 @@ from plain_tree import PlainTree
 from planted import Bug, planted
 
 from specbranch import decoding
-from specbranch.core.stats import Stats
+from specbranch.core.stats import Round, Stats
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import METHODS
 
@@ -54,6 +55,26 @@ def test_every_method_says_what_the_target_says(method: str, overlap: bool | Non
         assert sum(stats.hits for stats in texts) > len(texts)
 
 
+@pytest.mark.parametrize("retrieval", ["beside", "alone", "scripted beside", "scripted alone"])
+def test_what_is_retrieved_is_long_and_short_and_right_and_wrong(retrieval: str) -> None:
+    """So that all of that is checked; without a draft it is all that is verified."""
+    rounds: list[Round] = []
+    for seed in range(60):
+        for method in ("speculative", "specbranch"):
+            case = replace(Case.draw(seed, method, None), retrieval=retrieval, left_after=None)
+            stats = case.run(Costs())
+            rounds += stats.log
+            if "alone" in retrieval:
+                assert (stats.draft_forwards, stats.verified) == (0, stats.retrieved)
+    found = [round for round in rounds if round.retrieved]
+    assert {round.retrieved_accepted == 0 for round in found} == {False, True}
+    assert any(0 < round.retrieved_accepted < round.retrieved for round in found)
+    assert any(1 < round.retrieved_accepted == round.retrieved for round in found)
+    if "scripted" in retrieval:
+        assert max(round.retrieved_accepted for round in found) > 12
+        assert any(round.retrieved > round.retrieved_accepted > 6 for round in found)
+
+
 LOOP, DECODING, TREE, MESSAGES, STATS = (
     "specbranch.loop",
     "specbranch.decoding",
@@ -67,6 +88,7 @@ COMMIT, CHOOSE, STATE = "Decoding.commit", "Decoding.choose_trunk", "Decoding.st
 BEGIN, TAKE, GROW, USE = "Decoding.begin", "Decoding.take", "Decoding.grow", "Decoding._use"
 RETRIEVE, READABLE, COUNT = "Decoding.retrieve", "Decoding._readable", "Stats.count"
 UNLEARNED = "the retriever: a verdict that it never learned"
+FOR_NOTHING = "a candidate is drafted for nothing behind it"
 UNCOMMITTABLE = "a retrieved token that cannot be committed"
 NOT_TOLD, NOT_BELIEVED = "the retriever was not told of the text", "retrieved, and the draft is not believed"
 NO_TOKEN, TWICE = "a token that cannot be committed", "a token twice below one parent"
@@ -161,6 +183,7 @@ BUGS = [
     Bug(DECODING, RETRIEVE, "min(self.remaining - 1, trunk + LONGEST_RUN)", "trunk + LONGEST_RUN", UNCOMMITTABLE),
     Bug(DECODING, RETRIEVE, "self.learn()", "pass", "the retriever: looks up before it has learned"),
     Bug(DECODING, RETRIEVE, "in path[1:] if", "in path[2:] if", "the best path is not what goes on"),
+    Bug(DECODING, RETRIEVE, "[i] for i in first", "[i] for i in range(len(retrieved.found))", FOR_NOTHING),
     Bug(DECODING, RETRIEVE, "drafted.append(", "bool(", "the best path is not what goes on"),
     Bug(DECODING, RETRIEVE, "tree.graft(node,", "tree.graft(0,", "retrieved behind another text"),
     Bug(DECODING, RETRIEVE, "*retrieved, LEAST_REACH", "*retrieved, 0.0", "retrieved, and hardly likely"),
@@ -216,6 +239,10 @@ SHARED_BUGS = [
     Bug(LOOP, PLAY, "asked = _going(ready)", "asked = [each for each in turns if hasattr(each, 'state')]", "a trunk"),
     Bug(LOOP, BEFORE, "_going(wanting)", "wanting", ON),
     Bug(LOOP, DURING, "in _going(drafting)", "in turns", ON),
+    Bug(LOOP, PLAY, "with turn.own_errors():", "if True:", "one text's error ends the round of all"),
+    Bug(LOOP, EXPAND, "with turn.own_errors():", "if True:", "one text's error ends the round of all"),
+    Bug(LOOP, "DecodingLoop._commit", "with turn.own_errors():", "if True:", "one text's error ends the round of all"),
+    Bug(LOOP, PLAY, "_going(ready) if", "ready if", ON),
     Bug(LOOP, EXPAND, "turn.error = found", "raise found", "one text's error ends the round of all"),
     Bug(LOOP, "DecodingLoop._commit", "turn.error is None and", "", SPITE),
     Bug(LOOP, "DecodingLoop._commit", "turn.error = turn.error or verdict", "raise verdict", "ends the round of all"),

@@ -77,6 +77,9 @@ class CheckedDecoding(Decoding):
             if len(path) > len(drafted):
                 assert tree.reach[node] >= LEAST_REACH, "retrieved, and hardly likely"
                 self.grafted.add((*self.text, *path))
+        assert len(tree) == size or self.was_grafted(tree, len(tree) - 1), (
+            "a candidate is drafted for nothing behind it"
+        )
 
     def _readable(self, wanted: Expansion) -> Expansion:
         assert len({*wanted.choices}) == len(wanted.choices), "a place is wanted twice"

@@ -180,8 +180,8 @@ class Text:
 @dataclass(frozen=True)
 class Mix:
     """Texts drawn at random from a seed. joins: the round that each begins with. fails: what of it raises, and at which
-    trunk or step. rests: share of rounds that a text is left out of. shared: steps are, else each text has its own.
-    chunk: tokens of prompts that are read before a round."""
+    trunk, step or look-up. rests: share of rounds that a text is left out of. shared: steps are, else each text has
+    its own. chunk: tokens of prompts that are read before a round."""
 
     seed: int
     cases: tuple[Case, ...]
@@ -212,8 +212,8 @@ class Mix:
             ),
             tuple(chance.choice((0, 0, 0, 1, 2, 5, 9)) for _ in cases),
             tuple(
-                (chance.choice(("verify", "draft", "draft", "read")), chance.randint(1, 8))
-                if chance.random() < 0.25
+                (chance.choice(("verify", "draft", "draft", "read", "retrieve")), chance.randint(1, 8))
+                if chance.random() < 0.3
                 else ("", 0)
                 for _ in cases
             ),
@@ -262,6 +262,8 @@ class Mix:
         draft = decoding.drafter
         if stage == "verify":
             decoding.verifier.fails = number
+        if stage == "retrieve" and decoding.retriever is not None:
+            decoding.retriever.fails = number
         if draft is not None:
             shared.policies[id(draft)] = policy
             draft.fails, draft.unreadable = (number if stage == "draft" else 0), stage == "read"

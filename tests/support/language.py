@@ -418,12 +418,21 @@ class ScriptedRetriever:
 @dataclass
 class WatchedRetriever:
     """Another one, told and asked what it should be. text: that it was told of. drafted: of the newest look-up; None
-    where nothing was looked up since that was forgotten."""
+    where nothing was looked up since that was forgotten. fails: at which look-up or commit it cannot read what it looks
+    into; 0 for none. ran: so far."""
 
     retriever: Retriever
     text: list[int] = field(default_factory=list)
     drafted: list[int] | None = None
     lessons: list[Lesson] = field(default_factory=list)
+    fails: int = 0
+    ran: int = 0
+
+    def _run(self) -> None:
+        assert not 0 < self.fails <= self.ran, "the retriever: goes on after an error"
+        self.ran += 1
+        if self.ran == self.fails:
+            raise Trouble
 
     def begin(self, prompt: Sequence[int]) -> None:
         assert not self.text, "the retriever: a prompt behind a text"
@@ -433,9 +442,11 @@ class WatchedRetriever:
     def find(self, drafted: Sequence[int]) -> Retrieved:
         assert not self.lessons, "the retriever: looks up before it has learned"
         self.drafted = list(drafted)
+        self._run()
         return self.retriever.find(drafted)
 
     def commit(self, tokens: Sequence[int]) -> None:
+        self._run()
         self.lessons.append(Lesson(len(self.text) - 1, list(tokens)))
         self.text += tokens
         self.retriever.commit(tokens)
