@@ -154,9 +154,7 @@ class Decoding:
             return wanted
         tree, choices = self.tree, self.tree.with_unread(wanted.choices)
         # The next step of a burst makes nodes of first candidates, which a retrieved one may be already.
-        alone = len(choices) == len(wanted.choices) and not any(
-            choice.rank < 0 and tree.children[choice.node] for choice in choices
-        )
+        alone = not any(choice.rank < 0 and tree.children[choice.node] for choice in choices)
         return Expansion(choices, wanted.steps if alone else 1)
 
     def steps(self, expansion: Expansion) -> int:
@@ -200,7 +198,8 @@ class Decoding:
             assert proposals is not None
             drafted.append(proposals.tokens[end.rank])
         retrieved = self.retriever.find(drafted)
-        if retrieved.chances and tree.reach_of(end) * max(retrieved.chances) >= LEAST_REACH:
+        first = [i for i, parent in enumerate(retrieved.found.parent) if parent < 0]
+        if first and tree.reach_of(end) * max(retrieved.chances[i] for i in first) >= LEAST_REACH:
             size = len(tree)
             node = tree.take(end)
             self.stats.drafted += len(tree) - size

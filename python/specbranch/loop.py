@@ -114,8 +114,9 @@ class DecodingLoop:
         for turn in ready:
             turn.state = turn.text.state(overlapped)
             turn.text.stats.begin_round(begin, turn.state.overlapped)
-            turn.text.retrieve()
-        self._draft_before([turn for turn in ready if turn.text.drafting], overlapped)
+            with turn.own_errors():
+                turn.text.retrieve()
+        self._draft_before([turn for turn in _going(ready) if turn.text.drafting], overlapped)
         asked = _going(ready)
         if not asked:
             return
@@ -186,7 +187,8 @@ class DecodingLoop:
             if isinstance(found, Exception):
                 turn.error = found
             else:
-                turn.text.grow(nodes, found, turn.flight)
+                with turn.own_errors():
+                    turn.text.grow(nodes, found, turn.flight)
         taken = max((found.steps for found in drafted if not isinstance(found, Exception)), key=len, default=[])
         for costs in {id(turn.text.costs): turn.text.costs for turn in turns}.values():
             for step in taken:  # the host's part too: a row must be worth that as well
@@ -196,7 +198,8 @@ class DecodingLoop:
         if isinstance(verdict, Exception):
             turn.error = turn.error or verdict
         elif turn.error is None and turn.flight is not None:
-            turn.verdict, turn.committed = verdict, turn.text.commit(turn.flight, verdict)
+            with turn.own_errors():
+                turn.verdict, turn.committed = verdict, turn.text.commit(turn.flight, verdict)
         return turn.error is None
 
     def _measure(self, turns: list[Turn], overlapped: bool, begin: float, seconds: float) -> None:

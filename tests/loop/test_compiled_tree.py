@@ -19,12 +19,13 @@ from plain_calibration import PlainCalibrator
 from plain_tree import PlainTree
 
 from specbranch import decoding
+from specbranch.core.suffix_index import Continuations, SuffixIndex, continuations
 from specbranch.core.tree import Choice, ProposalRows, Proposals, Signals, Tree
 from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import METHODS
 
-CHANCES = st.one_of(st.sampled_from((0.0, 0.25, 0.5, 1.0)), st.floats(0, 1))  # ties are common
+CHANCES = st.one_of(st.sampled_from((0.0, 0.25, 0.5, 1.0)), st.floats(0, 1, allow_subnormal=False))  # ties are common
 COLUMNS = ("token", "parent", "depth", "reach", "proposals", "children")
 SIGNALS = st.builds(
     Signals,
@@ -41,6 +42,20 @@ SIGNALS = st.builds(
 def proposals(draw: st.DrawFn) -> Proposals:
     tokens = draw(st.lists(st.integers(-3, 9), min_size=1, max_size=5, unique=True))
     return Proposals(tuple(tokens), tuple(draw(CHANCES) for _ in tokens), draw(st.none() | SIGNALS))
+
+
+TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=24)  # which repeat themselves
+
+
+@st.composite
+def found_tokens(draw: st.DrawFn) -> Continuations:
+    """What followed the end of a text, of which some is drafted, in itself and in another text."""
+    text, drafted = draw(TEXTS), draw(st.lists(st.integers(0, 3), max_size=2))
+    near = draw(st.none() | st.tuples(st.integers(0, 1), st.integers(0, 9), st.integers(9, 24)))
+    limits = {"depth": draw(st.integers(1, 8)), "most_nodes": draw(st.integers(1, 12))}
+    return continuations(
+        [SuffixIndex(text), SuffixIndex(draw(TEXTS))], [*text, *drafted], len(drafted), near=near, **limits
+    )
 
 
 def outcome(run: Callable[[], Any]) -> Any:
@@ -75,6 +90,9 @@ class Trees(RuleBasedStateMachine):
         assert self.tree.position == self.plain.position
         for column in COLUMNS:
             assert list(getattr(self.tree, column)) == getattr(self.plain, column)
+        self.both("free_nodes")
+        for node in range(len(self.plain)):
+            self.both("retrieved", node)
 
     @rule(data=st.data(), token=st.integers(-3, 9), reach=CHANCES)
     def add(self, data: st.DataObject, token: int, reach: float) -> None:
@@ -87,7 +105,44 @@ class Trees(RuleBasedStateMachine):
         node = self.node(data)
         before = self.plain.proposals[node]
         if before is None or len(found.tokens) >= len(before.tokens):
-            self.both("note", node, found)
+            known = before is not None and any(map(self.plain.retrieved, self.plain.children[node]))
+            if not known:  # else chances of 0 are divided by
+                self.both("note", node, found)
+                self.check_related(node, found)
+        self.check()
+
+    def check_related(self, node: int, found: Proposals) -> None:
+        """What was retrieved at a node is as likely as the draft says, or that it is wrong."""
+        for child in filter(self.tree.retrieved, self.tree.children[node]):
+            token, chance = self.tree.token[child], 1 - sum(found.confidence)
+            if token in found.tokens:
+                chance = found.confidence[found.tokens.index(token)]
+                if self.tree.reach[child] > 1e-300:
+                    assert self.tree.reach[child] == pytest.approx(self.tree.reach[node] * chance, rel=1e-9)
+            assert self.tree.reach[child] <= self.tree.reach[node] * max(0.0, chance) * (1 + 1e-9) + 1e-300
+
+    @rule(data=st.data(), found=found_tokens(), least=CHANCES, depth=st.integers(0, 12))
+    def graft(self, data: st.DataObject, found: Continuations, least: float, depth: int) -> None:
+        node, size = self.node(data), len(self.tree)
+        chances = [data.draw(st.one_of(st.just(0.0), st.just(1.0), st.floats(1e-3, 1))) for _ in found.token]
+        added = self.both("graft", node, found, chances, least, depth)
+        assert added == len(self.tree) - size
+        for new in range(size, len(self.tree)):
+            assert self.tree.retrieved(new)
+            assert new in self.tree.free_nodes()
+            assert self.tree.depth[new] <= depth
+            assert self.tree.reach[new] >= least
+        for parent in {self.tree.parent[new] for new in range(size, len(self.tree))}:
+            tokens = self.tree.tokens([new for new in self.tree.children[parent] if new >= size])
+            assert len(tokens) == len(set(tokens))
+        self.check()
+
+    @rule(data=st.data())
+    def use(self, data: st.DataObject) -> None:
+        nodes = [self.node(data) for _ in range(data.draw(st.integers(0, 4)))]
+        free = len(self.tree.free_nodes())
+        assert self.both("use", nodes) == free - len(self.tree.free_nodes())
+        assert not {*nodes} & {*self.tree.free_nodes()}
         self.check()
 
     @rule(data=st.data())
@@ -111,6 +166,10 @@ class Trees(RuleBasedStateMachine):
     @rule(count=st.integers(0, 9), depth=st.integers(0, 6), ranks=st.integers(0, 5), data=st.data())
     def likeliest(self, count: int, depth: int, ranks: int, data: st.DataObject) -> None:
         found = self.both("likeliest", count, depth, ranks)
+        assert len({choice for _, choice in found}) == len(found), "a place twice"
+        assert [reach for reach, _ in found] == [self.plain.reach_of(choice) for _, choice in found], "an old reach"
+        every = self.both("likeliest", 10**6, depth, 0)
+        assert sorted(choice for _, choice in every) == sorted(choice for _, choice in self.plain.undrafted(depth))
         for _, choice in found[: data.draw(st.integers(0, 3))]:
             self.both("take", choice)
         self.check()
@@ -119,8 +178,13 @@ class Trees(RuleBasedStateMachine):
     @rule(data=st.data())
     def reroot(self, data: st.DataObject) -> None:
         node = self.node(data)
+        before = self.tree
         (self.tree, kept), (self.plain, expected) = self.tree.reroot(node), self.plain.reroot(node)
         assert list(kept.items()) == list(expected.items())
+        for old, new in kept.items():
+            if new:
+                assert before.retrieved(old) == self.tree.retrieved(new)
+                assert (old in before.free_nodes()) == (new in self.tree.free_nodes())
         self.check()
 
     @rule(data=st.data(), token=st.integers(-3, 9), ranks=st.integers(0, 5), depth=st.integers(0, 6), least=CHANCES)
@@ -139,6 +203,34 @@ class Trees(RuleBasedStateMachine):
                 self.both(name, choice)
         for name in ("reaches", "chances", "deepest"):
             self.both(name, choices)
+        for each in (token, *range(4)):
+            self.both("retrieved_odds", node, each)
+        for path in (choices, self.plain.best_choices(node), [Choice(each) for each in self.plain.path(node)]):
+            self.both("read", path)
+        self.check_unread([choice for choice in choices if choice.rank < 0 or self.plain.proposals[choice.node]])
+
+    def check_unread(self, choices: list[Choice]) -> None:
+        every = self.both("with_unread", choices)
+        nodes = [choice.node for choice in every if choice.rank < 0]
+        assert len(nodes) == len(set(nodes)), "a node twice"
+        assert {*choices} <= {*every}
+        for place, choice in enumerate(every):
+            above = self.plain.parent[choice.node] if choice.rank < 0 else choice.node
+            read = above < 0 or self.plain.proposals[above] is not None
+            assert read or Choice(above) in every[:place], "a node before its parent"
+
+    @rule(data=st.data(), width=st.integers(1, 3))
+    def relate(self, data: st.DataObject, width: int) -> None:
+        """The first step of a run says what was retrieved for its candidate, those behind it say nothing."""
+        nodes, token = [self.node(data) for _ in range(width)], data.draw(st.integers(0, 3))
+        rows = ProposalRows()
+        for _ in range(2):
+            rows.add(
+                [[token, 4]] * width, [[1.0, 0.5]] * width, [[0.5, 0.25]] * width, [1.0] * width, [0] * width, (0, 0)
+            )
+        self.tree.relate(rows, nodes)
+        said = [[found.signals.retrieved for found in step if found.signals is not None] for step in rows]
+        assert said == [[self.plain.retrieved_odds(node, token) for node in nodes], [0.0] * width]
 
 
 TestTrees = Trees.TestCase
@@ -187,6 +279,14 @@ def small() -> Tree:
         lambda tree, node: tree.offers(node, 1, 0.0),
         lambda tree, node: tree.children[node if node > 0 else -3],
         lambda tree, node: tree.proposals[node if node > 0 else -3],
+        lambda tree, node: tree.graft(node, followed(), [1.0], 0.0, 9),
+        lambda tree, node: tree.use([0, node]),
+        lambda tree, node: tree.retrieved(node),
+        lambda tree, node: tree.retrieved_odds(node, 1),
+        lambda tree, node: tree.with_unread([Choice(0), Choice(node)]),
+        lambda tree, node: tree.read([Choice(0), Choice(node)]),
+        lambda tree, node: tree.relate(run(), [node]),
+        lambda tree, node: Calibrator().observe_retrieved(tree, [0, node], 1),
         lambda tree, node: Tree(1, 0).adopt(tree, node),
         lambda tree, node: Calibrator().observe(tree, [0, node], 1),
     ],
@@ -203,6 +303,11 @@ def test_a_rank_that_no_candidate_has_is_refused() -> None:
     for call in (Tree.take, Tree.reach_of, Tree.chance_of):
         with pytest.raises(IndexError, match="rank 2: node 0 has 2 candidates"):
             call(small(), Choice(0, 2))
+
+
+def followed() -> Continuations:
+    """One token."""
+    return continuations([SuffixIndex([1, 2]), SuffixIndex([3, 4])], [3], depth=1)
 
 
 def run() -> ProposalRows:
@@ -224,6 +329,9 @@ def run() -> ProposalRows:
         (lambda: Calibrator().correct([Proposals((1,), (1.0,))]), "some with signals"),
         (lambda: Calibrator().correct([Proposals((), (), Signals(0.5, 1, 1, 0))]), "expected candidates"),
         (lambda: Calibrator().observe(small(), [], 1), "the root at least"),
+        (lambda: Calibrator().observe_retrieved(small(), [], 1), "the root at least"),
+        (lambda: small().graft(0, followed(), [], 0.0, 9), "one for each of 1 tokens that were found, got 0"),
+        (lambda: small().relate(run(), []), "expected 0 in each step"),
         (lambda: Calibrator().restore({"weights": [1.0, 2.0]}), "another shape or type of weights"),
         (lambda: Calibrator().restore({"magic": 1}), "what no calibrator has learned"),
     ],
@@ -277,7 +385,7 @@ def rows(draw: st.DrawFn, k: int) -> list[tuple[int, float, float]]:
     """(token, score, probability) of k candidates, some of which may be none."""
     count = draw(st.integers(1, k))
     scores = sorted((draw(st.floats(-30, 30)) for _ in range(k)), reverse=True)
-    return [(i if i < count else -1, scores[i], draw(st.floats(0, 1))) for i in range(k)]
+    return [(i if i < count else -1, scores[i], draw(st.floats(0, 1, allow_subnormal=False))) for i in range(k)]
 
 
 @given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.booleans())
@@ -391,6 +499,30 @@ def test_it_observes_a_verdict_as_it_is_defined(data: st.DataObject) -> None:
     same(calibrator.state(), defined.state())
 
 
+@given(st.data())
+def test_it_knows_how_likely_retrieved_tokens_are_as_it_is_defined(data: st.DataObject) -> None:
+    """Before it has learned and after, also of several texts' trees; siblings are at most sure together."""
+    calibrator, defined = Calibrator(), PlainCalibrator()
+    for _ in range(data.draw(st.integers(1, 6))):
+        found = data.draw(found_tokens())
+        chances = calibrator.chances(found)
+        assert chances == pytest.approx(defined.chances(found), rel=1e-9)
+        for parent in set(found.parent):
+            assert sum(chances[i] for i in range(len(found)) if found.parent[i] == parent) <= 1 + 1e-9
+        tree, plain = Tree(1, 0), PlainTree(1, 0)
+        if data.draw(st.booleans()):
+            candidates = data.draw(proposals())
+            tree.note(0, candidates)
+            plain.note(0, candidates)
+            tree.branch(0, 2)
+            plain.branch(0, 2)
+        assert tree.graft(0, found, chances, 0.0, 9) == plain.graft(0, found, chances, 0.0, 9)
+        path = tree.path(data.draw(st.integers(0, len(tree) - 1)))
+        calibrator.observe_retrieved(tree, path, 1)
+        defined.observe_retrieved(plain, path, 1)
+    same(calibrator.state(), defined.state())
+
+
 @pytest.mark.parametrize(
     "copied",
     [
@@ -421,4 +553,8 @@ def restored(state: dict[str, Any]) -> Calibrator:
 def learned(calibrator: Any, labels: int) -> Any:
     for i in range(labels):
         calibrator.learn(Signals(0.3 + 0.01 * (i % 50), 1.0 + i % 3, 2.0, i % 7, 0.5), i % 3 > 0, i % 2 > 0)
+        tree: Any = Tree(1, 0) if isinstance(calibrator, Calibrator) else PlainTree(1, 0)
+        found = continuations([SuffixIndex([1, i % 3, 1, 2, i % 2, 1]), SuffixIndex([1, 3])], [2, 1])
+        tree.graft(0, found, calibrator.chances(found), 0.0, 9)
+        calibrator.observe_retrieved(tree, [0], i % 4)
     return calibrator

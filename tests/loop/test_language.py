@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from checked_loop import Case
@@ -12,7 +13,7 @@ from plain_tree import PlainTree
 from planted import Bug, planted
 
 from specbranch import decoding
-from specbranch.core.stats import Stats
+from specbranch.core.stats import Round, Stats
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import METHODS
 
@@ -54,6 +55,26 @@ def test_every_method_says_what_the_target_says(method: str, overlap: bool | Non
         assert sum(stats.hits for stats in texts) > len(texts)
 
 
+@pytest.mark.parametrize("retrieval", ["beside", "alone", "scripted beside", "scripted alone"])
+def test_what_is_retrieved_is_long_and_short_and_right_and_wrong(retrieval: str) -> None:
+    """So that all of that is checked; without a draft it is all that is verified."""
+    rounds: list[Round] = []
+    for seed in range(60):
+        for method in ("speculative", "specbranch"):
+            case = replace(Case.draw(seed, method, None), retrieval=retrieval, left_after=None)
+            stats = case.run(Costs())
+            rounds += stats.log
+            if "alone" in retrieval:
+                assert (stats.draft_forwards, stats.verified) == (0, stats.retrieved)
+    found = [round for round in rounds if round.retrieved]
+    assert {round.retrieved_accepted == 0 for round in found} == {False, True}
+    assert any(0 < round.retrieved_accepted < round.retrieved for round in found)
+    assert any(1 < round.retrieved_accepted == round.retrieved for round in found)
+    if "scripted" in retrieval:
+        assert max(round.retrieved_accepted for round in found) > 12
+        assert any(round.retrieved > round.retrieved_accepted > 6 for round in found)
+
+
 LOOP, DECODING, TREE, MESSAGES, STATS = (
     "specbranch.loop",
     "specbranch.decoding",
@@ -64,7 +85,12 @@ LOOP, DECODING, TREE, MESSAGES, STATS = (
 POLICY, BRANCHING = "specbranch.policies.policy", "specbranch.policies.branching"
 ROUNDS, READ, PLAY, EXPAND = "DecodingLoop.rounds", "DecodingLoop.read", "DecodingLoop.play", "DecodingLoop._expand"
 COMMIT, CHOOSE, STATE = "Decoding.commit", "Decoding.choose_trunk", "Decoding.state"
-BEGIN, TAKE, GROW = "Decoding.begin", "Decoding.take", "Decoding.grow"
+BEGIN, TAKE, GROW, USE = "Decoding.begin", "Decoding.take", "Decoding.grow", "Decoding._use"
+RETRIEVE, READABLE, COUNT = "Decoding.retrieve", "Decoding._readable", "Stats.count"
+UNLEARNED = "the retriever: a verdict that it never learned"
+FOR_NOTHING = "a candidate is drafted for nothing behind it"
+UNCOMMITTABLE = "a retrieved token that cannot be committed"
+NOT_TOLD, NOT_BELIEVED = "the retriever was not told of the text", "retrieved, and the draft is not believed"
 NO_TOKEN, TWICE = "a token that cannot be committed", "a token twice below one parent"
 
 BUGS = [
@@ -141,13 +167,55 @@ BUGS = [
     Bug(BRANCHING, "Hedging.draft_during", ", state.remaining - 1)", ", state.remaining + 9)", NO_TOKEN),
     Bug(BRANCHING, "Hedging.draft_during", "max(1, depth - tree.deepest(choices))", "state.burst", NO_TOKEN),
     # Counts, and what was asked for
-    Bug(DECODING, CHOOSE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
-    Bug(DECODING, TAKE, "self.stats.drafted += len(self.tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, USE, "self.stats.drafted += len(self.tree) - size", "_ = 0", "drafted tokens are miscounted"),
+    Bug(DECODING, CHOOSE, "self._use(", "self.tree.take_all(", "drafted tokens are miscounted"),
+    Bug(DECODING, TAKE, "self._use(", "self.tree.take_all(", "drafted tokens are miscounted"),
     Bug(DECODING, GROW, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
     Bug(DECODING, GROW, "in drafted.steps:", "in drafted.steps[:1]:", "draft steps are miscounted"),
-    Bug(DECODING, COMMIT, "len(flight.nodes) - 1", "len(flight.nodes)", "verified tokens are miscounted"),
+    Bug(STATS, COUNT, "len(trunk) - 1", "len(trunk)", "verified tokens are miscounted"),
     Bug(STATS, "Stats.count", "tree.below(next_node)", "(next_node,)", "wasted tokens are miscounted"),
     Bug(STATS, "Stats.count", "next_node is not None", "len(path) > 1", "a hit is not counted"),
+    # What is retrieved
+    Bug(
+        DECODING, READABLE, "self.tree.with_unread(wanted.choices)", "wanted.choices", "a node without its parent's row"
+    ),
+    Bug(DECODING, READABLE, "if alone else 1", "", TWICE),
+    Bug(DECODING, RETRIEVE, "min(self.remaining - 1, trunk + LONGEST_RUN)", "trunk + LONGEST_RUN", UNCOMMITTABLE),
+    Bug(DECODING, RETRIEVE, "self.learn()", "pass", "the retriever: looks up before it has learned"),
+    Bug(DECODING, RETRIEVE, "in path[1:] if", "in path[2:] if", "the best path is not what goes on"),
+    Bug(DECODING, RETRIEVE, "[i] for i in first", "[i] for i in range(len(retrieved.found))", FOR_NOTHING),
+    Bug(DECODING, RETRIEVE, "drafted.append(", "bool(", "the best path is not what goes on"),
+    Bug(DECODING, RETRIEVE, "tree.graft(node,", "tree.graft(0,", "retrieved behind another text"),
+    Bug(DECODING, RETRIEVE, "*retrieved, LEAST_REACH", "*retrieved, 0.0", "retrieved, and hardly likely"),
+    Bug(DECODING, RETRIEVE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, BEGIN, "self.retriever.begin(prompt)", "self.retriever.begin(prompt[:-1])", NOT_TOLD),
+    Bug(DECODING, COMMIT, "self.retriever.commit(committed)", "pass", NOT_TOLD),
+    Bug(DECODING, COMMIT, "or self.retriever is not None", "", UNLEARNED),
+    Bug(
+        DECODING, COMMIT, "self.stats.drafted += tree.use([node])", "tree.use([node])", "drafted tokens are miscounted"
+    ),
+    Bug(DECODING, USE, " + self.tree.use(nodes)", "", "drafted tokens are miscounted"),
+    Bug(
+        DECODING,
+        "Decoding.learn",
+        "self.retriever is not None",
+        "False",
+        UNLEARNED,
+    ),
+    Bug(STATS, COUNT, "{*tree.free_nodes()}", "set()", "wasted tokens are miscounted"),
+    Bug(STATS, COUNT, " and node not in free", "", "rollback is miscounted"),
+    Bug(STATS, COUNT, "tree.retrieved, trunk[1:]", "tree.retrieved, path[1:]", "retrieved tokens are miscounted"),
+    Bug(STATS, COUNT, "tree.retrieved, path[1:]", "tree.retrieved, trunk[1:]", "retrieved tokens are miscounted"),
+    Bug(TREE, "PlainTree.note", "chance / self.reach[child]", "self.reach[child]", NOT_BELIEVED),
+    Bug(TREE, "PlainTree.note", "self.reach[child] > 0", "False", NOT_BELIEVED),
+    Bug(TREE, "PlainTree._chance_after", "token in proposals.tokens", "False", NOT_BELIEVED),
+    Bug(TREE, "PlainTree.graft", "self.free.add(added)", "pass", "wasted tokens are miscounted"),
+    Bug(TREE, "PlainTree.best_choices", "> max(children)", "> 2", "the best path is not"),
+    Bug(TREE, "PlainTree.with_unread", "if Choice(node) not in every", "", "a node twice in a step"),
+    Bug(TREE, "PlainTree.with_unread", "[::-1]\n", "\n", "a node without its parent's row"),
+    Bug(TREE, "PlainTree.reroot", "tree.found[new] = self.found[old]", "pass", "retrieved tokens are miscounted"),
+    Bug(TREE, "PlainTree.reroot", "tree.free.add(new)", "pass", "wasted tokens are miscounted"),
+    Bug(TREE, "PlainTree.likeliest", "cost != self._cost_of(node, rank) or", "False or", "a place is wanted twice"),
     Bug(
         DECODING, "Decoding.choose_overlap", "if self.overlap is None else self.overlap", "", "overlapped, and was told"
     ),
@@ -171,6 +239,10 @@ SHARED_BUGS = [
     Bug(LOOP, PLAY, "asked = _going(ready)", "asked = [each for each in turns if hasattr(each, 'state')]", "a trunk"),
     Bug(LOOP, BEFORE, "_going(wanting)", "wanting", ON),
     Bug(LOOP, DURING, "in _going(drafting)", "in turns", ON),
+    Bug(LOOP, PLAY, "with turn.own_errors():", "if True:", "one text's error ends the round of all"),
+    Bug(LOOP, EXPAND, "with turn.own_errors():", "if True:", "one text's error ends the round of all"),
+    Bug(LOOP, "DecodingLoop._commit", "with turn.own_errors():", "if True:", "one text's error ends the round of all"),
+    Bug(LOOP, PLAY, "_going(ready) if", "ready if", ON),
     Bug(LOOP, EXPAND, "turn.error = found", "raise found", "one text's error ends the round of all"),
     Bug(LOOP, "DecodingLoop._commit", "turn.error is None and", "", SPITE),
     Bug(LOOP, "DecodingLoop._commit", "turn.error = turn.error or verdict", "raise verdict", "ends the round of all"),
@@ -188,6 +260,8 @@ SHARED_BUGS = [
     Bug(LOOP, EXPAND, "record(step.rows", "record(step.rows // len(turns)", "the draft's steps are not recorded once"),
     Bug(LOOP, MEASURE, "sum(len(turn.committed) for turn in turns)", "len(turns[0].committed)", "the round is not"),
     Bug(LOOP, MEASURE, "_shares(turns", "_shares(turns[:1] * len(turns)", "a text's share of the round"),
+    Bug(LOOP, MEASURE, "if not _copied(turns):", "if True:", "the round is not recorded once"),
+    Bug(LOOP, "_copied", "2 * sum", "sum", "the round is not recorded once"),
     Bug(LOOP, MEASURE, "if drafting:", "if True:", "the round is not recorded once"),
     Bug(LOOP, "_shares", "if has else 0.0", "", "a text's share of the round"),
     Bug(LOOP, "_shares", "more / sum(drafted)", "more / len(drafted)", "a text's share of the round"),

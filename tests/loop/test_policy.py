@@ -3,15 +3,19 @@
 import re
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from trees import retrieve, tree_of
 
 from specbranch import METHODS, SpecBranchError
 from specbranch.core.messages import Forecast
+from specbranch.core.stats import Round, Stats
 from specbranch.core.tree import Choice, Proposals, Tree
+from specbranch.loop import Turn, _copied
 from specbranch.policies.backoff import RETRY_SHARE, Backoff
-from specbranch.policies.branching import Hedging, Paper, Ssd
+from specbranch.policies.branching import FIRST_STEP, Hedging, Paper, Ssd
 from specbranch.policies.chain import Adaptive, Autoregressive, Pearl, Speculative
 from specbranch.policies.costs import LOSS_SHARE, LOSS_START, Costs, ModeCosts
 from specbranch.policies.methods import make_policy, options_of
@@ -352,3 +356,85 @@ def test_a_root_that_was_drafted_meanwhile_is_not_drafted_again() -> None:
     assert Hedging().draft_before(tree, NOW).choices == []
     assert Hedging().choose_trunk(tree, NOW).choices[:2] == [Choice(0), Choice(0, 0)]
     assert Hedging().draft_before(tree, state_of()).choices == [Choice(0, 0)]  # in turn, the draft goes on behind them
+
+
+# ---- Retrieved tokens
+
+
+def test_a_step_over_retrieved_tokens_is_worth_what_may_go_wrong_in_them() -> None:
+    """A token, if the draft is right, where the first of them is reached and the last one does not bring the next."""
+    tree = tree_of()
+    run = retrieve(tree, 0, (1, 0.99), (2, 0.2), (3, 0.99))
+    places = [Choice(0), *map(Choice, run)]
+    for per_row in (0.0, 0.001, 0.004, 0.02, 0.1):
+        for draft in (0.001, 0.05, 0.1, 0.3):
+            for acceptance in (0.3, 0.9):
+                state = state_of(acceptance=acceptance, draft=draft, per_row=per_row)
+                reaches = [*tree.reaches(places), 0.0]
+                price = [state.step_price(rows) + state.costs.row_price for rows in range(len(reaches))]
+                for first, more in ((False, 1.0), (True, FIRST_STEP)):
+                    worth = [acceptance * (1.0 - reach) * more for reach in reaches]
+                    profits = {rows: worth[rows] - price[rows] for rows in range(1, len(reaches))}
+                    count = Hedging()._worth_a_step(tree, places, first, state)
+                    if count:
+                        assert profits[count] == pytest.approx(max(profits.values()))
+                        assert profits[count] >= -1e-12
+                    else:
+                        assert max(profits.values()) < 1e-12
+    cheap, dear = state_of(draft=0.02), state_of(draft=0.02, per_row=0.03)
+    assert nodes(Hedging().draft_before(tree, cheap)) == [0, *run]  # and the token behind them
+    assert nodes(Hedging().draft_before(tree, dear)) == [0, run[0]]  # where the second one is likely to be wrong
+
+
+def test_a_draft_does_not_run_over_a_sure_copy_before_the_target_is_asked() -> None:
+    """What it would bring behind one token costs a row at each of them."""
+    tree = tree_of()
+    run = retrieve(tree, 0, *((token, 0.999) for token in range(1, 9)))
+    assert Hedging().draft_before(tree, state_of(draft=0.05, per_row=0.03)).choices == []
+    assert nodes(Hedging().draft_before(tree, state_of(draft=0.05))) == [0, *run]
+    assert [choice.node for choice in Hedging().choose_trunk(tree, state_of()).choices] == [0, *run]
+
+
+@pytest.mark.parametrize(("chance", "drafted"), [(0.999, False), (0.5, True)])
+def test_beside_the_target_the_draft_passes_over_nodes_whose_next_token_is_nearly_sure(
+    chance: float, drafted: bool
+) -> None:
+    """The row of such a one would be in vain; and so are those below it."""
+    tree = chain(0.9)
+    run = retrieve(tree, 1, (91, chance), (92, chance))
+    policy, state = Hedging(), state_of(overlapped=True, per_row=0.01)
+    wanted = policy.draft_during(tree, verify(tree, policy.choose_trunk(tree, state)), state)
+    places = [choice.node for choice in wanted.choices if choice.rank < 0]
+    assert (1 in places) == drafted
+    assert (run[0] in places) == drafted
+    assert drafted or not {*run} & {*places}
+
+
+def test_a_node_is_drafted_where_what_is_above_it_is_read_or_drafted_in_the_same_step() -> None:
+    tree = chain(0.9)
+    run = retrieve(tree, 1, (91, 0.5))
+    policy = Hedging()
+    assert policy._worth_a_row(tree, Choice(1), [], 0.1)
+    assert policy._worth_a_row(tree, Choice(0, 1), [], 0.1)
+    assert not policy._worth_a_row(tree, Choice(run[0]), [], 0.1)
+    assert policy._worth_a_row(tree, Choice(run[0]), [Choice(1)], 0.1)
+    tree.note(1, proposals(1, 0.5))
+    assert policy._worth_a_row(tree, Choice(run[0]), [], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "copied"),
+    [
+        ([(4, 2)], False),
+        ([(4, 3)], True),
+        ([(1, 0)], False),
+        ([(4, 3), (4, 0)], False),
+        ([(9, 8), (4, 0)], True),
+    ],
+)
+def test_a_round_is_copied_when_most_tokens_of_all_its_texts_are(rounds: list[tuple[int, int]], copied: bool) -> None:
+    """(tokens, retrieved ones that were accepted) of each text; only its newest round counts."""
+    before = Round(0.0, False, tokens=9, retrieved_accepted=8 * (not copied))
+    logs = [[before, Round(0.0, False, tokens=tokens, retrieved_accepted=found)] for tokens, found in rounds]
+    turns = [SimpleNamespace(text=SimpleNamespace(stats=Stats(log=log))) for log in logs]
+    assert _copied(cast(list[Turn], turns)) == copied

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from trees import tree_of
+from trees import retrieve, tree_of
 
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.core.messages import Step
@@ -46,6 +46,30 @@ def test_causes_on_a_small_tree(path, next_token, rejected, behind, losing, left
     assert stats.as_dict()["wasted_tokens"] == round.wasted + left
 
 
+def test_what_was_retrieved_costs_nothing_until_a_model_runs_over_it():
+    """root ── 1 ── 2 ── 3 ── 4, of which 1 was drafted; 3 is verified, and 4 is not."""
+    tree = tree_of((1, 0, 0.9))
+    run = retrieve(tree, 1, (2, 0.9), (3, 0.9), (4, 0.9))
+    trunk = [0, 1, *run[:2]]
+    stats = Stats(drafted=1 + tree.use(trunk))
+    assert stats.drafted == 3
+    stats.begin_round(0.0, overlapped=False)
+    stats.count(tree, trunk, [0, 1, run[0]], None)
+    assert (stats.verified, stats.accepted, stats.retrieved, stats.retrieved_accepted) == (3, 2, 2, 1)
+    assert (stats.rejected, stats.behind_rejection, stats.losing_branches, stats.left_over) == (1, 0, 0, 0)
+
+
+@pytest.mark.parametrize(("beyond", "accepted", "retrieved"), [(0, 3, 2), (1, 3, 2), (2, 2, 1), (3, 1, 0), (4, 0, 0)])
+def test_retrieved_tokens_behind_a_stop_were_not_accepted(beyond, accepted, retrieved):
+    tree = tree_of((1, 0, 0.9))
+    trunk = [0, 1, *retrieve(tree, 1, (2, 0.9), (3, 0.9))]
+    stats = Stats(new_tokens=4, drafted=1 + tree.use(trunk))
+    stats.begin_round(0.0, overlapped=False)
+    stats.count(tree, trunk, trunk, None)
+    stats.end(4 - beyond)
+    assert (stats.accepted, stats.retrieved_accepted) == (accepted, retrieved)
+
+
 def test_an_unfinished_round_leaves_its_drafts_over():
     stats = Stats(drafted=3)
     stats.begin_round(0.0, overlapped=True)
@@ -65,8 +89,10 @@ def test_every_wasted_token_has_one_cause(
 
     def spy(stats, tree, verified, path, next_node):
         count(stats, tree, verified, path, next_node)
-        survivors = [] if next_node is None else tree.below(next_node)
-        lost.append(len(tree) - len(path) - len(survivors))
+        free = tree.free_nodes()  # retrieved, and no model ran over them: not drafted
+        drafted = [node for node in range(len(tree)) if node not in free]
+        survivors = [] if next_node is None else [node for node in tree.below(next_node) if node in drafted]
+        lost.append(len(drafted) - len(path) - len(survivors))
         standing[0] = max(0, len(survivors) - 1)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -6,38 +6,48 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from random import Random
-from typing import Any
+from typing import Any, cast
 
-from language import Language, LanguageDrafter, LanguageTarget
+import pytest
+from language import Language, LanguageDrafter, LanguageTarget, ScriptedRetriever, WatchedRetriever
+from plain_calibration import PlainCalibrator
 
+from specbranch import decoding
 from specbranch.core.excerpt import ALL, Excerpt
-from specbranch.core.messages import Verdict
+from specbranch.core.messages import Drafted, Verdict
 from specbranch.core.stats import CAUSES, Stats
 from specbranch.core.tree import Tree
-from specbranch.decoding import Decoding
+from specbranch.decoding import LEAST_REACH, Decoding
+from specbranch.drafters.retrieval import RetrievalDrafter
 from specbranch.loop import DecodingLoop
+from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import make_policy, options_of
-from specbranch.policies.policy import InFlight, Policy, State
+from specbranch.policies.policy import Expansion, InFlight, Policy, State
 from specbranch.policies.reading import AtOnce, Lengths, WhenItPays
 from specbranch.replay.virtual_time import VirtualTime
 
 LANGUAGES = 20
+RETRIEVALS = ("", "", "", "beside", "alone", "scripted beside", "scripted beside", "scripted alone")
 language = cache(Language)
 
 
 class CheckedDecoding(Decoding):
     """After every round, both caches hold the committed text and what lives on, and the round's counts are right.
 
-    text: the prompt and the committed tokens. grown: nodes that were added to a tree. left: nodes that lived on at the
-    newest commit, the root among them.
+    text: the prompt and the committed tokens. grown: nodes that were added to a tree, of retrieved ones those that a
+    model ran over. left: such nodes that lived on at the newest commit, the root among them. grafted: every retrieved
+    token, as the text that ends with it. unlikely: the first nodes of a tree whose root had a reach of 0, of which
+    nothing follows for those below.
     """
 
     verifier: LanguageTarget
     drafter: LanguageDrafter | None
+    retriever: WatchedRetriever | None
 
     def begin(self, prompt: Sequence[int], max_new_tokens: int) -> None:
-        self.text, self.grown, self.left = list(prompt), 0, 1
+        self.text, self.grown, self.left, self.unlikely = list(prompt), 0, 1, 0
+        self.grafted: set[tuple[int, ...]] = set()
         super().begin(prompt, max_new_tokens)
 
     def state(self, overlapped: bool) -> State:
@@ -47,23 +57,73 @@ class CheckedDecoding(Decoding):
 
     def choose_trunk(self, state: State) -> InFlight:
         assert self.drafter is None or not self.drafter.failed, "a trunk of a text that has an error"
-        return super().choose_trunk(state)
+        flight = super().choose_trunk(state)
+        check_tree(self.tree, self.unlikely)
+        return flight
+
+    def retrieve(self, flight: InFlight | None = None) -> None:
+        tree, size = self.tree, len(self.tree)
+        best = best_tokens(tree)
+        if self.retriever is not None:
+            self.retriever.drafted = None
+        super().retrieve(flight)
+        drafted = None if self.retriever is None else self.retriever.drafted
+        assert drafted in (None, best), "the best path is not what goes on"
+        for node in range(size, len(tree)):
+            assert drafted is not None, "retrieved without a look-up"
+            path = tree.tokens(tree.path(node)[1:])
+            assert path[: len(drafted)] == drafted, "retrieved behind another text"
+            assert tree.depth[node] < self.remaining, "a retrieved token that cannot be committed"
+            if len(path) > len(drafted):
+                assert tree.reach[node] >= LEAST_REACH, "retrieved, and hardly likely"
+                self.grafted.add((*self.text, *path))
+        assert len(tree) == size or self.was_grafted(tree, len(tree) - 1), (
+            "a candidate is drafted for nothing behind it"
+        )
+
+    def _readable(self, wanted: Expansion) -> Expansion:
+        assert len({*wanted.choices}) == len(wanted.choices), "a place is wanted twice"
+        return super()._readable(wanted)
+
+    def grow(self, nodes: Sequence[int], drafted: Drafted, flight: InFlight | None) -> None:
+        super().grow(nodes, drafted, flight)
+        check_tree(self.tree, self.unlikely)
+
+    def was_grafted(self, tree: Tree, node: int) -> bool:
+        return (*self.text, *tree.tokens(tree.path(node)[1:])) in self.grafted
+
+    def paid(self, tree: Tree, more: Sequence[int]) -> set[int]:
+        """The nodes that cost something: those that were drafted, and those that a model ran over. more: such."""
+        rows = {} if self.drafter is None else self.drafter.rows
+        return {node for node in range(len(tree)) if node in rows or node in more or not self.was_grafted(tree, node)}
 
     def commit(self, flight: InFlight, verdict: Verdict) -> list[int]:
         tree = self.tree
-        self.grown += len(tree) - self.left
+        hit = next_node(tree, [*(tree.token[flight.nodes[place]] for place in verdict.path), verdict.next_token])
+        paid = self.paid(tree, [*flight.nodes, *([] if hit is None else [hit])])
+        grafted = {node for node in range(len(tree)) if self.was_grafted(tree, node)}
+        self.grown += len(paid) - self.left
         committed, left = super().commit(flight, verdict), self.tree
         self.text += committed
-        self.left = len(left)
+        self.left = len(self.paid(left, [0]))
+        self.unlikely = len(left) if hit is not None and (tree.reach[hit] == 0 or self.unlikely) else 0
         assert self.verifier.verdict is None, "the target: no commit"
         assert self.verifier.text == self.text[:-1], "the target's cache is not the text"
         assert (left.token[0], left.position) == (self.text[-1], len(self.text) - 1), "the root is not the last token"
         if self.drafter is not None:
             check_draft(self.drafter, left, self.text)
-        self._check_counts(tree, verdict, committed, left)
+        if self.retriever is not None:
+            assert self.retriever.text == self.text, "the retriever was not told of the text"
+        self._check_counts(tree, verdict, committed, paid)
+        taken = [flight.nodes[place] for place in verdict.path]
+        round = self.stats.log[-1]
+        assert round.retrieved == len(grafted.intersection(flight.nodes[1:])), "retrieved tokens are miscounted"
+        assert round.retrieved_accepted == len(grafted.intersection(taken)), "retrieved tokens are miscounted"
+        if not self.drafting:
+            assert grafted.issuperset(flight.nodes[1:]), "a token verified that nobody drafted"
         return committed
 
-    def _check_counts(self, tree: Tree, verdict: Verdict, committed: list[int], left: Tree) -> None:
+    def _check_counts(self, tree: Tree, verdict: Verdict, committed: list[int], paid: set[int]) -> None:
         round = self.stats.log[-1]
         path = [0]
         for token in committed:
@@ -77,17 +137,57 @@ class CheckedDecoding(Decoding):
         assert self.verifier.trunk is not None
         assert round.verified == len(self.verifier.trunk) - 1, "verified tokens are miscounted"
         assert round.accepted == len(verdict.path) == len(committed) - 1, "accepted tokens are miscounted"
-        lost = len(tree) - len(committed) - (len(left) if hit else 0)
+        lost = len(paid) - len(committed) - (self.left if hit else 0)
         assert round.wasted == lost, "wasted tokens are miscounted"
-        best = tree.tokens(tree.best_path()[1:])
+        best_path = tree.best_path()[1:]
+        best = tree.tokens(best_path)
         right = next((i for i, pair in enumerate(zip(best, committed, strict=False)) if pair[0] != pair[1]), None)
         right = min(len(best), len(committed)) if right is None else right
-        assert round.rolled_back == (0 if right == len(committed) else len(best) - right), "rollback is miscounted"
+        behind = [] if right == len(committed) else best_path[right:]
+        assert round.rolled_back == len(paid.intersection(behind)), "rollback is miscounted"
         if not self.drafting:
-            assert round.verified == 0, "a token verified that nobody drafted"
             assert not round.draft, "a draft step before the draft has read"
             assert not round.overlapped, "overlapped with a draft that has not read"
         assert round.rejected <= 1, "more than one token rejected by a verdict"
+
+
+def best_tokens(tree: Tree) -> list[int]:
+    """The likeliest token at every place, whether it is a node or the draft's first candidate; of equal ones the
+    node that came first."""
+    node, tokens = 0, list[int]()
+    while True:
+        children, proposals = tree.children[node], tree.proposals[node]
+        best = max(children, key=lambda child: tree.reach[child], default=None)
+        if proposals is not None and proposals.tokens[0] not in tree.tokens(children):
+            reach = tree.reach[node] * proposals.confidence[0]
+            if best is None or reach > tree.reach[best]:
+                return [*tokens, proposals.tokens[0]]
+        if best is None:
+            return tokens
+        node = best
+        tokens.append(tree.token[node])
+
+
+def next_node(tree: Tree, tokens: Sequence[int]) -> int | None:
+    """The node that a path of tokens ends at."""
+    node: int | None = 0
+    for token in tokens:
+        node = None if node is None else tree.child(node, token)
+    return node
+
+
+def check_tree(tree: Tree, first: int) -> None:
+    """No token twice below a parent, and from a first node on what the draft says of retrieved ones is their reach."""
+    for node, children in enumerate(tree.children):
+        tokens, proposals = tree.tokens(children), tree.proposals[node]
+        assert len(set(tokens)) == len(tokens), "a token twice below one parent"
+        if proposals is None:
+            continue
+        said = dict(zip(proposals.tokens, proposals.confidence, strict=True))
+        for child, token in zip(children, tokens, strict=True):
+            if child >= first and tree.retrieved(child) and token in said:
+                expected = tree.reach[node] * said[token]
+                assert tree.reach[child] == pytest.approx(expected), "retrieved, and the draft is not believed"
 
 
 def check_draft(draft: LanguageDrafter, tree: Tree, text: list[int]) -> None:
@@ -106,7 +206,8 @@ def check_draft(draft: LanguageDrafter, tree: Tree, text: list[int]) -> None:
 class Case:
     """One text, drawn at random from a seed. left_after: rounds after which nobody wants more of it. turn: where the
     target begins anew. context: what of the prompt the draft reads at once; None where costs decide. read_costs:
-    seconds of a token that the target reads, and the draft."""
+    seconds of a token that the target reads, and the draft. retrieval: "beside" a draft, or "alone" without one; with
+    "scripted" in front of it another retriever than the real one."""
 
     seed: int
     method: str
@@ -125,6 +226,7 @@ class Case:
     turn: int = 0
     context: Excerpt | None = ALL
     read_costs: tuple[float, float] = (0.0, 0.0)
+    retrieval: str = ""
 
     @staticmethod
     def draw(seed: int, method: str, overlap: bool | None) -> Case:
@@ -148,6 +250,7 @@ class Case:
             turn=chance.choice((0, 0, 0, chance.randint(1, 30))),
             context=chance.choice((ALL, None, None, Excerpt(1, 1), Excerpt(0, 2), Excerpt(3, 0))),
             read_costs=chance.choice(((0.0, 0.0), (0.05, 0.02), (0.3, 0.2), (0.3, 3.0))),
+            retrieval=chance.choice(RETRIEVALS) if make_policy(method, {}).may_retrieve else "",
         )
 
     def policy(self) -> Policy:
@@ -161,11 +264,21 @@ class Case:
         read_target, read_draft = self.read_costs
         target = LanguageTarget(spoken, time, self.target_cost, end, self.most_rows, self.turn, predictor, read_target)
         draft = None
-        if policy.candidates:
+        if policy.candidates and not self.retrieval.endswith("alone"):
             more = (end, policy.candidates, self.capacities, self.burst)
             draft = LanguageDrafter(spoken, time, self.draft_cost, *more, read_draft)
         reading = WhenItPays(Lengths()) if self.context is None else AtOnce(self.context)
-        return CheckedDecoding(target, draft, policy, costs, time, self.overlap, reading)
+        return CheckedDecoding(target, draft, policy, costs, time, self.overlap, reading, self.retriever())
+
+    def retriever(self) -> WatchedRetriever | None:
+        if not self.retrieval:
+            return None
+        if not self.retrieval.startswith("scripted"):
+            compiled = vars(decoding)["Tree"] is Tree  # else its definition decodes
+            return WatchedRetriever(RetrievalDrafter(Calibrator() if compiled else cast(Calibrator, PlainCalibrator())))
+        spoken = language(self.language)
+        script = [*self.prompt, *spoken.text(self.prompt, self.new_tokens + 20)]  # more than may be committed
+        return WatchedRetriever(ScriptedRetriever(script, spoken.vocabulary, Random(self.seed)))
 
     def run(self, costs: Costs) -> Stats:
         """Decode it and check."""
@@ -201,6 +314,10 @@ class Case:
         assert stats.left_over == text.left - 1, "tokens left over are miscounted"
         assert sum(getattr(stats, cause) for cause in CAUSES) == stats.wasted, "causes of waste do not add up"
         assert stats.hits == sum(round.hit for round in stats.log), "hits do not add up"
+        if text.retriever is not None:
+            assert not text.retriever.lessons, "the retriever: a verdict that it never learned"
+        assert stats.retrieved == sum(round.retrieved for round in stats.log), "retrieved tokens do not add up"
+        assert stats.retrieved_accepted <= min(stats.retrieved, stats.accepted), "retrieved tokens do not add up"
         if draft is not None:
             read = 0 if draft.left_out is None else len(self.prompt) - len(draft.left_out)
             assert stats.draft_context_tokens == read, "tokens that the draft read are miscounted"

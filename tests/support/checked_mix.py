@@ -171,12 +171,17 @@ class Text:
     read: int = 0
     waited: int = 0
 
+    @property
+    def costs(self) -> str:
+        """Of which costs: a text with retrieval has others."""
+        return f"{self.case.method} {bool(self.case.retrieval)}"
+
 
 @dataclass(frozen=True)
 class Mix:
     """Texts drawn at random from a seed. joins: the round that each begins with. fails: what of it raises, and at which
-    trunk or step. rests: share of rounds that a text is left out of. shared: steps are, else each text has its own.
-    chunk: tokens of prompts that are read before a round."""
+    trunk, step or look-up. rests: share of rounds that a text is left out of. shared: steps are, else each text has
+    its own. chunk: tokens of prompts that are read before a round."""
 
     seed: int
     cases: tuple[Case, ...]
@@ -207,8 +212,8 @@ class Mix:
             ),
             tuple(chance.choice((0, 0, 0, 1, 2, 5, 9)) for _ in cases),
             tuple(
-                (chance.choice(("verify", "draft", "draft", "read")), chance.randint(1, 8))
-                if chance.random() < 0.25
+                (chance.choice(("verify", "draft", "draft", "read", "retrieve")), chance.randint(1, 8))
+                if chance.random() < 0.3
                 else ("", 0)
                 for _ in cases
             ),
@@ -229,7 +234,7 @@ class Mix:
         while live or number <= max(self.joins):
             for text, joins in zip(texts, self.joins, strict=True):
                 if joins == number:
-                    text.decoding.costs = costs[text.case.method, 1]
+                    text.decoding.costs = costs[text.costs, 1]
                     text.decoding.begin(text.case.prompt, text.case.new_tokens)
                     live.append(text)
             number += 1
@@ -237,7 +242,7 @@ class Mix:
             if not asked:
                 continue
             for text in asked:
-                text.decoding.costs = costs[text.case.method, len(asked)]
+                text.decoding.costs = costs[text.costs, len(asked)]
             shared.begin_round()
             try:
                 turns = loop.round([text.decoding for text in asked])
@@ -257,6 +262,8 @@ class Mix:
         draft = decoding.drafter
         if stage == "verify":
             decoding.verifier.fails = number
+        if stage == "retrieve" and decoding.retriever is not None:
+            decoding.retriever.fails = number
         if draft is not None:
             shared.policies[id(draft)] = policy
             draft.fails, draft.unreadable = (number if stage == "draft" else 0), stage == "read"
@@ -337,7 +344,9 @@ def check_round(turns: Sequence[Turn], shared: Shared) -> None:
         assert math.isclose(sum(seconds for _, seconds in draft), took), "other seconds than the draft's"
         reading = [text for _, text in committed if text.drafting]
         seconds = committed[0][1].stats.log[-1].seconds if reading else 0.0
-        assert rounds == ([(seconds, tokens)] if reading else []), "the round is not recorded once"
+        retrieved = sum(text.stats.log[-1].retrieved_accepted for _, text in done)
+        copied = 2 * retrieved > tokens  # which says nothing of what another token is worth
+        assert rounds == ([(seconds, tokens)] if reading and not copied else []), "the round is not recorded once"
         shares = [(share_of(turn, done), len(turn.committed)) for turn, text in committed if text.drafting]
         expected = [(*map(sum, zip(*shares, strict=True)), len(shares))] if shares else []
         assert costs.shares == [pytest.approx(each) for each in expected], "a text's share of the round"

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 from specbranch.core.excerpt import Excerpt
 from specbranch.core.messages import Drafted, Forecast, Step, Trunk, Verdict
-from specbranch.core.tree import Proposals, Tree
+from specbranch.core.suffix_index import SuffixIndex, continuations
+from specbranch.core.tree import Proposals, Signals, Tree
 from specbranch.replay.virtual_time import VirtualTime
-from specbranch.stages import Ready, ShouldContinue
+from specbranch.stages import Ready, Retrieved, Retriever, ShouldContinue
 
 CONTEXTS = 61
 MANY = 1000  # tokens: no limit
@@ -295,14 +296,23 @@ class LanguageDrafter:
         self.text += backlog
         self._state = reduce(advance, backlog, self._state)
         new: list[tuple[int, int, tuple[int, ...], int]] = []  # node, token, path above, state above
+        placed: dict[int, tuple[tuple[int, ...], int]] = {}  # path and state of those in this step
         for node in nodes:
             token, parent = tree.token[node], tree.parent[node]
+            path: tuple[int, ...] = ()
             if parent < 0:
                 assert len(self.text) == tree.position, "the draft: rows of the text are missing"
-                new.append((node, token, (), self._state))
+                state = self._state
+            elif parent in placed:
+                path, state = placed[parent]
             else:
                 assert parent in self.rows, "the draft: a node without its parent's row"
-                new.append((node, token, self.rows[parent].path, self.rows[parent].state))
+                path, state = self.rows[parent].path, self.rows[parent].state
+            new.append((node, token, path, state))
+            placed[node] = (*path, token), advance(state, token)
+        odds = [
+            tree.retrieved_odds(node, self._guess(token, path, state).tokens[0]) for node, token, path, state in new
+        ]
         for step in range(steps):
             if step:
                 first = len(tree) + (step - 1) * len(nodes)
@@ -311,16 +321,21 @@ class LanguageDrafter:
             self.ran += 1
             if self.failed:
                 raise Trouble
-            yield [self._run(node, token, path, state) for node, token, path, state in new]
+            said = odds if step == 0 else [0.0] * len(new)
+            yield [self._run(*row, retrieved) for row, retrieved in zip(new, said, strict=True)]
 
-    def _run(self, node: int, token: int, above: tuple[int, ...], state: int) -> Proposals:
+    def _run(self, node: int, token: int, above: tuple[int, ...], state: int, retrieved: float) -> Proposals:
         assert node not in self.rows, "the draft: runs twice over a node"
-        position = len(self.committed) - 1 + len(above)
-        assert position < self.end - 1, "the draft: a token that cannot be committed"
-        state = advance(state, token)
-        proposals = self.language.guess(state, position, self.candidates)
-        self.rows[node] = Row((*above, token), state, proposals)
+        assert len(self.committed) - 1 + len(above) < self.end - 1, "the draft: a token that cannot be committed"
+        proposals = self._guess(token, above, state)
+        first, second = proposals.confidence[:2]
+        proposals = proposals._replace(signals=Signals(first, 1.0, first - second, len(above), 0.0, retrieved))
+        self.rows[node] = Row((*above, token), advance(state, token), proposals)
         return proposals
+
+    def _guess(self, token: int, above: tuple[int, ...], state: int) -> Proposals:
+        """Behind a token."""
+        return self.language.guess(advance(state, token), len(self.committed) - 1 + len(above), self.candidates)
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int], tokens: Sequence[int]) -> None:
         accepted = [self.rows[node] for node in path if node in self.rows]
@@ -343,3 +358,102 @@ class LanguageDrafter:
         assert tree.position == lesson.position, "the draft: a lesson about another tree"
         assert [*tree.tokens(path[1:]), next_token] == lesson.tokens, "the draft: a lesson about other tokens"
         self.forecast = forecast
+
+
+@dataclass
+class ScriptedRetriever:
+    """Finds what is right for some tokens and wrong for others: in copies of the text to come that have errors, and in
+    the text itself.
+
+    script: the text to come, prompt and all, and what would follow. vocabulary: of the errors. chance: what is
+    drawn.
+    """
+
+    script: list[int]
+    vocabulary: int
+    chance: Random
+    text: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        errors = self.chance.choice((0.02, 0.1, 0.3))
+        copies = [
+            [
+                token if self.chance.random() >= errors else self.chance.randrange(self.vocabulary)
+                for token in self.script
+            ]
+            for _ in range(self.chance.randint(1, 3))
+        ]
+        self._copies = [SuffixIndex(copy) for copy in copies]
+        self._sure = self.chance.choice((0.3, 0.6, 0.9, 0.99))
+        self._depth = self.chance.choice((3, 64))
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.text = list(prompt)
+
+    def find(self, drafted: Sequence[int]) -> Retrieved:
+        """Where the text stands, if a copy has the same there. Siblings are together at most sure."""
+        last = len(self.text) + len(drafted) - 1
+        found = continuations(
+            [SuffixIndex(self.text), *self._copies],
+            [*self.text, *drafted],
+            len(drafted),
+            depth=self._depth,
+            occurrences=4,
+            near=(self.chance.randint(1, len(self._copies)), last, last),
+        )
+        left = dict.fromkeys([-1, *range(len(found))], 1.0)  # of the chance, by parent
+        chances = []
+        for parent in found.parent:
+            chances.append(self._sure * left[parent])
+            left[parent] -= chances[-1]
+        return Retrieved(found, chances)
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        self.text += tokens
+
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
+        pass
+
+
+@dataclass
+class WatchedRetriever:
+    """Another one, told and asked what it should be. text: that it was told of. drafted: of the newest look-up; None
+    where nothing was looked up since that was forgotten. fails: at which look-up or commit it cannot read what it looks
+    into; 0 for none. ran: so far."""
+
+    retriever: Retriever
+    text: list[int] = field(default_factory=list)
+    drafted: list[int] | None = None
+    lessons: list[Lesson] = field(default_factory=list)
+    fails: int = 0
+    ran: int = 0
+
+    def _run(self) -> None:
+        assert not 0 < self.fails <= self.ran, "the retriever: goes on after an error"
+        self.ran += 1
+        if self.ran == self.fails:
+            raise Trouble
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        assert not self.text, "the retriever: a prompt behind a text"
+        self.text = list(prompt)
+        self.retriever.begin(prompt)
+
+    def find(self, drafted: Sequence[int]) -> Retrieved:
+        assert not self.lessons, "the retriever: looks up before it has learned"
+        self.drafted = list(drafted)
+        self._run()
+        return self.retriever.find(drafted)
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        self._run()
+        self.lessons.append(Lesson(len(self.text) - 1, list(tokens)))
+        self.text += tokens
+        self.retriever.commit(tokens)
+
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
+        assert self.lessons, "the retriever: a lesson twice"
+        lesson = self.lessons.pop(0)
+        assert tree.position == lesson.position, "the retriever: a lesson about another tree"
+        assert [*tree.tokens(path[1:]), next_token] == lesson.tokens, "the retriever: a lesson about other tokens"
+        self.retriever.learn(tree, path, next_token)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from specbranch.core.suffix_index import SuffixIndex, continuations
 from specbranch.core.tree import Proposals, Tree
 from specbranch.runtime.batch import Batch
 from specbranch.runtime.model import CachedModel
@@ -17,6 +18,15 @@ def tree_of(*nodes: tuple[int, int, float], token: int = 0, position: int = 0) -
 
 def propose(tree: Tree, node: int, tokens: Sequence[int], confidence: Sequence[float]) -> None:
     tree.note(node, Proposals(tuple(tokens), tuple(confidence)))
+
+
+def retrieve(tree: Tree, node: int, *run: tuple[int, float]) -> list[int]:
+    """Graft a run of (token, chance) behind a node. Returns its nodes."""
+    size, tokens = len(tree), [token for token, _ in run]
+    text = SuffixIndex([tree.token[node], *tokens])
+    found = continuations([SuffixIndex(), text], [tree.token[node]], occurrences=1, near=(1, 0, 0))
+    tree.graft(node, found, [chance for _, chance in run], 0.0, 99)
+    return list(range(size, len(tree)))
 
 
 def place(cached: CachedModel, tree: Tree, nodes: Sequence[int], backlog: Sequence[int] = ()) -> Batch:

@@ -111,6 +111,7 @@ class Stats:
     target_busy: float = 0.0
     draft_busy: float = 0.0
     log: list[Round] = field(default_factory=list)
+    _newest: list[bool] = field(default_factory=list, repr=False, compare=False)  # accepted: which were retrieved
 
     def add_reading(self, prompt_tokens: int, seconds: float) -> None:
         """The draft has read so many tokens of the prompt."""
@@ -144,7 +145,8 @@ class Stats:
         round = self.log[-1]
         round.verified, round.accepted = len(trunk) - 1, len(path) - 1
         round.retrieved = sum(map(tree.retrieved, trunk[1:]))
-        round.retrieved_accepted = sum(map(tree.retrieved, path[1:]))
+        self._newest = [*map(tree.retrieved, path[1:])]
+        round.retrieved_accepted = sum(self._newest)
         round.hit = next_node is not None
         # Rolled back: what is thrown away of the best path. The first such token has an accepted parent.
         rolled_back = sum(node not in kept and node not in free for node in tree.best_path())
@@ -167,7 +169,9 @@ class Stats:
         if beyond > 0:
             last = self.log[-1]
             self.hits -= last.hit  # the round's last token
-            self.accepted -= min(beyond - 1, last.accepted)
+            behind = min(beyond - 1, last.accepted)
+            self.accepted -= behind
+            self.retrieved_accepted -= sum(self._newest[last.accepted - behind :])
 
     @property
     def rolled_back(self) -> int:
