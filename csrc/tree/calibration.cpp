@@ -32,8 +32,12 @@ void Calibration::Labels::add(bool label) {
 }
 
 Calibration::Calibration()
-    : state{{drafted_mean, drafted_spread},     {0, 1.0, drafted_lately},  covered_weight * covered, covered_weight,
-            {retrieved_mean, retrieved_spread}, {0, 1.0, retrieved_lately}} {}
+    : state{{drafted_mean, drafted_spread, 0.999},
+            {0, 1.0, drafted_lately},
+            covered_weight * covered,
+            covered_weight,
+            {retrieved_mean, retrieved_spread, 0.995},
+            {0, 1.0, retrieved_lately}} {}
 
 // ---- The draft's candidates
 

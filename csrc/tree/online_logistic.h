@@ -13,11 +13,10 @@ struct OnlineLogistic {
   using Vector = std::array<double, features>;
   using Matrix = std::array<Vector, features>;
 
-  static constexpr double forgetting = 0.999;  // the text changes its subject
-
-  // prior_spread: of the weights, the deviation that they are expected to have.
-  OnlineLogistic(const Vector& prior_mean, const Vector& prior_spread)
-      : weights(prior_mean), covariance{}, most_trace(dot(prior_spread, prior_spread)) {
+  // prior_spread: of the weights, the deviation that they are expected to have. forgetting: how much a label counts when
+  // there is one more: the text changes its subject.
+  OnlineLogistic(const Vector& prior_mean, const Vector& prior_spread, double forgetting)
+      : weights(prior_mean), covariance{}, most_trace(dot(prior_spread, prior_spread)), forgetting(forgetting) {
     for (int i = 0; i < features; ++i) covariance[i][i] = prior_spread[i] * prior_spread[i];
   }
 
@@ -63,7 +62,7 @@ struct OnlineLogistic {
     return spread;
   }
 
-  double most_trace;
+  double most_trace, forgetting;
 };
 
 }  // namespace specbranch

@@ -90,9 +90,10 @@ class Indexes(RuleBasedStateMachine):
 
 
 TestIndexes = Indexes.TestCase
-TestIndexes.settings = settings(stateful_step_count=10)  # the definition is slow where a text is long
+TestIndexes.settings = settings(stateful_step_count=10, deadline=None)  # the definition is slow where a text is long
 
 
+@settings(deadline=None)  # the definition is slow
 @given(st.lists(texts(), min_size=1, max_size=4))
 def test_however_a_text_came_its_order_is_the_same(pieces: list[list[int]]) -> None:
     whole = [token for piece in pieces for token in piece]
@@ -115,6 +116,7 @@ def test_a_merge_of_every_size(vocabulary: int) -> None:
     assert index.order == SuffixIndex(text).order
 
 
+@settings(deadline=None)  # the definition is slow
 @given(texts(), texts(), texts(2), st.lists(texts(), max_size=2), OPTIONS)
 def test_any_context_is_looked_up_as_it_is_defined(
     text: list[int], before: list[int], drafted: list[int], others: list[list[int]], options: dict[str, Any]
@@ -126,6 +128,7 @@ def test_any_context_is_looked_up_as_it_is_defined(
     assert nodes(found) == plain
 
 
+@settings(deadline=None)  # the definition is slow
 @given(texts(), texts(2), OPTIONS)
 def test_a_mapped_index_is_the_one_that_was_built(text: list[int], context: list[int], options: dict[str, Any]) -> None:
     built = SuffixIndex(text)
@@ -343,6 +346,7 @@ def test_an_order_out_of_range_is_found_when_it_is_read(wrong: int) -> None:
         continuations([index], [0])
 
 
+@settings(deadline=None)  # the definition is slow
 @given(st.lists(st.integers(-2, 12), min_size=10, max_size=10), st.lists(st.integers(0, 1), min_size=10, max_size=10))
 def test_any_order_is_read_with_care(order: Sequence[int], tokens: Sequence[int]) -> None:
     index = SuffixIndex.mapped(array("i", tokens), array("i", order))

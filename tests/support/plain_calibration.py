@@ -23,7 +23,7 @@ PRIOR_SPREAD = (0.7, 0.3, 0.2, 0.1, 0.1, 0.5, 0.5, 0.1, 0.1)
 # lately, a corpus, found where it was expected
 RETRIEVED_MEAN = (-0.1, 1.2, 0.5, 0.4, -1.9, -0.3, 0.0, 0.0, 0.8)
 RETRIEVED_SPREAD = (0.5, 0.3, 0.2, 0.3, 0.5, 0.3, 0.5, 0.5, 0.5)
-FORGETTING = 0.999  # the text changes its subject
+FORGETTING, RETRIEVED_FORGETTING = 0.999, 0.995  # the text changes its subject
 COVERED = 0.75  # prior chance that the target's token is among the other candidates, given that the first is not it
 
 
@@ -36,7 +36,7 @@ def chance(x: Vector, weights: Vector, covariance: Vector) -> Vector:
 
 
 def learned(
-    x: Vector, label: bool, weights: Vector, covariance: Vector, prior_spread: Sequence[float]
+    x: Vector, label: bool, weights: Vector, covariance: Vector, prior_spread: Sequence[float], forgetting: float
 ) -> tuple[Vector, Vector]:
     """Weights and covariance after one more label."""
     p = 1 / (1 + math.exp(-float(x @ weights)))
@@ -44,7 +44,7 @@ def learned(
     variance = p * (1 - p)
     gain = spread / (1 + variance * float(x @ spread))
     weights = weights + gain * (label - p)
-    covariance = (covariance - variance * np.outer(gain, spread)) / FORGETTING
+    covariance = (covariance - variance * np.outer(gain, spread)) / forgetting
     # Forgetting must not let what is never observed grow without bound.
     return weights, covariance * min(1.0, float(np.square(prior_spread).sum() / np.trace(covariance)))
 
@@ -115,7 +115,7 @@ class PlainCalibrator:
     def learn(self, signals: Signals, accepted: bool, covered: bool) -> None:
         """One label: whether the target's token was the first candidate there, or (covered) any candidate."""
         x = self.features([signals])[0]
-        self.weights, self.covariance = learned(x, accepted, self.weights, self.covariance, PRIOR_SPREAD)
+        self.weights, self.covariance = learned(x, accepted, self.weights, self.covariance, PRIOR_SPREAD, FORGETTING)
         self.labels += 1
         self._last = float(accepted)
         self._lately = 0.9 * self._lately + 0.1 * accepted
@@ -158,7 +158,7 @@ class PlainCalibrator:
         """One label: whether the target's token was this one."""
         x = self.retrieved_features([found])[0]
         self.retrieved_weights, self.retrieved_covariance = learned(
-            x, accepted, self.retrieved_weights, self.retrieved_covariance, RETRIEVED_SPREAD
+            x, accepted, self.retrieved_weights, self.retrieved_covariance, RETRIEVED_SPREAD, RETRIEVED_FORGETTING
         )
         if found.first:
             self.retrieved_labels += 1

@@ -14,6 +14,8 @@ from specbranch.policies.methods import METHODS, make_policy, options_of
 from specbranch.runtime.choices import RETRIEVAL
 
 DEFAULT_METHOD = "specbranch"
+NO_RETRIEVAL = "-no-retrieval"
+WITHOUT_RETRIEVAL = tuple(method + NO_RETRIEVAL for method in METHODS if make_policy(method, {}).may_retrieve)
 
 
 def add_drafting(parser: argparse.ArgumentParser, methods: Sequence[str] = METHODS) -> None:
@@ -76,6 +78,11 @@ def drafting_options(args: argparse.Namespace) -> dict[str, object]:
     """The options given on the command line, as `SpecBranch` takes them."""
     values = {name: getattr(args, name, None) for name in options_by_name()}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def method_of(contender: str) -> str:
+    """The method that runs under a name of `bench`."""
+    return contender.removesuffix(NO_RETRIEVAL)
 
 
 def check_used(args: argparse.Namespace, methods: Sequence[str]) -> None:

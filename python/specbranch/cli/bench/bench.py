@@ -17,7 +17,7 @@ from specbranch.cli.arguments import sampling_options
 from specbranch.cli.bench import llama_peer, memory, report, vllm_peer
 from specbranch.cli.bench.peers import Peers, PeerText
 from specbranch.cli.bench.process import ROOM, PeerProcess
-from specbranch.cli.drafting import drafting_options
+from specbranch.cli.drafting import drafting_options, method_of
 from specbranch.cli.machine import describe_measuring_machine
 from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
@@ -92,7 +92,7 @@ class Contenders:
         return [self._named(name, processes) for name in names]
 
     def _named(self, name: str, processes: Mapping[str, PeerProcess]) -> Contender:
-        if name in METHODS:
+        if method_of(name) in METHODS:
             return Contender(name, partial(self._of_method, name), True, partial(self._together, name))
         comparable = self._llama_comparable if name in llama_peer.NAMES else self._greedy  # else they draw other noise
         if name in IN_A_PROCESS:
@@ -102,8 +102,10 @@ class Contenders:
             write = partial(self._peers.generate, name)
         return Contender(name, partial(self._of_peer, write), comparable)
 
-    def _options_of(self, method: str) -> dict[str, Any]:
-        return {"method": method, **self._options, **({"retrieval": False} if method in self._never else {})}
+    def _options_of(self, name: str) -> dict[str, Any]:
+        method = method_of(name)
+        off = name != method or method in self._never
+        return {"method": method, **self._options, **({"retrieval": False} if off else {})}
 
     def _of_method(self, name: str, ids: list[int], new_tokens: int) -> Output:
         generation = self._engine.generate(ids, max_new_tokens=new_tokens, **self._options_of(name))

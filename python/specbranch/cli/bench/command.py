@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from specbranch.cli import files
 from specbranch.cli.arguments import add_models, add_prompts, add_sampling, flag, names, whole
 from specbranch.cli.bench import llama_peer, plot, report, resume, vllm_peer
-from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, add_hrad, check_used
+from specbranch.cli.drafting import (
+    DEFAULT_METHOD,
+    NO_RETRIEVAL,
+    WITHOUT_RETRIEVAL,
+    add_drafting,
+    add_hrad,
+    check_used,
+    method_of,
+)
 from specbranch.cli.loading import load_engine
 from specbranch.cli.messages import FAILURE, INTERRUPTED, complain, one_line
 from specbranch.cli.terminal import Progress, output_console, progress
@@ -37,11 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompts(parser)
     parser.add_argument(
         "--methods",
-        type=names(METHODS),
+        type=names((*METHODS, *WITHOUT_RETRIEVAL)),
         default=DEFAULT_METHODS,
         metavar="LIST",
-        help=f"comma-separated, of {', '.join(METHODS)}; {report.REFERENCE} always runs "
-        f"(default: {','.join(DEFAULT_METHODS)})",
+        help=f"comma-separated, of {', '.join(METHODS)}; {report.REFERENCE} always runs; with {NO_RETRIEVAL} behind "
+        f"its name a method runs without (default: {','.join(DEFAULT_METHODS)})",
     )
     parser.add_argument(
         "--peers",
@@ -84,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.fresh and args.json is None:
         raise ValueError("--fresh needs --json: without a file nothing is kept")
-    check_used(args, methods(args))
+    check_used(args, list(dict.fromkeys(map(method_of, methods(args)))))
     _check_processes(args)
     _check_peers(args)
     prompts = read_all(args.prompts, args.limit)
