@@ -29,7 +29,7 @@ def test_caches_equal_a_fresh_forward_after_every_round(captured: bool, retrievi
     draft = CachedModel(tiny_model(seed=2, num_hidden_layers=1), "draft")
     target_runner: Runner = CapturedRunner(target, RecordingDevice(seed=1)) if captured else EagerRunner(target)
     draft_runner: Runner = CapturedRunner(draft, RecordingDevice(seed=2)) if captured else EagerRunner(draft)
-    rounds = hits = moved = retrieved = 0
+    rounds = hits = moved = retrieved = related = 0
     steps: list[bool] = []  # whether one held a node and its parent
     while rounds < ROUNDS:
         target.reset(200)
@@ -60,6 +60,7 @@ def test_caches_equal_a_fresh_forward_after_every_round(captured: bool, retrievi
             moved += bool(draft.cache.nodes)
         hits += decoding.stats.hits
         retrieved += decoding.stats.retrieved_accepted
+        related += decoding.related
     assert hits > ROUNDS // 10  # the drafted work did survive often
     assert moved > ROUNDS // 20  # with rows of its own in the draft's cache
-    assert (retrieved > ROUNDS // 10) == (sum(steps) > ROUNDS // 20) == retrieving
+    assert (retrieved > ROUNDS // 10) == (sum(steps) > ROUNDS // 20) == (related > ROUNDS // 20) == retrieving

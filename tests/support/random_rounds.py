@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from own_forward import own_cache
 
-from specbranch.core.messages import Trunk, Verdict
+from specbranch.core.messages import Drafted, Trunk, Verdict
 from specbranch.core.suffix_index import SuffixIndex, continuations
 from specbranch.core.tree import Choice, Tree
 from specbranch.decoding import Decoding
@@ -122,16 +122,26 @@ class RandomVerdict:
 
 
 class SpyDecoding(Decoding):
-    """Shows the round's trunk. steps_together: of each draft step, whether it held a node and its parent."""
+    """Shows the round's trunk. steps_together: of each draft step, whether it held a node and its parent. related:
+    proposals at nodes where something was retrieved."""
 
     nodes: tuple[int, ...]
     steps_together: list[bool] | None = None
+    related = 0
 
     def take(self, expansion: Expansion) -> Nodes:
         drafter, tree, nodes = super().take(expansion)
         if self.steps_together is not None:
             self.steps_together.append(any(tree.parent[node] in nodes for node in nodes))
         return drafter, tree, nodes
+
+    def grow(self, nodes: Sequence[int], drafted: Drafted, flight: InFlight | None) -> None:
+        for step, each in enumerate(drafted.proposals):
+            for node, (tokens, _, signals) in zip(nodes, each, strict=True):
+                assert signals is not None
+                assert signals.retrieved == (0.0 if step else self.tree.retrieved_odds(node, tokens[0]))
+                self.related += signals.retrieved != 0
+        super().grow(nodes, drafted, flight)
 
     def choose_trunk(self, state: State) -> InFlight:
         flight = super().choose_trunk(state)
