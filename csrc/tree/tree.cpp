@@ -384,9 +384,10 @@ Outcomes Tree::likeliest(int64_t count, int64_t depth, int64_t ranks) {
   std::vector<Entry> kept;
   while (!frontier_.empty() && static_cast<int64_t>(found.size()) < count) {
     const Entry entry = pop();
-    bool stale = entry.cost != cost_of(entry);
-    if (!kept.empty() && !later(kept.back(), entry) && !later(entry, kept.back())) stale = true;  // it was there twice
-    if (stale) continue;
+    if (entry.cost != cost_of(entry)) continue;  // of a reach that it had
+    const auto same = [&](const Entry& other) { return other.node == entry.node && other.rank == entry.rank; };
+    if (std::any_of(kept.rbegin(), kept.rend(), same)) continue;  // it was there twice
+    bool stale;
     if (entry.rank < 0) {
       stale = nodes_[entry.node].proposals >= 0;
     } else {

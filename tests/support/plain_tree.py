@@ -294,7 +294,7 @@ class PlainTree:
         while frontier and len(found) < count:
             entry = heappop(frontier)
             cost, node, rank = entry
-            if cost != self._cost_of(node, rank) or (kept and kept[-1] == entry):
+            if cost != self._cost_of(node, rank) or entry in kept:
                 continue  # of a reach that it had, or there twice
             if rank < 0:
                 stale = self.proposals[node] is not None

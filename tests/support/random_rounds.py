@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from own_forward import own_cache
 
-from specbranch.core.messages import Trunk, Verdict
+from specbranch.core.messages import Drafted, Trunk, Verdict
+from specbranch.core.suffix_index import SuffixIndex, continuations
 from specbranch.core.tree import Choice, Tree
 from specbranch.decoding import Decoding
 from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.runner import Judged, PendingVerdict, PendingWalk
 from specbranch.runtime.verifier import ModelVerifier
-from specbranch.stages import Pending
+from specbranch.stages import Nodes, Pending, Retrieved
 
 
 class RandomPolicy:
@@ -36,7 +37,7 @@ class RandomPolicy:
         if not fresh or len(tree) > 12 or tree.position < self.until or self.chance.random() < 0.2:
             return NOTHING
         steps = self.chance.randint(1, 3)
-        if 0 in fresh:
+        if 0 in fresh and (len(tree) == 1 or self.chance.random() < 0.5):
             return Expansion([Choice(0)], steps)
         chosen = sorted(self.chance.sample(fresh, self.chance.randint(1, min(3, len(fresh)))))
         return Expansion([Choice(node) for node in chosen], steps)
@@ -53,6 +54,24 @@ class RandomPolicy:
 
     def width(self, tree: Tree, node: int, flight: InFlight | None) -> int:
         return self.chance.randint(1, 3)
+
+
+class RandomRetriever:
+    """Finds little, and says that all of it may well be. Nothing is learned."""
+
+    def begin(self, prompt: Sequence[int]) -> None:
+        self.text = list(prompt)
+
+    def find(self, drafted: Sequence[int]) -> Retrieved:
+        text = SuffixIndex(self.text)
+        found = continuations([text], [*self.text, *drafted], len(drafted), occurrences=2, depth=4, most_nodes=5)
+        return Retrieved(found, [0.45] * len(found))
+
+    def commit(self, tokens: Sequence[int]) -> None:
+        self.text += tokens
+
+    def learn(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
+        pass
 
 
 class RandomVerifier(ModelVerifier):
@@ -103,9 +122,26 @@ class RandomVerdict:
 
 
 class SpyDecoding(Decoding):
-    """Shows the round's trunk."""
+    """Shows the round's trunk. steps_together: of each draft step, whether it held a node and its parent. related:
+    proposals at nodes where something was retrieved."""
 
     nodes: tuple[int, ...]
+    steps_together: list[bool] | None = None
+    related = 0
+
+    def take(self, expansion: Expansion) -> Nodes:
+        drafter, tree, nodes = super().take(expansion)
+        if self.steps_together is not None:
+            self.steps_together.append(any(tree.parent[node] in nodes for node in nodes))
+        return drafter, tree, nodes
+
+    def grow(self, nodes: Sequence[int], drafted: Drafted, flight: InFlight | None) -> None:
+        for step, each in enumerate(drafted.proposals):
+            for node, (tokens, _, signals) in zip(nodes, each, strict=True):
+                assert signals is not None
+                assert signals.retrieved == (0.0 if step else self.tree.retrieved_odds(node, tokens[0]))
+                self.related += signals.retrieved != 0
+        super().grow(nodes, drafted, flight)
 
     def choose_trunk(self, state: State) -> InFlight:
         flight = super().choose_trunk(state)
