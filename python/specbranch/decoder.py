@@ -43,10 +43,10 @@ class Decoder:
         tokenizer: PreTrainedTokenizerBase | None,
         drafting: Drafting,
         hrad: HRad | None,
-        corpora: Sequence[SuffixIndex] = (),
+        corpora: Sequence[tuple[str, SuffixIndex]] = (),
     ) -> None:
-        """drafting: of requests that say nothing else. corpora: what retrieved tokens may come from, beside the text.
-        Raises SpecBranchError for what cannot be used."""
+        """drafting: of requests that say nothing else. corpora: what retrieved tokens may come from, beside the text,
+        with names. Raises SpecBranchError for what cannot be used."""
         self.pair, self.tokenizer, self.hrad = pair, tokenizer, hrad
         self.drafting, self.corpora = drafting, list(corpora)
         self.calibrator = Calibrator()

@@ -120,7 +120,9 @@ class SpecBranch:
             if draft is None:
                 raise SpecBranchError("hrad predicts for a pair: pass draft=")
             predictor = hrad if isinstance(hrad, HRad) else load_hrad(hrad, target, draft)
-        self.decoder = Decoder(self.pair, tokenizer, drafting, predictor, [each.index for each in self.corpora])
+        self.decoder = Decoder(
+            self.pair, tokenizer, drafting, predictor, [(each.name, each.index) for each in self.corpora]
+        )
         self.max_requests = whole("max_requests", max_requests, least=1)
         self.cache_tokens = count("cache_tokens", cache_tokens)
         self.last: Generation | None = None

@@ -6,9 +6,11 @@ import copy
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -274,6 +276,18 @@ def test_a_corpus_is_copied_from_and_the_text_stays(bundled_pair, tokenizer, tmp
                 if not sampling and method == "speculative":  # which goes by no measured costs
                     assert found.stats.retrieved_accepted > NEW // 2
                     assert found.stats.target_forwards < NEW // 2
+
+
+def test_a_damaged_corpus_ends_the_text_that_finds_it_so_by_name(
+    bundled_pair: SpecBranch, tokenizer: PreTrainedTokenizerBase, saved: Path
+) -> None:
+    """What is mapped is not read before a look-up comes upon it."""
+    corpus = Corpus.load(saved)
+    tokens = np.array(corpus.index.tokens)
+    damaged = SuffixIndex.mapped(tokens, np.full(len(tokens), len(tokens) + 9, dtype=np.int32))
+    engine = SpecBranch(bundled_pair.target, tokenizer=tokenizer, retrieval=True, corpus=replace(corpus, index=damaged))
+    with pytest.raises(ValueError, match=f"corpus {re.escape(str(saved))}: damaged: order: entry"):
+        engine.generate([1, 2, 3], max_new_tokens=4)
 
 
 def test_engines_with_a_draft_share_a_corpus(bundled_pair, tokenizer):

@@ -23,11 +23,11 @@ SKIPPED = 12  # tokens of what is copied from that may be left out
 class RetrievalDrafter:
     """Finds what followed the text's end; see stages.Retriever."""
 
-    def __init__(self, calibrator: Calibrator, corpora: Sequence[SuffixIndex] = ()) -> None:
+    def __init__(self, calibrator: Calibrator, corpora: Sequence[tuple[str, SuffixIndex]] = ()) -> None:
         """calibrator: says how likely a token is that was found, and learns from the verdicts. corpora: texts beside
         the one that is decoded."""
         self.calibrator = calibrator
-        self._corpora = list(corpora)
+        self._names, self._corpora = [name for name, _ in corpora], [index for _, index in corpora]
         self._text = SuffixIndex()
         self._end: list[int] = []  # the text's newest tokens
         self._source: tuple[int, int] | None = None  # an index, and where the copied text goes on in it
@@ -55,14 +55,17 @@ class RetrievalDrafter:
         if self._source is not None:
             index, position = self._source
             near = index, position - 1, position + self._since + len(drafted) + SKIPPED
-        return continuations(
-            [self._text, *self._corpora],
-            [*self._end, *drafted],
-            len(drafted),
-            occurrences=OCCURRENCES,
-            depth=depth,
-            near=near,
-        )
+        try:
+            return continuations(
+                [self._text, *self._corpora],
+                [*self._end, *drafted],
+                len(drafted),
+                occurrences=OCCURRENCES,
+                depth=depth,
+                near=near,
+            )
+        except ValueError as error:  # of a file: the text's own index is whole
+            raise ValueError(f"corpus {', '.join(self._names)}: damaged: {error}") from error
 
     def learn(self, tree: Tree, path: Sequence[int], next_token: int) -> None:
         self.calibrator.observe_retrieved(tree, path, next_token)
