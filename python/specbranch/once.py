@@ -40,11 +40,14 @@ def generate(
     """What `target.generate(inputs, **arguments)` returns, with a draft that makes it faster.
 
     The same as `target.generate(…, custom_generate=SpecBranch(target, draft))`, whose engine is kept for the next call
-    with this pair; and, with a tokenizer, with stop strings. arguments: of `generate`, and seed, method, overlap and
-    draft_context of `SpecBranch.__call__`.
+    with this pair; and, with a tokenizer, with stop strings. arguments: of `generate`, and seed, method, overlap,
+    draft_context and retrieval of `SpecBranch.__call__`. Without a draft it is autoregressive, and with retrieval=True
+    what followed the same tokens before is drafted.
 
     Raises SpecBranchError for what cannot be honoured.
     """
+    if draft is None and arguments.get("retrieval") is True:
+        arguments.setdefault("method", "specbranch")
     strings, name = stop_strings, "stop_strings"
     for config in (arguments.get("generation_config"), target.generation_config):
         strings = getattr(config, name, None) if strings is None else strings

@@ -370,6 +370,8 @@ def test_one_call(bundled_pair: SpecBranch) -> None:
     assert vars(target)["_specbranch"].engine is engine
     assert vars(copy.deepcopy(target))["_specbranch"].engine is None
     assert torch.equal(specbranch.generate(target, **inputs, max_new_tokens=NEW, repetition_penalty=1.2), expected)  # type: ignore[arg-type]
+    retrieved = specbranch.generate(target, **inputs, max_new_tokens=NEW, repetition_penalty=1.2, retrieval=True)  # type: ignore[arg-type]
+    assert torch.equal(retrieved, expected)  # type: ignore[arg-type]
     stop = {"stop_strings": [bundled_pair.generate(PROMPTS[0], max_new_tokens=NEW).text[20:23]], "max_new_tokens": NEW}
     expected = call(bundled_pair, **inputs, tokenizer=bundled_pair.tokenizer, **stop)
     assert expected.shape[1] < inputs["input_ids"].shape[1] + NEW
