@@ -3,8 +3,9 @@
 Every verdict labels the drafted tokens that it judged: the accepted ones were right, the first rejected one was
 wrong. A logistic model over the draft's signals is updated label by label (the extended Kalman filter of logistic
 regression), so it needs no training run. Its prior is the draft's own probability; a learned predictor's forecast
-(H-RAD) is one more feature, which gets the weight that the labels give it. It steers how far to draft and where to
-branch; it never changes the text.
+(H-RAD) is one more feature, which gets the weight that the labels give it; so is what was retrieved for the same place.
+Retrieved tokens have a model of their own, of how they were found, until the draft has run over their place: what it
+says counts then. Both steer how far to draft and where to branch; they never change the text.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from specbranch.core import _planning
 
 
 class Calibrator(_planning.Calibrator):
-    """Turns the draft's signals into probabilities.
+    """Turns the draft's signals, and how retrieved tokens were found, into probabilities.
 
-    State: weights and covariance of the logistic model, and how often the other candidates held the target's token. Its
-    methods are compiled (csrc/tree), and described in core/_planning.pyi.
+    State: weights and covariance of both logistic models, and how often the draft's other candidates held the target's
+    token. Its methods are compiled (csrc/tree), and described in core/_planning.pyi.
     """
 
     __slots__ = ()
