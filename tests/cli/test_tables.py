@@ -43,6 +43,7 @@ def bench() -> list[Any]:
 def plans() -> list[Any]:
     values: dict[str, Any] = {"mode": "overlapped", "tokens_per_second": 123456.78, "speedup": 1234.56}
     values |= {"tokens_per_target_forward": 12.57, "rollback_rate": 0.71, "wasted_per_token": 1023.46}
+    values |= {"draft": True, "retrieval": True}
     rows: list[Any] = [
         SimpleNamespace(**values, method=name, settings={"epsilon": 0.625, "k_max": 16}) for name in NAMES
     ]

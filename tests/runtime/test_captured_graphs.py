@@ -82,7 +82,7 @@ def test_a_step_is_captured_when_it_is_first_needed_and_never_twice() -> None:
     steps = [rows_of(graph, "draft_sample") for graph in draft.graphs if not ends_in(graph, "kv_commit")]
     assert set(steps) == {1, 2, 4, 8}
     pair.generate(PROMPT, max_new_tokens=100, overlap=True, retrieval=False, seed=1)
-    pair.generate(PROMPT[:5], max_new_tokens=30, overlap=False)
+    pair.generate(PROMPT[:5], max_new_tokens=30, overlap=False, retrieval=False)
     assert (len(target.graphs), len(draft.graphs)) == counts
 
 
