@@ -249,11 +249,10 @@ Choices Tree::best_choices(int64_t start) const {
   for (int64_t node = start; node >= 0;) {
     path.push_back({node});
     const int64_t child = likeliest_child(node);
-    if (nodes_[node].proposals >= 0 && proposed(node).count && !is_child(node, 0)) {
-      if (child < 0 || reach_of({node, 0}) > nodes_[child].reach) {
-        path.push_back({node, 0});
-        break;
-      }
+    if (nodes_[node].proposals >= 0 && proposed(node).count && !is_child(node, 0) &&
+        (child < 0 || reach_of({node, 0}) > nodes_[child].reach)) {
+      path.push_back({node, 0});
+      break;
     }
     node = child;
   }
