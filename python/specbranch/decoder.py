@@ -23,7 +23,7 @@ from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs, CostsByTexts
 from specbranch.policies.methods import make_policy
-from specbranch.policies.policy import Policy
+from specbranch.policies.policy import Policy, retrieves
 from specbranch.policies.reading import AtOnce, Lengths, Reading, WhenItPays
 from specbranch.request import Drafting, Request
 from specbranch.runtime.hrad.predictor import HRad, Predictor
@@ -154,7 +154,7 @@ class Decoder:
         own, asked, sampling = self.drafting, request.drafting, request.sampling
         policy = make_policy(asked.method or own.method or "", {**own.options, **asked.options})
         told = self._retrieval if asked.retrieval is None else check_auto("retrieval", asked.retrieval)
-        if asked.retrieval is True and not policy.may_retrieve:
+        if told and not policy.may_retrieve and (asked.retrieval is not None or policy.candidates > 0):
             raise SpecBranchError(f"retrieval is True, but method {policy.name!r} never retrieves")
         retriever = RetrievalDrafter(calibrator, self.corpora) if retrieves(policy, told) else None
         drafter = None
@@ -206,22 +206,10 @@ class Decoder:
         self._row_dependence = found
 
 
-def retrieves(policy: Policy, told: bool | None) -> bool:
-    """Whether a method is to have retrieved tokens. told: None for "auto". Raises SpecBranchError where it never has
-    any."""
-    if told and policy.candidates > 0 and not policy.may_retrieve:
-        raise SpecBranchError(
-            f"retrieval is True, but method {policy.name!r} never retrieves: expected 'auto' or False"
-        )
-    return policy.may_retrieve and (policy.thrifty if told is None else told)
-
-
 def check_corpus_used(drafting: Drafting) -> None:
     """Raises SpecBranchError where nothing would be retrieved from a corpus."""
-    policy, told = (
-        make_policy(drafting.method or "", dict(drafting.options)),
-        check_auto("retrieval", drafting.retrieval),
-    )
+    policy = make_policy(drafting.method or "", dict(drafting.options))
+    told = check_auto("retrieval", drafting.retrieval)
     if not retrieves(policy, told):
         auto = policy.may_retrieve and told is None
         raise SpecBranchError(

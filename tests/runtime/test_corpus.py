@@ -336,7 +336,7 @@ def test_a_corpus_of_another_tokenizer_is_refused_by_name(bundled_pair, tokenize
         ({"method": "specbranch-paper"}, "corpus has no effect with method 'specbranch-paper' and retrieval 'auto'"),
         (
             {"method": "specbranch-paper", "retrieval": True},
-            "retrieval is True, but method 'specbranch-paper' never retrieves: expected 'auto' or False",
+            "corpus has no effect with method 'specbranch-paper' and retrieval True, which retrieve nothing",
         ),
         (
             {"method": "speculative"},

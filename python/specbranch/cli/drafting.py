@@ -8,9 +8,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import Field
 from typing import Any
 
-from specbranch.cli.arguments import AUTO, flag, number, whole
+from specbranch.cli.arguments import flag, number, whole
 from specbranch.cli.messages import complain
 from specbranch.policies.methods import METHODS, make_policy, options_of
+from specbranch.policies.policy import retrieves
 from specbranch.runtime.choices import RETRIEVAL
 
 DEFAULT_METHOD = "specbranch"
@@ -115,9 +116,8 @@ def _check_retrieval(args: argparse.Namespace, methods: Sequence[str]) -> None:
             raise ValueError(f"--retrieval off leaves no draft with --draft {RETRIEVAL}; expected auto or on")
         if unable := [policy.name for policy in policies if policy.candidates > 0 and not policy.may_retrieve]:
             raise ValueError(f"--draft {RETRIEVAL} is no draft for {', '.join(unable)}; it is for {takers}")
-    told = True if args.draft == RETRIEVAL else AUTO[args.retrieval]
-    retrieving = (policy.may_retrieve and (policy.thrifty if told == "auto" else told) for policy in policies)
-    if args.corpus is not None and not any(retrieving):
+    told = True if args.draft == RETRIEVAL else {"auto": None, "on": True, "off": False}[args.retrieval]
+    if args.corpus is not None and not any(retrieves(policy, told) for policy in policies):
         also = "" if told is True else f" and --retrieval {args.retrieval}"
         raise ValueError(f"--corpus has no effect with {running}{also}; it is for --retrieval on with {takers}")
 

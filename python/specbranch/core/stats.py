@@ -20,10 +20,10 @@ def ratio(part: float, whole: float) -> float:
 class Round:
     """What happened between two commits.
 
-    draft, target: the forwards. verified, accepted: drafted tokens scored, and those accepted. hit: the next token
-    was in the tree. retrieved, retrieved_accepted: those of them that were found without a draft's step. rolled_back,
-    wasted: tokens of the best path, and of the whole tree, that were thrown away.
-    rejected, behind_rejection, losing_branches: what the wasted ones were, as in Stats.
+    draft, target: the forwards. verified, accepted: drafted tokens scored, and those accepted. retrieved,
+    retrieved_accepted: of both, those that were retrieved. hit: the next token was in the tree. rolled_back, wasted:
+    tokens of the best path, and of the whole tree, that were thrown away. rejected, behind_rejection, losing_branches:
+    what the wasted ones were, as in Stats.
     """
 
     begin: float

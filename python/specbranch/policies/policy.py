@@ -108,6 +108,11 @@ class Policy(Protocol):
         a trunk."""
 
 
+def retrieves(policy: Policy, told: bool | None) -> bool:
+    """Whether a method gets retrieved tokens. told: None for "auto": where it goes by measured costs."""
+    return policy.may_retrieve and (policy.thrifty if told is None else told)
+
+
 NOTHING = Expansion([])
 
 
