@@ -155,7 +155,8 @@ class Decoder:
         policy = make_policy(asked.method or own.method or "", {**own.options, **asked.options})
         told = self._retrieval if asked.retrieval is None else check_auto("retrieval", asked.retrieval)
         if told and not policy.may_retrieve and (asked.retrieval is not None or policy.candidates > 0):
-            raise SpecBranchError(f"retrieval is True, but method {policy.name!r} never retrieves")
+            name = policy.name
+            raise SpecBranchError(f"retrieval is True, but method {name!r} never retrieves: expected 'auto' or False")
         retriever = RetrievalDrafter(calibrator, self.corpora) if retrieves(policy, told) else None
         drafter = None
         if policy.candidates > 0 and (slot.draft is not None or not told):
