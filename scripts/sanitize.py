@@ -27,6 +27,8 @@ TESTS = [
 
 PLANNING = [
     "tests/loop/test_compiled_tree.py",
+    "tests/loop/test_compiled_calibration.py",
+    "tests/loop/test_proposal_rows.py",
     "tests/loop/test_tree.py",
     "tests/loop/test_calibration.py",
     "tests/loop/test_suffix_index.py",

@@ -99,7 +99,7 @@ void bind_tree(py::module_& m) {
           },
           "nodes"_a, "proposals"_a)
       .def("branch", &Tree::branch, "node"_a, "width"_a)
-      .def("graft", &Tree::graft, "node"_a, "found"_a, "chances"_a, "least"_a, "depth"_a)
+      .def("graft", &Tree::graft, "node"_a, "found"_a, "chances"_a, "least"_a)
       .def("use", &Tree::use, "nodes"_a)
       .def(
           "adopt",

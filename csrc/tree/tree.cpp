@@ -117,8 +117,7 @@ void Tree::branch(int64_t node, int64_t width) {
   }
 }
 
-int64_t Tree::graft(int64_t node, const Continuations& found, const std::vector<double>& chances, double least,
-                    int64_t depth) {
+int64_t Tree::graft(int64_t node, const Continuations& found, const std::vector<double>& chances, double least) {
   static_cast<void>(this->node(node));
   if (static_cast<int64_t>(chances.size()) != found.size()) {
     throw std::invalid_argument("chances: expected one for each of " + std::to_string(found.size()) +
@@ -128,7 +127,7 @@ int64_t Tree::graft(int64_t node, const Continuations& found, const std::vector<
   Nodes place(found.size(), -1);
   for (int64_t i = 0; i < found.size(); ++i) {
     const int64_t above = found.parent[i] < 0 ? node : place[found.parent[i]];
-    if (above < 0 || nodes_[above].depth >= depth) continue;
+    if (above < 0) continue;
     if (const std::optional<int64_t> known = child(above, found.token[i])) {
       place[i] = *known;
       continue;

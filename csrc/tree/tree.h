@@ -71,8 +71,7 @@ class Tree {
   Nodes descend(const Nodes& nodes, const ProposalRows& rows);
   void branch(int64_t node, int64_t width);
   // Returns how many nodes there are more.
-  int64_t graft(int64_t node, const Continuations& found, const std::vector<double>& chances, double least,
-                int64_t depth);
+  int64_t graft(int64_t node, const Continuations& found, const std::vector<double>& chances, double least);
   // A model is to run over them. Returns how many were free until now.
   int64_t use(const Nodes& nodes);
   // Of a tree with a root only: become the subtree at a node of another tree. Returns the old and the new index of every

@@ -197,13 +197,13 @@ class Decoding:
             proposals = tree.proposals[end.node]
             assert proposals is not None
             drafted.append(proposals.tokens[end.rank])
-        retrieved = self.retriever.find(drafted)
+        retrieved = self.retriever.find(drafted, min(LONGEST_RUN, deepest - len(path) + 1))
         first = [i for i, parent in enumerate(retrieved.found.parent) if parent < 0]
         if first and tree.reach_of(end) * max(retrieved.chances[i] for i in first) >= LEAST_REACH:
             size = len(tree)
             node = tree.take(end)
             self.stats.drafted += len(tree) - size
-            tree.graft(node, *retrieved, LEAST_REACH, deepest)
+            tree.graft(node, *retrieved, LEAST_REACH)
 
     def grow(self, nodes: Sequence[int], drafted: Drafted, flight: InFlight | None) -> None:
         """Make nodes of as many of the draft's candidates as the policy wants."""

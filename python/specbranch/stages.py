@@ -160,8 +160,8 @@ class Retriever(Protocol):
     def begin(self, prompt: Sequence[int]) -> None:
         """Start a text."""
 
-    def find(self, drafted: Sequence[int]) -> Retrieved:
-        """What may come behind the text and some drafted tokens."""
+    def find(self, drafted: Sequence[int], longest: int) -> Retrieved:
+        """What may come behind the text and some drafted tokens, at most `longest` tokens deep."""
 
     def commit(self, tokens: Sequence[int]) -> None:
         """The text goes on with these."""

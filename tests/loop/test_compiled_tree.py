@@ -1,22 +1,17 @@
-"""The compiled tree and calibration against their definitions in Python: the tree to the last bit, whatever it has gone
-through, and the calibration as far as sums in another order allow."""
+"""The compiled tree against its definition in Python, to the last bit, whatever it has gone through."""
 
 from __future__ import annotations
 
-import copy
-import json
-import math
-import pickle
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from checked_loop import Case
-from hypothesis import given
+from drawn_trees import CHANCES, found_tokens, proposals
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from plain_calibration import PlainCalibrator
 from plain_tree import PlainTree
+from trees import run_of_one_row
 
 from specbranch import decoding
 from specbranch.core.suffix_index import Continuations, SuffixIndex, continuations
@@ -25,37 +20,7 @@ from specbranch.policies.calibration import Calibrator
 from specbranch.policies.costs import Costs
 from specbranch.policies.methods import METHODS
 
-CHANCES = st.one_of(st.sampled_from((0.0, 0.25, 0.5, 1.0)), st.floats(0, 1, allow_subnormal=False))  # ties are common
 COLUMNS = ("token", "parent", "depth", "reach", "proposals", "children")
-SIGNALS = st.builds(
-    Signals,
-    st.floats(0, 1),
-    st.floats(0, 12),
-    st.one_of(st.floats(0, 40), st.just(math.inf)),
-    st.integers(0, 40),
-    st.floats(-7, 7),
-    st.floats(-7, 7),
-)
-
-
-@st.composite
-def proposals(draw: st.DrawFn) -> Proposals:
-    tokens = draw(st.lists(st.integers(-3, 9), min_size=1, max_size=5, unique=True))
-    return Proposals(tuple(tokens), tuple(draw(CHANCES) for _ in tokens), draw(st.none() | SIGNALS))
-
-
-TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=24)  # which repeat themselves
-
-
-@st.composite
-def found_tokens(draw: st.DrawFn) -> Continuations:
-    """What followed the end of a text, of which some is drafted, in itself and in another text."""
-    text, drafted = draw(TEXTS), draw(st.lists(st.integers(0, 3), max_size=2))
-    near = draw(st.none() | st.tuples(st.integers(0, 1), st.integers(0, 9), st.integers(9, 24)))
-    limits = {"depth": draw(st.integers(1, 8)), "most_nodes": draw(st.integers(1, 12))}
-    return continuations(
-        [SuffixIndex(text), SuffixIndex(draw(TEXTS))], [*text, *drafted], len(drafted), near=near, **limits
-    )
 
 
 def outcome(run: Callable[[], Any]) -> Any:
@@ -121,16 +86,15 @@ class Trees(RuleBasedStateMachine):
                     assert self.tree.reach[child] == pytest.approx(self.tree.reach[node] * chance, rel=1e-9)
             assert self.tree.reach[child] <= self.tree.reach[node] * max(0.0, chance) * (1 + 1e-9) + 1e-300
 
-    @rule(data=st.data(), found=found_tokens(), least=CHANCES, depth=st.integers(0, 12))
-    def graft(self, data: st.DataObject, found: Continuations, least: float, depth: int) -> None:
+    @rule(data=st.data(), found=found_tokens(), least=CHANCES)
+    def graft(self, data: st.DataObject, found: Continuations, least: float) -> None:
         node, size = self.node(data), len(self.tree)
         chances = [data.draw(st.one_of(st.just(0.0), st.just(1.0), st.floats(1e-3, 1))) for _ in found.token]
-        added = self.both("graft", node, found, chances, least, depth)
+        added = self.both("graft", node, found, chances, least)
         assert added == len(self.tree) - size
         for new in range(size, len(self.tree)):
             assert self.tree.retrieved(new)
             assert new in self.tree.free_nodes()
-            assert self.tree.depth[new] <= depth
             assert self.tree.reach[new] >= least
         for parent in {self.tree.parent[new] for new in range(size, len(self.tree))}:
             tokens = self.tree.tokens([new for new in self.tree.children[parent] if new >= size])
@@ -279,13 +243,13 @@ def small() -> Tree:
         lambda tree, node: tree.offers(node, 1, 0.0),
         lambda tree, node: tree.children[node if node > 0 else -3],
         lambda tree, node: tree.proposals[node if node > 0 else -3],
-        lambda tree, node: tree.graft(node, followed(), [1.0], 0.0, 9),
+        lambda tree, node: tree.graft(node, followed(), [1.0], 0.0),
         lambda tree, node: tree.use([0, node]),
         lambda tree, node: tree.retrieved(node),
         lambda tree, node: tree.retrieved_odds(node, 1),
         lambda tree, node: tree.with_unread([Choice(0), Choice(node)]),
         lambda tree, node: tree.read([Choice(0), Choice(node)]),
-        lambda tree, node: tree.relate(run(), [node]),
+        lambda tree, node: tree.relate(run_of_one_row(), [node]),
         lambda tree, node: Calibrator().observe_retrieved(tree, [0, node], 1),
         lambda tree, node: Tree(1, 0).adopt(tree, node),
         lambda tree, node: Calibrator().observe(tree, [0, node], 1),
@@ -310,12 +274,6 @@ def followed() -> Continuations:
     return continuations([SuffixIndex([1, 2]), SuffixIndex([3, 4])], [3], depth=1)
 
 
-def run() -> ProposalRows:
-    rows = ProposalRows()
-    rows.add(**STEP)
-    return rows
-
-
 @pytest.mark.parametrize(
     ("call", "said"),
     [
@@ -324,14 +282,14 @@ def run() -> ProposalRows:
         (lambda: Tree(1, 0).note(0, Proposals((1,), (1.0,), (1.0,))), "expected a Signals"),  # type: ignore[arg-type]
         (lambda: Tree(1, 0).descend([0], [[]]), "expected 1 in each step, one for each node, got 0"),
         (lambda: Tree(1, 0).descend([0], [[Proposals((1,), (1.0,))], []]), "expected 1 in each step"),
-        (lambda: Tree(1, 0).descend([0, 0], run()), "expected 2 in each step, one for each node, got 1"),
+        (lambda: Tree(1, 0).descend([0, 0], run_of_one_row()), "expected 2 in each step, one for each node, got 1"),
         (lambda: small().adopt(small(), 0), "a tree with a root only"),
         (lambda: Calibrator().correct([Proposals((1,), (1.0,))]), "some with signals"),
         (lambda: Calibrator().correct([Proposals((), (), Signals(0.5, 1, 1, 0))]), "expected candidates"),
         (lambda: Calibrator().observe(small(), [], 1), "the root at least"),
         (lambda: Calibrator().observe_retrieved(small(), [], 1), "the root at least"),
-        (lambda: small().graft(0, followed(), [], 0.0, 9), "one for each of 1 tokens that were found, got 0"),
-        (lambda: small().relate(run(), []), "expected 0 in each step"),
+        (lambda: small().graft(0, followed(), [], 0.0), "one for each of 1 tokens that were found, got 0"),
+        (lambda: small().relate(run_of_one_row(), []), "expected 0 in each step"),
         (lambda: Calibrator().restore({"weights": [1.0, 2.0]}), "another shape or type of weights"),
         (lambda: Calibrator().restore({"magic": 1}), "what no calibrator has learned"),
     ],
@@ -358,203 +316,3 @@ def test_values_of_another_type_are_refused() -> None:
     for choice in ((0,), [0, 1], None):
         with pytest.raises(TypeError):
             Tree(1, 0).take(choice)  # type: ignore[arg-type]
-
-
-# ---- A draft's run
-
-
-def plain_row(row: list[tuple[int, float, float]], entropy: float, depth: int, odds: float, greedy: bool) -> Proposals:
-    """One node's candidates, with the draft's own confidence in each."""
-    tokens = tuple(token for token, _, _ in row if token >= 0)
-    scores = [score for _, score, _ in row][: len(tokens)]
-    weights = [math.exp(score - scores[0]) for score in scores]
-    confidence = [chance for _, _, chance in row] if greedy else [weight / math.fsum(weights) for weight in weights]
-    margin = scores[0] - scores[1] if len(tokens) > 1 else math.inf
-    return Proposals(tokens, tuple(confidence[: len(tokens)]), Signals(confidence[0], entropy, margin, depth, odds))
-
-
-def close(found: Proposals, expected: Proposals, rel: float = 1e-14) -> bool:
-    assert found.tokens == expected.tokens
-    assert found.confidence == pytest.approx(expected.confidence, rel=rel, abs=1e-300)
-    assert found.signals == pytest.approx(expected.signals, rel=rel, abs=1e-300)
-    return True
-
-
-@st.composite
-def rows(draw: st.DrawFn, k: int) -> list[tuple[int, float, float]]:
-    """(token, score, probability) of k candidates, some of which may be none."""
-    count = draw(st.integers(1, k))
-    scores = sorted((draw(st.floats(-30, 30)) for _ in range(k)), reverse=True)
-    return [(i if i < count else -1, scores[i], draw(st.floats(0, 1, allow_subnormal=False))) for i in range(k)]
-
-
-@given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.booleans())
-def test_a_run_is_its_rows_one_by_one(data: st.DataObject, steps: int, nodes: int, k: int, greedy: bool) -> None:
-    found, expected = ProposalRows(), []
-    odds = (0.5, -0.25)
-    depths = data.draw(st.lists(st.integers(0, 3), min_size=nodes, max_size=nodes))
-    for step in range(steps):
-        each = [data.draw(rows(k)) for _ in range(nodes)]
-        entropy = [data.draw(st.floats(0, 9)) for _ in range(nodes)]
-        tokens, scores, chances = ([[item[i] for item in row] for row in each] for i in range(3))
-        below = [depth + step for depth in depths]
-        found.add(tokens, scores, chances if greedy else None, entropy, below, odds)  # type: ignore[arg-type]
-        numbers = zip(each, entropy, below, strict=True)
-        expected.append([plain_row(row, nats, depth, odds[depth > 0], greedy) for row, nats, depth in numbers])
-    assert len(found) == steps
-    assert all(
-        close(a, b) for here, there in zip(found, expected, strict=True) for a, b in zip(here, there, strict=True)
-    )
-    tree, plain = Tree(1, 0), PlainTree(1, 0)
-    for both in (tree, plain):
-        for _ in range(nodes):
-            both.add(0, 1, 0.5)
-    where = list(range(1, nodes + 1))
-    assert tree.descend(where, found) == plain.descend(where, found)
-    assert tree.reach == plain.reach
-    assert list(tree.proposals) == plain.proposals
-    corrected, calibrator = Calibrator().correct(found), PlainCalibrator()
-    for here, there in zip(corrected, found, strict=True):
-        assert all(close(a, b, 1e-12) for a, b in zip(here, calibrator.correct(there), strict=True))
-
-
-STEP: dict[str, Any] = {
-    "tokens": [[1, 2]],
-    "scores": [[1.0, 0.5]],
-    "confidence": [[0.5, 0.25]],
-    "entropy": [1.0],
-    "depths": [0],
-    "forecast": (0.0, 0.0),
-}
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"tokens": []}, "tokens: expected one for each of 1 depths, got 0"),
-        ({"scores": [[1.0], [1.0]]}, "scores: expected one for each of 1 depths, got 2"),
-        ({"entropy": []}, "entropy: expected one for each"),
-        ({"confidence": []}, "confidence: expected one for each"),
-        ({"confidence": [[0.5]]}, "as many as tokens in each row"),
-        ({"scores": [[1.0, 0.5, 0.2]]}, "as many as tokens in each row"),
-        ({"tokens": [[-1, -1]]}, "draft_logits: a row has NaN or \\+inf, or masks every token"),
-        ({name: value * 2 for name, value in STEP.items() if name != "forecast"}, "depths: expected 1"),
-    ],
-)
-def test_a_step_that_is_none_is_refused(changed: dict[str, Any], said: str) -> None:
-    rows = run()
-    with pytest.raises(ValueError, match=said):
-        rows.add(**{**STEP, **changed})
-    assert len(rows) == 1
-    with pytest.raises(IndexError):
-        rows[1]
-
-
-# ---- Calibration
-
-
-def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found.keys() == expected.keys()
-    largest = max(map(max, [*expected["covariance"], *expected["retrieved_covariance"]]))  # on the diagonals
-    for name, value in expected.items():
-        if name.endswith("covariance"):
-            for row, wanted in zip(found[name], value, strict=True):
-                assert row == pytest.approx(wanted, rel=1e-12, abs=1e-12 * largest)
-        else:
-            assert found[name] == pytest.approx(value, rel=1e-12, abs=1e-12)
-
-
-@given(st.lists(st.tuples(SIGNALS, st.booleans(), st.booleans()), max_size=200), st.lists(proposals(), max_size=5))
-def test_it_learns_and_corrects_as_it_is_defined(
-    labels: list[tuple[Signals, bool, bool]], asked: list[Proposals]
-) -> None:
-    calibrator, plain = Calibrator(), PlainCalibrator()
-    for signals, accepted, covered in labels:
-        calibrator.learn(signals, accepted, covered)
-        plain.learn(signals, accepted, covered)
-    same(calibrator.state(), plain.state())
-    asked = [each for each in asked if each.signals is not None]
-    if asked:
-        for found, expected in zip(calibrator.correct(asked), plain.correct(asked), strict=True):
-            assert found.tokens == expected.tokens
-            assert found.signals == expected.signals
-            assert found.confidence == pytest.approx(expected.confidence, rel=1e-11, abs=1e-300)
-
-
-@given(st.data())
-def test_it_observes_a_verdict_as_it_is_defined(data: st.DataObject) -> None:
-    tree, plain = Tree(1, 0), PlainTree(1, 0)
-    path = [0]
-    for _ in range(data.draw(st.integers(0, 6))):
-        if data.draw(st.booleans()):
-            found = data.draw(proposals())
-            tree.note(path[-1], found)
-            plain.note(path[-1], found)
-        token = data.draw(st.integers(-3, 9))
-        path.append(tree.add(path[-1], token, 0.5))
-        plain.add(path[-2], token, 0.5)
-    calibrator, defined = Calibrator(), PlainCalibrator()
-    calibrator.observe(tree, path, 7)
-    defined.observe(plain, path, 7)
-    same(calibrator.state(), defined.state())
-
-
-@given(st.data())
-def test_it_knows_how_likely_retrieved_tokens_are_as_it_is_defined(data: st.DataObject) -> None:
-    """Before it has learned and after, also of several texts' trees; siblings are at most sure together."""
-    calibrator, defined = Calibrator(), PlainCalibrator()
-    for _ in range(data.draw(st.integers(1, 6))):
-        found = data.draw(found_tokens())
-        chances = calibrator.chances(found)
-        assert chances == pytest.approx(defined.chances(found), rel=1e-9)
-        for parent in set(found.parent):
-            assert sum(chances[i] for i in range(len(found)) if found.parent[i] == parent) <= 1 + 1e-9
-        tree, plain = Tree(1, 0), PlainTree(1, 0)
-        if data.draw(st.booleans()):
-            candidates = data.draw(proposals())
-            tree.note(0, candidates)
-            plain.note(0, candidates)
-            tree.branch(0, 2)
-            plain.branch(0, 2)
-        assert tree.graft(0, found, chances, 0.0, 9) == plain.graft(0, found, chances, 0.0, 9)
-        path = tree.path(data.draw(st.integers(0, len(tree) - 1)))
-        calibrator.observe_retrieved(tree, path, 1)
-        defined.observe_retrieved(plain, path, 1)
-    same(calibrator.state(), defined.state())
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [
-        copy.deepcopy,
-        lambda calibrator: pickle.loads(pickle.dumps(calibrator)),
-        lambda calibrator: restored(json.loads(json.dumps(calibrator.state()))),
-        lambda calibrator: restored(json.loads(json.dumps(learned(PlainCalibrator(), 50).state()))),
-    ],
-)
-def test_a_copy_goes_on_alike(copied: Callable[[Calibrator], Calibrator]) -> None:
-    """Whoever gave the state: what was written before there was a compiled one is still read."""
-    first = learned(Calibrator(), 50)
-    second = copied(first)
-    assert isinstance(second, Calibrator)
-    same(second.state(), first.state())
-    before = first.state()
-    learned(second, 3)
-    assert first.state() == before
-    same(second.state(), learned(first, 3).state())
-
-
-def restored(state: dict[str, Any]) -> Calibrator:
-    calibrator = Calibrator()
-    calibrator.restore(state)
-    return calibrator
-
-
-def learned(calibrator: Any, labels: int) -> Any:
-    for i in range(labels):
-        calibrator.learn(Signals(0.3 + 0.01 * (i % 50), 1.0 + i % 3, 2.0, i % 7, 0.5), i % 3 > 0, i % 2 > 0)
-        tree: Any = Tree(1, 0) if isinstance(calibrator, Calibrator) else PlainTree(1, 0)
-        found = continuations([SuffixIndex([1, i % 3, 1, 2, i % 2, 1]), SuffixIndex([1, 3])], [2, 1])
-        tree.graft(0, found, calibrator.chances(found), 0.0, 9)
-        calibrator.observe_retrieved(tree, [0], i % 4)
-    return calibrator

@@ -181,6 +181,7 @@ BUGS = [
     ),
     Bug(DECODING, READABLE, "if alone else 1", "", TWICE),
     Bug(DECODING, RETRIEVE, "min(self.remaining - 1, trunk + LONGEST_RUN)", "trunk + LONGEST_RUN", UNCOMMITTABLE),
+    Bug(DECODING, RETRIEVE, "deepest - len(path) + 1", "deepest", UNCOMMITTABLE),
     Bug(DECODING, RETRIEVE, "self.learn()", "pass", "the retriever: looks up before it has learned"),
     Bug(DECODING, RETRIEVE, "in path[1:] if", "in path[2:] if", "the best path is not what goes on"),
     Bug(DECODING, RETRIEVE, "[i] for i in first", "[i] for i in range(len(retrieved.found))", FOR_NOTHING),

@@ -365,7 +365,7 @@ def test_a_step_is_told_what_was_retrieved_after_its_nodes() -> None:
     finder.begin([*prompt, *tokens[:2]])
     for i in range(2):
         tree.add(i, tokens[i], 1.0)
-    tree.graft(2, *finder.find([]), 0.02, 8)
+    tree.graft(2, *finder.find([], 6), 0.02)
     assert tree.tokens(range(3, 6)) == tokens[2:5]
     drafted = drafter.propose(tree, [0, 1, 2, 3, 4], 1)
     assert [step.rows for step in drafted.steps] == [5]

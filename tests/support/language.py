@@ -390,14 +390,14 @@ class ScriptedRetriever:
     def begin(self, prompt: Sequence[int]) -> None:
         self.text = list(prompt)
 
-    def find(self, drafted: Sequence[int]) -> Retrieved:
+    def find(self, drafted: Sequence[int], longest: int) -> Retrieved:
         """Where the text stands, if a copy has the same there. Siblings are together at most sure."""
         last = len(self.text) + len(drafted) - 1
         found = continuations(
             [SuffixIndex(self.text), *self._copies],
             [*self.text, *drafted],
             len(drafted),
-            depth=self._depth,
+            depth=min(self._depth, longest),
             occurrences=4,
             near=(self.chance.randint(1, len(self._copies)), last, last),
         )
@@ -439,11 +439,11 @@ class WatchedRetriever:
         self.text = list(prompt)
         self.retriever.begin(prompt)
 
-    def find(self, drafted: Sequence[int]) -> Retrieved:
+    def find(self, drafted: Sequence[int], longest: int) -> Retrieved:
         assert not self.lessons, "the retriever: looks up before it has learned"
         self.drafted = list(drafted)
         self._run()
-        return self.retriever.find(drafted)
+        return self.retriever.find(drafted, longest)
 
     def commit(self, tokens: Sequence[int]) -> None:
         self._run()

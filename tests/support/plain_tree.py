@@ -113,9 +113,9 @@ class PlainTree:
             if not self._is_child(node, rank):
                 self.take(Choice(node, rank))
 
-    def graft(self, node: int, found: Continuations, chances: Sequence[float], least: float, depth: int) -> int:
-        """Add what was retrieved after a node, as far as its reach is at least `least` and it is no deeper than
-        `depth`; a token that is a child already stays as it is. Returns how many nodes there are more."""
+    def graft(self, node: int, found: Continuations, chances: Sequence[float], least: float) -> int:
+        """Add what was retrieved after a node, as far as its reach is at least `least`; a token that is a child already
+        stays as it is. Returns how many nodes there are more."""
         if len(chances) != len(found):
             raise ValueError("chances: expected one for each token")
         before = len(self)
@@ -123,7 +123,7 @@ class PlainTree:
         for i, (token, parent, chance) in enumerate(zip(found.token, found.parent, chances, strict=True)):
             above = node if parent < 0 else place[parent]
             place.append(None)
-            if above is None or self.depth[above] >= depth:
+            if above is None:
                 continue
             if (known := self.child(above, token)) is not None:
                 place[i] = known

@@ -62,9 +62,11 @@ class RandomRetriever:
     def begin(self, prompt: Sequence[int]) -> None:
         self.text = list(prompt)
 
-    def find(self, drafted: Sequence[int]) -> Retrieved:
+    def find(self, drafted: Sequence[int], longest: int) -> Retrieved:
         text = SuffixIndex(self.text)
-        found = continuations([text], [*self.text, *drafted], len(drafted), occurrences=2, depth=4, most_nodes=5)
+        found = continuations(
+            [text], [*self.text, *drafted], len(drafted), occurrences=2, depth=min(4, longest), most_nodes=5
+        )
         return Retrieved(found, [0.45] * len(found))
 
     def commit(self, tokens: Sequence[int]) -> None:

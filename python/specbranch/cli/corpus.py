@@ -42,17 +42,9 @@ def run(args: argparse.Namespace) -> int:
         source = str(bundled.path("target")) if args.tokenizer == "bundled" else args.tokenizer
         tokenizer = load_tokenizer(source, "tokenizer", args.trust_remote_code)
         assert tokenizer is not None  # as it is the name of one
-    begin, seen = time.perf_counter(), 0
+    begin = time.perf_counter()
     with progress(len(args.files) + 1) as bar:
-
-        def before(name: str) -> None:
-            nonlocal seen
-            if seen:
-                bar.done()
-            seen += 1
-            bar.next(name)
-
-        corpus = Corpus.build(args.files, tokenizer, before=before)
+        corpus = Corpus.build(args.files, tokenizer, before=bar.after)
     corpus.save(args.out)
     print(f"{args.out}: {len(corpus)} tokens of {len(args.files)} files, {time.perf_counter() - begin:.1f} s")
     return 0

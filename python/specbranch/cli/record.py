@@ -81,15 +81,7 @@ def record_prompts(
     from specbranch.replay.recorder import collect
 
     new_tokens = options.pop("max_new_tokens")
-    seen = 0
     with progress(len(prompts)) as bar:
-
-        def before(id: str) -> None:
-            nonlocal seen
-            if seen:
-                bar.done()
-            seen += 1
-            bar.next(id)
 
         def failed(prompt: Prompt, error: Exception) -> None:
             complain(f"error: prompt {prompt.id}: {one_line(error)}")
@@ -97,10 +89,10 @@ def record_prompts(
         try:
             here = machine(engine)
             return collect(
-                engine, prompts, Sampling(**options), new_tokens, path, features, before, failed, here, prompt_ids
+                engine, prompts, Sampling(**options), new_tokens, path, features, bar.after, failed, here, prompt_ids
             )
         except KeyboardInterrupt:
-            complain(f"interrupted at prompt {seen} of {len(prompts)}; run it again to go on")
+            complain(f"interrupted at prompt {bar.started} of {len(prompts)}; run it again to go on")
             return None
 
 

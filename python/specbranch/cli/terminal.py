@@ -56,10 +56,18 @@ class Progress:
     def __init__(self, bar: rich.progress.Progress, total: int) -> None:
         self._bar = bar
         self._task = bar.add_task("", total=total)
+        self.started = 0  # items
 
     def next(self, what: str) -> None:
         """An item starts; `what` is shown beside the bar."""
+        self.started += 1
         self._bar.update(self._task, description=what)
+
+    def after(self, what: str) -> None:
+        """An item starts, and the one before it, if there is one, is finished."""
+        if self.started:
+            self.done()
+        self.next(what)
 
     def done(self) -> None:
         """The item that started last is finished."""

@@ -66,7 +66,7 @@ class Tree:
         """
     def branch(self, node: int, width: int) -> None:
         """Make nodes of the first `width` candidates of `node`; those that are nodes already stay."""
-    def graft(self, node: int, found: Continuations, chances: Sequence[float], least: float, depth: int) -> int:
+    def graft(self, node: int, found: Continuations, chances: Sequence[float], least: float) -> int:
         """Add what was retrieved after a node, as far as its reach is at least `least` and it is no deeper than
         `depth`; a token that is a child already stays as it is. chances: Calibrator.chances. Returns how many nodes
         there are more."""

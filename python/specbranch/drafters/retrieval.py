@@ -15,7 +15,6 @@ from specbranch.policies.calibration import Calibrator
 from specbranch.stages import Retrieved
 
 OCCURRENCES = 32  # of the text's end, that are looked at
-LONGEST = 64  # tokens that are copied from one
 SURE = 2  # tokens in common from which on it is copied from there
 SKIPPED = 12  # tokens of what is copied from that may be left out
 
@@ -36,8 +35,8 @@ class RetrievalDrafter:
     def begin(self, prompt: Sequence[int]) -> None:
         self._text, self._end, self._source = SuffixIndex(prompt), list(prompt[-DEPTH:]), None
 
-    def find(self, drafted: Sequence[int]) -> Retrieved:
-        found = self._look_up(drafted, LONGEST)
+    def find(self, drafted: Sequence[int], longest: int) -> Retrieved:
+        found = self._look_up(drafted, longest)
         return Retrieved(found, self.calibrator.chances(found))
 
     def commit(self, tokens: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from specbranch.core.excerpt import ALL
 from specbranch.core.messages import Trunk
 from specbranch.core.sampling import Sampling
 from specbranch.core.tree import Tree
+from specbranch.decoding import LONGEST_RUN
 from specbranch.drafters.model import ModelDrafter
 from specbranch.runtime.pair import Pair
 from specbranch.runtime.runner import Runner
@@ -20,7 +21,7 @@ from specbranch.runtime.verifier import ModelVerifier
 from specbranch.runtime.workers import Streams, Threads, Worker
 
 ROWS = (1, 2, 4, 6, 8, 12, 16)
-LONG_TRUNKS = (32, 64)  # of retrieved tokens
+LONG_TRUNKS = (LONGEST_RUN // 2, LONGEST_RUN)
 REPEATS = 5
 CANDIDATES = 6
 
