@@ -17,7 +17,8 @@ from specbranch.stages import Drafter, Nodes, Retriever, Verifier, Workers
 
 READ_ALL = AtOnce(ALL)
 LEAST_REACH = 0.02  # of a retrieved token: no row is as cheap
-LONGEST_RUN = 64  # of retrieved tokens in a trunk
+LONGEST_RUN = 64  # of retrieved tokens in a trunk: half as many,
+COPIED = 16  # unless so many were right one after the other
 
 
 class Decoding:
@@ -55,6 +56,7 @@ class Decoding:
         self._prompt_tokens = 0
         self._judged = 0, False  # tokens accepted that the draft had said, and whether it had said the next one
         self._lessons: list[tuple[Tree, list[int], Verdict]] = []
+        self._copied = 0  # retrieved tokens that were right since one was wrong
 
     # ---- Prompts
 
@@ -189,7 +191,8 @@ class Decoding:
         self.learn()
         tree, path = self.tree, self.tree.best_choices()
         trunk = 0 if flight is None else max(tree.depth[node] for node in flight.nodes)
-        deepest, end = min(self.remaining - 1, trunk + LONGEST_RUN), path[-1]
+        longest = LONGEST_RUN if self._copied >= COPIED else LONGEST_RUN // 2
+        deepest, end = min(self.remaining - 1, trunk + longest), path[-1]
         if len(path) > deepest or tree.reach_of(end) < LEAST_REACH:
             return
         drafted = tree.tokens([choice.node for choice in path[1:] if choice.rank < 0])
@@ -197,7 +200,7 @@ class Decoding:
             proposals = tree.proposals[end.node]
             assert proposals is not None
             drafted.append(proposals.tokens[end.rank])
-        retrieved = self.retriever.find(drafted, min(LONGEST_RUN, deepest - len(path) + 1))
+        retrieved = self.retriever.find(drafted, min(longest, deepest - len(path) + 1))
         first = [i for i, parent in enumerate(retrieved.found.parent) if parent < 0]
         if first and tree.reach_of(end) * max(retrieved.chances[i] for i in first) >= LEAST_REACH:
             size = len(tree)
@@ -226,6 +229,7 @@ class Decoding:
         if node is not None:
             self.stats.drafted += tree.use([node])
         self.stats.count(tree, flight.nodes, path, node)
+        self._count_copied(flight, path)
         read = tree.read([Choice(node) for node in path])
         self._judged = min(len(path) - 1, read), read == len(path)
         survivors: dict[int, int] = {}
@@ -244,6 +248,13 @@ class Decoding:
         self.remaining -= len(committed)
         self.stats.new_tokens += len(committed)
         return committed
+
+    def _count_copied(self, flight: InFlight, path: Sequence[int]) -> None:
+        tree = self.tree
+        if any(tree.retrieved(node) and tree.parent[node] == path[-1] for node in flight.nodes[1:]):
+            self._copied = 0
+        else:
+            self._copied += sum(map(tree.retrieved, path[1:]))
 
     def learn(self) -> None:
         """Update the calibrator from the latest verdicts. Called just before the next draft step, so that it runs while

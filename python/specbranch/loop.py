@@ -217,11 +217,10 @@ class DecodingLoop:
         for mine in by_costs.values():
             costs, drafting = mine[0].text.costs, [turn for turn in mine if turn.text.drafting]
             costs.idle += sum(turn.share for turn in mine if not turn.text.drafting)
+            costs.mode(overlapped).record_round(end - begin, tokens, bool(drafting) and not _copied(turns))
             if drafting:
                 committed = sum(len(turn.committed) for turn in drafting)
                 costs.record_drafted(sum(turn.share for turn in drafting), committed, len(drafting))
-                if not _copied(turns):
-                    costs.mode(overlapped).record_round(end - begin, tokens)
 
 
 def _shares(turns: Sequence[Turn], round: float, seconds: float) -> list[float]:
@@ -236,7 +235,7 @@ def _shares(turns: Sequence[Turn], round: float, seconds: float) -> list[float]:
 
 
 def _copied(turns: Sequence[Turn]) -> bool:
-    """Whether most tokens of a round were retrieved. It says nothing of what another token takes to come by."""
+    """Whether most tokens of a round were retrieved. It says nothing of what a drafted one takes to come by."""
     rounds = [turn.text.stats.log[-1] for turn in turns]
     return 2 * sum(round.retrieved_accepted for round in rounds) > sum(round.tokens for round in rounds)
 

@@ -15,6 +15,7 @@ from specbranch.policies.costs import (
     Costs,
     ForwardCost,
     ModeCosts,
+    Rate,
 )
 
 
@@ -102,10 +103,40 @@ def test_a_row_must_bring_what_it_costs() -> None:
     assert mode.row_price == ROW_PRIOR
     for rows in (1, 1, 3, 5):
         mode.target.record(rows, 0.1 + 0.02 * (rows - 1))
-    mode.rounds, mode.seconds, mode.tokens = 5, 0.4, 8.0
+    mode.drafted = Rate(5, 0.4, 8.0)
     assert mode.row_price == pytest.approx(0.02 / 0.05)
-    mode.tokens = 1.0  # rounds slower than decoding without a draft: a token is worth a forward
+    mode.drafted.tokens = 1.0  # rounds slower than decoding without a draft: a token is worth a forward
     assert mode.row_price == pytest.approx(0.02 / 0.1)
+
+
+def test_rows_are_dearer_the_more_is_retrieved_and_draft_steps_are_not() -> None:
+    """What a drafted token takes is not what those take that were copied before it."""
+    mode = ModeCosts()
+    for rows in (1, 1, 3, 5):
+        mode.target.record(rows, 0.1 + 0.02 * (rows - 1))
+        mode.draft.record(1, 0.01)
+    for _ in range(2):
+        mode.record_round(0.2, 4)
+    assert mode.row_price == pytest.approx(0.02 / 0.05)
+    for _ in range(200):
+        mode.record_round(0.5, 20, drafted=False)
+    assert mode.row_price == pytest.approx(0.02 / 0.025, rel=0.01)
+    assert mode.step_price() == pytest.approx(0.01 / 0.05)
+    assert mode.rounds == 2
+
+
+def test_copied_rounds_count_in_a_trial_of_the_overlapped_mode() -> None:
+    """Else a text that is being copied would stay in it for as long."""
+    costs = Costs()
+    for _ in range(TRIAL_ROUNDS):
+        costs.serial.target.record(1, 0.1)
+        assert not costs.choose_overlap()
+        costs.serial.record_round(0.2, 4)
+    for _ in range(TRIAL_ROUNDS):
+        assert costs.choose_overlap()
+        costs.overlapped.target.record(20, 0.1)
+        costs.overlapped.record_round(0.2, 20, drafted=False)
+    assert not costs.choose_overlap()  # of drafted tokens it is not known what they take there
 
 
 def measured(serial: float, overlapped: float) -> Costs:

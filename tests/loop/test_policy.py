@@ -17,7 +17,7 @@ from specbranch.loop import Turn, _copied
 from specbranch.policies.backoff import RETRY_SHARE, Backoff
 from specbranch.policies.branching import FIRST_STEP, Hedging, Paper, Ssd
 from specbranch.policies.chain import Adaptive, Autoregressive, Pearl, Speculative
-from specbranch.policies.costs import LOSS_SHARE, LOSS_START, Costs, ModeCosts
+from specbranch.policies.costs import LOSS_SHARE, LOSS_START, Costs, ModeCosts, Rate
 from specbranch.policies.methods import make_policy, options_of
 from specbranch.policies.policy import Expansion, InFlight, Policy, State, TrunkChoice
 
@@ -62,7 +62,7 @@ def costs(target: float = 0.23, draft: float = 0.1, per_row: float = 0.0, value:
     for rows in (1, 1, 2, 5):
         mode.target.record(rows, target + per_row * rows)
         mode.draft.record(rows, draft + per_row * rows)
-    mode.rounds, mode.seconds, mode.tokens = 9, value, 1.0
+    mode.drafted = Rate(9, value, 1.0)
     return mode
 
 
@@ -362,7 +362,8 @@ def test_a_root_that_was_drafted_meanwhile_is_not_drafted_again() -> None:
 
 
 def test_a_step_over_retrieved_tokens_is_worth_what_may_go_wrong_in_them() -> None:
-    """A token, if the draft is right, where the first of them is reached and the last one does not bring the next."""
+    """A token, if the draft is right, where the first of them is reached and the last one does not bring the next; and
+    of the target's rows those that are planned behind a wrong one, which then has one itself."""
     tree = tree_of()
     run = retrieve(tree, 0, (1, 0.99), (2, 0.2), (3, 0.99))
     places = [Choice(0), *map(Choice, run)]
@@ -371,11 +372,18 @@ def test_a_step_over_retrieved_tokens_is_worth_what_may_go_wrong_in_them() -> No
             for acceptance in (0.3, 0.9):
                 state = state_of(acceptance=acceptance, draft=draft, per_row=per_row)
                 reaches = [*tree.reaches(places), 0.0]
-                price = [state.step_price(rows) + state.costs.row_price for rows in range(len(reaches))]
+                row_price = state.costs.row_price
+                planned = [place for place, reach in enumerate(reaches) if reach >= row_price]
+                wrong = [reaches[place] - reaches[place + 1] for place in range(3)]
+                more_rows = [wrong[place] * (1 - sum(other > place for other in planned)) for place in range(3)]
                 for first, more in ((False, 1.0), (True, FIRST_STEP)):
-                    worth = [acceptance * (1.0 - reach) * more for reach in reaches]
-                    profits = {rows: worth[rows] - price[rows] for rows in range(1, len(reaches))}
-                    count = Hedging()._worth_a_step(tree, places, first, state)
+                    profits = {
+                        count: acceptance * (1.0 - reaches[count]) * more
+                        - state.step_price(count)
+                        - row_price * ((count == 4) + acceptance * sum(more_rows[:count]))
+                        for count in range(1, 5)
+                    }
+                    count = Hedging()._worth_a_step(tree.reaches(places), 99, first, state)
                     if count:
                         assert profits[count] == pytest.approx(max(profits.values()))
                         assert profits[count] >= -1e-12

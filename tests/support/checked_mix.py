@@ -39,16 +39,16 @@ class WatchedForward(ForwardCost):
 
 @dataclass
 class WatchedMode(ModeCosts):
-    """seen: seconds and tokens of every round that was recorded."""
+    """seen: seconds and tokens of every round that was recorded, and whether it says what a drafted token takes."""
 
-    seen: list[tuple[float, int]] = field(default_factory=list)
+    seen: list[tuple[float, int, bool]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.target, self.draft = WatchedForward(), WatchedForward()
 
-    def record_round(self, seconds: float, tokens: int) -> None:
-        self.seen.append((seconds, tokens))
-        super().record_round(seconds, tokens)
+    def record_round(self, seconds: float, tokens: int, drafted: bool = True) -> None:
+        self.seen.append((seconds, tokens, drafted))
+        super().record_round(seconds, tokens, drafted)
 
 
 @dataclass
@@ -64,7 +64,7 @@ class WatchedCosts(Costs):
         self.shares.append((seconds, tokens, texts))
         super().record_drafted(seconds, tokens, texts)
 
-    def seen(self, overlapped: bool) -> tuple[Forwards, Forwards, list[tuple[float, int]]]:
+    def seen(self, overlapped: bool) -> tuple[Forwards, Forwards, list[tuple[float, int, bool]]]:
         """What was recorded of a mode since this was asked last: forwards of the target, of the draft, and rounds."""
         mode = self.mode(overlapped)
         assert isinstance(mode, WatchedMode)
@@ -343,10 +343,10 @@ def check_round(turns: Sequence[Turn], shared: Shared) -> None:
         took = sum(step.seconds for step in steps)
         assert math.isclose(sum(seconds for _, seconds in draft), took), "other seconds than the draft's"
         reading = [text for _, text in committed if text.drafting]
-        seconds = committed[0][1].stats.log[-1].seconds if reading else 0.0
+        seconds = committed[0][1].stats.log[-1].seconds if committed else 0.0
         retrieved = sum(text.stats.log[-1].retrieved_accepted for _, text in done)
-        copied = 2 * retrieved > tokens  # which says nothing of what another token is worth
-        assert rounds == ([(seconds, tokens)] if reading and not copied else []), "the round is not recorded once"
+        telling = bool(reading) and 2 * retrieved <= tokens
+        assert rounds == ([(seconds, tokens, telling)] if committed else []), "the round is not recorded once"
         shares = [(share_of(turn, done), len(turn.committed)) for turn, text in committed if text.drafting]
         expected = [(*map(sum, zip(*shares, strict=True)), len(shares))] if shares else []
         assert costs.shares == [pytest.approx(each) for each in expected], "a text's share of the round"

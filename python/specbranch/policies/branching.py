@@ -123,8 +123,8 @@ class Hedging(Options, Branching):
         depth = min(self.max_trunk, state.remaining - 1)
         if not self.thrifty:
             return extend(tree, path, depth) if self._sure(tree, path) else NOTHING
-        places = path[read:depth]
-        return Expansion(places[: self._worth_a_step(tree, places, not read, state)])
+        ahead = path[read:]
+        return Expansion(ahead[: self._worth_a_step(tree.reaches(ahead), depth - read, not read, state)])
 
     def choose_trunk(self, tree: Tree, state: State) -> TrunkChoice:
         """The best path as far as its rows pay, and what pays beside it."""
@@ -176,21 +176,27 @@ class Hedging(Options, Branching):
                 return len(path) - 1
         return _run_length(tree.chances(path[1:]), self.epsilon)
 
-    def _worth_a_step(self, tree: Tree, places: list[Choice], first: bool, state: State) -> int:
-        """At how many of these places, in order, the next step is to be; 0 where it is not worth a step. They are the
-        rest of the best path, over which the draft has not run; first: nor over its root.
+    def _worth_a_step(self, reaches: list[float], most: int, first: bool, state: State) -> int:
+        """At how many places, in order and at most so many, the next step is to be; 0 where it is not worth a step.
+        reaches: of the rest of the best path, over which the draft has not run; first: nor over its root.
 
-        A step brings a token, if the draft is right, where a retrieved one is wrong or there is none.
+        A step brings a token, if the draft is right, where a retrieved one is wrong or there is none. That token takes
+        a row of the target's forward; where it replaces a wrong one, the rows planned behind that are saved.
         """
         if first and (state.retry or state.losing):
-            return int(state.retry and bool(places))
-        reaches = [*tree.reaches(places), 0.0]
-        best, count = 0.0, 0
-        for rows in range(1, len(reaches)):
-            worth = (reaches[0] - reaches[rows]) * state.acceptance * (FIRST_STEP if first else 1.0)
-            profit = worth - state.step_price(rows) - state.costs.row_price
+            return int(state.retry and most > 0 and bool(reaches))
+        row_price, last = state.costs.row_price, len(reaches) - 1
+        planned = _run_length(reaches, self._least(state)) - 1  # the last place that the target is to judge
+        reaches = [*reaches, 0.0]
+        best, count, saved = 0.0, 0, 0.0
+        for place in range(min(most, last + 1)):
+            if place < last:
+                saved += (reaches[place] - reaches[place + 1]) * (max(0, planned - place) - 1)
+            worth = (reaches[0] - reaches[place + 1]) * state.acceptance * (FIRST_STEP if first else 1.0)
+            rows = (place == last) - state.acceptance * saved
+            profit = worth - state.step_price(place + 1) - row_price * rows
             if profit >= best:
-                best, count = profit, rows
+                best, count = profit, place + 1
         return count
 
     def _sure(self, tree: Tree, path: list[Choice]) -> bool:

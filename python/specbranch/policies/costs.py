@@ -105,27 +105,51 @@ class ForwardCost:
 
 
 @dataclass
+class Rate:
+    """Seconds and tokens of rounds, of which the newest count most."""
+
+    rounds: int = 0
+    seconds: float = 0.0
+    tokens: float = 0.0
+
+    def record(self, seconds: float, tokens: int, forward: float) -> None:
+        """Count a round. forward: seconds of the target's, to know what is unusual."""
+        self.rounds += 1
+        if self.rounds == 1:
+            return
+        if self.tokens:
+            seconds = min(seconds, OUTLIER * (self.per_token * max(tokens, 1) + forward))
+        self.seconds = self.seconds * DECAY + seconds
+        self.tokens = self.tokens * DECAY + tokens
+
+    def fade(self) -> None:
+        """Let the rounds so far count little from now on."""
+        self.seconds, self.tokens = STALE * self.seconds, STALE * self.tokens
+
+    @property
+    def per_token(self) -> float:
+        """Infinite while nothing is known."""
+        return self.seconds / self.tokens if self.tokens else float("inf")
+
+
+@dataclass
 class ModeCosts:
     """Measurements of one mode, serial or overlapped. size, texts: see Costs. least_row: seconds that a row of the
-    target takes at least, where there are many."""
+    target takes at least, where there are many. drafted: rounds whose tokens were not mostly retrieved. every: all
+    rounds, also of texts that the draft has not read."""
 
     size: float = SIZE_PRIOR
     texts: int = 1
     least_row: float = 0.0
     target: ForwardCost = field(default_factory=ForwardCost)
     draft: ForwardCost = field(default_factory=ForwardCost)
-    rounds: int = 0
-    seconds: float = 0.0
-    tokens: float = 0.0
+    drafted: Rate = field(default_factory=Rate)
+    every: Rate = field(default_factory=Rate)
 
-    def record_round(self, seconds: float, tokens: int) -> None:
-        self.rounds += 1
-        if self.rounds == 1:
-            return
-        if self.tokens:
-            seconds = min(seconds, OUTLIER * self.seconds_per_token * max(tokens, 1) + OUTLIER * self.target.of(1))
-        self.seconds = self.seconds * DECAY + seconds
-        self.tokens = self.tokens * DECAY + tokens
+    def record_round(self, seconds: float, tokens: int, drafted: bool = True) -> None:
+        """Count a round. drafted: it tells what a drafted token takes."""
+        for rate in (self.drafted, self.every) if drafted else (self.every,):
+            rate.record(seconds, tokens, self.target.of(1))
 
     def burst(self) -> int:
         """Draft steps to ask for at once: half of what fits into a verdict's time, so that the policy decides twice."""
@@ -135,7 +159,8 @@ class ModeCosts:
 
     def fade(self) -> None:
         """Let the rounds measured so far count little from now on."""
-        self.seconds, self.tokens = STALE * self.seconds, STALE * self.tokens
+        self.drafted.fade()
+        self.every.fade()
 
     def step_price(self, sharing: int = 1, rows: int = 1) -> float:
         """Committed tokens that a draft step must bring to each of the texts that share it, to pay for itself. rows: of
@@ -153,22 +178,28 @@ class ModeCosts:
 
     @property
     def row_price(self) -> float:
-        """Committed tokens that one more row in the target's forward must bring, to pay for itself.
+        """Committed tokens that one more row in the target's forward must bring, to pay for itself: of all tokens, as
+        rows are for retrieved ones too.
 
         Few rows may cost next to nothing more than one; of that does not follow what those behind them cost.
         """
         if not self.target.known:
             return ROW_PRIOR * self.texts
-        return max(self.target.per_row, self.least_row) / max(self.token_value, 1e-9)
+        return max(self.target.per_row, self.least_row) / max(min(self.token_value, self.every.per_token), 1e-9)
+
+    @property
+    def rounds(self) -> int:
+        """That were measured."""
+        return self.drafted.rounds
 
     @property
     def seconds_per_token(self) -> float:
-        """The time that a committed token takes on average."""
-        return self.seconds / self.tokens if self.tokens else self.plain
+        """The time that a committed token takes on average, where not most are retrieved."""
+        return self.drafted.per_token if self.drafted.tokens else self.plain
 
     @property
     def token_value(self) -> float:
-        """Seconds that one more committed token saves: what a token takes, at most what it takes without a draft."""
+        """Seconds that one more drafted token saves: what a token takes, at most what it takes without a draft."""
         without = self.plain if self.target.known else float("inf")
         return min(self.seconds_per_token, without)
 
@@ -288,12 +319,13 @@ class Costs:
         these texts so far."""
         if self.serial.rounds < TRIAL_ROUNDS:
             return False
-        if self.overlapped.rounds < TRIAL_ROUNDS and not self._hopeless():
+        if self.overlapped.every.rounds < TRIAL_ROUNDS and not self._hopeless():
             return saved + RETRY_SHARE * self.drafted >= TRIAL_STAKE * self.plain * self.texts
         if self._trial > 0:
             self._trial -= 1
             return not self._preferred
-        preferred = self.overlapped.seconds_per_token < self.serial.seconds_per_token
+        known = self.overlapped.drafted.tokens > 0
+        preferred = known and self.overlapped.seconds_per_token < self.serial.seconds_per_token
         if preferred != self._preferred:
             self._preferred, self._losses, self._waited = preferred, 0, 0
         self._waited += 1
