@@ -20,6 +20,7 @@ from specbranch.core.identity import ModelIdentity
 from specbranch.core.sampling import Sampling
 from specbranch.core.stats import Stats
 from specbranch.core.tree import Tree
+from specbranch.decoding import COPIED, LONGEST_RUN
 from specbranch.drafters.retrieval import RetrievalDrafter
 from specbranch.loop import DecodingLoop
 from specbranch.policies.calibration import Calibrator
@@ -62,9 +63,9 @@ def perfect(tokens: int, agreement: float = 0.99) -> Record:
     return Record(identity, identity, {}, [RecordedText("x", "t", 3, torch.arange(tokens), said, tails)])
 
 
-def copied(tokens: int = 90, prompt: int = 120, prompt_ids: bool = True) -> Record:
-    """Three texts that copy pieces of their prompts, on which the draft is wrong now and then. No id occurs twice in a
-    prompt, nor in a text."""
+def copied(tokens: int = 90, prompt: int = 120, piece: int = 12, prompt_ids: bool = True) -> Record:
+    """Three texts that copy pieces of their prompts, of so many tokens, on which the draft is wrong now and then. No id
+    occurs twice in a prompt, nor in a text."""
     generator, k, texts = torch.Generator().manual_seed(7), 4, []
 
     def rows(first: torch.Tensor) -> RecordedProposals:
@@ -74,8 +75,8 @@ def copied(tokens: int = 90, prompt: int = 120, prompt_ids: bool = True) -> Reco
 
     for number in range(3):
         ids = torch.randperm(1000, generator=generator)[:prompt]
-        pieces = [ids[start : start + 12] for start in torch.randperm(prompt // 12, generator=generator) * 12]
-        text = torch.cat([torch.cat([piece, torch.tensor([1000 + i])]) for i, piece in enumerate(pieces)])[:tokens]
+        pieces = [ids[start : start + piece] for start in torch.randperm(prompt // piece, generator=generator) * piece]
+        text = torch.cat([torch.cat([each, torch.tensor([1000 + i])]) for i, each in enumerate(pieces)])[:tokens]
         right = torch.rand(tokens, generator=generator) < 0.7
         said = rows(torch.where(right, text, 2000 + text))
         tails = rows(torch.randint(3000, 4000, (tokens * TAIL,), generator=generator))
@@ -349,6 +350,17 @@ def test_what_stands_in_the_prompt_is_retrieved_where_the_record_holds_it(draft:
     assert not any(s.retrieved for s in [*without, *off])
     assert [s.target_forwards for s in without] == [s.target_forwards for s in off]
     assert sum(s.seconds for s in with_prompts) < 0.7 * sum(s.seconds for s in off)
+
+
+def test_the_longest_runs_are_copied_once_enough_were_right() -> None:
+    """A copy with changes goes wrong at all of them alike."""
+    record, policy = copied(tokens=450, prompt=600, piece=150), make_policy("specbranch", {})
+    for stats in replay(record, policy, ReplayCosts.ratio(10), False, retrieval=True, draft=False):
+        right = 0
+        for round in stats.log:
+            assert round.retrieved <= (LONGEST_RUN if right >= COPIED else LONGEST_RUN // 2)
+            right = right + round.retrieved if round.retrieved == round.retrieved_accepted else 0
+        assert [round.tokens for round in stats.log].count(LONGEST_RUN + 1) == 3
 
 
 def test_a_step_is_told_what_was_retrieved_after_its_nodes() -> None:
