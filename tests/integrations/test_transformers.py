@@ -130,7 +130,8 @@ def test_more_nodes_than_a_word_has_bits(llama: PreTrainedModel) -> None:
 
 def test_only_the_last_logits(llama: PreTrainedModel) -> None:
     trees, again = TreeModel(llama, 32), TreeModel(llama, 32)
-    assert torch.equal(trees.forward(PROMPT, logits_to_keep=2), again.forward(PROMPT)[-2:])
+    # Not to the bit: torch may multiply fewer rows in another way.
+    assert_same(trees.forward(PROMPT, logits_to_keep=2), again.forward(PROMPT)[-2:])
     assert not trees.forward([1]).requires_grad
 
 
