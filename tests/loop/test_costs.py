@@ -121,6 +121,7 @@ def test_rows_are_dearer_the_more_is_retrieved_and_draft_steps_are_not() -> None
     for _ in range(200):
         mode.record_round(0.5, 20, drafted=False)
     assert mode.row_price == pytest.approx(0.02 / 0.025, rel=0.01)
+    assert mode.drafted_row_price == pytest.approx(0.02 / 0.05)
     assert mode.step_price() == pytest.approx(0.01 / 0.05)
     assert mode.rounds == 2
 

@@ -183,9 +183,17 @@ class ModeCosts:
 
         Few rows may cost next to nothing more than one; of that does not follow what those behind them cost.
         """
+        return self._row_price(min(self.token_value, self.every.per_token))
+
+    @property
+    def drafted_row_price(self) -> float:
+        """The same in drafted tokens, as `step_price` is."""
+        return self._row_price(self.token_value)
+
+    def _row_price(self, value: float) -> float:
         if not self.target.known:
             return ROW_PRIOR * self.texts
-        return max(self.target.per_row, self.least_row) / max(min(self.token_value, self.every.per_token), 1e-9)
+        return max(self.target.per_row, self.least_row) / max(value, 1e-9)
 
     @property
     def rounds(self) -> int:
@@ -289,7 +297,7 @@ class Costs:
 
     def saving(self, sharing: int = 1) -> float:
         """Seconds that a draft is expected to save at each token. sharing: texts that would share its steps."""
-        guess = guessed_token_cost(self.acceptance, self.serial.step_price(sharing), self.serial.row_price)
+        guess = guessed_token_cost(self.acceptance, self.serial.step_price(sharing), self.serial.drafted_row_price)
         return self.plain * (1 - self.gain.token_cost(guess))
 
     def bearable_loss(self, tokens: int) -> float:
