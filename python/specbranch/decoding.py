@@ -56,7 +56,7 @@ class Decoding:
         self._prompt_tokens = 0
         self._judged = 0, False  # tokens accepted that the draft had said, and whether it had said the next one
         self._lessons: list[tuple[Tree, list[int], Verdict]] = []
-        self._copied = 0  # retrieved tokens that were right since one was wrong
+        self._right_in_a_row = 0  # retrieved tokens that were right since one was wrong
 
     # ---- Prompts
 
@@ -191,7 +191,7 @@ class Decoding:
         self.learn()
         tree, path = self.tree, self.tree.best_choices()
         trunk = 0 if flight is None else max(tree.depth[node] for node in flight.nodes)
-        longest = LONGEST_RUN if self._copied >= COPIED else LONGEST_RUN // 2
+        longest = LONGEST_RUN if self._right_in_a_row >= COPIED else LONGEST_RUN // 2
         deepest, end = min(self.remaining - 1, trunk + longest), path[-1]
         if len(path) > deepest or tree.reach_of(end) < LEAST_REACH:
             return
@@ -229,7 +229,7 @@ class Decoding:
         if node is not None:
             self.stats.drafted += tree.use([node])
         self.stats.count(tree, flight.nodes, path, node)
-        self._count_copied(flight, path)
+        self._count_right(flight, path)
         read = tree.read([Choice(node) for node in path])
         self._judged = min(len(path) - 1, read), read == len(path)
         survivors: dict[int, int] = {}
@@ -249,12 +249,13 @@ class Decoding:
         self.stats.new_tokens += len(committed)
         return committed
 
-    def _count_copied(self, flight: InFlight, path: Sequence[int]) -> None:
+    def _count_right(self, flight: InFlight, path: Sequence[int]) -> None:
+        """Of retrieved tokens. path: the nodes of the trunk that were accepted, the root first."""
         tree = self.tree
         if any(tree.retrieved(node) and tree.parent[node] == path[-1] for node in flight.nodes[1:]):
-            self._copied = 0
+            self._right_in_a_row = 0
         else:
-            self._copied += sum(map(tree.retrieved, path[1:]))
+            self._right_in_a_row += sum(map(tree.retrieved, path[1:]))
 
     def learn(self) -> None:
         """Update the calibrator from the latest verdicts. Called just before the next draft step, so that it runs while

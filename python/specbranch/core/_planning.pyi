@@ -67,9 +67,8 @@ class Tree:
     def branch(self, node: int, width: int) -> None:
         """Make nodes of the first `width` candidates of `node`; those that are nodes already stay."""
     def graft(self, node: int, found: Continuations, chances: Sequence[float], least: float) -> int:
-        """Add what was retrieved after a node, as far as its reach is at least `least` and it is no deeper than
-        `depth`; a token that is a child already stays as it is. chances: Calibrator.chances. Returns how many nodes
-        there are more."""
+        """Add what was retrieved after a node, as far as its reach is at least `least`; a token that is a child already
+        stays as it is. chances: Calibrator.chances. Returns how many nodes there are more."""
     def use(self, nodes: Sequence[int]) -> int:
         """A model is to run over some nodes. Returns how many were free until now."""
     def adopt(self, other: Tree, node: int) -> dict[int, int]:

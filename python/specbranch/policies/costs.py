@@ -197,7 +197,7 @@ class ModeCosts:
 
     @property
     def rounds(self) -> int:
-        """That were measured."""
+        """Those that told what a drafted token takes."""
         return self.drafted.rounds
 
     @property
