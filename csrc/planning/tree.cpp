@@ -80,7 +80,8 @@ void bind_tree(py::module_& m) {
       .def_property_readonly("reach", [](PythonTree& tree) { return tree.column(&Tree::Node::reach); })
       .def_property_readonly("proposals", &view_of<ProposalsAt>)
       .def_property_readonly("children", &view_of<ChildrenAt>)
-      .def("add", &Tree::add, "parent"_a, "token"_a, "reach"_a)
+      .def("add", &Tree::add, "parent"_a, "token"_a, "reach"_a, "free"_a = false)
+      .def("force", &Tree::force, "node"_a, "tokens"_a)
       .def("take", &Tree::take, "choice"_a)
       .def("take_all", &Tree::take_all, "choices"_a)
       .def(
@@ -129,6 +130,9 @@ void bind_tree(py::module_& m) {
       .def("relate", &Tree::relate, "proposals"_a, "nodes"_a)
       .def(
           "retrieved", [](const PythonTree& tree, int64_t node) { return tree.retrieved(node) != nullptr; }, "node"_a)
+      .def(
+          "forced", [](const PythonTree& tree, int64_t node) { return tree.node(node).forced; }, "node"_a)
+      .def("is_bound", &Tree::is_bound, "node"_a)
       .def("depth_of", &Tree::depth_of, "choice"_a)
       .def("reach_of", &Tree::reach_of, "choice"_a)
       .def("chance_of", &Tree::chance_of, "choice"_a)

@@ -79,6 +79,7 @@ void Calibration::observe(const Tree& tree, const Nodes& path, int64_t next_toke
   for (size_t i = 0; i < path.size(); ++i) {
     const int64_t token = i + 1 < path.size() ? tree.node(path[i + 1]).token : next_token;
     const std::optional<Proposals> proposals = tree.proposals(path[i]);
+    if (tree.is_bound(path[i])) continue;  // it was no choice
     if (!proposals || !proposals->signals || !proposals->count) continue;
     const int64_t* end = proposals->tokens + proposals->count;
     learn(*proposals->signals, proposals->tokens[0] == token, std::find(proposals->tokens, end, token) != end);
@@ -119,6 +120,7 @@ void Calibration::observe_retrieved(const Tree& tree, const Nodes& path, int64_t
   if (path.empty()) throw std::invalid_argument("path: expected the root at least");
   for (size_t i = 0; i < path.size(); ++i) {
     const int64_t token = i + 1 < path.size() ? tree.node(path[i + 1]).token : next_token;
+    if (tree.is_bound(path[i])) continue;
     for (const int64_t child : tree.children(path[i])) {
       if (const Tree::Retrieved* retrieved = tree.retrieved(child)) {
         learn_retrieved(retrieved->found, tree.node(child).token == token);

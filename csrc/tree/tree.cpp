@@ -38,6 +38,13 @@ const Tree::Retrieved* Tree::retrieved(int64_t node) const {
   return place < 0 ? nullptr : &retrieved_[place];
 }
 
+bool Tree::is_bound(int64_t node) const {
+  for (int64_t child = this->node(node).first_child; child >= 0; child = nodes_[child].next_sibling) {
+    if (nodes_[child].forced) return true;
+  }
+  return false;
+}
+
 Proposals Tree::proposed(int64_t node) const {
   const std::optional<Proposals> found = proposals(node);
   if (!found) {
@@ -49,7 +56,7 @@ Proposals Tree::proposed(int64_t node) const {
 
 // ---- Growing
 
-int64_t Tree::add(int64_t parent, int64_t token, double reach) {
+int64_t Tree::add(int64_t parent, int64_t token, double reach, bool free) {
   const int64_t index = size();
   Node& above = at(parent);
   if (above.first_child < 0) {
@@ -60,8 +67,24 @@ int64_t Tree::add(int64_t parent, int64_t token, double reach) {
   above.last_child = index;
   const int64_t depth = above.depth + 1;  // `above` does not outlive the next line
   nodes_.push_back({token, parent, depth, reach});
+  nodes_.back().free = free;
   push({-reach, index, -1});
   return index;
+}
+
+int64_t Tree::force(int64_t node, const std::vector<int64_t>& tokens) {
+  static_cast<void>(this->node(node));
+  for (const int64_t token : tokens) {
+    const double reach = nodes_[node].reach;
+    if (const std::optional<int64_t> known = child(node, token)) {
+      node = *known;
+      if (nodes_[node].reach > 0) scale(node, reach / nodes_[node].reach);
+    } else {
+      node = add(node, token, reach, /*free=*/true);
+    }
+    nodes_[node].forced = true;
+  }
+  return node;
 }
 
 int64_t Tree::take(Choice choice) {
@@ -83,7 +106,7 @@ void Tree::note(int64_t node, const Proposals& proposals) {
   keep(node, proposals);
   for (const int64_t child : children(node)) {
     const Retrieved* retrieved = this->retrieved(child);
-    if (!retrieved) continue;
+    if (!retrieved || nodes_[child].forced) continue;
     const double reach = nodes_[node].reach * chance_after(node, nodes_[child].token, retrieved->chance);
     if (nodes_[child].reach > 0) scale(child, reach / nodes_[child].reach);
   }
@@ -134,9 +157,8 @@ int64_t Tree::graft(int64_t node, const Continuations& found, const std::vector<
     }
     const double reach = nodes_[above].reach * chance_after(above, found.token[i], chances[i]);
     if (!(reach >= least)) continue;
-    place[i] = add(above, found.token[i], reach);
+    place[i] = add(above, found.token[i], reach, /*free=*/true);
     nodes_[place[i]].found = static_cast<int64_t>(retrieved_.size());
-    nodes_[place[i]].free = true;
     retrieved_.push_back({found_at(found, i), chances[i]});
   }
   return size() - before;
@@ -187,8 +209,8 @@ std::vector<std::pair<int64_t, int64_t>> Tree::adopt(const Tree& other, int64_t 
   for (const int64_t old : other.below(node)) {
     const Node& found = other.nodes_[old];
     if (!kept.empty()) {
-      const int64_t now = add(place[found.parent], found.token, top > 0 ? found.reach / top : 1.0);
-      nodes_[now].free = found.free;
+      const int64_t now = add(place[found.parent], found.token, top > 0 ? found.reach / top : 1.0, found.free);
+      nodes_[now].forced = found.forced;
       if (found.found >= 0) {
         nodes_[now].found = static_cast<int64_t>(retrieved_.size());
         retrieved_.push_back(other.retrieved_[found.found]);

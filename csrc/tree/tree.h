@@ -43,7 +43,8 @@ class Tree {
     int64_t proposals = -1;  // their place in the columns
     int64_t offered = 1;     // the highest rank in the frontier
     int64_t found = -1;      // of a retrieved one: its place in what was found
-    bool free = false;       // a retrieved one that no model has run over
+    bool free = false;       // one that no draft proposed and no model has run over
+    bool forced = false;     // nothing else can follow its parent
   };
 
   // What speaks for a retrieved node, and the chance that followed from it.
@@ -62,9 +63,13 @@ class Tree {
   std::optional<Proposals> proposals(int64_t node) const;
   // Null where the node was not retrieved.
   const Retrieved* retrieved(int64_t node) const;
+  // Whether nothing but one of its children can follow a node.
+  bool is_bound(int64_t node) const;
 
   // ---- Growing
-  int64_t add(int64_t parent, int64_t token, double reach);
+  int64_t add(int64_t parent, int64_t token, double reach, bool free = false);
+  // Add the tokens that must follow a node, one behind the other; returns the last node.
+  int64_t force(int64_t node, const std::vector<int64_t>& tokens);
   int64_t take(Choice choice);
   Nodes take_all(const Choices& choices);
   void note(int64_t node, const Proposals& proposals);

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from specbranch.constrained import Constrained
 from specbranch.core.checks import shown
 from specbranch.core.errors import SpecBranchError, SpecBranchWarning
 from specbranch.core.excerpt import ALL, Excerpt, check_draft_context
@@ -115,8 +116,9 @@ class Decoder:
         """Begin a text in a slot of its own. Raises SpecBranchError for what cannot be used or does not fit."""
         self._check_rows()
         calibrator = copy.deepcopy(self.calibrator)
-        walk = self._walk(request, builder, said)
-        text = self._decoding(slot, calibrator, request, walk)
+        constraint = self._constrained(request)
+        walk = self._walk(request, builder, said, constraint)
+        text = self._decoding(slot, calibrator, request, walk, constraint)
         slot.reset(request.ids, request.tokens, draft=text.drafter is not None)
         return Job(request, said, builder, slot, text, walk, calibrator, begin, self._row_dependence)
 
@@ -137,12 +139,19 @@ class Decoder:
             self._costs[name] = CostsByTexts(Costs(self.pair.relative_size))
         return self._costs[name].of(texts)
 
-    def _walk(self, request: Request, builder: TextBuilder, said: Said) -> Walk | None:
+    def _constrained(self, request: Request) -> Constrained | None:
+        if request.matcher is None:
+            return None
+        constraint = Constrained(request.matcher(), self.pair.vocabulary, request.eos, request.forces)
+        constraint.allowed([])  # which raises where no text is possible
+        return constraint
+
+    def _walk(self, request: Request, builder: TextBuilder, said: Said, constraint: Constrained | None) -> Walk | None:
         """None where no rule wants to be asked."""
         if not request.rules:
             return None
         ids = torch.tensor([[*request.padding, *request.ids]], device=self.pair.target.model.device)
-        return Walk(request.rules, ids, request.sampling, builder.add, said)
+        return Walk(request.rules, ids, request.sampling, builder.add, said, constraint)
 
     def _decoding(
         self,
@@ -150,6 +159,7 @@ class Decoder:
         calibrator: Calibrator,
         request: Request,
         walk: Walk | None,
+        constraint: Constrained | None,
     ) -> Decoding:
         own, asked, sampling = self.drafting, request.drafting, request.sampling
         policy = make_policy(asked.method or own.method or "", {**own.options, **asked.options})
@@ -159,20 +169,23 @@ class Decoder:
             raise SpecBranchError(f"retrieval is True, but method {name!r} never retrieves: expected 'auto' or False")
         retriever = RetrievalDrafter(calibrator, self.corpora) if retrieves(policy, told) else None
         drafter = None
-        if policy.candidates > 0 and (slot.draft is not None or not told):
+        free = told or (constraint is not None and policy.may_retrieve)  # tokens without a draft
+        if policy.candidates > 0 and (slot.draft is not None or not free):
             draft = slot.need_draft(f"method {policy.name!r}")
             learner = calibrator if policy.calibrated else None
             rules = self._draft_rules(request, slot)
-            drafter = ModelDrafter(draft, sampling, policy.candidates, slot.vocabulary, learner, rules)
+            candidates, vocabulary = policy.candidates, slot.vocabulary
+            drafter = ModelDrafter(draft, sampling, candidates, vocabulary, learner, rules, constraint)
         mode = self._overlap if asked.overlap is None else check_auto("overlap", asked.overlap)
         predictor = None
         if self.hrad is not None and policy.uses_forecast:
             predictor = Predictor(slot.tap, self.hrad)
         slot.target.model.tap = None if predictor is None else predictor.tap
-        verifier = ModelVerifier(slot.target, sampling, predictor, walk)
+        verifier = ModelVerifier(slot.target, sampling, predictor, walk, constraint)
         reading = self._reading(policy, asked.draft_context)
-        costs = self.costs_of(costs_name(policy, retriever))
-        return Decoding(verifier, drafter, policy, costs, self.pair.workers, mode, reading, retriever)
+        costs = self.costs_of(costs_name(policy, retriever, constraint))
+        workers, watched = self.pair.workers, walk is not None
+        return Decoding(verifier, drafter, policy, costs, workers, mode, reading, retriever, constraint, watched)
 
     def _draft_rules(self, request: Request, slot: Slot) -> DraftRules | None:
         processors = request.rules.for_draft

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from specbranch.constrained import Constrained
 from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.messages import Drafted, Forecast, Trunk, Verdict
 from specbranch.core.stats import Stats
@@ -28,7 +29,8 @@ class Decoding:
     rounds to come. tree: its root is the last committed token. remaining: tokens that may still be committed. read_at:
     when it began, or was read on. excerpt: what the draft is to read, once that is decided. drafting: whether it has;
     before that, nothing is drafted but what a retriever finds. saved: seconds, by drafting in this text so far;
-    negative where it has lost some.
+    negative where it has lost some. constraint: what the text may be; tokens that it forces are drafted where a method
+    takes such that no draft proposed.
     """
 
     def __init__(
@@ -41,7 +43,12 @@ class Decoding:
         overlap: bool | None,
         reading: Reading = READ_ALL,
         retriever: Retriever | None = None,
+        constraint: Constrained | None = None,
+        watched: bool = False,
     ) -> None:
+        """watched: somebody wants to see every token that the target chose."""
+        self.constraint, self._watched = constraint, watched
+        self._forcing = constraint if constraint is not None and constraint.forces and policy.may_retrieve else None
         self.verifier, self.drafter, self.policy, self.retriever = verifier, drafter, policy, retriever
         self.costs, self.workers, self.overlap, self.reading = costs, workers, overlap, reading
         self.tree, self.remaining = Tree(0, 0), 0
@@ -137,7 +144,8 @@ class Decoding:
         mode = self.costs.mode(overlapped)
         remaining = min(self.remaining, self.verifier.most_tokens(self.tree.position))
         losing = -self.saved > self.costs.bearable_loss(self.stats.new_tokens)
-        burst = 1 if self.drafter is None else min(self.drafter.burst, mode.burst())
+        alone = self.drafter is None or self.constraint is not None  # which the host is asked about, step by step
+        burst = 1 if alone else min(self.drafter.burst, mode.burst())
         retry = self.backoff.over(mode.step_price())
         mine = overlapped and self.may_overlap
         return State(mine, mode, self.costs.acceptance, remaining, retry, burst, self.forecast, losing)
@@ -151,8 +159,9 @@ class Decoding:
         return self._readable(self.policy.draft_during(self.tree, flight, state))
 
     def _readable(self, wanted: Expansion) -> Expansion:
-        """What the policy wants, behind what a draft must run over before that: retrieved nodes above."""
-        if self.retriever is None or not wanted.choices:
+        """What the policy wants, behind what a draft must run over before that: nodes above that it did not
+        propose."""
+        if (self.retriever is None and self._forcing is None) or not wanted.choices:
             return wanted
         tree, choices = self.tree, self.tree.with_unread(wanted.choices)
         # The next step of a burst makes nodes of first candidates, which a retrieved one may be already.
@@ -184,6 +193,59 @@ class Decoding:
         self.stats.drafted += len(self.tree) - size + self.tree.use(nodes)
         return nodes
 
+    def extend(self) -> None:
+        """Let the tree go on where that costs no forward: with what must follow, with what followed elsewhere, and
+        where little may follow with all of it."""
+        self.force([0])
+        self.retrieve()
+        if not self.drafting:
+            self._offer_few()
+
+    def force(self, nodes: Sequence[int]) -> None:
+        """Let what must follow some nodes stand in the tree."""
+        if self._forcing is None:
+            return
+        tree = self.tree
+        for node in nodes:
+            room = self.remaining - 1 - tree.depth[node]  # no deeper token can be committed
+            if room > 0 and (run := self._forcing.forced(self._behind(node))):
+                tree.force(node, run[:room])
+
+    def _force_candidate(self, node: int) -> None:
+        """The same behind the draft's first candidate there; where nothing must follow it stays a candidate."""
+        tree = self.tree
+        assert self._forcing is not None
+        proposals, room = tree.proposals[node], self.remaining - 2 - tree.depth[node]
+        if proposals is None or room < 1 or tree.child(node, proposals.tokens[0]) is not None:
+            return
+        if tree.reach_of(Choice(node, 0)) < LEAST_REACH:
+            return
+        if self._forcing.forced([*self._behind(node), proposals.tokens[0]]):
+            self.stats.drafted += 1
+            self.force([tree.take(Choice(node, 0))])
+
+    def _offer_few(self) -> None:
+        """Where a handful may follow nodes of the best path, let all of them stand."""
+        if self._forcing is None:
+            return
+        tree, node = self.tree, 0
+        while tree.depth[node] < self.remaining - 1:
+            self.force([node])
+            if not tree.is_bound(node):
+                left = 1.0 - sum(tree.chances([Choice(child) for child in tree.children[node]]))
+                for token, chance in self._forcing.few(self._behind(node)):
+                    reach = tree.reach[node] * chance * left
+                    if reach >= LEAST_REACH and tree.child(node, token) is None:
+                        self.force([tree.add(node, token, reach, free=True)])
+            path = tree.best_path(node)
+            if len(path) == 1:
+                break
+            node = path[1]
+
+    def _behind(self, node: int) -> list[int]:
+        """The tokens from the root, which is committed, to a node."""
+        return self.tree.tokens(self.tree.path(node)[1:])
+
     def retrieve(self, flight: InFlight | None = None) -> None:
         """Let the best path go on with what followed its end elsewhere."""
         if self.retriever is None:
@@ -200,23 +262,35 @@ class Decoding:
             proposals = tree.proposals[end.node]
             assert proposals is not None
             drafted.append(proposals.tokens[end.rank])
-        retrieved = self.retriever.find(drafted, min(longest, deepest - len(path) + 1))
-        first = [i for i, parent in enumerate(retrieved.found.parent) if parent < 0]
-        if first and tree.reach_of(end) * max(retrieved.chances[i] for i in first) >= LEAST_REACH:
+        found, chances = self.retriever.find(drafted, min(longest, deepest - len(path) + 1))
+        if self.constraint is not None:
+            least = LEAST_REACH / tree.reach_of(end)
+            chances = self.constraint.possible(drafted, found.token, found.parent, chances, least)
+        first = [i for i, parent in enumerate(found.parent) if parent < 0]
+        if first and tree.reach_of(end) * max(chances[i] for i in first) >= LEAST_REACH:
             size = len(tree)
             node = tree.take(end)
             self.stats.drafted += len(tree) - size
-            tree.graft(node, *retrieved, LEAST_REACH)
+            size = len(tree)
+            tree.graft(node, found, chances, LEAST_REACH)
+            if self._forcing is not None:
+                inner = [new for new in range(size, len(tree)) if tree.children[new]]
+                self.force([node, *inner, tree.best_path(node)[-1]])
 
     def grow(self, nodes: Sequence[int], drafted: Drafted, flight: InFlight | None) -> None:
         """Make nodes of as many of the draft's candidates as the policy wants."""
         tree, size = self.tree, len(self.tree)
-        for node in tree.descend(nodes, drafted.proposals):
+        drafted_at = tree.descend(nodes, drafted.proposals)
+        for node in drafted_at:
             if width := self.policy.width(tree, node, flight):
                 tree.branch(node, width)
         for step in drafted.steps:
             self.stats.add_draft(step)
         self.stats.drafted += len(tree) - size
+        if self._forcing is not None:
+            for node in drafted_at:
+                self.force([node, *tree.children[node]])
+                self._force_candidate(node)
         self.retrieve(flight)
 
     def commit(self, flight: InFlight, verdict: Verdict) -> list[int]:
@@ -225,13 +299,16 @@ class Decoding:
         tree = self.tree
         path = [0, *(flight.nodes[place] for place in verdict.path)]
         committed = [*tree.tokens(path[1:]), verdict.next_token]
+        if self.constraint is not None:
+            self.constraint.accept(committed)
         node = tree.child(path[-1], verdict.next_token)
         if node is not None:
             self.stats.drafted += tree.use([node])
         self.stats.count(tree, flight.nodes, path, node)
         self._count_right(flight, path)
         read = tree.read([Choice(node) for node in path])
-        self._judged = min(len(path) - 1, read), read == len(path)
+        chosen = sum(not tree.forced(node) for node in path[1 : read + 1])
+        self._judged = chosen, read == len(path)
         survivors: dict[int, int] = {}
         if node is None:
             rerooted = Tree(verdict.next_token, tree.position + len(committed))
@@ -245,9 +322,24 @@ class Decoding:
         if self.drafter is not None or self.retriever is not None:
             self._lessons.append((tree, path, verdict))
         self.tree, self.forecast = rerooted, verdict.forecast
+        committed += self._certain_end(len(committed))
         self.remaining -= len(committed)
         self.stats.new_tokens += len(committed)
         return committed
+
+    def _certain_end(self, committed: int) -> list[int]:
+        """The tokens that must follow, where the text ends with them: no forward need say so."""
+        if self._forcing is None or self._watched:
+            return []
+        rest = self._forcing.forced([])[: self.remaining - committed]
+        over = rest and (rest[-1] in self._forcing.eos or len(rest) == self.remaining - committed)
+        return rest if over else []
+
+    def ask_constraint(self, flight: InFlight) -> None:
+        """Find out what may follow a trunk's nodes, while the target is on its way."""
+        if self.constraint is not None:
+            for node in flight.nodes:
+                self.constraint.allowed(self._behind(node))
 
     def _count_right(self, flight: InFlight, path: Sequence[int]) -> None:
         """Of retrieved tokens. path: the nodes of the trunk that were accepted, the root first."""
@@ -267,10 +359,9 @@ class Decoding:
                 self.retriever.learn(tree, path, verdict.next_token)
         self._lessons.clear()
 
-    def measure(self, state: State, trunk: Trunk, verdict: Verdict, seconds: float, end: float) -> None:
-        """Keep what a round brought that ended at `end`. seconds: this text's share of it."""
+    def measure(self, state: State, trunk: Trunk, verdict: Verdict, tokens: int, seconds: float, end: float) -> None:
+        """Keep what a round brought that ended at `end`. tokens: committed. seconds: this text's share of it."""
         self.stats.add_target(verdict.step)
-        tokens = len(verdict.path) + 1
         round = self.stats.end_round(end, tokens)
         self.stats.plain_token_seconds = self.costs.plain
         gain = tokens * self.costs.plain - seconds if self.has_drafted(trunk) and state.costs.target.known else 0.0
@@ -289,6 +380,7 @@ class Decoding:
         return bool(self.stats.log[-1].draft) or len(trunk) > 1
 
 
-def costs_name(policy: Policy, retriever: Retriever | None) -> str:
+def costs_name(policy: Policy, retriever: Retriever | None, constraint: Constrained | None) -> str:
     """Of texts that have the same costs."""
-    return policy.name if retriever is None else f"{policy.name} with retrieval"
+    free = "" if retriever is None else " with retrieval"
+    return policy.name + free + ("" if constraint is None else " under a constraint")

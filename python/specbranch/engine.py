@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, overload
@@ -45,6 +46,7 @@ from specbranch.scheduler import Scheduler
 from specbranch.several import Several, TextStreams, is_several
 from specbranch.text.encoding import Message, encode, is_chat
 from specbranch.text.generation_config import OWNER, CheckpointSettings, Layered, processed
+from specbranch.text.grammar import Constraint
 from specbranch.text.prompt_ids import PromptInput, prompt_ids
 from specbranch.text.stopping import stop_strings
 from specbranch.text.vocabulary import check_vocabularies, ids_of
@@ -53,6 +55,7 @@ LONGEST = 32768  # of a text, where a configuration does not say
 
 Messages = Sequence[Message] | Sequence[Sequence[Message]]
 Prompts = PromptInput | Sequence[PromptInput]
+Constraints = Constraint | Sequence[Constraint | None] | None
 Corpora = Corpus | CorpusSource | Sequence[Corpus | CorpusSource]
 
 
@@ -282,6 +285,7 @@ class SpecBranch:
         stopping_criteria: Any = None,
         streamer: Any = None,
         logprobs: int | None = None,
+        constraint: Constraints = None,
         method: str | None = None,
         overlap: bool | str | None = None,
         draft_context: str | None = None,
@@ -308,6 +312,11 @@ class SpecBranch:
         own that have no state, and those with an attribute `stateless = True`. streamer: gets the prompt's ids, and
         tokens as they are committed. logprobs: how many alternatives to each token `Generation.logprobs` shows.
 
+        constraint: what the text may be, a `Constraint`; of several prompts one for all, or a list with one or None for
+        each. It is applied to the logits before temperature and filters, and behind logits_processor. The draft
+        proposes nothing else, and tokens that nothing else can stand for are drafted without it (or without any draft).
+        A text that max_new_tokens cut off before it was complete has `finish_reason` "length".
+
         Raises:
             SpecBranchError: bad input; the message names it.
             GenerationInterrupted: Ctrl-C; holds what was committed.
@@ -327,6 +336,7 @@ class SpecBranch:
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             logprobs=logprobs,
+            constraint=constraint,
             drafting=Drafting(method, overlap, draft_context, retrieval, options),
         )
         if isinstance(asks, list):
@@ -360,6 +370,7 @@ class SpecBranch:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         logprobs: int | None = None,
+        constraint: Constraints = None,
         method: str | None = None,
         overlap: bool | str | None = None,
         draft_context: str | None = None,
@@ -386,6 +397,7 @@ class SpecBranch:
             logits_processor=logits_processor,
             stopping_criteria=stopping_criteria,
             logprobs=logprobs,
+            constraint=constraint,
             drafting=Drafting(method, overlap, draft_context, retrieval, options),
         )
         if isinstance(asks, list):
@@ -401,6 +413,7 @@ class SpecBranch:
         stopping_criteria: Sequence[Any],
         generation_config: GenerationConfig,
         seed: int | None = None,
+        constraint: Constraints = None,
         method: str | None = None,
         overlap: bool | str | None = None,
         draft_context: str | None = None,
@@ -410,9 +423,9 @@ class SpecBranch:
         """The door from transformers: `target.generate(**inputs, custom_generate=engine, …)`.
 
         All that `generate` takes is honoured, or refused by name. seed: of the noise that tokens are sampled with, the
-        next row of a batch with the next one; None draws it from torch's generator, so that `set_seed` decides. method,
-        overlap, draft_context, retrieval: as for `generate` here. Texts of a batch are decoded at once, `max_requests`
-        of them. `last` is the Generation of the last one.
+        next row of a batch with the next one; None draws it from torch's generator, so that `set_seed` decides.
+        constraint, method, overlap, draft_context, retrieval: as for `generate` here. Texts of a batch are decoded at
+        once, `max_requests` of them. `last` is the Generation of the last one.
 
         Returns what `generate` returns: int64 [rows, n], or an output with sequences, scores and logits.
         """
@@ -422,6 +435,8 @@ class SpecBranch:
             input_ids, logits_processor, stopping_criteria, generation_config, model_arguments, asked_of_generate()
         )
         asked = requests(handed, seed, Drafting(method, overlap, draft_context, retrieval), self.pair.vocabulary)
+        each = one_each(constraint, len(asked))
+        asked = [self._under(one, request) for one, request in zip(each, asked, strict=True)]
         asks, said = [partial(_same, request) for request in asked], Said()
         try:
             if len(asks) == 1 or handed.streamer is not None:
@@ -492,6 +507,7 @@ class SpecBranch:
         logits_processor: Any = None,
         stopping_criteria: Any = None,
         logprobs: int | None = None,
+        constraint: Constraints = None,
     ) -> Callable[[], Request] | list[Callable[[], Request]]:
         """What makes the request of a prompt; of several, one for each."""
         prompt, config = one_of(prompt, messages), self._settings.under(generation_config)
@@ -500,7 +516,8 @@ class SpecBranch:
         rest = max_new_tokens, stop, given, logprobs, drafting
         if not is_several(prompt):
             sampling = self._settings.sampling(config, *filters, seed)  # type: ignore[arg-type]
-            return partial(self._request, prompt, config, sampling, *rest)  # type: ignore[arg-type]
+            (alone,) = one_each(constraint, 1)  # of a list, too
+            return partial(self._request, prompt, alone, config, sampling, *rest)  # type: ignore[arg-type]
         check_shared(given)
         prompts: list[PromptInput] = list(prompt)  # type: ignore[arg-type]
         seeds: list[Any] = list(seed) if isinstance(seed, (list, tuple, range)) else [seed] * len(prompts)
@@ -508,13 +525,14 @@ class SpecBranch:
             raise SpecBranchError(f"seed has {len(seeds)} elements; expected one for each of {len(prompts)} prompts")
         samplings = [self._settings.sampling(config, *filters, each) for each in seeds]
         return [
-            partial(self._request, one, config, sampling, *rest)
-            for one, sampling in zip(prompts, samplings, strict=True)
+            partial(self._request, one, under, config, sampling, *rest)
+            for one, under, sampling in zip(prompts, one_each(constraint, len(prompts)), samplings, strict=True)
         ]
 
     def _request(
         self,
         prompt: PromptInput,
+        constraint: Constraint | None,
         config: Layered,
         sampling: Sampling,
         max_new_tokens: int | None,
@@ -538,7 +556,7 @@ class SpecBranch:
             filters, rest, _ = fused(handed.processors, sampled)
             sampling = Sampling(**filters, seed=sampling.seed)
             rules = Rules(rest, (), beside_ours(handed), logprobs=alternatives)
-        return Request(
+        request = Request(
             ids,
             new_tokens,
             sampling,
@@ -547,10 +565,35 @@ class SpecBranch:
             rules=rules,
             drafting=drafting,
         )
+        return self._under(constraint, request)
+
+    def _under(self, constraint: Constraint | None, request: Request) -> Request:
+        """The request under a constraint. Raises SpecBranchError for one that cannot be used."""
+        if constraint is None:
+            return request
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise SpecBranchError("constraint needs the tokenizer: pass tokenizer= to SpecBranch")
+        eos = request.eos or ids_of(tokenizer.eos_token_id, "tokenizer: eos_token_id")  # a grammar ends a text
+        matcher = partial(constraint.matcher, tokenizer, self.pair.vocabulary, eos)
+        matcher()
+        return replace(request, eos=eos, matcher=matcher, forces=constraint.forced)
 
 
 def _same(request: Request) -> Request:
     return request
+
+
+def one_each(constraint: Constraints, prompts: int) -> list[Constraint | None]:
+    """The constraint of each prompt. Raises SpecBranchError for what is none."""
+    several = isinstance(constraint, (list, tuple))
+    each: list[Any] = list(constraint) if several else [constraint] * prompts  # type: ignore[arg-type]
+    if len(each) != prompts:
+        raise SpecBranchError(f"constraint has {len(each)} elements; expected one for each of {prompts} prompts")
+    for one in each:
+        if one is not None and not isinstance(one, Constraint):
+            raise SpecBranchError(f"constraint is {shown(one)}; expected a Constraint, such as Constraint.regex('…')")
+    return each
 
 
 def used_corpora(corpus: Corpora, drafting: Drafting, tokenizer: PreTrainedTokenizerBase | None) -> list[Corpus]:

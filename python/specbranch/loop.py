@@ -115,7 +115,7 @@ class DecodingLoop:
             turn.state = turn.text.state(overlapped)
             turn.text.stats.begin_round(begin, turn.state.overlapped)
             with turn.own_errors():
-                turn.text.retrieve()
+                turn.text.extend()
         self._draft_before([turn for turn in _going(ready) if turn.text.drafting], overlapped)
         asked = _going(ready)
         if not asked:
@@ -126,6 +126,10 @@ class DecodingLoop:
         verify = partial(self.forwards.verify, [(turn.text.verifier, turn.trunk) for turn in asked])
         if overlapped:
             verdicts = self.workers.submit(verify)
+            for turn in asked:
+                with turn.own_errors():
+                    assert turn.flight is not None
+                    turn.text.ask_constraint(turn.flight)
             self._draft_during(asked, verdicts)
         else:
             verdicts = PendingVerdicts(verify())
@@ -213,7 +217,7 @@ class DecodingLoop:
             costs.mode(overlapped).target.record(step.rows, step.seconds)
         for turn, share in zip(turns, _shares(turns, end - begin, seconds), strict=True):
             turn.share = share
-            turn.text.measure(turn.state, turn.trunk, turn.verdict, share, end)
+            turn.text.measure(turn.state, turn.trunk, turn.verdict, len(turn.committed), share, end)
         for mine in by_costs.values():
             costs, drafting = mine[0].text.costs, [turn for turn in mine if turn.text.drafting]
             costs.idle += sum(turn.share for turn in mine if not turn.text.drafting)
@@ -235,9 +239,11 @@ def _shares(turns: Sequence[Turn], round: float, seconds: float) -> list[float]:
 
 
 def _copied(turns: Sequence[Turn]) -> bool:
-    """Whether most tokens of a round were retrieved. It says nothing of what a drafted one takes to come by."""
+    """Whether most tokens of a round were retrieved or forced. It says nothing of what a drafted one takes to come
+    by."""
     rounds = [turn.text.stats.log[-1] for turn in turns]
-    return 2 * sum(round.retrieved_accepted for round in rounds) > sum(round.tokens for round in rounds)
+    free = sum(round.retrieved_accepted + round.forced_accepted for round in rounds)
+    return 2 * free > sum(round.tokens for round in rounds)
 
 
 def _going(turns: Sequence[Turn]) -> list[Turn]:

@@ -40,13 +40,14 @@ def generate(
     """What `target.generate(inputs, **arguments)` returns, with a draft that makes it faster.
 
     The same as `target.generate(…, custom_generate=SpecBranch(target, draft))`, whose engine is kept for the next call
-    with this pair; and, with a tokenizer, with stop strings. arguments: of `generate`, and seed, method, overlap,
-    draft_context and retrieval of `SpecBranch.__call__`. Without a draft it is autoregressive, and with retrieval=True
-    what followed the same tokens before is drafted.
+    with this pair; and, with a tokenizer, with stop strings and a constraint. arguments: of `generate`, and seed,
+    constraint, method, overlap, draft_context and retrieval of `SpecBranch.__call__`. Without a draft it is
+    autoregressive; with retrieval=True what followed the same tokens before is drafted, and under a constraint what
+    must follow.
 
     Raises SpecBranchError for what cannot be honoured.
     """
-    if draft is None and arguments.get("retrieval") is True:
+    if draft is None and (arguments.get("retrieval") is True or arguments.get("constraint") is not None):
         arguments.setdefault("method", "specbranch")
     strings, name = stop_strings, "stop_strings"
     for config in (arguments.get("generation_config"), target.generation_config):
@@ -55,10 +56,11 @@ def generate(
     if ends := checked(strings, tokenizer):
         given["stopping_criteria"].append(StopStringCriteria(tokenizer, list(ends)))  # type: ignore[arg-type]
         given["stop_strings"] = None  # or generate would look for the tokenizer, which a callable does not get
+    engine = _engine(target, draft)
+    if tokenizer is not None:
+        engine.tokenizer = tokenizer
     call: Any = target.generate
-    answer: Tensor | GenerateDecoderOnlyOutput = call(
-        inputs, custom_generate=_engine(target, draft), **given, **arguments
-    )
+    answer: Tensor | GenerateDecoderOnlyOutput = call(inputs, custom_generate=engine, **given, **arguments)
     return answer
 
 

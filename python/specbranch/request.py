@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from specbranch.core.sampling import Sampling
 from specbranch.runtime.rules import Rules
+from specbranch.stages import Matcher
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,8 @@ class Drafting:
 @dataclass(frozen=True, eq=False)
 class Request:
     """One text. ids: the prompt. padding: ids of padding before it, which only rules see. eos: ids that end the text;
-    stop: strings that do."""
+    stop: strings that do. matcher: makes the state of the constraint that the text is under; None for none.
+    forces: whether tokens that must follow are drafted."""
 
     ids: Sequence[int]
     new_tokens: int
@@ -32,6 +34,8 @@ class Request:
     stop: tuple[str, ...] = ()
     padding: Sequence[int] = ()
     rules: Rules = field(default_factory=Rules)
+    matcher: Callable[[], Matcher] | None = None
+    forces: bool = True
     drafting: Drafting = field(default_factory=Drafting)
 
     @property

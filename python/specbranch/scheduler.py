@@ -103,7 +103,8 @@ class Scheduler:
     def _price(self, texts: Sequence[Decoding]) -> None:
         """What rounds of so many texts have cost is what they go by."""
         for text in texts:
-            text.costs = self.decoder.costs_of(costs_name(text.policy, text.retriever), len(texts))
+            name = costs_name(text.policy, text.retriever, text.constraint)
+            text.costs = self.decoder.costs_of(name, len(texts))
 
     def _admit(self) -> list[Ticket]:
         """Begin texts that wait, while there is room. Returns those that are over at once."""

@@ -170,6 +170,23 @@ class Retriever(Protocol):
         """Take a verdict's labels."""
 
 
+class Matcher(Protocol):
+    """The state of one text under a constraint. `path`: tokens behind the committed text, all of which may stand."""
+
+    def allowed(self, path: Sequence[int]) -> bytes:
+        """Which tokens may follow a path: a bit each, token t's is bit t % 8 of byte t // 8; in whole words of 32."""
+
+    def forced(self, path: Sequence[int]) -> list[int]:
+        """The tokens that must follow a path, as far as is known; none where there is a choice."""
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        """These are committed."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the committed text is all that it has to be."""
+
+
 Nodes = tuple[Drafter, Tree, Sequence[int]]
 """Where in a text's tree its draft is to run."""
 

@@ -58,8 +58,12 @@ def test_it_observes_a_verdict_as_it_is_defined(data: st.DataObject) -> None:
             tree.note(path[-1], found)
             plain.note(path[-1], found)
         token = data.draw(st.integers(-3, 9))
-        path.append(tree.add(path[-1], token, 0.5))
-        plain.add(path[-2], token, 0.5)
+        if data.draw(st.booleans()):  # which is no choice, and teaches nothing
+            path.append(tree.force(path[-1], [token]))
+            plain.force(path[-2], [token])
+        else:
+            path.append(tree.add(path[-1], token, 0.5))
+            plain.add(path[-2], token, 0.5)
     calibrator, defined = Calibrator(), PlainCalibrator()
     calibrator.observe(tree, path, 7)
     defined.observe(plain, path, 7)
@@ -84,6 +88,9 @@ def test_it_knows_how_likely_retrieved_tokens_are_as_it_is_defined(data: st.Data
             tree.branch(0, 2)
             plain.branch(0, 2)
         assert tree.graft(0, found, chances, 0.0) == plain.graft(0, found, chances, 0.0)
+        if data.draw(st.booleans()):
+            node, tokens = data.draw(st.integers(0, len(tree) - 1)), data.draw(st.lists(st.integers(0, 3), max_size=2))
+            assert tree.force(node, tokens) == plain.force(node, tokens)
         path = tree.path(data.draw(st.integers(0, len(tree) - 1)))
         calibrator.observe_retrieved(tree, path, 1)
         defined.observe_retrieved(plain, path, 1)

@@ -57,11 +57,24 @@ class Trees(RuleBasedStateMachine):
             assert list(getattr(self.tree, column)) == getattr(self.plain, column)
         self.both("free_nodes")
         for node in range(len(self.plain)):
-            self.both("retrieved", node)
+            for name in ("retrieved", "forced", "is_bound"):
+                self.both(name, node)
 
-    @rule(data=st.data(), token=st.integers(-3, 9), reach=CHANCES)
-    def add(self, data: st.DataObject, token: int, reach: float) -> None:
-        self.both("add", self.node(data), token, reach)
+    @rule(data=st.data(), token=st.integers(-3, 9), reach=CHANCES, free=st.booleans())
+    def add(self, data: st.DataObject, token: int, reach: float, free: bool) -> None:
+        self.both("add", self.node(data), token, reach, free)
+        self.check()
+
+    @rule(data=st.data(), tokens=st.lists(st.integers(-3, 9), max_size=4))
+    def force(self, data: st.DataObject, tokens: list[int]) -> None:
+        node, size = self.node(data), len(self.tree)
+        last = self.both("force", node, tokens)
+        path = self.tree.path(last)[len(self.tree.path(node)) :]
+        assert self.tree.tokens(path) == tokens
+        assert all(map(self.tree.forced, path))
+        assert {*range(size, len(self.tree))} <= {*self.tree.free_nodes()}
+        for each in path:
+            assert self.tree.reach[each] in (0.0, pytest.approx(self.tree.reach[node], rel=1e-9))
         self.check()
 
     @rule(data=st.data(), found=proposals())
@@ -82,9 +95,10 @@ class Trees(RuleBasedStateMachine):
             token, chance = self.tree.token[child], 1 - sum(found.confidence)
             if token in found.tokens:
                 chance = found.confidence[found.tokens.index(token)]
-                if self.tree.reach[child] > 1e-300:
+                if self.tree.reach[child] > 1e-300 and not self.tree.forced(child):
                     assert self.tree.reach[child] == pytest.approx(self.tree.reach[node] * chance, rel=1e-9)
-            assert self.tree.reach[child] <= self.tree.reach[node] * max(0.0, chance) * (1 + 1e-9) + 1e-300
+            if not self.tree.forced(child):
+                assert self.tree.reach[child] <= self.tree.reach[node] * max(0.0, chance) * (1 + 1e-9) + 1e-300
 
     @rule(data=st.data(), found=found_tokens(), least=CHANCES)
     def graft(self, data: st.DataObject, found: Continuations, least: float) -> None:
@@ -148,6 +162,7 @@ class Trees(RuleBasedStateMachine):
         for old, new in kept.items():
             if new:
                 assert before.retrieved(old) == self.tree.retrieved(new)
+                assert before.forced(old) == self.tree.forced(new)
                 assert (old in before.free_nodes()) == (new in self.tree.free_nodes())
         self.check()
 
@@ -224,6 +239,7 @@ def small() -> Tree:
     "call",
     [
         lambda tree, node: tree.add(node, 1, 0.5),
+        lambda tree, node: tree.force(node, [1]),
         lambda tree, node: tree.take(Choice(node)),
         lambda tree, node: tree.take(Choice(node, 0)),
         lambda tree, node: tree.take_all([Choice(0), Choice(node)]),
@@ -246,6 +262,8 @@ def small() -> Tree:
         lambda tree, node: tree.graft(node, followed(), [1.0], 0.0),
         lambda tree, node: tree.use([0, node]),
         lambda tree, node: tree.retrieved(node),
+        lambda tree, node: tree.forced(node),
+        lambda tree, node: tree.is_bound(node),
         lambda tree, node: tree.retrieved_odds(node, 1),
         lambda tree, node: tree.with_unread([Choice(0), Choice(node)]),
         lambda tree, node: tree.read([Choice(0), Choice(node)]),

@@ -61,7 +61,7 @@ def test_what_is_retrieved_is_long_and_short_and_right_and_wrong(retrieval: str)
     rounds: list[Round] = []
     for seed in range(60):
         for method in ("speculative", "specbranch"):
-            case = replace(Case.draw(seed, method, None), retrieval=retrieval, left_after=None)
+            case = replace(Case.draw(seed, method, None), retrieval=retrieval, left_after=None, grammar=0)
             stats = case.run(Costs())
             rounds += stats.log
             if "alone" in retrieval:
@@ -86,6 +86,8 @@ POLICY, BRANCHING = "specbranch.policies.policy", "specbranch.policies.branching
 ROUNDS, READ, PLAY, EXPAND = "DecodingLoop.rounds", "DecodingLoop.read", "DecodingLoop.play", "DecodingLoop._expand"
 COMMIT, CHOOSE, STATE = "Decoding.commit", "Decoding.choose_trunk", "Decoding.state"
 BEGIN, TAKE, GROW, USE = "Decoding.begin", "Decoding.take", "Decoding.grow", "Decoding._use"
+FORCE, FEW, END = "Decoding.force", "Decoding._offer_few", "Decoding._certain_end"
+CONSTRAINED, CANNOT_STAND = "specbranch.constrained", "cannot stand"
 RETRIEVE, READABLE, COUNT = "Decoding.retrieve", "Decoding._readable", "Stats.count"
 UNLEARNED = "the retriever: a verdict that it never learned"
 FOR_NOTHING = "a candidate is drafted for nothing behind it"
@@ -184,10 +186,10 @@ BUGS = [
     Bug(DECODING, RETRIEVE, "deepest - len(path) + 1", "deepest", UNCOMMITTABLE),
     Bug(DECODING, RETRIEVE, "self.learn()", "pass", "the retriever: looks up before it has learned"),
     Bug(DECODING, RETRIEVE, "in path[1:] if", "in path[2:] if", "the best path is not what goes on"),
-    Bug(DECODING, RETRIEVE, "[i] for i in first", "[i] for i in range(len(retrieved.found))", FOR_NOTHING),
+    Bug(DECODING, RETRIEVE, "[i] for i in first", "[i] for i in range(len(found))", FOR_NOTHING),
     Bug(DECODING, RETRIEVE, "drafted.append(", "bool(", "the best path is not what goes on"),
     Bug(DECODING, RETRIEVE, "tree.graft(node,", "tree.graft(0,", "retrieved behind another text"),
-    Bug(DECODING, RETRIEVE, "*retrieved, LEAST_REACH", "*retrieved, 0.0", "retrieved, and hardly likely"),
+    Bug(DECODING, RETRIEVE, "chances, LEAST_REACH)", "chances, 0.0)", "retrieved, and hardly likely"),
     Bug(DECODING, RETRIEVE, "self.stats.drafted += len(tree) - size", "pass", "drafted tokens are miscounted"),
     Bug(DECODING, BEGIN, "self.retriever.begin(prompt)", "self.retriever.begin(prompt[:-1])", NOT_TOLD),
     Bug(DECODING, COMMIT, "self.retriever.commit(committed)", "pass", NOT_TOLD),
@@ -205,12 +207,12 @@ BUGS = [
     ),
     Bug(STATS, COUNT, "{*tree.free_nodes()}", "set()", "wasted tokens are miscounted"),
     Bug(STATS, COUNT, " and node not in free", "", "rollback is miscounted"),
-    Bug(STATS, COUNT, "tree.retrieved, trunk[1:]", "tree.retrieved, path[1:]", "retrieved tokens are miscounted"),
-    Bug(STATS, COUNT, "tree.retrieved, path[1:]", "tree.retrieved, trunk[1:]", "retrieved tokens are miscounted"),
+    Bug(STATS, COUNT, "for node in trunk[1:]]", "for node in path[1:]]", "retrieved tokens are miscounted"),
+    Bug(STATS, COUNT, "for node in path[1:]]", "for node in trunk[1:]]", "retrieved tokens are miscounted"),
     Bug(TREE, "PlainTree.note", "chance / self.reach[child]", "self.reach[child]", NOT_BELIEVED),
     Bug(TREE, "PlainTree.note", "self.reach[child] > 0", "False", NOT_BELIEVED),
     Bug(TREE, "PlainTree._chance_after", "token in proposals.tokens", "False", NOT_BELIEVED),
-    Bug(TREE, "PlainTree.graft", "self.free.add(added)", "pass", "wasted tokens are miscounted"),
+    Bug(TREE, "PlainTree.graft", "free=True", "free=False", "wasted tokens are miscounted"),
     Bug(TREE, "PlainTree.best_choices", "> max(children)", "> 2", "the best path is not"),
     Bug(TREE, "PlainTree.with_unread", "if Choice(node) not in every", "", "a node twice in a step"),
     Bug(TREE, "PlainTree.with_unread", "[::-1]\n", "\n", "a node without its parent's row"),
@@ -220,12 +222,31 @@ BUGS = [
     Bug(
         DECODING, "Decoding.choose_overlap", "if self.overlap is None else self.overlap", "", "overlapped, and was told"
     ),
+    # What a grammar says
+    Bug(DECODING, COMMIT, "self.constraint.accept(committed)", "pass", "another mask than the grammar's"),
+    Bug(DECODING, RETRIEVE, "self.constraint is not None", "False", CANNOT_STAND),
+    Bug(DECODING, FORCE, "run[:room]", "run", "a forced token that cannot be committed"),
+    Bug(DECODING, FORCE, "self._behind(node)", "self._behind(max(0, node - 1))", "forced, and free"),
+    Bug(DECODING, GROW, "self.force([node, *tree.children[node]])", "pass", "forced tokens are miscounted"),
+    Bug(DECODING, "Decoding._force_candidate", "self.stats.drafted += 1", "pass", "drafted tokens are miscounted"),
+    Bug(DECODING, FEW, "LEAST_REACH and tree", "0.0 and tree", "offered, and hardly likely"),
+    Bug(DECODING, FEW, " and tree.child(node, token) is None", "", TWICE),
+    Bug(DECODING, FEW, "self.remaining - 1:", "self.remaining:", "an offered token that cannot be committed"),
+    Bug(DECODING, END, "if over else []", "", "committed without a forward, and the text is not over"),
+    Bug(CONSTRAINED, "Constrained._mask", "few[0]", "few[-1] ^ 1", "another mask than the grammar's"),
+    Bug(CONSTRAINED, "Constrained._few", "if not place.asked:", "if True:", "asked twice about one place"),
+    Bug(CONSTRAINED, "Constrained.possible", "places[parent]", "top", CANNOT_STAND),
+    Bug(STATS, "_origin", '"forced" if tree.forced(node) else ', "", "forced tokens are miscounted"),
+    Bug(TREE, "PlainTree.force", "self.forced_nodes.add(node)", "pass", "forced tokens are miscounted"),
+    Bug(TREE, "PlainTree.force", "free=True", "free=False", "wasted tokens are miscounted"),
+    Bug(TREE, "PlainTree.reroot", "tree.forced_nodes.add(new)", "pass", "forced tokens are miscounted"),
 ]
 
 
 BEFORE, DURING, MEASURE = "DecodingLoop._draft_before", "DecodingLoop._draft_during", "DecodingLoop._measure"
 BY_COSTS = "{id(turn.text.costs): turn.text.costs for turn in turns}.values()"
 BY_TEXT = "[turn.text.costs for turn in turns]"
+EXTEND = "if True:\n            turn.text.extend()"
 SPITE, ON = "commits in spite of its error", "goes on after an error"
 MORE = "more of prompts is read than is allowed"
 
@@ -240,7 +261,7 @@ SHARED_BUGS = [
     Bug(LOOP, PLAY, "asked = _going(ready)", "asked = [each for each in turns if hasattr(each, 'state')]", "a trunk"),
     Bug(LOOP, BEFORE, "_going(wanting)", "wanting", ON),
     Bug(LOOP, DURING, "in _going(drafting)", "in turns", ON),
-    Bug(LOOP, PLAY, "with turn.own_errors():", "if True:", "one text's error ends the round of all"),
+    Bug(LOOP, PLAY, "with turn.own_errors():\n            turn.text.extend()", EXTEND, "ends the round of all"),
     Bug(LOOP, EXPAND, "with turn.own_errors():", "if True:", "one text's error ends the round of all"),
     Bug(LOOP, "DecodingLoop._commit", "with turn.own_errors():", "if True:", "one text's error ends the round of all"),
     Bug(LOOP, PLAY, "_going(ready) if", "ready if", ON),
@@ -263,7 +284,7 @@ SHARED_BUGS = [
     Bug(LOOP, MEASURE, "_shares(turns", "_shares(turns[:1] * len(turns)", "a text's share of the round"),
     Bug(LOOP, MEASURE, "and not _copied(turns)", "", "the round is not recorded once"),
     Bug(LOOP, MEASURE, "bool(drafting) and", "", "the round is not recorded once"),
-    Bug(LOOP, "_copied", "2 * sum", "sum", "the round is not recorded once"),
+    Bug(LOOP, "_copied", "2 * free", "free", "the round is not recorded once"),
     Bug(LOOP, MEASURE, "if drafting:", "if True:", "a text's share of the round"),
     Bug(LOOP, "_shares", "if has else 0.0", "", "a text's share of the round"),
     Bug(LOOP, "_shares", "more / sum(drafted)", "more / len(drafted)", "a text's share of the round"),

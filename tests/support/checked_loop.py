@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from random import Random
 from typing import Any, cast
 
 import pytest
-from language import Language, LanguageDrafter, LanguageTarget, ScriptedRetriever, WatchedRetriever
+from language import (
+    Grammar,
+    Language,
+    LanguageDrafter,
+    LanguageTarget,
+    ScriptedRetriever,
+    WatchedRetriever,
+    state_of,
+)
 from plain_calibration import PlainCalibrator
 
 from specbranch import decoding
+from specbranch.constrained import Constrained
 from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.messages import Drafted, Verdict
 from specbranch.core.stats import CAUSES, Stats
@@ -37,8 +46,8 @@ class CheckedDecoding(Decoding):
 
     text: the prompt and the committed tokens. grown: nodes that were added to a tree, of retrieved ones those that a
     model ran over. left: such nodes that lived on at the newest commit, the root among them. grafted: every retrieved
-    token, as the text that ends with it. unlikely: the first nodes of a tree whose root had a reach of 0, of which
-    nothing follows for those below.
+    token, as the text that ends with it; forced, few: those that a grammar added. unlikely: the first nodes of a tree
+    whose root had a reach of 0, of which nothing follows for those below. certain: tokens committed without a forward.
     """
 
     verifier: LanguageTarget
@@ -46,8 +55,10 @@ class CheckedDecoding(Decoding):
     retriever: WatchedRetriever | None
 
     def begin(self, prompt: Sequence[int], max_new_tokens: int) -> None:
-        self.text, self.grown, self.left, self.unlikely = list(prompt), 0, 1, 0
+        self.text, self.grown, self.left, self.unlikely, self.certain = list(prompt), 0, 1, 0, 0
         self.grafted: set[tuple[int, ...]] = set()
+        self.forced: set[tuple[int, ...]] = set()
+        self.few: set[tuple[int, ...]] = set()
         super().begin(prompt, max_new_tokens)
 
     def state(self, overlapped: bool) -> State:
@@ -74,12 +85,39 @@ class CheckedDecoding(Decoding):
             path = tree.tokens(tree.path(node)[1:])
             assert path[: len(drafted)] == drafted, "retrieved behind another text"
             assert tree.depth[node] < self.remaining, "a retrieved token that cannot be committed"
-            if len(path) > len(drafted):
+            if len(path) > len(drafted) and (*self.text, *path) not in self.forced:
                 assert tree.reach[node] >= LEAST_REACH, "retrieved, and hardly likely"
                 self.grafted.add((*self.text, *path))
-        assert len(tree) == size or self.was_grafted(tree, len(tree) - 1), (
-            "a candidate is drafted for nothing behind it"
-        )
+        assert len(tree) == size or self.was_free(tree, len(tree) - 1), "a candidate is drafted for nothing behind it"
+
+    def force(self, nodes: Sequence[int]) -> None:
+        tree, size = self.tree, len(self.tree)
+        super().force(nodes)
+        for node in range(size, len(tree)):
+            self.check_forced(node)
+            self.forced.add(self.text_of(tree, node))
+
+    def check_forced(self, node: int) -> None:
+        tree, grammar = self.tree, self.verifier.grammar
+        assert grammar is not None, "forced, and there is no grammar"
+        assert grammar.after(state_of(self.text_of(tree, tree.parent[node]))) == {tree.token[node]}, "forced, and free"
+        assert tree.depth[node] < self.remaining, "a forced token that cannot be committed"
+
+    def _offer_few(self) -> None:
+        tree, size = self.tree, len(self.tree)
+        super()._offer_few()
+        for node in range(size, len(tree)):
+            if (text := self.text_of(tree, node)) not in self.forced:
+                assert tree.reach[node] >= LEAST_REACH, "offered, and hardly likely"
+                assert tree.depth[node] < self.remaining, "an offered token that cannot be committed"
+                self.few.add(text)
+
+    def text_of(self, tree: Tree, node: int) -> tuple[int, ...]:
+        return (*self.text, *tree.tokens(tree.path(node)[1:]))
+
+    def was_free(self, tree: Tree, node: int) -> bool:
+        """Whether no draft proposed it."""
+        return self.text_of(tree, node) in self.grafted | self.forced | self.few
 
     def _readable(self, wanted: Expansion) -> Expansion:
         assert len({*wanted.choices}) == len(wanted.choices), "a place is wanted twice"
@@ -90,21 +128,25 @@ class CheckedDecoding(Decoding):
         check_tree(self.tree, self.unlikely)
 
     def was_grafted(self, tree: Tree, node: int) -> bool:
-        return (*self.text, *tree.tokens(tree.path(node)[1:])) in self.grafted
+        return self.text_of(tree, node) in self.grafted
 
     def paid(self, tree: Tree, more: Sequence[int]) -> set[int]:
         """The nodes that cost something: those that were drafted, and those that a model ran over. more: such."""
         rows = {} if self.drafter is None else self.drafter.rows
-        return {node for node in range(len(tree)) if node in rows or node in more or not self.was_grafted(tree, node)}
+        return {node for node in range(len(tree)) if node in rows or node in more or not self.was_free(tree, node)}
 
     def commit(self, flight: InFlight, verdict: Verdict) -> list[int]:
         tree = self.tree
         hit = next_node(tree, [*(tree.token[flight.nodes[place]] for place in verdict.path), verdict.next_token])
         paid = self.paid(tree, [*flight.nodes, *([] if hit is None else [hit])])
-        grafted = {node for node in range(len(tree)) if self.was_grafted(tree, node)}
+        forced = {node for node in range(1, len(tree)) if self._forcing and self.is_forced(tree, node)}
+        grafted = {node for node in range(len(tree)) if self.was_grafted(tree, node)} - forced
+        free = {node for node in range(len(tree)) if self.was_free(tree, node)}
         self.grown += len(paid) - self.left
-        committed, left = super().commit(flight, verdict), self.tree
+        everything, left = super().commit(flight, verdict), self.tree
+        committed = everything[: len(verdict.path) + 1]
         self.text += committed
+        self.check_certain_end(everything[len(committed) :])
         self.left = len(self.paid(left, [0]))
         self.unlikely = len(left) if hit is not None and (tree.reach[hit] == 0 or self.unlikely) else 0
         assert self.verifier.verdict is None, "the target: no commit"
@@ -119,9 +161,28 @@ class CheckedDecoding(Decoding):
         round = self.stats.log[-1]
         assert round.retrieved == len(grafted.intersection(flight.nodes[1:])), "retrieved tokens are miscounted"
         assert round.retrieved_accepted == len(grafted.intersection(taken)), "retrieved tokens are miscounted"
+        assert round.forced == len(forced.intersection(flight.nodes[1:])), "forced tokens are miscounted"
+        assert round.forced_accepted == len(forced.intersection(taken)), "forced tokens are miscounted"
         if not self.drafting:
-            assert grafted.issuperset(flight.nodes[1:]), "a token verified that nobody drafted"
-        return committed
+            assert free.issuperset(flight.nodes[1:]), "a token verified that nobody drafted"
+        return everything
+
+    def is_forced(self, tree: Tree, node: int) -> bool:
+        grammar = self.verifier.grammar
+        assert grammar is not None
+        return len(grammar.after(state_of(self.text_of(tree, tree.parent[node])))) == 1
+
+    def check_certain_end(self, rest: list[int]) -> None:
+        """Tokens that no forward has seen: nothing else may follow, and with them the text is over."""
+        self.certain = len(rest)
+        if not rest:
+            return
+        assert self.remaining == 0, "committed without a forward, and the text is not over"
+        text = list(self.text)
+        for token in rest:
+            assert self.verifier.grammar is not None
+            assert self.verifier.grammar.after(state_of(text)) == {token}, "committed without a forward, and free"
+            text.append(token)
 
     def _check_counts(self, tree: Tree, verdict: Verdict, committed: list[int], paid: set[int]) -> None:
         round = self.stats.log[-1]
@@ -207,7 +268,7 @@ class Case:
     """One text, drawn at random from a seed. left_after: rounds after which nobody wants more of it. turn: where the
     target begins anew. context: what of the prompt the draft reads at once; None where costs decide. read_costs:
     seconds of a token that the target reads, and the draft. retrieval: "beside" a draft, or "alone" without one; with
-    "scripted" in front of it another retriever than the real one."""
+    "scripted" in front of it another retriever than the real one. grammar: that the text is under; 0 for none."""
 
     seed: int
     method: str
@@ -227,6 +288,7 @@ class Case:
     context: Excerpt | None = ALL
     read_costs: tuple[float, float] = (0.0, 0.0)
     retrieval: str = ""
+    grammar: int = 0
 
     @staticmethod
     def draw(seed: int, method: str, overlap: bool | None) -> Case:
@@ -251,6 +313,7 @@ class Case:
             context=chance.choice((ALL, None, None, Excerpt(1, 1), Excerpt(0, 2), Excerpt(3, 0))),
             read_costs=chance.choice(((0.0, 0.0), (0.05, 0.02), (0.3, 0.2), (0.3, 3.0))),
             retrieval=chance.choice(RETRIEVALS) if make_policy(method, {}).may_retrieve else "",
+            grammar=chance.choice((0, 0, chance.randint(1, 99))),
         )
 
     def policy(self) -> Policy:
@@ -268,7 +331,22 @@ class Case:
             more = (end, policy.candidates, self.capacities, self.burst)
             draft = LanguageDrafter(spoken, time, self.draft_cost, *more, read_draft)
         reading = WhenItPays(Lengths()) if self.context is None else AtOnce(self.context)
-        return CheckedDecoding(target, draft, policy, costs, time, self.overlap, reading, self.retriever())
+        constraint = None
+        if self.grammar:
+            target.grammar = self.made_up_grammar()
+            constraint = target.constraint = Constrained(target.grammar, spoken.vocabulary, frozenset())
+            if draft is not None:
+                draft.grammar = target.grammar
+        more = (self.retriever(), constraint)
+        return CheckedDecoding(target, draft, policy, costs, time, self.overlap, reading, *more)
+
+    def made_up_grammar(self) -> Grammar:
+        return Grammar(self.grammar, language(self.language).vocabulary, self.prompt)
+
+    @cached_property
+    def truth(self) -> list[int]:
+        grammar = self.made_up_grammar() if self.grammar else None
+        return language(self.language).text(self.prompt, self.new_tokens + 20, grammar)  # more than may be committed
 
     def retriever(self) -> WatchedRetriever | None:
         if not self.retrieval:
@@ -276,9 +354,8 @@ class Case:
         if not self.retrieval.startswith("scripted"):
             compiled = vars(decoding)["Tree"] is Tree  # else its definition decodes
             return WatchedRetriever(RetrievalDrafter(Calibrator() if compiled else cast(Calibrator, PlainCalibrator())))
-        spoken = language(self.language)
-        script = [*self.prompt, *spoken.text(self.prompt, self.new_tokens + 20)]  # more than may be committed
-        return WatchedRetriever(ScriptedRetriever(script, spoken.vocabulary, Random(self.seed)))
+        vocabulary = language(self.language).vocabulary
+        return WatchedRetriever(ScriptedRetriever([*self.prompt, *self.truth], vocabulary, Random(self.seed)))
 
     def run(self, costs: Costs) -> Stats:
         """Decode it and check."""
@@ -298,7 +375,7 @@ class Case:
         """Add what a round committed to the tokens."""
         assert committed, "a round that commits nothing"
         tokens += committed
-        expected = language(self.language).text(self.prompt, self.new_tokens)
+        expected = self.truth[: self.new_tokens]
         assert tokens == expected[: len(tokens)], "another text than the target's"
         assert len(tokens) <= self.new_tokens, "more tokens than asked for"
 
@@ -309,7 +386,7 @@ class Case:
         assert stats.prompt_tokens == len(self.prompt), "prompt tokens are miscounted"
         assert stats.new_tokens == sum(round.tokens for round in stats.log) == len(tokens), "new tokens are miscounted"
         assert stats.rounds == stats.target_forwards == len(stats.log), "rounds are miscounted"
-        assert stats.accepted + stats.rounds == len(tokens), "accepted tokens do not add up"
+        assert stats.accepted + stats.rounds + text.certain == len(tokens), "accepted tokens do not add up"
         assert stats.drafted == text.grown, "drafted tokens are miscounted"
         assert stats.left_over == text.left - 1, "tokens left over are miscounted"
         assert sum(getattr(stats, cause) for cause in CAUSES) == stats.wasted, "causes of waste do not add up"

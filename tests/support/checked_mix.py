@@ -344,8 +344,8 @@ def check_round(turns: Sequence[Turn], shared: Shared) -> None:
         assert math.isclose(sum(seconds for _, seconds in draft), took), "other seconds than the draft's"
         reading = [text for _, text in committed if text.drafting]
         seconds = committed[0][1].stats.log[-1].seconds if committed else 0.0
-        retrieved = sum(text.stats.log[-1].retrieved_accepted for _, text in done)
-        telling = bool(reading) and 2 * retrieved <= tokens
+        free = sum(text.stats.log[-1].retrieved_accepted + text.stats.log[-1].forced_accepted for _, text in done)
+        telling = bool(reading) and 2 * free <= tokens
         assert rounds == ([(seconds, tokens, telling)] if committed else []), "the round is not recorded once"
         shares = [(share_of(turn, done), len(turn.committed)) for turn, text in committed if text.drafting]
         expected = [(*map(sum, zip(*shares, strict=True)), len(shares))] if shares else []

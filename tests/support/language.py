@@ -13,6 +13,7 @@ from functools import reduce
 from random import Random
 from typing import NamedTuple
 
+from specbranch.constrained import Constrained
 from specbranch.core.excerpt import Excerpt
 from specbranch.core.messages import Drafted, Forecast, Step, Trunk, Verdict
 from specbranch.core.suffix_index import SuffixIndex, continuations
@@ -53,41 +54,98 @@ class Language:
         self._noise = self._rows(chance, lambda: -math.log(-math.log(chance.random())))
         self._target = self._rows(chance, lambda: chance.gauss(0, sharpness))
         self._doubts = self._rows(chance, lambda: chance.gauss(0, doubt))
-        self._said: dict[tuple[int, int, int], Proposals] = {}
-        self._next: dict[tuple[int, int], int] = {}
+        self._said: dict[tuple[int, int, int, frozenset[int] | None], Proposals] = {}
+        self._next: dict[tuple[int, int, frozenset[int] | None], int] = {}
 
     def _rows(self, chance: Random, draw: object) -> list[list[float]]:
         return [[draw() for _ in range(self.vocabulary)] for _ in range(CONTEXTS)]  # type: ignore[operator]
 
-    def next(self, state: int, position: int) -> int:
-        """The target's token behind a text, by its hash and the position of its last token."""
-        key = state % CONTEXTS, position % CONTEXTS
+    def next(self, state: int, position: int, allowed: frozenset[int] | None = None) -> int:
+        """The target's token behind a text, by its hash and the position of its last token. allowed: one of these."""
+        key = state % CONTEXTS, position % CONTEXTS, allowed
         if (token := self._next.get(key)) is None:
             scores = [a + b for a, b in zip(self._target[key[0]], self._noise[key[1]], strict=True)]
-            token = self._next[key] = scores.index(max(scores))
+            token = self._next[key] = max(sorted(allowed or range(self.vocabulary)), key=scores.__getitem__)
         return token
 
-    def guess(self, state: int, position: int, candidates: int) -> Proposals:
+    def guess(self, state: int, position: int, candidates: int, allowed: frozenset[int] | None = None) -> Proposals:
         """The draft's candidates there; its confidence is a softmax of perturbed scores."""
-        key = state % CONTEXTS, position % CONTEXTS, candidates
+        key = state % CONTEXTS, position % CONTEXTS, candidates, allowed
         if (said := self._said.get(key)) is None:
             columns = (self._target[key[0]], self._doubts[key[0]], self._noise[key[1]])
             scores = [sum(column) for column in zip(*columns, strict=True)]
-            if self.perverse:
-                scores[self.next(state, position)] = -math.inf
-            tokens = sorted(range(self.vocabulary), key=lambda token: -scores[token])[: max(2, candidates)]
+            if self.perverse and (allowed is None or len(allowed) > 1):
+                scores[self.next(state, position, allowed)] = -math.inf
+            every = sorted(allowed or range(self.vocabulary), key=lambda token: -scores[token])
+            tokens = every[: max(2, candidates)]
             weights = [math.exp(scores[token] - scores[tokens[0]]) for token in tokens]
             said = Proposals(tuple(tokens), tuple(weight / sum(weights) for weight in weights))
             self._said[key] = said
         return said
 
-    def text(self, prompt: Sequence[int], count: int) -> list[int]:
+    def text(self, prompt: Sequence[int], count: int, grammar: Grammar | None = None) -> list[int]:
         """What autoregressive decoding says: the truth."""
         text, state = list(prompt), state_of(prompt)
         for _ in range(count):
-            text.append(self.next(state, len(text) - 1))
+            text.append(self.next(state, len(text) - 1, None if grammar is None else grammar.after(state)))
             state = advance(state, text[-1])
         return text[len(prompt) :]
+
+
+class Grammar:
+    """Which tokens may follow a text, by its hash: one, a handful, half of them, or all; the share of each by a seed.
+
+    It is the matcher of one text, and strict: it is asked about what may stand, and about each place once. text: that
+    it was told of.
+    """
+
+    def __init__(self, seed: int, vocabulary: int, prompt: Sequence[int]) -> None:
+        chance = Random(seed)
+        one, few = chance.choice((0.1, 0.3, 0.6)), chance.choice((0.0, 0.2))
+        self.vocabulary, self.text, self.prompt = vocabulary, list(prompt), len(prompt)
+        self._sets = [self._draw(chance, one, few) for _ in range(CONTEXTS)]
+        self._says = chance.choice((0, 1, 9))  # of what must follow, tokens that it says at once
+        self._asked: set[tuple[int, ...]] = set()
+
+    def _draw(self, chance: Random, one: float, few: float) -> frozenset[int]:
+        kind = chance.random()
+        every = range(self.vocabulary)
+        if kind < one:
+            return frozenset(chance.sample(every, 1))
+        if kind < one + few:
+            return frozenset(chance.sample(every, chance.randint(2, 4)))
+        return frozenset(chance.sample(every, self.vocabulary // 2) if kind < 0.8 else every)
+
+    def after(self, state: int) -> frozenset[int]:
+        return self._sets[state // CONTEXTS % CONTEXTS]
+
+    def allowed(self, path: Sequence[int]) -> bytes:
+        text = (*self.text, *path)
+        assert text not in self._asked, "the grammar: asked twice about one place"
+        self._asked.add(text)
+        bits = sum(1 << token for token in self._after(path))
+        return bits.to_bytes(4 * ((self.vocabulary + 31) // 32), "little")
+
+    def _after(self, path: Sequence[int]) -> frozenset[int]:
+        state = state_of(self.text)
+        for token in path:
+            assert token in self.after(state), "the grammar: asked about what cannot stand"
+            state = advance(state, token)
+        return self.after(state)
+
+    def forced(self, path: Sequence[int]) -> list[int]:
+        run: list[int] = []
+        while len(run) < self._says and len(only := self._after([*path, *run])) == 1:
+            run += only
+        return run
+
+    def accept(self, tokens: Sequence[int]) -> None:
+        self._after(tokens)
+        self.text += tokens
+
+    @property
+    def complete(self) -> bool:
+        return True
 
 
 class Trouble(Exception):
@@ -105,7 +163,8 @@ class LanguageTarget:
     """cost: seconds of a forward, and of each row more. read_cost: of a token of the prompt, whose last one is not in
     `prompt`. end: tokens of prompt and text, of which none may be verified that comes later. turn: the position at
     which it begins anew, which no round may pass. text: the cache. predictor: makes up forecasts, where there is one.
-    forecast, trunk: the newest. fails: which trunk there is no verdict about; 0 for none. judged: trunks so far."""
+    forecast, trunk: the newest. fails: which trunk there is no verdict about; 0 for none. judged: trunks so far.
+    grammar: what the text may be; constraint: who is asked about it."""
 
     language: Language
     time: VirtualTime
@@ -122,6 +181,8 @@ class LanguageTarget:
     trunk: Trunk | None = None
     fails: int = 0
     judged: int = 0
+    grammar: Grammar | None = None
+    constraint: Constrained | None = None
 
     @property
     def failed(self) -> bool:
@@ -162,18 +223,37 @@ class LanguageTarget:
         assert max(trunk.positions) < self.end - 1, "the target: a token that cannot be committed"
         assert trunk.position >= self.turn or max(trunk.positions) < self.turn, "the target: a trunk beyond its turn"
         self.trunk, self.judged = trunk, self.judged + 1
+        self._ask(trunk)
         if self.failed:
             raise Trouble
         state = advance(self._state, trunk.tokens[0])
         path: list[int] = []
         while True:
-            token = self.language.next(state, trunk.position + len(path))
+            token = self.language.next(state, trunk.position + len(path), self._after(state))
             last = path[-1] if path else 0
             if (last, token) not in places:
                 break
             path.append(places.index((last, token)))
             state = advance(state, token)
         return tuple(path), token
+
+    def _after(self, state: int) -> frozenset[int] | None:
+        return None if self.grammar is None else self.grammar.after(state)
+
+    def _ask(self, trunk: Trunk) -> None:
+        """Every row has its mask, and every token may stand."""
+        if self.grammar is None:
+            return
+        assert self.constraint is not None
+        states, paths = list[int](), list[list[int]]()
+        for token, parent in zip(trunk.tokens, trunk.parents, strict=True):
+            above = self._state if parent < 0 else states[parent]
+            assert parent < 0 or token in self.grammar.after(above), "the target: a token that cannot stand"
+            states.append(advance(above, token))
+            paths.append([] if parent < 0 else [*paths[parent], token])
+            mask = self.constraint.allowed(paths[-1])
+            found = {each for each in range(8 * len(mask)) if mask[each // 8] >> each % 8 & 1}
+            assert found == self.grammar.after(states[-1]), "the target: another mask than the grammar's"
 
     def say(self, path: tuple[int, ...], token: int, step: Step) -> Verdict:
         """The verdict that took this step, perhaps with other texts'."""
@@ -237,6 +317,7 @@ class LanguageDrafter:
     fails: int = 0
     ran: int = 0
     unreadable: bool = False
+    grammar: Grammar | None = None
 
     @property
     def failed(self) -> bool:
@@ -328,14 +409,16 @@ class LanguageDrafter:
         assert node not in self.rows, "the draft: runs twice over a node"
         assert len(self.committed) - 1 + len(above) < self.end - 1, "the draft: a token that cannot be committed"
         proposals = self._guess(token, above, state)
-        first, second = proposals.confidence[:2]
+        first, second = (*proposals.confidence, 0.0)[:2]
         proposals = proposals._replace(signals=Signals(first, 1.0, first - second, len(above), 0.0, retrieved))
         self.rows[node] = Row((*above, token), advance(state, token), proposals)
         return proposals
 
     def _guess(self, token: int, above: tuple[int, ...], state: int) -> Proposals:
         """Behind a token."""
-        return self.language.guess(advance(state, token), len(self.committed) - 1 + len(above), self.candidates)
+        now = advance(state, token)
+        allowed = None if self.grammar is None else self.grammar.after(now)
+        return self.language.guess(now, len(self.committed) - 1 + len(above), self.candidates, allowed)
 
     def commit(self, path: Sequence[int], survivors: Mapping[int, int], tokens: Sequence[int]) -> None:
         accepted = [self.rows[node] for node in path if node in self.rows]

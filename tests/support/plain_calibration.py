@@ -109,7 +109,7 @@ class PlainCalibrator:
         """Take a verdict's labels: at every accepted node, the root first, the token that the target went on with."""
         for node, token in zip(path, [*tree.tokens(path[1:]), next_token], strict=True):
             proposals = tree.proposals[node]
-            if proposals is not None and proposals.signals is not None:
+            if proposals is not None and proposals.signals is not None and not tree.is_bound(node):
                 self.learn(proposals.signals, proposals.tokens[0] == token, token in proposals.tokens)
 
     def learn(self, signals: Signals, accepted: bool, covered: bool) -> None:
@@ -151,7 +151,7 @@ class PlainCalibrator:
         """A verdict's labels for what was retrieved below the accepted nodes."""
         for node, token in zip(path, [*tree.tokens(path[1:]), next_token], strict=True):
             for child in tree.children[node]:
-                if child in tree.found:
+                if child in tree.found and not tree.is_bound(node):
                     self.learn_retrieved(tree.found[child][0], tree.token[child] == token)
 
     def learn_retrieved(self, found: Found, accepted: bool) -> None:

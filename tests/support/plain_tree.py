@@ -36,6 +36,7 @@ class PlainTree:
         "_offered",
         "children",
         "depth",
+        "forced_nodes",
         "found",
         "free",
         "parent",
@@ -55,14 +56,15 @@ class PlainTree:
         self._offered = [1]  # by node: the highest rank in the frontier
         self.found: dict[int, tuple[Found, float]] = {}  # by retrieved node: what speaks for it, and its chance
         self.free: set[int] = set()
+        self.forced_nodes: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.token)
 
     # ---- Growing
 
-    def add(self, parent: int, token: int, reach: float) -> int:
-        """Append a node; returns its index."""
+    def add(self, parent: int, token: int, reach: float, free: bool = False) -> int:
+        """Append a node; returns its index. free: until a model runs over it."""
         node = len(self.token)
         self.token.append(token)
         self.parent.append(parent)
@@ -73,6 +75,22 @@ class PlainTree:
         self.children[parent].append(node)
         self._offered.append(1)
         heappush(self._frontier, (-reach, node, -1))
+        if free:
+            self.free.add(node)
+        return node
+
+    def force(self, node: int, tokens: Sequence[int]) -> int:
+        """Add the tokens that must follow a node, one behind the other, as likely as the node; those that are children
+        already become as likely. Returns the last node."""
+        for token in tokens:
+            above = self.reach[node]
+            if (known := self.child(node, token)) is None:
+                node = self.add(node, token, above, free=True)
+            else:
+                node = known
+                if self.reach[node] > 0:
+                    self._scale(node, above / self.reach[node])
+            self.forced_nodes.add(node)
         return node
 
     def take(self, choice: Choice) -> int:
@@ -89,7 +107,7 @@ class PlainTree:
         """Keep what the draft proposes after `node`; no candidate becomes a node yet."""
         self._keep(node, proposals)
         for child in self.children[node]:
-            if child in self.found and self.reach[child] > 0:
+            if child in self.found and child not in self.forced_nodes and self.reach[child] > 0:
                 chance = self._chance_after(node, self.token[child], self.found[child][1])
                 self._scale(child, self.reach[node] * chance / self.reach[child])
 
@@ -130,9 +148,8 @@ class PlainTree:
                 continue
             reach = self.reach[above] * self._chance_after(above, token, chance)
             if reach >= least:
-                added = place[i] = self.add(above, token, reach)
+                added = place[i] = self.add(above, token, reach, free=True)
                 self.found[added] = found_at(found, i), chance
-                self.free.add(added)
         return len(self) - before
 
     def use(self, nodes: Sequence[int]) -> int:
@@ -153,6 +170,8 @@ class PlainTree:
                     tree.found[new] = self.found[old]
                 if old in self.free:
                     tree.free.add(new)
+                if old in self.forced_nodes:
+                    tree.forced_nodes.add(new)
         for old, new in kept.items():
             if (proposals := self.proposals[old]) is not None:
                 tree._keep(new, proposals)
@@ -194,7 +213,7 @@ class PlainTree:
         return path
 
     def free_nodes(self) -> list[int]:
-        """The retrieved nodes that no model has run over."""
+        """The nodes that no draft proposed and no model has run over."""
         return sorted(self.free)
 
     def read(self, path: Sequence[Choice]) -> int:
@@ -214,6 +233,12 @@ class PlainTree:
 
     def retrieved(self, node: int) -> bool:
         return node in self.found
+
+    def forced(self, node: int) -> bool:
+        return node in self.forced_nodes
+
+    def is_bound(self, node: int) -> bool:
+        return any(child in self.forced_nodes for child in self.children[node])
 
     def retrieved_odds(self, node: int, token: int) -> float:
         """Log-odds that what was retrieved after a node gives to a token, as far as they are worth more than none;

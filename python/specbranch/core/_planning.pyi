@@ -51,8 +51,11 @@ class Tree:
 
     # ---- Growing
 
-    def add(self, parent: int, token: int, reach: float) -> int:
-        """Append a node; returns its index."""
+    def add(self, parent: int, token: int, reach: float, free: bool = False) -> int:
+        """Append a node; returns its index. free: until a model runs over it."""
+    def force(self, node: int, tokens: Sequence[int]) -> int:
+        """Add the tokens that must follow a node, one behind the other, as likely as the node; those that are children
+        already become as likely. Returns the last node."""
     def take(self, choice: Choice) -> int:
         """The node of a choice; a candidate becomes one."""
     def take_all(self, choices: Sequence[Choice]) -> list[int]:
@@ -90,13 +93,17 @@ class Tree:
     def below(self, node: int) -> list[int]:
         """`node` and all its descendants, in the order they were added."""
     def free_nodes(self) -> list[int]:
-        """The retrieved nodes that no model has run over."""
+        """The nodes that no draft proposed and no model has run over."""
     def read(self, path: Sequence[Choice]) -> int:
         """How many of the first choices of a path the draft has run over."""
     def with_unread(self, choices: Sequence[Choice]) -> list[Choice]:
         """The choices, each behind those nodes above it that the draft has not run over; none of them twice."""
     def retrieved(self, node: int) -> bool:
         """Whether it was."""
+    def forced(self, node: int) -> bool:
+        """Whether nothing else can follow its parent."""
+    def is_bound(self, node: int) -> bool:
+        """Whether nothing but one of its children can follow a node."""
     def retrieved_odds(self, node: int, token: int) -> float:
         """Log-odds that what was retrieved after a node gives to a token, as far as they are worth more than none;
         those of another token speak against it. 0 where nothing was retrieved."""

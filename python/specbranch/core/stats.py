@@ -21,7 +21,8 @@ class Round:
     """What happened between two commits.
 
     draft, target: the forwards. verified, accepted: drafted tokens scored, and those accepted. retrieved,
-    retrieved_accepted: of both, those that were retrieved. hit: the next token was in the tree. rolled_back, wasted:
+    retrieved_accepted: of both, those that were retrieved. forced, forced_accepted: those that a grammar forced, which
+    do not count as retrieved. hit: the next token was in the tree. rolled_back, wasted:
     tokens of the best path, and of the whole tree, that were thrown away. rejected, behind_rejection, losing_branches:
     what the wasted ones were, as in Stats.
     """
@@ -40,6 +41,8 @@ class Round:
     tokens: int = 0
     retrieved: int = 0
     retrieved_accepted: int = 0
+    forced: int = 0
+    forced_accepted: int = 0
 
     @property
     def seconds(self) -> float:
@@ -71,7 +74,8 @@ class Stats:
     format of packed weights, "" for weights as they are. row_dependent: which layers of the target keep texts from
     being equal to autoregressive decoding to the bit, "" for none. drafted: tokens that ever became tree nodes; of
     retrieved ones, those that a model has run over. verified: drafted tokens that the target scored. accepted: those of
-    them that became part of the text. retrieved, retrieved_accepted: of both, those that were retrieved. rolled_back:
+    them that became part of the text. retrieved, retrieved_accepted: of both, those that were retrieved. forced,
+    forced_accepted: of both, those that a grammar forced (and no longer count as retrieved). rolled_back:
     tokens of a tree's best path (the trunk and its likeliest continuation) thrown away. target_busy and draft_busy:
     time inside the models, prefill apart. draft_context_tokens: of the prompt, that the draft read; 0 where it read
     none and the text was decoded without it. draft_prefill_seconds: what that took, whenever it was; part of
@@ -108,10 +112,13 @@ class Stats:
     hits: int = 0
     retrieved: int = 0
     retrieved_accepted: int = 0
+    forced: int = 0
+    forced_accepted: int = 0
     target_busy: float = 0.0
     draft_busy: float = 0.0
     log: list[Round] = field(default_factory=list)
-    _newest: list[bool] = field(default_factory=list, repr=False, compare=False)  # accepted: which were retrieved
+    # Accepted ones, in order: what each was.
+    _newest: list[str] = field(default_factory=list, repr=False, compare=False)
 
     def add_reading(self, prompt_tokens: int, seconds: float) -> None:
         """The draft has read so many tokens of the prompt."""
@@ -144,9 +151,10 @@ class Stats:
         free = {*tree.free_nodes()}  # which cost nothing
         round = self.log[-1]
         round.verified, round.accepted = len(trunk) - 1, len(path) - 1
-        round.retrieved = sum(map(tree.retrieved, trunk[1:]))
-        self._newest = [*map(tree.retrieved, path[1:])]
-        round.retrieved_accepted = sum(self._newest)
+        verified = [_origin(tree, node) for node in trunk[1:]]
+        self._newest = [_origin(tree, node) for node in path[1:]]
+        round.retrieved, round.forced = verified.count("retrieved"), verified.count("forced")
+        round.retrieved_accepted, round.forced_accepted = map(self._newest.count, ("retrieved", "forced"))
         round.hit = next_node is not None
         # Rolled back: what is thrown away of the best path. The first such token has an accepted parent.
         rolled_back = sum(node not in kept and node not in free for node in tree.best_path())
@@ -158,6 +166,8 @@ class Stats:
         self.accepted += round.accepted
         self.retrieved += round.retrieved
         self.retrieved_accepted += round.retrieved_accepted
+        self.forced += round.forced
+        self.forced_accepted += round.forced_accepted
         self.hits += round.hit
         self.rejected += round.rejected
         self.behind_rejection += round.behind_rejection
@@ -171,7 +181,9 @@ class Stats:
             self.hits -= last.hit  # the round's last token
             behind = min(beyond - 1, last.accepted)
             self.accepted -= behind
-            self.retrieved_accepted -= sum(self._newest[last.accepted - behind :])
+            lost = self._newest[last.accepted - behind :]
+            self.retrieved_accepted -= lost.count("retrieved")
+            self.forced_accepted -= lost.count("forced")
 
     @property
     def rolled_back(self) -> int:
@@ -192,7 +204,7 @@ class Stats:
     @property
     def saved_seconds(self) -> float:
         """An estimate of the time that the draft has saved, its prefill paid; negative where it lost some."""
-        if not (self.draft_context_tokens or self.retrieved) or not self.plain_token_seconds:
+        if not (self.draft_context_tokens or self.retrieved or self.forced) or not self.plain_token_seconds:
             return 0.0
         return self.new_tokens * self.plain_token_seconds - self.decode_seconds - self.draft_prefill_seconds
 
@@ -236,6 +248,8 @@ class Stats:
             "accepted_tokens": self.accepted,
             "retrieved_tokens": self.retrieved,
             "retrieved_accepted_tokens": self.retrieved_accepted,
+            "forced_tokens": self.forced,
+            "forced_accepted_tokens": self.forced_accepted,
             "acceptance_rate": ratio(self.accepted, self.verified),
             "hit_rate": ratio(self.hits, self.rounds),
             "rollback_rate": ratio(self.rolled_back, self.rolled_back + self.accepted + self.hits),
@@ -245,3 +259,7 @@ class Stats:
             "target_busy_seconds": self.target_busy,
             "draft_busy_seconds": self.draft_busy,
         }
+
+
+def _origin(tree: Tree, node: int) -> str:
+    return "forced" if tree.forced(node) else "retrieved" if tree.retrieved(node) else "drafted"

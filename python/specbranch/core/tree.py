@@ -59,8 +59,8 @@ class Tree(_planning.Tree):
     reach: estimated probability that the target accepts the whole path from the root to the node. proposals: None until
     the draft has run over the node. children: in the order they were added. All of them are to be read only.
 
-    Nodes may be retrieved: tokens that followed the same text elsewhere. They have a reach before any draft has run,
-    and are free until a model runs over them.
+    Nodes may be retrieved: tokens that followed the same text elsewhere; and they may be forced: nothing else can
+    follow their parent. They have a reach before any draft has run, and are free until a model runs over them.
 
     The frontier is a heap of what could be drafted next, likeliest first: nodes without proposals, and candidates that
     are no nodes yet. Entries go stale when their turn is over, and are dropped when they come up.

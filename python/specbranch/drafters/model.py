@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from specbranch.constrained import Constrained
 from specbranch.core.excerpt import NO_GAP, Excerpt
 from specbranch.core.messages import Drafted, Forecast
 from specbranch.core.sampling import Sampling
@@ -15,7 +16,7 @@ from specbranch.policies.calibration import Calibrator
 from specbranch.runtime.cache import MAX_BACKLOG
 from specbranch.runtime.model import whole_chunks
 from specbranch.runtime.rules import DraftRules
-from specbranch.runtime.runner import Guessed, Leaves, Runner, Samples
+from specbranch.runtime.runner import AllowedBehind, Guessed, Leaves, Runner, Samples
 from specbranch.stages import ShouldContinue
 
 
@@ -30,15 +31,18 @@ class ModelDrafter:
         vocabulary: int,
         calibrator: Calibrator | None = None,
         rules: DraftRules | None = None,
+        constraint: Constrained | None = None,
     ) -> None:
         """candidates: how many per node. vocabulary: ids from here on are padding and are never proposed.
-        calibrator: corrects the draft's confidence; None takes it as it is. rules: that logits go through first."""
+        calibrator: corrects the draft's confidence; None takes it as it is. rules: that logits go through first.
+        constraint: what the text may be; nothing else is proposed."""
         self.runner = runner
         self.sampling = sampling
         self.vocabulary = min(vocabulary, runner.model.vocabulary)
         self.candidates = min(max(candidates, 2), self.vocabulary)
         self.calibrator = calibrator
         self.rules = rules
+        self.constraint = constraint
         self.forecast: Forecast | None = None
         self._text: list[int] = []  # committed, the root included: what the cache lacks of it is caught up with
         self._prompt_tokens, self._known, self._has_begun = 0, 0, False
@@ -128,7 +132,7 @@ class ModelDrafter:
             [tree.position + depth_of[node] for node in nodes],
             backlog,
         )
-        return Leaves(model, batch, self.sampling, self._rules(tree, nodes))
+        return Leaves(model, batch, self.sampling, self._rules(tree, nodes), self._allowed(tree, nodes))
 
     def drafted(self, tree: Tree, nodes: Sequence[int], samples: Sequence[Samples]) -> Drafted:
         """What the samples say, below `nodes` step by step; the nodes that Tree.descend makes of them have rows."""
@@ -164,10 +168,25 @@ class ModelDrafter:
         """What logits below some nodes become, and below what is drafted there."""
         if self.rules is None:
             return None
-        rules, text = self.rules, self._text
-        paths = [tree.tokens(tree.path(node)[1:]) for node in nodes]
+        rules, text, paths = self.rules, self._text, _paths(tree, nodes)
 
         def guessed(logits: Tensor, behind: Sequence[Sequence[int]]) -> Tensor:
             return rules(logits, text, [[*path, *tail] for path, tail in zip(paths, behind, strict=True)])
 
         return guessed
+
+    def _allowed(self, tree: Tree, nodes: Sequence[int]) -> AllowedBehind | None:
+        """The masks at some nodes, and behind what is drafted there."""
+        if self.constraint is None:
+            return None
+        constraint, paths = self.constraint, _paths(tree, nodes)
+
+        def allowed(behind: Sequence[Sequence[int]]) -> list[bytes]:
+            return [constraint.allowed([*path, *tail]) for path, tail in zip(paths, behind, strict=True)]
+
+        return allowed
+
+
+def _paths(tree: Tree, nodes: Sequence[int]) -> list[list[int]]:
+    """The tokens from the root to each node, without the root's."""
+    return [tree.tokens(tree.path(node)[1:]) for node in nodes]

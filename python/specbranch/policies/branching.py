@@ -10,7 +10,16 @@ from heapq import heappop, heappush, heapreplace
 from specbranch.core.tree import Choice, Tree
 from specbranch.policies.options import Options, inherited, option
 from specbranch.policies.outcomes import Anywhere, AtBranchPoint, BelowTrunk, BesideTrunk, Outcomes
-from specbranch.policies.policy import NOTHING, Expansion, InFlight, State, TrunkChoice, extend, whole_path
+from specbranch.policies.policy import (
+    NOTHING,
+    Expansion,
+    InFlight,
+    State,
+    TrunkChoice,
+    extend,
+    forced_in,
+    whole_path,
+)
 
 FIRST_STEP = 1.15  # the first draft step counts 15 % more than its token: it also tells whether a second one pays
 
@@ -120,9 +129,9 @@ class Hedging(Options, Branching):
         read = tree.read(path)
         if state.overlapped and read:
             return NOTHING  # after a hit there is a trunk: let the target start at once
-        depth = min(self.max_trunk, state.remaining - 1)
         if not self.thrifty:
-            return extend(tree, path, depth) if self._sure(tree, path) else NOTHING
+            return extend(tree, path, self.max_trunk, state.remaining) if self._sure(tree, path) else NOTHING
+        depth = min(self.max_trunk + forced_in(tree, path), state.remaining - 1)
         ahead = path[read:]
         return Expansion(ahead[: self._worth_a_step(tree.reaches(ahead), depth - read, not read, state)])
 
@@ -249,7 +258,7 @@ class Ssd(Options, Branching):
         path = tree.best_choices()
         if state.overlapped and len(path) > 1:
             return NOTHING
-        return extend(tree, path, min(self.length, state.remaining - 1), state.burst)
+        return extend(tree, path, self.length, state.remaining, state.burst)
 
     def choose_trunk(self, tree: Tree, state: State) -> TrunkChoice:
         return whole_path(tree, state)

@@ -49,7 +49,7 @@ class Speculative(Options, ChainPolicy):
     name = "speculative"
 
     def draft_before(self, tree: Tree, state: State) -> Expansion:
-        return extend(tree, tree.best_choices(), min(self.length, state.remaining - 1), state.burst)
+        return extend(tree, tree.best_choices(), self.length, state.remaining, state.burst)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Adaptive(Options, ChainPolicy):
         path = tree.best_choices()
         if len(path) > 1 and tree.chance_of(path[-1]) < self.stop_below:
             return NOTHING
-        return extend(tree, path, min(self.max_length, state.remaining - 1))
+        return extend(tree, path, self.max_length, state.remaining)
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class Pearl(Options, ChainPolicy):
     def draft_before(self, tree: Tree, state: State) -> Expansion:
         if state.overlapped:
             return NOTHING
-        return extend(tree, tree.best_choices(), min(self.length, state.remaining - 1), state.burst)
+        return extend(tree, tree.best_choices(), self.length, state.remaining, state.burst)
 
     def draft_during(self, tree: Tree, flight: InFlight, state: State) -> Expansion:
-        depth = min(self.max_depth, state.remaining - 1)
-        return extend(tree, tree.best_choices(flight.nodes[-1]), depth, state.burst)
+        path = tree.best_choices(flight.nodes[-1])
+        return extend(tree, path, self.max_depth, state.remaining, state.burst)

@@ -88,7 +88,7 @@ class Policy(Protocol):
 
     @property
     def may_retrieve(self) -> bool:
-        """Whether its tree may have retrieved tokens."""
+        """Whether its tree may have tokens that no draft proposed: retrieved ones, and those that a grammar forces."""
 
     @property
     def uses_forecast(self) -> bool:
@@ -116,9 +116,15 @@ def retrieves(policy: Policy, told: bool | None) -> bool:
 NOTHING = Expansion([])
 
 
-def extend(tree: Tree, path: list[Choice], depth: int, burst: int = 1) -> Expansion:
-    """Draft at the end of a path, to `depth` at most, `burst` steps of it; nothing if it may not grow."""
-    missing = depth - tree.depth_of(path[-1])
+def forced_in(tree: Tree, path: list[Choice]) -> int:
+    """How many tokens of a path a grammar forces: they are not drafted, and no limit counts them."""
+    return sum(choice.rank < 0 and tree.forced(choice.node) for choice in path)
+
+
+def extend(tree: Tree, path: list[Choice], length: int, remaining: int, burst: int = 1) -> Expansion:
+    """Draft at the end of a path, of `length` drafted tokens at most, `burst` steps of it; nothing if it may not
+    grow. remaining: as in State."""
+    missing = min(length + forced_in(tree, path), remaining - 1) - tree.depth_of(path[-1])
     return NOTHING if missing < 1 else Expansion([path[-1]], min(missing, burst))
 
 

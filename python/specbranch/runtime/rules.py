@@ -13,10 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.generation import logits_process
 
+from specbranch.constrained import Constrained
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.generation import TokenLogprob
 from specbranch.core.messages import Trunk
@@ -139,9 +141,18 @@ class Walk:
     """The target's tokens, one after the other, down a trunk whose logits are there. over: whether the text has
     ended."""
 
-    def __init__(self, rules: Rules, ids: Tensor, sampling: Sampling, ends: Callable[[int], bool], said: Said) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        ids: Tensor,
+        sampling: Sampling,
+        ends: Callable[[int], bool],
+        said: Said,
+        constraint: Constrained | None = None,
+    ) -> None:
         """ids: int64 [1, n], the prompt as it was given, padding included. ends: takes a token, and says whether it
-        ends the text whatever the criteria say."""
+        ends the text whatever the criteria say. constraint: which is the last processor."""
+        self.constraint = constraint
         self.rules, self.sampling, self.ends, self.said = rules, sampling, ends, said
         self.over = False
         self._ids = Ids(ids)
@@ -150,23 +161,27 @@ class Walk:
     def __call__(self, trunk: Trunk, logits: Tensor) -> tuple[tuple[int, ...], int]:
         """The accepted tokens, as places in the trunk, and the target's token behind them. logits: [n, V]."""
         children = {edge: place for place, edge in enumerate(zip(trunk.parents, trunk.tokens, strict=True))}
-        place, path = 0, list[int]()
+        place, path, tokens = 0, list[int](), list[int]()
         while True:
-            token = self._take(logits[place], trunk.position + len(path) + 1)
+            token = self._take(logits[place], trunk.position + len(path) + 1, tokens)
             child = None if self.over else children.get((place, token))
             if child is None:
                 return tuple(path), token
             path.append(child)
+            tokens.append(token)
             place = child
 
-    def _take(self, row: Tensor, position: int) -> int:
-        """The next token. row: logits [V]; position: of the token."""
+    def _take(self, row: Tensor, position: int, behind: Sequence[int]) -> int:
+        """The next token. row: logits [V]; position: of the token; behind: tokens that are not committed yet."""
         rules, said, ids = self.rules, self.said, self._ids
         logits = row[None].to(torch.float32, copy=True)
         scores = _process(rules.processors, ids.ids, logits.clone() if rules.looks else logits)
         if not isinstance(scores, Tensor) or scores.shape != logits.shape:
             came = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise SpecBranchError(f"logits_processor gave {came}; expected scores of {list(logits.shape)}")
+        if self.constraint is not None:
+            allowed = bits_of(self.constraint.allowed(behind), scores)
+            scores = scores.masked_fill(~allowed, -torch.inf)
         token = self._sample(scores, position)
         if rules.keep_logits:
             said.logits.append(logits)
@@ -193,6 +208,12 @@ class Walk:
         if token < 0:  # on a device, where a kernel cannot raise
             raise ValueError("target_logits: a row has NaN or +inf, or masks every token")
         return token
+
+
+def bits_of(mask: bytes, scores: Tensor) -> Tensor:
+    """A mask as bool [1, V], where the scores [1, V] are."""
+    bits = np.unpackbits(np.frombuffer(mask, np.uint8), count=scores.shape[1], bitorder="little")
+    return torch.from_numpy(bits.astype(bool)).to(scores.device)[None]
 
 
 def _process(processors: Sequence[Processor], ids: Tensor, scores: Tensor) -> Tensor:

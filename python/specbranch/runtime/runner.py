@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -29,6 +30,7 @@ from specbranch.stages import ShouldContinue
 from specbranch_ext import DraftSample, draft_sample, verify
 
 Guessed = Callable[[Tensor, Sequence[Sequence[int]]], Tensor]
+AllowedBehind = Callable[[Sequence[Sequence[int]]], list[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,14 @@ class Leaves:
     """One text's part of some draft steps.
 
     rules: what the logits of a step [b, V] become before they are sampled, given the tokens of this call behind each
-    leaf.
+    leaf. allowed: the masks of a step's rows, given the same.
     """
 
     model: CachedModel
     batch: Batch
     sampling: Sampling
     rules: Guessed | None = None
+    allowed: AllowedBehind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,13 +132,14 @@ class PendingWalk:
 @dataclass(frozen=True, slots=True)
 class Judged:
     """One text's part of a step of the target. parents: of each row, -1 for the first. walk: what makes a verdict of
-    its logits [n, V], in place of the op."""
+    its logits [n, V], in place of the op. allowed: the masks of its rows; asked for once the model is on its way."""
 
     model: CachedModel
     batch: Batch
     parents: Sequence[int]
     sampling: Sampling
     walk: Callable[[Tensor], Walked] | None = None
+    allowed: Callable[[], list[bytes]] | None = None
 
 
 class Runner(Protocol):
@@ -257,7 +261,8 @@ class EagerRunner:
                 logits = guessed(logits, texts, behind, spans)
                 leaves = leaf_rows(batches, inputs.ids.device)
                 positions = inputs.positions[leaves] + 1
-                sample = sampled(logits, positions, candidates, texts, spans)
+                allowed = allowed_behind(texts, behind, spans, logits)
+                sample = sampled(logits, positions, candidates, texts, spans, allowed)
                 tokens, scores, confidence, entropy = (part.tolist() for part in sample)
             took = step_between(begin, self.device.mark(), sum(map(len, batches)), begin)
             for found, span in zip(samples, spans, strict=True):
@@ -309,7 +314,8 @@ def judged(logits: Tensor, inputs: Inputs, texts: Sequence[Judged], spans: Seque
         if text.walk is not None:
             return positions[:0]
         parents = torch.tensor(text.parents, device=device)
-        verdict = verify(logits, inputs.ids, parents, positions, **text.sampling.op_arguments)
+        allowed = allowed_of(texts, spans, logits)
+        verdict = verify(logits, inputs.ids, parents, positions, **text.sampling.op_arguments, **allowed)
         return torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
     above = [
         parent if parent < 0 else span.start + parent
@@ -322,9 +328,48 @@ def judged(logits: Tensor, inputs: Inputs, texts: Sequence[Judged], spans: Seque
         torch.tensor(above, device=device),
         positions,
         **sampling_of_rows([text.sampling for text in texts], spans, device),
+        **allowed_of(texts, spans, logits),
         roots=torch.tensor([span.start for span in spans], device=device),
     )
     return torch.cat([verdict.accepted, verdict.next_token, verdict.path])
+
+
+@inference
+def judged_anew(
+    device: Device, logits: Tensor, inputs: Inputs, texts: Sequence[Judged], spans: Sequence[slice]
+) -> Tensor:
+    """Under masks, which the host knows while the model is on its way: what PendingVerdict takes, in host memory."""
+    with device.running():
+        result = judged(logits, inputs, texts, spans)
+    host = device.host_memory(len(result))
+    device.copy(host, result)
+    return host
+
+
+@inference
+def drafted_anew(
+    device: Device,
+    logits: Tensor,
+    begin: Mark,
+    texts: Sequence[Leaves],
+    candidates: int,
+    spans: Sequence[slice],
+) -> list[list[Samples]]:
+    """The same of a draft step that began at a mark. spans: of all rows of each text, its leaves first."""
+    batches = [text.batch for text in texts]
+    leaves = spans_of([batch.leaves for batch in batches])
+    with device.running():
+        rows = torch.cat(
+            [logits[span.start : span.start + batch.leaves] for span, batch in zip(spans, batches, strict=True)]
+        )
+        ahead = [position + 1 for batch in batches for position in batch.positions[: batch.leaves]]
+        positions = torch.tensor(ahead, device=logits.device)
+        behind: list[list[list[int]]] = [[[] for _ in range(batch.leaves)] for batch in batches]
+        allowed = allowed_behind(texts, behind, leaves, rows)
+        sample = sampled(rows, positions, candidates, texts, leaves, allowed)
+        tokens, scores, confidence, entropy = (part.tolist() for part in sample)
+    took = step_between(begin, device.mark(), sum(map(len, batches)), begin)
+    return [[Samples(tokens[of], scores[of], confidence[of], entropy[of], took)] for of in leaves]
 
 
 def sampling_of_rows(samplings: Sequence[Sampling], spans: Sequence[slice], device: torch.device) -> dict[str, Any]:
@@ -353,10 +398,53 @@ def guessed(
 
 
 def sampled(
-    logits: Tensor, positions: Tensor, candidates: int, texts: Sequence[Leaves], spans: Sequence[slice]
+    logits: Tensor,
+    positions: Tensor,
+    candidates: int,
+    texts: Sequence[Leaves],
+    spans: Sequence[slice],
+    allowed: dict[str, Tensor],
 ) -> DraftSample:
-    """`draft_sample` for each text's leaves."""
+    """`draft_sample` for each text's leaves. allowed: see allowed_behind."""
     if len(texts) == 1:
-        return draft_sample(logits, positions, candidates, **texts[0].sampling.op_arguments)
+        return draft_sample(logits, positions, candidates, **texts[0].sampling.op_arguments, **allowed)
     of_rows = sampling_of_rows([text.sampling for text in texts], spans, logits.device)
-    return draft_sample(logits, positions, candidates, **of_rows)
+    return draft_sample(logits, positions, candidates, **of_rows, **allowed)
+
+
+def allowed_of(texts: Sequence[Judged], spans: Sequence[slice], logits: Tensor) -> dict[str, Tensor]:
+    """The target's argument `allowed`, where a text has masks; one that walks sees to its own."""
+    asked = [None if text.walk is not None else text.allowed for text in texts]
+    return _masks([None if ask is None else ask() for ask in asked], spans, logits)
+
+
+def allowed_behind(
+    texts: Sequence[Leaves], behind: Sequence[Sequence[Sequence[int]]], spans: Sequence[slice], logits: Tensor
+) -> dict[str, Tensor]:
+    """The same for a step of the draft."""
+    asked = [text.allowed for text in texts]
+    return _masks([ask and ask(tails) for ask, tails in zip(asked, behind, strict=True)], spans, logits)
+
+
+def _masks(masks: Sequence[list[bytes] | None], spans: Sequence[slice], logits: Tensor) -> dict[str, Tensor]:
+    """As the ops take them, int32 [n, words]: of a text without masks all bits are set."""
+    if all(mask is None for mask in masks):
+        return {}
+    vocabulary = logits.shape[1]
+    words = (vocabulary + 31) // 32
+    all_set = b"\xff" * (4 * words)
+    rows = [
+        row[: 4 * words] if any_within(row, vocabulary) else all_set  # a draft with fewer tokens has none to propose
+        for mask, span in zip(masks, spans, strict=True)
+        for row in (mask or [all_set] * (span.stop - span.start))
+    ]
+    data = np.frombuffer(bytearray().join(rows), dtype="<i4").reshape(len(rows), words)
+    return {"allowed": torch.from_numpy(data).to(logits.device)}
+
+
+def any_within(mask: bytes, vocabulary: int) -> bool:
+    """Whether one of the first tokens may follow."""
+    first = len(mask) - len(mask.lstrip(b"\0"))
+    if first >= len(mask):
+        return False
+    return 8 * first + (mask[first] & -mask[first]).bit_length() <= vocabulary

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from specbranch.constrained import Constrained
 from specbranch.core.messages import Trunk, Verdict
 from specbranch.core.sampling import Sampling
 from specbranch.runtime.hrad.predictor import Predictor
@@ -19,13 +20,20 @@ class ModelVerifier:
     """The target samples every token itself; a drafted token is accepted if it equals the target's."""
 
     def __init__(
-        self, runner: Runner, sampling: Sampling, predictor: Predictor | None = None, walk: Walk | None = None
+        self,
+        runner: Runner,
+        sampling: Sampling,
+        predictor: Predictor | None = None,
+        walk: Walk | None = None,
+        constraint: Constrained | None = None,
     ) -> None:
-        """predictor: its tap is attached to the model; None for no forecasts. walk: with the rules that there are."""
+        """predictor: its tap is attached to the model; None for no forecasts. walk: with the rules that there are.
+        constraint: what the text may be; where there is a walk, it knows too."""
         self.runner = runner
         self.sampling = sampling
         self.predictor = predictor
         self.walk = walk
+        self.constraint = constraint
         self._text: list[int] = []  # of the rows in the cache
         self._prompt = 0
         self._trunk = Trunk((), (), 0)
@@ -69,7 +77,8 @@ class ModelVerifier:
                 model.reread([*self._text, trunk.tokens[0]], trunk.position)
         batch = model.place(range(len(trunk)), trunk.parents, trunk.tokens, trunk.positions)
         walk = None if self.walk is None else partial(self.walk, trunk)
-        return Judged(model, batch, trunk.parents, self.sampling, walk)
+        allowed = None if self.constraint is None else partial(_allowed, self.constraint, trunk)
+        return Judged(model, batch, trunk.parents, self.sampling, walk, allowed)
 
     def pending(self, pending: PendingVerdict | PendingWalk) -> Pending:
         """With the forecast, if there is a predictor."""
@@ -79,6 +88,16 @@ class ModelVerifier:
         """Keep the trunk's root and the accepted path; drop the rest."""
         self.runner.commit([0, *path], {})
         self._text += [self._trunk.tokens[place] for place in (0, *path)]
+
+
+def _allowed(constraint: Constrained, trunk: Trunk) -> list[bytes]:
+    """The mask of each row."""
+    paths: list[list[int]] = []
+    for token, parent in zip(trunk.tokens, trunk.parents, strict=True):
+        paths.append([] if parent < 0 else [*paths[parent], token])
+    order = sorted(range(len(paths)), key=paths.__getitem__)  # depth first, where a matcher goes least
+    masks = {place: constraint.allowed(paths[place]) for place in order}
+    return [masks[place] for place in range(len(paths))]
 
 
 @dataclass(frozen=True, slots=True)

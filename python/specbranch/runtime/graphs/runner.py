@@ -24,7 +24,17 @@ from specbranch.runtime.graphs.together import SharingRunner, TextGraphs
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.modes import inference
-from specbranch.runtime.runner import EagerRunner, Judged, Leaves, PendingVerdict, PendingWalk, Runner, Samples
+from specbranch.runtime.runner import (
+    EagerRunner,
+    Judged,
+    Leaves,
+    PendingVerdict,
+    PendingWalk,
+    Runner,
+    Samples,
+    drafted_anew,
+    judged_anew,
+)
 from specbranch.stages import ShouldContinue
 from specbranch_ext import draft_sample, kv_commit, verify
 
@@ -49,6 +59,15 @@ class VerifyGraph:
     host: Tensor
     logits: Tensor
     hidden: list[Tensor]
+
+
+@dataclass(frozen=True)
+class ForwardGraph:
+    """A forward alone, for rows that the host is asked about: a grammar's masks. logits: [n, V], until the next
+    replay."""
+
+    graph: Graph
+    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +99,7 @@ class CapturedRunner:
         self._cache: BranchCache | None = None  # that the graphs work on
         self._verifying: dict[FeatureTap | None, VerifyGraph] = {}
         self._drafting: dict[Hashable, DraftGraphs] = {}
+        self._forwards: dict[Hashable, ForwardGraph] = {}
         self._committing: dict[int, Graph] = {}
 
     def another(self) -> CapturedRunner | EagerRunner:
@@ -112,10 +132,12 @@ class CapturedRunner:
         begin, rows = self.device.mark(), len(batch)
         self.inputs.fill(batch, list(texts[0].parents), texts[0].sampling)
         found.graph.replay()
-        done = self.device.mark()
         if walk is not None:
-            return [PendingWalk(found.logits[:rows], walk, begin, done, self.device, found.hidden, rows)]
-        return [PendingVerdict(found.host, begin, done, found.hidden, rows=rows)]
+            return [PendingWalk(found.logits[:rows], walk, begin, self.device.mark(), self.device, found.hidden, rows)]
+        host = found.host
+        if texts[0].allowed is not None:
+            host = judged_anew(self.device, found.logits[:rows], self.inputs.of(rows), texts, [slice(rows)])
+        return [PendingVerdict(host, begin, self.device.mark(), found.hidden, rows=rows)]
 
     def draft(
         self,
@@ -128,6 +150,18 @@ class CapturedRunner:
         batch = texts[0].batch
         # A graph cannot ask the host.
         fits = is_captured_alone(texts) and texts[0].rules is None and len(batch) <= DRAFT_ROWS[-1]
+        if texts[0].allowed is not None:
+            forward = (
+                self._captured(fits, partial(self._forward_graph, fitting(DRAFT_ROWS, len(batch)))) if fits else None
+            )
+            if forward is None:
+                return self.eager.draft(texts, candidates, vocabulary, steps, should_continue)
+            begin = self.device.mark()
+            self.inputs.fill(batch, [], texts[0].sampling)
+            forward.graph.replay()
+            return drafted_anew(
+                self.device, forward.logits[:, :vocabulary], begin, texts, candidates, [slice(len(batch))]
+            )
         rows = [len(batch), batch.leaves] if steps > 1 else [len(batch)]
         found = self._captured(fits, partial(self._draft_graphs, candidates, vocabulary, rows))
         if found is None:
@@ -202,7 +236,7 @@ class CapturedRunner:
     def _forget(self) -> None:
         """Let go of all graphs, and of the cache that they work on."""
         self._cache = None
-        for graphs in (self._verifying, self._drafting, self._committing):
+        for graphs in (self._verifying, self._drafting, self._forwards, self._committing):
             graphs.clear()
 
     def _give_up(self, error: Exception) -> None:
@@ -247,6 +281,18 @@ class CapturedRunner:
         for n in {fitting(DRAFT_ROWS, count) for count in rows} - graphs.by_rows.keys():
             graphs.by_rows[n] = self._capture(partial(graphs.run, n))
         return graphs
+
+    def _forward_graph(self, n: int) -> ForwardGraph:
+        key = n, self.model.first_in_window
+        if key not in self._forwards:
+            kept = list[Tensor]()
+
+            def run() -> None:
+                kept[:] = [self.model.forward(self.inputs.of(n))]
+
+            graph = self._capture(run)
+            self._forwards[key] = ForwardGraph(graph, kept[0])
+        return self._forwards[key]
 
     def _draft_memory(self, candidates: int, vocabulary: int) -> DraftGraphs:
         inputs, most = self.inputs, DRAFT_ROWS[-1]

@@ -24,6 +24,8 @@ from specbranch.runtime.runner import (
     PendingVerdict,
     PendingWalk,
     Samples,
+    drafted_anew,
+    judged_anew,
     spans_of,
 )
 from specbranch.stages import ShouldContinue
@@ -130,6 +132,7 @@ class TextGraphs:
         self.static = StaticTexts(ROWS[-1], TREE_ROWS // WORD, buffers.capacity - 1, device, where)
         self._verifying: dict[tuple[FeatureTap | None, int], VerifyGraph] = {}
         self._drafting: dict[tuple[int, int, int], DraftGraph] = {}
+        self._forwards: dict[int, tuple[Graph, Tensor]] = {}  # for rows that the host is asked about
 
     def verifying(self, model: CachedModel, rows: int) -> VerifyGraph | None:
         """None where there is none for so many rows. model: of any of the texts."""
@@ -140,6 +143,11 @@ class TextGraphs:
         n = fitting(rows)
         return self._captured(n, lambda: self._draft_graph(model, n, candidates, vocabulary))
 
+    def forwards(self, model: CachedModel, rows: int) -> tuple[Graph, Tensor] | None:
+        """A forward alone and its logits, which are there until the next replay."""
+        n = fitting(rows)
+        return self._captured(n, lambda: self._forward_graph(model, n))
+
     def _captured(self, n: int, find: Callable[[], T]) -> T | None:
         if self.failed or not n or not self._buffers.tensors():
             return None
@@ -149,6 +157,7 @@ class TextGraphs:
             self.failed = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self._verifying.clear()
             self._drafting.clear()
+            self._forwards.clear()
             warnings.warn(f"steps are not captured any more: {self.failed}", RuntimeWarning, stacklevel=2)
             return None
 
@@ -198,6 +207,17 @@ class TextGraphs:
 
             self._drafting[key] = DraftGraph(self._capture(run), host)
         return self._drafting[key]
+
+    def _forward_graph(self, model: CachedModel, n: int) -> tuple[Graph, Tensor]:
+        if n not in self._forwards:
+            kept = list[Tensor]()
+
+            def run() -> None:
+                kept[:] = [model.forward(self.static.of(n))]
+
+            graph = self._capture(run)
+            self._forwards[n] = graph, kept[0]
+        return self._forwards[n]
 
     @inference
     def _capture(self, run: Callable[[], None]) -> Graph:
@@ -250,13 +270,15 @@ class SharingRunner:
         begin, static = self.device.mark(), self.graphs.static
         static.fill(batches, [text.sampling for text in texts], [text.parents for text in texts])
         found.graph.replay()
+        host, places = found.host, len(static.roots)
+        if any(text.allowed is not None and text.walk is None for text in texts):
+            host, places = judged_anew(self.device, found.logits[:rows], static.of(rows), texts, spans), len(texts)
         done = self.device.mark()
-        places = len(static.roots)
         pending: list[PendingVerdict | PendingWalk] = []
         for place, (text, span) in enumerate(zip(texts, spans, strict=True)):
             hidden = [each[span] for each in found.hidden]
             if text.walk is None:
-                pending.append(PendingVerdict(found.host, begin, done, hidden, places, place, span.start, rows))
+                pending.append(PendingVerdict(host, begin, done, hidden, places, place, span.start, rows))
             else:
                 pending.append(PendingWalk(found.logits[span], text.walk, begin, done, self.device, hidden, rows))
         return pending
@@ -273,6 +295,13 @@ class SharingRunner:
         spans = spans_of([len(batch) for batch in batches])
         rows = spans[-1].stop
         able = steps == 1 and fits(texts) and all(text.rules is None for text in texts)  # a graph cannot ask the host
+        if able and any(text.allowed is not None for text in texts):
+            if (forward := self.graphs.forwards(self.model, rows)) is None:
+                return self.eager.draft(texts, candidates, vocabulary, steps, should_continue)
+            begin = self.device.mark()
+            self.graphs.static.fill(batches, [text.sampling for text in texts])
+            forward[0].replay()
+            return drafted_anew(self.device, forward[1][:, :vocabulary], begin, texts, candidates, spans)
         found = self.graphs.drafting(self.model, rows, candidates, vocabulary) if able else None
         if found is None:
             return self.eager.draft(texts, candidates, vocabulary, steps, should_continue)
