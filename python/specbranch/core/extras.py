@@ -15,6 +15,7 @@ PACKAGES = {  # of each extra in pyproject.toml, under the names by which they a
     "serve": (*MODELS, "rich", "starlette", "uvicorn"),
     "plot": ("matplotlib",),
     "accelerate": ("accelerate",),
+    "grammar": (*MODELS, "llguidance"),
 }
 
 
