@@ -38,6 +38,8 @@
 namespace specbranch {
 namespace {
 
+Tensor optional_tensor(Object object, const char* name) { return object.is_none() ? Tensor{} : tensor(object, name); }
+
 // The tensor `filters` in place of numbers: on the CPU, those of all rows are read and those of each row checked here.
 // launch_on has checked its device.
 template <typename Params>
@@ -272,12 +274,11 @@ void packed_linear(Object input, Object packed, const std::string& format, const
 #endif
 
 void verify(Object target_logits, Object tokens, Object parents, Object positions, Object seed, double temperature,
-            int64_t top_k, double top_p, double min_p, Object filters, Object roots, Object target_tokens, Object path,
-            Object accepted, Object next_token, int64_t handle, Object workspace, Object tickets) {
+            int64_t top_k, double top_p, double min_p, Object filters, Object roots, Object allowed,
+            Object target_tokens, Object path, Object accepted, Object next_token, int64_t handle, Object workspace,
+            Object tickets) {
   RowReport report;
-  Tensor filters_tensor, roots_tensor;
-  if (!filters.is_none()) filters_tensor = tensor(filters, "filters");
-  if (!roots.is_none()) roots_tensor = tensor(roots, "roots");
+  const Tensor filters_tensor = optional_tensor(filters, "filters");
   VerifyParams params{{},
                       tensor(target_logits, "target_logits"),
                       tensor(tokens, "tokens"),
@@ -287,7 +288,9 @@ void verify(Object target_logits, Object tokens, Object parents, Object position
                       {temperature, static_cast<double>(top_k), top_p, min_p},
                       {},
                       !roots.is_none(),
-                      roots_tensor,
+                      optional_tensor(roots, "roots"),
+                      !allowed.is_none(),
+                      optional_tensor(allowed, "allowed"),
                       tensor(target_tokens, "target_tokens"),
                       tensor(path, "path"),
                       tensor(accepted, "accepted"),
@@ -295,7 +298,7 @@ void verify(Object target_logits, Object tokens, Object parents, Object position
                       &report};
   params.launch = launch_on(
       {&params.target_logits, &params.tokens, &params.parents, &params.positions, &params.seed, &filters_tensor,
-       &params.roots, &params.target_tokens, &params.path, &params.accepted, &params.next_token},
+       &params.roots, &params.allowed, &params.target_tokens, &params.path, &params.accepted, &params.next_token},
       handle, workspace, tickets);
   if (!filters.is_none()) take_filters(params, filters_tensor, params.target_logits);
   check_verify(params);
@@ -303,12 +306,12 @@ void verify(Object target_logits, Object tokens, Object parents, Object position
     py::gil_scoped_release unlocked;
     run_verify(params);
   }
-  report.raise(params.target_logits);
+  report.raise(params.target_logits, params.has_allowed);
 }
 
 void verify_rejection(Object target_logits, Object draft_logits, Object tokens, Object positions, Object seed,
-                      double temperature, int64_t top_k, double top_p, double min_p, bool block, Object accepted,
-                      Object next_token, int64_t handle, Object workspace, Object tickets) {
+                      double temperature, int64_t top_k, double top_p, double min_p, bool block, Object allowed,
+                      Object accepted, Object next_token, int64_t handle, Object workspace, Object tickets) {
   RowReport target_report, draft_report;
   VerifyRejectionParams params{{},
                                tensor(target_logits, "target_logits"),
@@ -318,41 +321,44 @@ void verify_rejection(Object target_logits, Object draft_logits, Object tokens, 
                                tensor(seed, "seed"),
                                {temperature, static_cast<double>(top_k), top_p, min_p},
                                block,
+                               !allowed.is_none(),
+                               optional_tensor(allowed, "allowed"),
                                tensor(accepted, "accepted"),
                                tensor(next_token, "next_token"),
                                &target_report,
                                &draft_report};
   params.launch = launch_on({&params.target_logits, &params.draft_logits, &params.tokens, &params.positions,
-                             &params.seed, &params.accepted, &params.next_token},
+                             &params.seed, &params.allowed, &params.accepted, &params.next_token},
                             handle, workspace, tickets);
   check_verify_rejection(params);
   {
     py::gil_scoped_release unlocked;
     run_verify_rejection(params);
   }
-  target_report.raise(params.target_logits);
-  draft_report.raise(params.draft_logits);
+  target_report.raise(params.target_logits, params.has_allowed);
+  draft_report.raise(params.draft_logits, params.has_allowed);
 }
 
 void draft_sample(Object draft_logits, Object positions, int64_t /*k*/, Object seed, double temperature, int64_t top_k,
-                  double top_p, double min_p, Object filters, Object tokens, Object scores, Object confidence,
-                  Object entropy, int64_t handle, Object workspace) {
+                  double top_p, double min_p, Object filters, Object allowed, Object tokens, Object scores,
+                  Object confidence, Object entropy, int64_t handle, Object workspace) {
   RowReport report;
-  Tensor filters_tensor;
-  if (!filters.is_none()) filters_tensor = tensor(filters, "filters");
+  const Tensor filters_tensor = optional_tensor(filters, "filters");
   DraftSampleParams params{{},
                            tensor(draft_logits, "draft_logits"),
                            tensor(positions, "positions"),
                            tensor(seed, "seed"),
                            {temperature, static_cast<double>(top_k), top_p, min_p},
                            {},
+                           !allowed.is_none(),
+                           optional_tensor(allowed, "allowed"),
                            tensor(tokens, "tokens"),
                            tensor(scores, "scores"),
                            tensor(confidence, "confidence"),
                            tensor(entropy, "entropy"),
                            &report};
-  params.launch = launch_on({&params.draft_logits, &params.positions, &params.seed, &filters_tensor, &params.tokens,
-                             &params.scores, &params.confidence, &params.entropy},
+  params.launch = launch_on({&params.draft_logits, &params.positions, &params.seed, &filters_tensor, &params.allowed,
+                             &params.tokens, &params.scores, &params.confidence, &params.entropy},
                             handle, workspace);
   if (!filters.is_none()) take_filters(params, filters_tensor, params.draft_logits);
   check_draft_sample(params);
@@ -360,7 +366,7 @@ void draft_sample(Object draft_logits, Object positions, int64_t /*k*/, Object s
     py::gil_scoped_release unlocked;
     run_draft_sample(params);
   }
-  report.raise(params.draft_logits);
+  report.raise(params.draft_logits, params.has_allowed);
 }
 
 DraftResults draft_results(const py::list& tensors, const char* name, const char* const (&names)[4]) {

@@ -13,14 +13,15 @@ namespace py = pybind11;
 
 // The torch.dtype objects that the kernels know; torch keeps exactly one object of each.
 struct TorchDtypes {
-  py::object float32, float64, bfloat16, float16, int64, uint8;
+  py::object float32, float64, bfloat16, float16, int64, int32, uint8;
 
   static const TorchDtypes& get() {
     // Never destroyed: Python may be gone by the time static destructors run.
     static const TorchDtypes* dtypes = [] {
       const py::module_ torch = py::module_::import("torch");
       return new TorchDtypes{torch.attr("float32"), torch.attr("float64"), torch.attr("bfloat16"),
-                             torch.attr("float16"), torch.attr("int64"),   torch.attr("uint8")};
+                             torch.attr("float16"), torch.attr("int64"),   torch.attr("int32"),
+                             torch.attr("uint8")};
     }();
     return *dtypes;
   }
@@ -31,6 +32,7 @@ struct TorchDtypes {
     if (dtype.is(bfloat16)) return Dtype::bfloat16;
     if (dtype.is(float16)) return Dtype::float16;
     if (dtype.is(int64)) return Dtype::int64;
+    if (dtype.is(int32)) return Dtype::int32;
     if (dtype.is(uint8)) return Dtype::uint8;
     return Dtype::other;
   }

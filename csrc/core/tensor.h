@@ -8,7 +8,7 @@
 
 namespace specbranch {
 
-enum class Dtype : int { float32, float64, bfloat16, float16, int64, uint8, other };
+enum class Dtype : int { float32, float64, bfloat16, float16, int64, int32, uint8, other };
 
 inline const char* dtype_name(Dtype dtype) {
   switch (dtype) {
@@ -17,6 +17,7 @@ inline const char* dtype_name(Dtype dtype) {
     case Dtype::bfloat16: return "bfloat16";
     case Dtype::float16: return "float16";
     case Dtype::int64: return "int64";
+    case Dtype::int32: return "int32";
     case Dtype::uint8: return "uint8";
     default: return "another dtype";
   }
@@ -25,7 +26,8 @@ inline const char* dtype_name(Dtype dtype) {
 // 0 for a dtype that the kernels do not know.
 inline int64_t item_bytes(Dtype dtype) {
   switch (dtype) {
-    case Dtype::float32: return 4;
+    case Dtype::float32:
+    case Dtype::int32: return 4;
     case Dtype::bfloat16:
     case Dtype::float16: return 2;
     case Dtype::float64:

@@ -9,6 +9,7 @@ void check_draft_sample(const DraftSampleParams& p) {
   check_sampling_inputs(p.draft_logits, p.positions);
   check_seeds(p.seed, p.draft_logits.shape[0]);
   check_filters(p.filters);
+  if (p.has_allowed) check_allowed(p.allowed, p.draft_logits);
   const int64_t b = p.draft_logits.shape[0], k = p.tokens.dims == 2 ? p.tokens.shape[1] : 0;
   if (k < 1 || k > p.draft_logits.shape[1]) {
     fail("k: expected 1 to V = " + std::to_string(p.draft_logits.shape[1]) + ", got " + std::to_string(k));

@@ -12,6 +12,8 @@ struct DraftSampleParams {
   Tensor seed;          // int64 [], or [b]
   Filters filters;
   FiltersInMemory filters_in_memory;
+  bool has_allowed;
+  Tensor allowed;     // see check_allowed; not without has_allowed
   Tensor tokens;      // int64 [b, k], written, best first, padded with -1
   Tensor scores;      // float32 [b, k], written: scaled logit + noise
   Tensor confidence;  // float32 [b, k], written: the draft's probability

@@ -104,6 +104,15 @@ inline void check_sampling_inputs(const Tensor& logits, const Tensor& positions)
   check_contiguous(positions);
 }
 
+// allowed int32 [n, ceil(V / 32)] for logits [n, V]: token t of row i may be chosen iff bit t % 32 of word t / 32 of row
+// i is set, as if its logit were -inf otherwise, whatever it is. Bits of tokens from V on mean nothing. Rows may have any
+// stride. (The layout of llguidance and xgrammar.)
+inline void check_allowed(const Tensor& allowed, const Tensor& logits) {
+  check_shape(allowed, {logits.shape[0], (logits.shape[1] + 31) / 32}, "[n, ceil(V / 32)]");
+  check_dtype(allowed, Dtype::int32);
+  check_last_dim_contiguous(allowed);
+}
+
 // Whether verify needs the row of a node: the root's, and every other one that is in the tree.
 SPECBRANCH_HD inline bool counts_in_tree(const int64_t* parents, int64_t node, int64_t root = 0) {
   return node == root || parents[node] >= 0;
@@ -115,11 +124,14 @@ struct RowReport {
   int64_t row = -1;
   Problem problem = none;
 
-  void raise(const Tensor& logits) const {
+  // has_allowed: whether the call says which tokens are allowed.
+  void raise(const Tensor& logits, bool has_allowed) const {
     if (problem == none) return;
     static const char* const text[] = {"", "NaN", "+inf", "only -inf (every token is masked)",
                                        "values that overflow float32 when divided by the temperature"};
-    fail(std::string(logits.name) + ": row " + std::to_string(row) + " has " + text[problem] +
+    const char* const none_left = "only -inf among the tokens that allowed allows (every token is masked)";
+    fail(std::string(logits.name) + ": row " + std::to_string(row) + " has " +
+         (has_allowed && problem == all_masked ? none_left : text[problem]) +
          "; expected finite logits, or -inf for masked tokens");
   }
 };

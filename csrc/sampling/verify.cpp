@@ -43,6 +43,7 @@ void check_verify(const VerifyParams& p) {
   const int64_t n = p.target_logits.shape[0];
   check_seeds(p.seed, n);
   check_filters(p.filters);
+  if (p.has_allowed) check_allowed(p.allowed, p.target_logits);
   for (const Tensor* t : {&p.tokens, &p.parents, &p.target_tokens, &p.path}) {
     check_shape(*t, {n}, "[n]");
     check_dtype(*t, Dtype::int64);

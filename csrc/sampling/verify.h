@@ -22,7 +22,9 @@ struct VerifyParams {
   Filters filters;
   FiltersInMemory filters_in_memory;
   bool has_roots;
-  Tensor roots;          // int64 [s]; not without has_roots
+  Tensor roots;  // int64 [s]; not without has_roots
+  bool has_allowed;
+  Tensor allowed;        // see check_allowed; not without has_allowed
   Tensor target_tokens;  // int64 [n], written
   Tensor path;           // int64 [n], written: accepted nodes from each root's place on, padded with -1
   Tensor accepted;       // int64 [], or [s] with roots, written: how many nodes of path

@@ -9,6 +9,7 @@ void check_verify_rejection(const VerifyRejectionParams& p) {
   check_sampling_inputs(p.target_logits, p.positions);
   check_seed(p.seed);
   check_filters(p.filters);
+  if (p.has_allowed) check_allowed(p.allowed, p.target_logits);
   const int64_t n = p.target_logits.shape[0], vocabulary = p.target_logits.shape[1];
   if (vocabulary > max_rejection_vocabulary) {
     fail("target_logits: expected at most 2^22 tokens, got " + shape_text(p.target_logits));

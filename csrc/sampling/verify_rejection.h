@@ -29,8 +29,10 @@ struct VerifyRejectionParams {
   Tensor seed;           // int64 []
   Filters filters;
   bool block;
-  Tensor accepted;           // int64 [], written
-  Tensor next_token;         // int64 [], written
+  bool has_allowed;
+  Tensor allowed;     // see check_allowed, for the target; the draft's row i has row i too; not without has_allowed
+  Tensor accepted;    // int64 [], written
+  Tensor next_token;  // int64 [], written
   RowReport* target_report;  // written on the CPU
   RowReport* draft_report;   // written on the CPU
 };

@@ -34,14 +34,14 @@ def _outputs(draft_logits: Tensor, positions: Tensor, k: int, *_: Any) -> tuple[
     return tokens, scores, torch.empty_like(scores), draft_logits.new_empty((rows,), dtype=torch.float32)
 
 
-def _workspace(draft_logits: Tensor, positions: Tensor, k: int, seed: Tensor, *filters: Any) -> tuple[Any, ...]:
-    *numbers, in_memory = filters
+def _workspace(draft_logits: Tensor, positions: Tensor, k: int, seed: Tensor, *options: Any) -> tuple[Any, ...]:
+    *numbers, in_memory, _allowed = options
     return *draft_logits.shape, k, *numbers, in_memory is not None
 
 
 _op = register(
     "draft_sample(Tensor draft_logits, Tensor positions, int k, Tensor seed, float temperature, int top_k, "
-    "float top_p, float min_p, Tensor? filters=None) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float top_p, float min_p, Tensor? filters=None, Tensor? allowed=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _outputs,
     workspace=_workspace,
 )
@@ -59,6 +59,7 @@ def draft_sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
     filters: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> DraftSample:
     """The k best tokens of the draft under the noise that the target will use, with their probabilities.
 
@@ -78,17 +79,20 @@ def draft_sample(
         top_p: above 0; 1 is off.
         min_p: 0 is off.
         filters: float64 [4] in place of the four numbers above, or [b, 4] with those of each row.
+        allowed: int32 [b, ceil(V / 32)], the tokens that may be candidates, as in `verify`. The logits of all other
+            tokens count as -inf, for confidence and entropy too.
 
     Returns:
         A `DraftSample`. Confidence is renormalised over the tokens that the filters keep. A row's part has the bits
         that it has alone, with its seed and its filters as numbers.
 
     Raises:
-        ValueError: wrong shape, dtype or range, NaN or +inf in the logits, or a row that masks every token; the
-            message names the tensor and the row. With a seed or filters for each row, the rows are those of several
-            texts, and one that cannot be sampled does not raise: it has tokens -1, scores -inf, confidence 0 and
-            entropy NaN. On a CUDA device k is at most 256, and only shapes, dtypes and options raise: there such a row
-            is always marked like that, and with filters out of range the rows that they are for are such rows.
+        ValueError: wrong shape, dtype or range, NaN or +inf in the logits, or a row that masks every token (its
+            logits, `allowed` or both); the message names the tensor and the row. With a seed or filters for each row,
+            the rows are those of several texts, and one that cannot be sampled does not raise: it has tokens -1, scores
+            -inf, confidence 0 and entropy NaN. On a CUDA device k is at most 256, and only shapes, dtypes and options
+            raise: there such a row is always marked like that, and with filters out of range the rows that they are for
+            are such rows.
     """
     return DraftSample(
         *_op(
@@ -101,5 +105,6 @@ def draft_sample(
             top_p,
             min_p,
             filters,
+            allowed,
         )
     )

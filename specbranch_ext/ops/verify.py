@@ -33,20 +33,20 @@ def _outputs(
     target_logits: Tensor, tokens: Tensor, parents: Tensor, positions: Tensor, seed: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     check_matrix(target_logits, "target_logits")
-    roots = options[-1]
+    *_, roots, _allowed = options
     texts = roots if roots is not None else seed if seed.dim() == 0 else positions.new_empty(())
     return torch.empty_like(positions), torch.empty_like(positions), torch.empty_like(texts), torch.empty_like(texts)
 
 
 def _workspace(target_logits: Tensor, *arguments: Any) -> tuple[Any, ...]:
-    *_, temperature, top_k, top_p, min_p, filters, _roots = arguments
+    *_, temperature, top_k, top_p, min_p, filters, _roots, _allowed = arguments
     return *target_logits.shape, temperature, top_k, top_p, min_p, filters is not None
 
 
 _op = register(
     "verify(Tensor target_logits, Tensor tokens, Tensor parents, Tensor positions, Tensor seed, "
-    "float temperature, int top_k, float top_p, float min_p, Tensor? filters=None, Tensor? roots=None) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "float temperature, int top_k, float top_p, float min_p, Tensor? filters=None, Tensor? roots=None, "
+    "Tensor? allowed=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _outputs,
     workspace=_workspace,
     tickets=tickets,
@@ -67,6 +67,7 @@ def verify(
     min_p: float = 0.0,
     filters: Tensor | None = None,
     roots: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Verification:
     """Sample the target's token after every node of a speculation tree, and walk down while drafts equal them.
 
@@ -100,14 +101,19 @@ def verify(
         roots: int64 [s], ascending: the node where the tree of each text begins. Its nodes are those up to the next
             root; those before the first one are in no tree and unused. -1, at the end, is for a text that is not there,
             so that a captured graph serves fewer texts. Without it there is one tree, of all nodes.
+        allowed: int32 [n, ceil(V / 32)], a bit for each token: row i's token may be t iff bit t % 32 of
+            allowed[i, t // 32] is set, the lowest bit being bit 0. The result has the bits of a call where the logits
+            of all other tokens, which may hold anything, are -inf. Bits of tokens from V on mean nothing. Rows may have
+            any stride. The kernel reads it when it runs, as it does `filters`. None: all tokens are allowed.
+            (The layout is the one of the masks that llguidance and xgrammar fill.)
 
     Returns:
         A `Verification`. Among equal siblings the first one is taken.
 
     Raises:
         ValueError: wrong shape, dtype or range, a parent after its child or in another tree, roots that do not ascend,
-            and NaN or +inf in the logits or a row that masks every token, except in rows of unused nodes; the message
-            names the tensor and the row. With `roots`, rows that cannot be sampled do not raise: such a row has target
+            and NaN or +inf in the logits or a row that masks every token (its logits, `allowed` or both), except in
+            rows of unused nodes; the message names the tensor and the row. With `roots`, rows that cannot be sampled do not raise: such a row has target
             token -1, and a text with a node that is not unused and has such a row, has nothing accepted and next_token
             -1; the other texts are as they are without it. On a CUDA device only shapes, dtypes and options raise, and
             rows that cannot be sampled are marked like that, `roots` or not; a node whose parent is not an earlier one
@@ -127,5 +133,6 @@ def verify(
             min_p,
             filters,
             roots,
+            allowed,
         )
     )

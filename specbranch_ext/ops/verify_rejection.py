@@ -28,15 +28,16 @@ def _outputs(
 
 
 def _workspace(
-    target_logits: Tensor, draft_logits: Tensor, tokens: Tensor, positions: Tensor, seed: Tensor, *filters: Any
+    target_logits: Tensor, draft_logits: Tensor, tokens: Tensor, positions: Tensor, seed: Tensor, *options: Any
 ) -> tuple[Any, ...]:
-    *numbers, _block = filters
+    *numbers, _block, _allowed = options
     return positions.numel(), target_logits.shape[-1:].numel(), *numbers
 
 
 _op = register(
     "verify_rejection(Tensor target_logits, Tensor draft_logits, Tensor tokens, Tensor positions, Tensor seed, "
-    "float temperature, int top_k, float top_p, float min_p, bool block) -> (Tensor, Tensor)",
+    "float temperature, int top_k, float top_p, float min_p, bool block, Tensor? allowed=None) "
+    "-> (Tensor, Tensor)",
     _outputs,
     workspace=_workspace,
     tickets=tickets,
@@ -56,6 +57,7 @@ def verify_rejection(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    allowed: Tensor | None = None,
 ) -> RejectionVerification:
     """Accept drafted tokens so that the text has the target's law, and draw the token that follows them.
 
@@ -98,14 +100,17 @@ def verify_rejection(
         top_k: 0 is off.
         top_p: above 0; 1 is off.
         min_p: 0 is off.
+        allowed: int32 [n, ceil(V / 32)], the tokens that may come after each node, as in `verify`; row i is for row i
+            of both tensors of logits, which are about the same place of the text. P and D are then the probabilities
+            of the allowed tokens alone: draw tokens[i + 1] under row i too.
 
     Returns:
         A `RejectionVerification`.
 
     Raises:
-        ValueError: wrong shape, dtype or range, NaN or +inf in the logits, or a row that masks every token; the
-            message names the tensor and the row. On a CUDA device bad values do not raise: next_token is then -1,
-            with nothing accepted.
+        ValueError: wrong shape, dtype or range, NaN or +inf in the logits, or a row that masks every token (its
+            logits, `allowed` or both); the message names the tensor and the row. On a CUDA device bad values do not
+            raise: next_token is then -1, with nothing accepted.
     """
     return RejectionVerification(
         *_op(
@@ -119,5 +124,6 @@ def verify_rejection(
             top_p,
             min_p,
             block,
+            allowed,
         )
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops.draft_sample import DraftSample
-from .processed import by_row, sampled
+from .processed import by_row, only_allowed, sampled
 
 
 def draft_sample(
@@ -18,9 +18,11 @@ def draft_sample(
     top_p: float = 1.0,
     min_p: float = 0.0,
     filters: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> DraftSample:
     """See `specbranch_ext.ops.draft_sample`."""
-    processed, scores = sampled(draft_logits, positions, seed, filters, temperature, top_k, top_p, min_p)
+    logits = only_allowed(draft_logits, allowed)
+    processed, scores = sampled(logits, positions, seed, filters, temperature, top_k, top_p, min_p)
     usable = processed.z.amax(dim=1, keepdim=True).isfinite()
     if not usable.all() and not by_row(seed, filters):
         raise ValueError(f"draft_logits: row {int(usable.flatten().logical_not().nonzero()[0])} cannot be sampled")

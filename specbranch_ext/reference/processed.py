@@ -18,6 +18,14 @@ class Processed(NamedTuple):
     kept: Tensor
 
 
+def only_allowed(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """The logits with -inf for tokens whose bit is not set: bit t % 32 of word t // 32 is token t's."""
+    if allowed is None:
+        return logits
+    bits = allowed.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32) & 1
+    return logits.masked_fill(bits.flatten(1)[:, : logits.shape[1]] == 0, -torch.inf)
+
+
 def sampled(
     logits: Tensor, positions: Tensor, seed: int | Tensor, filters: Tensor | None, *options: Any
 ) -> tuple[Processed, Tensor]:

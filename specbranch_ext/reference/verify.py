@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..ops.verify import Verification
-from .processed import sampled
+from .processed import only_allowed, sampled
 
 
 def verify(
@@ -20,9 +20,11 @@ def verify(
     min_p: float = 0.0,
     filters: Tensor | None = None,
     roots: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> Verification:
     """See `specbranch_ext.ops.verify`."""
-    processed, scores = sampled(target_logits, positions, seed, filters, temperature, top_k, top_p, min_p)
+    logits = only_allowed(target_logits, allowed)
+    processed, scores = sampled(logits, positions, seed, filters, temperature, top_k, top_p, min_p)
     usable = processed.z.amax(dim=1).isfinite()
     target_tokens = scores.argmax(dim=1).masked_fill(~usable, -1)  # the first of equal ones
     path = torch.full_like(positions, -1)

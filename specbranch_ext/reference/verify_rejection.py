@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.verify_rejection import RejectionVerification
 from .noise import noise_words
-from .processed import process
+from .processed import only_allowed, process
 
 ACCEPT, RESIDUAL = 2, 3  # purposes of random words, as in noise.py
 
@@ -35,8 +35,11 @@ def chances(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    allowed: Tensor | None = None,
 ) -> Chances:
     """The chances of one chain; see `specbranch_ext.ops.verify_rejection`."""
+    target_logits = only_allowed(target_logits, allowed)
+    draft_logits = only_allowed(draft_logits, None if allowed is None else allowed[:-1])
     options = (temperature, top_k, top_p, min_p)
     drafted = tokens[1:].tolist()
     drawn = [0 <= token < target_logits.shape[1] for token in drafted]
@@ -104,6 +107,7 @@ def verify_rejection(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    allowed: Tensor | None = None,
 ) -> RejectionVerification:
     """See `specbranch_ext.ops.verify_rejection`."""
     accept, weight = chances(
@@ -115,6 +119,7 @@ def verify_rejection(
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
+        allowed=allowed,
     )
     coins = random_integers(positions[0], len(accept), seed, ACCEPT)
     yes = [coin < int(chance * 2.0**64) for coin, chance in zip(coins, accept.tolist(), strict=True)]

@@ -53,6 +53,20 @@ inline void store_unaligned(T* p, Vec v) {
 inline FloatVec select(IntVec mask, FloatVec a, FloatVec b) { return mask ? a : b; }
 inline IntVec select(IntVec mask, IntVec a, IntVec b) { return mask ? a : b; }
 
+// Lane i of a where bit first + i of the word is set, else of b.
+inline FloatVec select_bits(uint32_t word, int first, FloatVec a, FloatVec b) {
+#if defined(__AVX512F__)
+  return (FloatVec)_mm512_mask_blend_ps(static_cast<__mmask16>(word >> first), (__m512)b, (__m512)a);
+#elif defined(__AVX2__)
+  // The lanes' sign bits decide.
+  const IntVec shift = broadcast(31 - first) - IntVec{0, 1, 2, 3, 4, 5, 6, 7};
+  const __m256i bits = _mm256_sllv_epi32((__m256i)broadcast(word), (__m256i)shift);
+  return (FloatVec)_mm256_blendv_ps((__m256)b, (__m256)a, _mm256_castsi256_ps(bits));
+#else
+  return select((IntVec)((broadcast(word >> first) & UintVec{1, 2, 4, 8}) != 0u), a, b);
+#endif
+}
+
 // The larger of each pair; b where one is NaN.
 inline FloatVec max(FloatVec a, FloatVec b) {
 #if defined(__AVX512F__)

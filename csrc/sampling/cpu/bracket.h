@@ -24,11 +24,11 @@ struct SampledHistogram {
   const float bins_per_unit;
   uint32_t count[bins + 1] = {};  // the last one: masked
 
-  template <typename T>
-  SampledHistogram(const T* row, int64_t vocabulary, float inverse_temperature, float z_max, float bins_per_unit)
+  template <typename Row>
+  SampledHistogram(const Row& row, int64_t vocabulary, float inverse_temperature, float z_max, float bins_per_unit)
       : bins_per_unit(bins_per_unit) {
     for (int64_t t = 0; t + simd_width <= vocabulary; t += step * simd_width) {
-      const FloatVec z = load(row + t) * inverse_temperature;
+      const FloatVec z = row.vector(t) * inverse_temperature;
       // Overflows may give NaN, which min puts into the last bin.
       const FloatVec bin = min((z_max - z) * bins_per_unit, broadcast(bins - 1.0f));
       const IntVec index = select((IntVec)(z >= lowest_finite), __builtin_convertvector(bin, IntVec), broadcast(bins));

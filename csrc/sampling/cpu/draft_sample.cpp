@@ -19,7 +19,8 @@ void draft_sample(const DraftSampleParams& p) {
                               p.launch.threads,
                               /*more_logits=*/nullptr,
                               /*parents=*/nullptr,
-                              /*reports=*/!p.by_row()};
+                              /*reports=*/!p.by_row(),
+                              p.has_allowed ? &p.allowed : nullptr};
   for (int64_t i = 0; i < rows; ++i) samples[i].count = 0;
   *p.report = sample_rows(request, best.at(0), samples.at(0));
   if (p.report->problem != RowReport::none) return;

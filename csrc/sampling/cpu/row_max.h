@@ -6,29 +6,34 @@
 #include <cstring>
 
 #include "core/cpu/simd.h"
+#include "sampling/cpu/logit_row.h"
 #include "sampling/cpu/row_state.h"
 
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
 
-template <typename T>
-void segment_max(const T* row, int64_t begin, int64_t end, SegmentState& out) {
+template <typename Row>
+void segment_max(const Row& row, int64_t begin, int64_t end, SegmentState& out) {
   constexpr int unroll = 4;
   FloatVec best[unroll];
   IntVec nan[unroll] = {};
   for (auto& b : best) b = broadcast(-HUGE_VALF);
   int64_t t = begin;
-  for (; t + unroll * simd_width <= end; t += unroll * simd_width) {
-    for (int u = 0; u < unroll; ++u) {
-      const FloatVec x = load(row + t + u * simd_width);
-      best[u] = max(x, best[u]);
-      nan[u] |= (IntVec)(x != x);
-    }
+  for (; t + Row::block <= end; t += Row::block) {
+    row.read_block(t, [&](const auto& logits) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Row::block; i += simd_width) {
+        const FloatVec x = logits.vector(t, i);
+        const int u = i / simd_width % unroll;
+        best[u] = max(x, best[u]);
+        nan[u] |= (IntVec)(x != x);
+      }
+    });
   }
   out.max_logit = reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
   out.nan = any(nan[0] | nan[1] | nan[2] | nan[3]);
   for (; t < end; ++t) {
-    const float x = to_float(row[t]);
+    const float x = row[t];
     out.max_logit = x > out.max_logit ? x : out.max_logit;
     out.nan |= x != x;
   }
@@ -36,8 +41,8 @@ void segment_max(const T* row, int64_t begin, int64_t end, SegmentState& out) {
 
 // The mass of exp(z - the segment's largest z), within 4%: enough to guess where top-p cuts. A float's exponent counts
 // in powers of two and its fraction goes straight from one to the next, on average 4% above them.
-template <typename T>
-void segment_mass(const T* row, int64_t begin, int64_t end, float inverse_temperature, SegmentState& out) {
+template <typename Row>
+void segment_mass(const Row& row, int64_t begin, int64_t end, float inverse_temperature, SegmentState& out) {
   constexpr float bits_of_one = 1065353216.0f;
   out.mass = 0.0f;
   if (!(out.max_logit > -HUGE_VALF)) return;
@@ -52,24 +57,27 @@ void segment_mass(const T* row, int64_t begin, int64_t end, float inverse_temper
     return w;
   };
   int64_t t = begin;
-  for (; t + unroll * simd_width <= end; t += unroll * simd_width) {
-    for (int u = 0; u < unroll; ++u) sum[u] += weight(load(row + t + u * simd_width));
+  for (; t + Row::block <= end; t += Row::block) {
+    row.read_block(t, [&](const auto& logits) {
+#pragma GCC unroll 16
+      for (int i = 0; i < Row::block; i += simd_width) sum[i / simd_width % unroll] += weight(logits.vector(t, i));
+    });
   }
   const FloatVec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   for (int i = 0; i < simd_width; ++i) out.mass += all[i];
-  for (; t < end; ++t) out.mass += weight(broadcast(to_float(row[t])))[0];
+  for (; t < end; ++t) out.mass += weight(broadcast(row[t]))[0];
   out.mass *= 0.961f;
 }
 
 // The first token in [begin, end) whose logit is value; end if there is none.
-template <typename T>
-int64_t find_logit(const T* row, int64_t begin, int64_t end, float value) {
+template <typename Row>
+int64_t find_logit(const Row& row, int64_t begin, int64_t end, float value) {
   int64_t t = begin;
   for (; t + simd_width <= end; t += simd_width) {
-    const uint32_t bits = mask_bits((IntVec)(load(row + t) == value));
+    const uint32_t bits = mask_bits((IntVec)(row.vector(t) == value));
     if (bits) return t + __builtin_ctz(bits);
   }
-  while (t < end && to_float(row[t]) != value) ++t;
+  while (t < end && row[t] != value) ++t;
   return t;
 }
 

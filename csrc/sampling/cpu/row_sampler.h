@@ -28,6 +28,7 @@ struct SampleRequest {
   const Tensor* more_logits = nullptr;  // rows that follow those of `logits`, of the same dtype and length
   const int64_t* parents = nullptr;     // of verify: rows of unused nodes are skipped, not reported, if need be
   bool reports = true;                  // else any row is skipped rather than reported
+  const Tensor* allowed = nullptr;      // or all tokens are; row i of more_logits has row i of it too
 };
 
 struct RowSample {
@@ -38,7 +39,8 @@ struct RowSample {
   double probability(float z) const { return exp_nonpositive(z - z_max) / mass; }
 };
 
-template <typename T>
+// Row: a LogitRow.
+template <typename Row>
 class RowSampler {
  public:
   RowSampler(const SampleRequest& request, Candidate* candidates, RowSample* samples)
@@ -103,9 +105,8 @@ class RowSampler {
     return {};
   }
 
-  const T* logits(int64_t i) const {
-    return i < first_rows_ ? r_.logits->as<const T>() + i * r_.logits->stride[0]
-                           : r_.more_logits->as<const T>() + (i - first_rows_) * r_.more_logits->stride[0];
+  Row logits(int64_t i) const {
+    return i < first_rows_ ? Row(*r_.logits, r_.allowed, i) : Row(*r_.more_logits, r_.allowed, i - first_rows_);
   }
   // After run(): rows without a problem.
   Keep keep(int64_t i) { return {filters(i).inverse_temperature, row_[i].threshold, row_[i].z_max, filters(i).min_p}; }
@@ -327,11 +328,8 @@ class RowSampler {
 };
 
 inline RowReport sample_rows(const SampleRequest& request, Candidate* candidates, RowSample* samples) {
-  switch (request.logits->dtype) {
-    case Dtype::bfloat16: return RowSampler<Bfloat16>(request, candidates, samples).run();
-    case Dtype::float16: return RowSampler<Float16>(request, candidates, samples).run();
-    default: return RowSampler<float>(request, candidates, samples).run();
-  }
+  return with_row_type(request.logits->dtype, request.allowed != nullptr,
+                       [&](auto row) { return RowSampler<decltype(row)>(request, candidates, samples).run(); });
 }
 
 }  // namespace SPECBRANCH_ISA

@@ -60,8 +60,8 @@ inline void raise(std::atomic<float>& shared, float value) {
 }
 
 // Sums over kept tokens of w and of w * (z_max - z): what confidence and entropy need.
-template <typename T>
-void segment_statistics(const T* row, int64_t begin, int64_t end, const Keep& keep, SegmentState& out) {
+template <typename Row>
+void segment_statistics(const Row& row, int64_t begin, int64_t end, const Keep& keep, SegmentState& out) {
   MassSum mass;
   uint64_t rest = 0;
   double weighted = 0.0;
@@ -70,7 +70,8 @@ void segment_statistics(const T* row, int64_t begin, int64_t end, const Keep& ke
     FloatVec sum{};  // float32 for a few dozen terms only
     const int64_t stop = t + 64 * simd_width < end ? t + 64 * simd_width : end;
     for (; t + simd_width <= stop; t += simd_width) {
-      const FloatVec z = load(row + t) * keep.inverse_temperature, d = z - keep.z_max;
+      if (row.skips(t, simd_width)) continue;
+      const FloatVec z = row.vector(t) * keep.inverse_temperature, d = z - keep.z_max;
       const FloatVec w = exp_nonpositive(d);
       const IntVec kept = (IntVec)(z >= keep.threshold) & (IntVec)(w >= keep.min_p);
       mass.add(FixedPointVec(w), kept);
@@ -79,7 +80,7 @@ void segment_statistics(const T* row, int64_t begin, int64_t end, const Keep& ke
     weighted += reduce_sum(sum);
   }
   for (; t < end; ++t) {
-    const float z = to_float(row[t]) * keep.inverse_temperature;
+    const float z = row[t] * keep.inverse_temperature;
     const float w = exp_nonpositive(z - keep.z_max);
     if (!(z >= keep.threshold && w >= keep.min_p && w > 0.0f)) continue;
     rest += fixed_point(w);
@@ -90,13 +91,13 @@ void segment_statistics(const T* row, int64_t begin, int64_t end, const Keep& ke
 }
 
 // Offers the kept tokens of a segment to `best`.
-template <typename T>
-void segment_noise_scan(const T* row, int64_t begin, int64_t end, const Keep& keep, const NoiseKey& key,
+template <typename Row>
+void segment_noise_scan(const Row& row, int64_t begin, int64_t end, const Keep& keep, const NoiseKey& key,
                         const NoiseWords& noise, std::atomic<float>& score_floor, Best& best) {
   float floor = score_floor.load(std::memory_order_relaxed);
   Reach reach(floor);
   const auto offer = [&](int64_t token) {
-    const float z = to_float(row[token]) * keep.inverse_temperature;
+    const float z = row[token] * keep.inverse_temperature;
     if (!keep(z)) return;
     best.offer({z + token_noise(key, token), z, token});
     if (best.floor() > floor) {
@@ -109,10 +110,11 @@ void segment_noise_scan(const T* row, int64_t begin, int64_t end, const Keep& ke
   const float lowest = keep.lowest();
   int64_t t = begin;
   for (; t + NoiseWords::group <= end; t += NoiseWords::group) {
+    if (row.skips(t, NoiseWords::group)) continue;
     UintVec words[2];
     noise.get(t, words);
-    const FloatVec z0 = load(row + t) * keep.inverse_temperature;
-    const FloatVec z1 = load(row + t + simd_width) * keep.inverse_temperature;
+    const FloatVec z0 = row.vector(t) * keep.inverse_temperature;
+    const FloatVec z1 = row.vector(t + simd_width) * keep.inverse_temperature;
     const IntVec near0 = reach(z0, words[0]) & (IntVec)(z0 >= lowest);
     const IntVec near1 = reach(z1, words[1]) & (IntVec)(z1 >= lowest);
     if (__builtin_expect(!any(near0 | near1), 1)) continue;
@@ -139,8 +141,8 @@ inline void list_noise_scan(const float* z, const int32_t* tokens, int64_t count
 }
 
 // At temperature 0 there is no noise: the score is the logit.
-template <typename T>
-void segment_greedy_scan(const T* row, int64_t begin, int64_t end, std::atomic<float>& score_floor, Best& best) {
+template <typename Row>
+void segment_greedy_scan(const Row& row, int64_t begin, int64_t end, std::atomic<float>& score_floor, Best& best) {
   float floor = score_floor.load(std::memory_order_relaxed);
   const auto offer = [&](int64_t token, float z) {
     if (!(z >= lowest_finite)) return;
@@ -152,14 +154,14 @@ void segment_greedy_scan(const T* row, int64_t begin, int64_t end, std::atomic<f
   };
   int64_t t = begin;
   for (; t + simd_width <= end; t += simd_width) {
-    const FloatVec z = load(row + t);
+    const FloatVec z = row.vector(t);
     uint32_t bits = mask_bits((IntVec)(z >= floor));
     for (; __builtin_expect(bits != 0, 0); bits &= bits - 1) {
       const int lane = __builtin_ctz(bits);
       offer(t + lane, z[lane]);
     }
   }
-  for (; t < end; ++t) offer(t, to_float(row[t]));
+  for (; t < end; ++t) offer(t, row[t]);
 }
 
 }  // namespace SPECBRANCH_ISA

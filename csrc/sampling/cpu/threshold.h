@@ -11,6 +11,7 @@
 #include "core/cpu/simd.h"
 #include "sampling/cpu/bracket.h"
 #include "sampling/cpu/fixed_point.h"
+#include "sampling/cpu/logit_row.h"
 #include "sampling/cpu/row_state.h"
 
 namespace specbranch {
@@ -19,44 +20,45 @@ inline namespace SPECBRANCH_ISA {
 enum class Weight { count, mass };
 
 // Sums the weights of tokens with z >= floor, in all and above the bracket, and lists those inside it.
-template <Weight weight, typename T>
-void segment_gather(const T* row, int64_t begin, int64_t end, float inverse_temperature, float z_max, float floor,
+template <Weight weight, typename Row>
+void segment_gather(const Row& row, int64_t begin, int64_t end, float inverse_temperature, float z_max, float floor,
                     Bracket bracket, SegmentState& out, float* list_z, int32_t* list_token) {
   MassSum above, total;
   uint64_t rest_above = 0, rest_total = 0;
   int64_t listed = 0;
   const float low = std::max(bracket.low, floor);
-  const bool masked = floor > lowest_finite;
+  const bool has_floor = floor > lowest_finite;
   int64_t t = begin;
   // Blocks of 64 tokens, because one hard-to-predict branch for each vector would stall the arithmetic.
-  constexpr int64_t block = 64;
-  for (; t + block <= end; t += block) {
+  for (; t + Row::block <= end; t += Row::block) {
     uint64_t inside = 0;
+    row.read_block(t, [&](const auto& logits) {
 #pragma GCC unroll 16
-    for (int i = 0; i < block; i += simd_width) {
-      const FloatVec z = load(row + t + i) * inverse_temperature;
-      const IntVec over = (IntVec)(z > bracket.high);
-      inside |= static_cast<uint64_t>(mask_bits((IntVec)(z >= low) & (IntVec)(z <= bracket.high))) << i;
-      if (weight == Weight::mass) {
-        const FixedPointVec q(exp_nonpositive(z - z_max));
-        above.add(q, over);
-        if (masked) {
-          total.add(q, (IntVec)(z >= floor));
+      for (int i = 0; i < Row::block; i += simd_width) {
+        const FloatVec z = logits.vector(t, i) * inverse_temperature;
+        const IntVec over = (IntVec)(z > bracket.high);
+        inside |= static_cast<uint64_t>(mask_bits((IntVec)(z >= low) & (IntVec)(z <= bracket.high))) << i;
+        if (weight == Weight::mass) {
+          const FixedPointVec q(exp_nonpositive(z - z_max));
+          above.add(q, over);
+          if (has_floor) {
+            total.add(q, (IntVec)(z >= floor));
+          } else {
+            total.add(q);  // masked tokens weigh nothing anyway
+          }
         } else {
-          total.add(q);  // masked tokens weigh nothing anyway
+          rest_above += static_cast<uint64_t>(__builtin_popcount(mask_bits(over)));
         }
-      } else {
-        rest_above += static_cast<uint64_t>(__builtin_popcount(mask_bits(over)));
       }
-    }
+    });
     for (; inside != 0; inside &= inside - 1) {
       const int64_t token = t + __builtin_ctzll(inside);
-      list_z[listed] = to_float(row[token]) * inverse_temperature;
+      list_z[listed] = row[token] * inverse_temperature;
       list_token[listed++] = static_cast<int32_t>(token);
     }
   }
   for (; t < end; ++t) {
-    const float z = to_float(row[t]) * inverse_temperature;
+    const float z = row[t] * inverse_temperature;
     const uint64_t q = weight == Weight::mass ? fixed_point(exp_nonpositive(z - z_max)) : 1;
     if (z > bracket.high) rest_above += q;
     if (z >= floor) rest_total += q;

@@ -46,7 +46,8 @@ void verify(const VerifyParams& p) {
                               p.launch.threads,
                               /*more_logits=*/nullptr,
                               p.parents.as<const int64_t>(),
-                              /*reports=*/!p.has_roots};
+                              /*reports=*/!p.has_roots,
+                              p.has_allowed ? &p.allowed : nullptr};
   for (int64_t i = 0; i < n; ++i) samples[i].count = 0;
   *p.report = sample_rows(request, best.at(0), samples.at(0));
   if (p.report->problem != RowReport::none) return;

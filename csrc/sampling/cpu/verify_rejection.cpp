@@ -16,15 +16,15 @@ typedef int32_t HalfIntVec __attribute__((vector_size(2 * simd_width)));
 constexpr int half_width = simd_width / 2;
 
 // One row of logits and the weights of its tokens.
-template <typename T>
+template <typename Row>
 struct WeightedRow {
-  const T* logits;
+  Row logits;
   Keep keep;
   double scale;  // of the weights, before they are compared
 
   // No token below this weighs anything: exp(-28) < 2^-40.
   float lowest() const { return std::max(keep.lowest(), keep.z_max - 28.0f); }
-  FloatVec z(int64_t t) const { return load(logits + t) * keep.inverse_temperature; }
+  FloatVec z(int64_t t) const { return logits.vector(t) * keep.inverse_temperature; }
   // exp(z - z_max), 0 for what the filters drop.
   FloatVec kept(FloatVec z) const {
     const FloatVec w = exp_nonpositive(z - keep.z_max);
@@ -37,36 +37,38 @@ struct WeightedRow {
     return select((IntVec)(scaled < 8388608.0f), whole, scaled);  // from 2^23 on floats are whole
   }
   double scaled(int64_t token) const {
-    const float z = to_float(logits[token]) * keep.inverse_temperature;
+    const float z = logits[token] * keep.inverse_temperature;
     return keep(z) ? scale * static_cast<double>(fixed_point(exp_nonpositive(z - keep.z_max))) : 0.0;
   }
 };
 
-template <typename T>
-uint64_t weight_sum(const WeightedRow<T>& row, int64_t begin, int64_t end) {
+template <typename Row>
+uint64_t weight_sum(const WeightedRow<Row>& row, int64_t begin, int64_t end) {
   const float lowest = row.lowest();
   MassSum sum;
   uint64_t rest = 0;
   int64_t t = begin;
   for (; t + simd_width <= end; t += simd_width) {
+    if (row.logits.skips(t, simd_width)) continue;
     const FloatVec z = row.z(t);
     if (any((IntVec)(z >= lowest))) sum.add(FixedPointVec(row.kept(z)));
   }
   for (; t < end; ++t) {
-    const float z = to_float(row.logits[t]) * row.keep.inverse_temperature;
+    const float z = row.logits[t] * row.keep.inverse_temperature;
     if (row.keep(z)) rest += fixed_point(exp_nonpositive(z - row.keep.z_max));
   }
   return sum.total() + rest;
 }
 
 // The sum of residual_weight over a range. The weights' two 30-bit digits are summed as doubles, which are exact.
-template <typename T>
-uint64_t residual_sum(const WeightedRow<T>& target, const WeightedRow<T>& draft, int64_t begin, int64_t end) {
+template <typename Row>
+uint64_t residual_sum(const WeightedRow<Row>& target, const WeightedRow<Row>& draft, int64_t begin, int64_t end) {
   const float lowest = target.lowest();
   DoubleVec high_sum{}, low_sum{};
   uint64_t rest = 0;
   int64_t t = begin;
   for (; t + simd_width <= end; t += simd_width) {
+    if (target.logits.skips(t, simd_width)) continue;
     const FloatVec z = target.z(t);
     if (!any((IntVec)(z >= lowest))) continue;
     const FloatVec target_weight = target.weight(z), draft_weight = draft.weight(draft.z(t));
@@ -90,7 +92,7 @@ uint64_t residual_sum(const WeightedRow<T>& target, const WeightedRow<T>& draft,
   return rest;
 }
 
-template <typename T>
+template <typename Row>
 class Rejection {
  public:
   Rejection(const VerifyRejectionParams& p, int64_t drafted)
@@ -108,7 +110,10 @@ class Rejection {
                  /*k=*/0,
                  /*statistics=*/false,
                  p.launch.threads,
-                 &draft_logits_},
+                 &draft_logits_,
+                 /*parents=*/nullptr,
+                 /*reports=*/true,
+                 p.has_allowed ? &p.allowed : nullptr},
         filtered_(request_, nullptr, nullptr),
         segments_(p.target_logits.shape[1]),
         row_(2 * drafted + 1),
@@ -143,10 +148,10 @@ class Rejection {
   }
   // Rows of the target come first.
   int64_t draft_row(int64_t i) const { return drafted_ + 1 + i; }
-  WeightedRow<T>& target(int64_t i) { return row_[i]; }
+  WeightedRow<Row>& target(int64_t i) { return row_[i]; }
   // What the target's row is compared with. Behind the last drawn token nothing: the row itself, times 0.
-  WeightedRow<T> draft(int64_t i) {
-    WeightedRow<T> row = row_[i < drawn_ ? draft_row(i) : i];
+  WeightedRow<Row> draft(int64_t i) {
+    WeightedRow<Row> row = row_[i < drawn_ ? draft_row(i) : i];
     if (i >= drawn_) row.scale = 0.0;
     return row;
   }
@@ -216,7 +221,7 @@ class Rejection {
     uint64_t left = below(sum, random_integer(key, 0, Purpose::residual));
     int64_t s = 0;
     for (; left >= part_[i * segments_.count + s]; ++s) left -= part_[i * segments_.count + s];
-    const WeightedRow<T> against = draft(i);
+    const WeightedRow<Row> against = draft(i);
     int64_t t = segments_.begin(s);
     constexpr int64_t step = 64;
     for (; t + step < segments_.end(s); t += step) {
@@ -243,9 +248,9 @@ class Rejection {
   int64_t drawn_ = 0;  // of the drafted ones, those before the first that the draft cannot have drawn
   const Tensor target_logits_, draft_logits_;
   const SampleRequest request_;
-  RowSampler<T> filtered_;
+  RowSampler<Row> filtered_;
   const Segments segments_;
-  Buffer<WeightedRow<T>> row_;
+  Buffer<WeightedRow<Row>> row_;
   Buffer<uint64_t> part_;
   Buffer<double> chance_;
 };
@@ -257,11 +262,7 @@ void verify_rejection(const VerifyRejectionParams& p) {
   const int64_t* tokens = p.tokens.as<const int64_t>();
   int64_t drafted = 0;
   while (drafted + 1 < n && tokens[drafted + 1] >= 0 && tokens[drafted + 1] < vocabulary) ++drafted;
-  switch (p.target_logits.dtype) {
-    case Dtype::bfloat16: return Rejection<Bfloat16>(p, drafted).run();
-    case Dtype::float16: return Rejection<Float16>(p, drafted).run();
-    default: return Rejection<float>(p, drafted).run();
-  }
+  with_row_type(p.target_logits.dtype, p.has_allowed, [&](auto row) { Rejection<decltype(row)>(p, drafted).run(); });
 }
 
 }  // namespace specbranch::cpu::SPECBRANCH_ISA

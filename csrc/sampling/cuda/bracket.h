@@ -65,8 +65,8 @@ struct BracketShared {
 struct ThreadSample {
   Group groups[thread_sample_groups];
 
-  template <typename T>
-  __device__ void load(const LogitRow<T>& row) {
+  template <typename Row>
+  __device__ void load(const Row& row) {
     const int32_t all = row.groups();
 #pragma unroll
     for (int i = 0; i < thread_sample_groups; ++i) {

@@ -23,10 +23,10 @@ struct DraftArguments {
   float* entropy;
 };
 
-template <typename T, bool filters_in_memory>
+template <typename Row, bool filters_in_memory>
 __global__ void __launch_bounds__(sampler_threads)
     draft_sample_kernel(const SampleArguments arguments, const DraftArguments out) {
-  using Sampler = RowSampler<T, BestMany, /*statistics=*/true>;
+  using Sampler = RowSampler<Row, BestMany, /*statistics=*/true>;
   static_assert(sizeof(typename Sampler::Shared) <= 48 * 1024, "what every device gives without being asked");
   typename Sampler::Shared& shared = *shared_memory<typename Sampler::Shared>();
   const int64_t row = blockIdx.x / static_cast<unsigned>(arguments.segments);
@@ -69,18 +69,20 @@ __global__ void __launch_bounds__(sampler_threads)
   }
 }
 
-template <typename T>
+template <typename Row>
 void run(const DraftSampleParams& p) {
   const int64_t rows = p.draft_logits.shape[0], vocabulary = p.draft_logits.shape[1], k = p.tokens.shape[1];
   const FiltersInMemory& in_memory = p.filters_in_memory;
   const bool any_filters = in_memory.first != nullptr;
   const SampleWorkspace workspace(p.launch.workspace, rows, vocabulary, k, p.filters, any_filters);
-  launch_row_max<T>("draft_sample", p.launch, rows, row_max_arguments(p.draft_logits, p.filters, in_memory, workspace));
+  const AllowedRows allowed(p.allowed);
+  launch_row_max<Row>("draft_sample", p.launch, rows,
+                      row_max_arguments(p.draft_logits, allowed, p.filters, in_memory, workspace));
   const SampleArguments arguments =
-      sample_arguments(p.draft_logits, p.positions, p.seed, p.filters, in_memory, workspace);
+      sample_arguments(p.draft_logits, allowed, p.positions, p.seed, p.filters, in_memory, workspace);
   const DraftArguments out{static_cast<int>(k),  workspace.candidates,     p.tokens.as<int64_t>(),
                            p.scores.as<float>(), p.confidence.as<float>(), p.entropy.as<float>()};
-  const auto kernel = any_filters ? draft_sample_kernel<T, true> : draft_sample_kernel<T, false>;
+  const auto kernel = any_filters ? draft_sample_kernel<Row, true> : draft_sample_kernel<Row, false>;
   launch("draft_sample", kernel, p.launch, dim3(static_cast<unsigned>(rows * arguments.segments)),
          dim3(sampler_threads), sizeof(SamplerShared<BestMany>), arguments, out);
 }
@@ -96,11 +98,7 @@ void draft_sample(const DraftSampleParams& p) {
     fail("k: expected at most " + std::to_string(BestMany::max_k) + " on a CUDA device, got " +
          std::to_string(p.tokens.shape[1]));
   }
-  switch (p.draft_logits.dtype) {
-    case Dtype::bfloat16: return run<Bfloat16>(p);
-    case Dtype::float16: return run<Float16>(p);
-    default: return run<float>(p);
-  }
+  with_row_type(p.draft_logits.dtype, p.has_allowed, [&](auto type) { run<typename decltype(type)::Row>(p); });
 }
 
 }  // namespace specbranch::cuda

@@ -46,12 +46,31 @@ inline SampleWorkspace::SampleWorkspace(void* memory, int64_t rows, int64_t voca
   list_z = take<float>(rows * list_capacity);
 }
 
-inline RowMaxArguments row_max_arguments(const Tensor& logits, const Filters& f, const FiltersInMemory& in_memory,
-                                         const SampleWorkspace& workspace) {
+// Calls body(RowType<Row>{}) with the LogitRow of this dtype.
+template <typename T>
+struct RowType {
+  using Row = T;
+};
+template <typename Body>
+void with_row_type(Dtype dtype, bool masked, Body body) {
+  const auto of = [&](auto element) {
+    using T = decltype(element);
+    masked ? body(RowType<LogitRow<T, true>>()) : body(RowType<LogitRow<T, false>>());
+  };
+  switch (dtype) {
+    case Dtype::bfloat16: return of(Bfloat16{});
+    case Dtype::float16: return of(Float16{});
+    default: return of(float{});
+  }
+}
+
+inline RowMaxArguments row_max_arguments(const Tensor& logits, const AllowedRows& allowed, const Filters& f,
+                                         const FiltersInMemory& in_memory, const SampleWorkspace& workspace) {
   const Segments segments = Segments::for_max(logits.shape[0], logits.shape[1]);
   RowMaxArguments a{};
   a.logits = logits.data;
   a.stride = logits.stride[0];
+  a.allowed = allowed;
   a.vocabulary = static_cast<int32_t>(logits.shape[1]);
   a.segments = segments.count;
   a.segment_groups = segments.groups;
@@ -63,20 +82,21 @@ inline RowMaxArguments row_max_arguments(const Tensor& logits, const Filters& f,
   return a;
 }
 
-template <typename T>
+template <typename Row>
 void launch_row_max(const char* name, const Launch& on, int64_t rows, const RowMaxArguments& arguments) {
-  launch(name, row_max_kernel<T>, on, dim3(static_cast<unsigned>(rows * arguments.segments)), dim3(row_max_threads),
+  launch(name, row_max_kernel<Row>, on, dim3(static_cast<unsigned>(rows * arguments.segments)), dim3(row_max_threads),
          sizeof(RowMaxShared), arguments);
 }
 
-inline SampleArguments sample_arguments(const Tensor& logits, const Tensor& positions, const Tensor& seed,
-                                        const Filters& f, const FiltersInMemory& in_memory,
+inline SampleArguments sample_arguments(const Tensor& logits, const AllowedRows& allowed, const Tensor& positions,
+                                        const Tensor& seed, const Filters& f, const FiltersInMemory& in_memory,
                                         const SampleWorkspace& workspace) {
   const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
   const Segments segments = SampleWorkspace::segments(rows, vocabulary);
   SampleArguments a{};
   a.logits = logits.data;
   a.stride = logits.stride[0];
+  a.allowed = allowed;
   a.positions = positions.as<const int64_t>();
   a.seed = seed.as<const int64_t>();
   a.seed_by_row = seed.dims == 1;

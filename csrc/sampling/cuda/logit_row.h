@@ -1,5 +1,6 @@
 // Rows of logits as the sampling kernels read them: in groups of four tokens, because one Philox block has the noise of
-// four and 16 bytes hold as many float32 logits.
+// four and 16 bytes hold as many float32 logits. Tokens that are not allowed have -inf: the one place of the kernels that
+// knows the layout of `allowed`, see check_allowed.
 #pragma once
 
 #include <limits>
@@ -33,25 +34,51 @@ __device__ inline Group load_aligned(const Float16* p) {
   return {{half(v.x & 0xFFFFu), half(v.x >> 16), half(v.y & 0xFFFFu), half(v.y >> 16)}};
 }
 
-// Tokens fit in 31 bits, so groups and tokens are counted in int32_t.
-template <typename T>
+// Where the rows of `allowed` are, in 32-bit words; nowhere where all tokens are allowed.
+struct AllowedRows {
+  const uint32_t* first = nullptr;
+  int64_t stride = 0;
+
+  AllowedRows() = default;
+  explicit AllowedRows(const Tensor& allowed) : first(allowed.as<const uint32_t>()), stride(allowed.stride[0]) {}
+};
+constexpr int word_groups = 32 / group_tokens;
+
+// Tokens fit in 31 bits, so groups and tokens are counted in int32_t. masked: whether there are rows of `allowed`.
+template <typename T, bool masked>
 struct LogitRow {
+  using Element = T;
+  static constexpr bool is_masked = masked;
+
   const T* data;
+  const uint32_t* words;
   int32_t vocabulary;
   bool aligned;
 
-  __device__ LogitRow(const void* logits, int64_t stride, int64_t row, int32_t vocabulary)
+  __device__ LogitRow(const void* logits, int64_t stride, const AllowedRows& allowed, int64_t row, int32_t vocabulary)
       : data(static_cast<const T*>(logits) + row * stride),
+        words(masked ? allowed.first + row * allowed.stride : nullptr),
         vocabulary(vocabulary),
         aligned(reinterpret_cast<uintptr_t>(data) % (group_tokens * sizeof(T)) == 0) {}
 
   __device__ int32_t groups() const { return (vocabulary - 1) / group_tokens + 1; }
 
-  __device__ float operator[](int32_t token) const { return to_float(data[token]); }
+  __device__ float operator[](int32_t token) const {
+    const bool allows = !masked || (words[token / 32] >> (token % 32) & 1u) != 0;
+    return allows ? to_float(data[token]) : -infinity;
+  }
 
   // The logits of group g.
   __device__ Group group(int32_t g) const {
-    return load(data + group_tokens * static_cast<int64_t>(g), vocabulary - group_tokens * g, aligned);
+    Group group = load(data + group_tokens * static_cast<int64_t>(g), vocabulary - group_tokens * g, aligned);
+    if (masked) allow(group, words[g / word_groups] >> group_tokens * (g % word_groups));
+    return group;
+  }
+
+  // The lowest bits are those of the group's tokens.
+  __device__ static void allow(Group& group, uint32_t bits) {
+#pragma unroll
+    for (int j = 0; j < group_tokens; ++j) group.x[j] = (bits >> j & 1u) != 0 ? group.x[j] : -infinity;
   }
 
   // Four logits from p on; -inf where fewer are left.
@@ -65,23 +92,34 @@ struct LogitRow {
 };
 
 // Groups first, first + step, ... below `end` of a row, one for each call of next(); then -inf for ever.
-template <typename T, int step>
+template <typename Row, int step>
 class GroupReader {
  public:
-  __device__ GroupReader(const LogitRow<T>& row, int32_t first, int32_t end)
-      : at_(row.data + group_tokens * static_cast<int64_t>(first)), left_(0), aligned_(row.aligned) {
+  __device__ GroupReader(const Row& row, int32_t first, int32_t end)
+      : at_(row.data + group_tokens * static_cast<int64_t>(first)),
+        words_(Row::is_masked ? row.words + first / word_groups : nullptr),
+        first_bit_(group_tokens * (first % word_groups)),
+        left_(0),
+        aligned_(row.aligned) {
+    static_assert(step % word_groups == 0, "the bits of a reader's groups have the same place in each word");
     if (first >= end) return;
     left_ = end < row.groups() ? group_tokens * (end - first) : row.vocabulary - group_tokens * first;
   }
   __device__ Group next() {
-    const Group group = LogitRow<T>::load(at_, left_, aligned_);
+    Group group = Row::load(at_, left_, aligned_);
+    if (Row::is_masked) {
+      Row::allow(group, left_ > 0 ? *words_ >> first_bit_ : 0u);
+      words_ += step / word_groups;
+    }
     at_ += group_tokens * step;
     left_ -= min(left_, group_tokens * step);
     return group;
   }
 
  private:
-  const T* at_;
+  const typename Row::Element* at_;
+  const uint32_t* words_;
+  int first_bit_;
   int32_t left_;
   bool aligned_;
 };

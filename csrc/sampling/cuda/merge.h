@@ -4,8 +4,8 @@
 namespace specbranch::cuda {
 
 // The exact threshold of top-k and top-p; false when it had to be searched in the row, because the list lacks tokens.
-template <typename T, typename Best, bool statistics>
-__device__ bool RowSampler<T, Best, statistics>::find_threshold(const Bracket& bracket, float& threshold) {
+template <typename Row, typename Best, bool statistics>
+__device__ bool RowSampler<Row, Best, statistics>::find_threshold(const Bracket& bracket, float& threshold) {
   const uint32_t listed = state_.listed;
   bool from_row = listed > static_cast<uint32_t>(a_.list_capacity);
 #pragma unroll 1
@@ -51,8 +51,8 @@ __device__ bool RowSampler<T, Best, statistics>::find_threshold(const Bracket& b
 }
 
 // Merges the candidates of all blocks with the listed ones that the threshold keeps, and adds the latter to the sums.
-template <typename T, typename Best, bool statistics>
-__device__ void RowSampler<T, Best, statistics>::merge_list(float threshold) {
+template <typename Row, typename Best, bool statistics>
+__device__ void RowSampler<Row, Best, statistics>::merge_list(float threshold) {
   best_.merge(s_.select, a_.segments, state_);
   Word64 kept = 0, kept_distance = 0;
   const uint32_t listed = searches() ? state_.listed : 0;

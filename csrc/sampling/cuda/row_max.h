@@ -43,6 +43,7 @@ struct Segments {
 struct RowMaxArguments {
   const void* logits;
   int64_t stride;
+  AllowedRows allowed;
   int32_t vocabulary, segments, segment_groups;
   float mass_scale;         // log2(e) / temperature, or 0: no masses
   FiltersInMemory filters;  // or none: what mass_scale comes from
@@ -60,7 +61,7 @@ struct RowMaxShared {
 };
 
 // What it finds is written by thread 0.
-template <typename T>
+template <typename Row>
 __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
   const int64_t row_index = blockIdx.x / a.segments;
   const int32_t segment = static_cast<int32_t>(blockIdx.x % a.segments);
@@ -79,10 +80,10 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
     nan = !shared.valid;  // the row is then as bad as one with a NaN
   }
 
-  const LogitRow<T> row(a.logits, a.stride, row_index, a.vocabulary);
+  const Row row(a.logits, a.stride, a.allowed, row_index, a.vocabulary);
   const int32_t begin = segment * a.segment_groups;
   const int32_t end = row.groups() - begin < a.segment_groups ? row.groups() : begin + a.segment_groups;
-  GroupReader<T, row_max_threads> reader(row, begin + static_cast<int32_t>(threadIdx.x), end);
+  GroupReader<Row, row_max_threads> reader(row, begin + static_cast<int32_t>(threadIdx.x), end);
   float best = -infinity;
   int32_t token = group_tokens * begin;
   float mass = 0.0f, mass_max = lowest_finite;  // the sum is relative to the latter
@@ -128,9 +129,9 @@ __device__ void find_row_max(const RowMaxArguments& a, RowMaxShared& shared) {
   a.masses[blockIdx.x] = mass;
 }
 
-template <typename T>
+template <typename Row>
 __global__ void __launch_bounds__(row_max_threads) row_max_kernel(const RowMaxArguments a) {
-  find_row_max<T>(a, *shared_memory<RowMaxShared>());
+  find_row_max<Row>(a, *shared_memory<RowMaxShared>());
 }
 
 // False for a row with NaN, +inf, nothing but -inf, or values that overflow when scaled.

@@ -33,6 +33,7 @@ namespace specbranch::cuda {
 struct SampleArguments {
   const void* logits;
   int64_t stride;
+  AllowedRows allowed;
   const int64_t* positions;
   const int64_t* seed;
   bool seed_by_row;  // else one for all rows
@@ -88,7 +89,7 @@ __device__ const RowFilters& row_filters(const SampleArguments& a, RowFilters& s
   return shared;
 }
 
-template <typename T, typename Best, bool statistics>
+template <typename Row, typename Best, bool statistics>
 class RowSampler {
  public:
   using Shared = SamplerShared<Best>;
@@ -102,7 +103,7 @@ class RowSampler {
         k_(k),
         row_index_(blockIdx.x / static_cast<unsigned>(arguments.segments)),
         segment_(static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(arguments.segments))),
-        row_(arguments.logits, arguments.stride, row_index_, arguments.vocabulary),
+        row_(arguments.logits, arguments.stride, arguments.allowed, row_index_, arguments.vocabulary),
         state_(arguments.state[row_index_]),
         list_z_(arguments.list_z + row_index_ * arguments.list_capacity),
         list_key_(arguments.list_key + row_index_ * arguments.list_capacity),
@@ -124,7 +125,7 @@ class RowSampler {
   __device__ Word64 kept_distance() const { return kept_distance_; }
 
  private:
-  using Reader = GroupReader<T, sampler_threads>;
+  using Reader = GroupReader<Row, sampler_threads>;
 
   // The entries of the row's list, or of the row.
   struct Entries {
@@ -166,7 +167,7 @@ class RowSampler {
   const int k_;
   const int64_t row_index_;
   const int32_t segment_;
-  const LogitRow<T> row_;
+  const Row row_;
   RowState& state_;
   float* const list_z_;
   Word64* const list_key_;
@@ -176,8 +177,8 @@ class RowSampler {
   Word64 kept_ = 0, kept_distance_ = 0;
 };
 
-template <typename T, typename Best, bool statistics>
-__device__ bool RowSampler<T, Best, statistics>::run() {
+template <typename Row, typename Best, bool statistics>
+__device__ bool RowSampler<Row, Best, statistics>::run() {
   const int thread = static_cast<int>(threadIdx.x);
   int32_t begin = segment_ * a_.segment_groups, groups = min(row_.groups() - begin, a_.segment_groups);
   // Loads first: nothing here waits for them yet.
@@ -232,8 +233,8 @@ __device__ bool RowSampler<T, Best, statistics>::run() {
 }
 
 // Adds what this block found to the row's state; true in the block of the row that does so last.
-template <typename T, typename Best, bool statistics>
-__device__ bool RowSampler<T, Best, statistics>::publish() {
+template <typename Row, typename Best, bool statistics>
+__device__ bool RowSampler<Row, Best, statistics>::publish() {
   best_.publish(s_.select, segment_, state_);
   __syncthreads();
   if (warp_index() == 0) {

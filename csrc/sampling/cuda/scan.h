@@ -4,9 +4,9 @@
 namespace specbranch::cuda {
 
 // Goes over the groups of a reader, `next` before them. first_token: of the thread's first group.
-template <typename T, typename Best, bool statistics>
-__device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next, uint32_t first_token, int32_t steps,
-                                                      const Bracket& bracket) {
+template <typename Row, typename Best, bool statistics>
+__device__ void RowSampler<Row, Best, statistics>::scan(Reader reader, Group next, uint32_t first_token, int32_t steps,
+                                                        const Bracket& bracket) {
   constexpr int dense_lanes = 4;                  // from more on, noise is drawn for all lanes at once
   constexpr int max_steps = 4095 / group_tokens;  // of a MassSum
   const int lane = lane_index(), warp = warp_index();
@@ -117,8 +117,9 @@ __device__ void RowSampler<T, Best, statistics>::scan(Reader reader, Group next,
 }
 
 // Scores one token for each lane.
-template <typename T, typename Best, bool statistics>
-__device__ void RowSampler<T, Best, statistics>::evaluate(bool active, int32_t token, float z, const Bracket& bracket) {
+template <typename Row, typename Best, bool statistics>
+__device__ void RowSampler<Row, Best, statistics>::evaluate(bool active, int32_t token, float z,
+                                                            const Bracket& bracket) {
   const Word64 key = active ? candidate(token, z) : 0;
   if (z >= bracket.top) best_.offer(key);
   if (!searches()) return;
@@ -134,8 +135,8 @@ __device__ void RowSampler<T, Best, statistics>::evaluate(bool active, int32_t t
   }
 }
 
-template <typename T, typename Best, bool statistics>
-__device__ void RowSampler<T, Best, statistics>::flush(const MassSum (&masses)[sum_count], uint32_t above) {
+template <typename Row, typename Best, bool statistics>
+__device__ void RowSampler<Row, Best, statistics>::flush(const MassSum (&masses)[sum_count], uint32_t above) {
   Word64 sums[sum_count] = {masses[sum_all].total(), masses[sum_above].total() + above, masses[sum_kept].total(),
                             masses[sum_distance].total()};
 #pragma unroll

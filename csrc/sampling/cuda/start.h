@@ -4,8 +4,8 @@
 namespace specbranch::cuda {
 
 // By the first warp: the row's largest logit, and a floor that some k kept tokens reach.
-template <typename T, typename Best, bool statistics>
-__device__ void RowSampler<T, Best, statistics>::find_start() {
+template <typename Row, typename Best, bool statistics>
+__device__ void RowSampler<Row, Best, statistics>::find_start() {
   const Word64* maxima = a_.maxima + row_index_ * a_.max_segments;
   const int lane = lane_index();
   const Word64 first = lane < a_.max_segments ? maxima[lane] : 0;
@@ -56,8 +56,8 @@ __device__ void RowSampler<T, Best, statistics>::find_start() {
   }
 }
 
-template <typename T, typename Best, bool statistics>
-__device__ Bracket RowSampler<T, Best, statistics>::guess_bracket(const ThreadSample& sample) {
+template <typename Row, typename Best, bool statistics>
+__device__ Bracket RowSampler<Row, Best, statistics>::guess_bracket(const ThreadSample& sample) {
   const float bins_per_unit = s_.bins_per_unit;
   count_sample(s_.bracket, sample, f_.inverse_temperature, z_max_, bins_per_unit);
   __syncthreads();

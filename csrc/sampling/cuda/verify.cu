@@ -34,11 +34,11 @@ int merging_lanes(int64_t rows, int32_t segments) {
 }
 
 // The whole of temperature 0. With filters in memory for all rows, above 0, the first launch.
-template <typename T>
+template <typename Row>
 __global__ void __launch_bounds__(row_max_threads)
     verify_greedy_kernel(const RowMaxArguments a, const TreeArguments tree, int row_lanes, unsigned* ticket) {
   GreedyShared& shared = *shared_memory<GreedyShared>();
-  find_row_max<T>(a, shared.max);
+  find_row_max<Row>(a, shared.max);
   if (a.filters.first != nullptr && !shared.max.greedy) return;
   if (threadIdx.x == 0) shared.is_last = takes_last_ticket(ticket, gridDim.x);
   __syncthreads();
@@ -66,14 +66,14 @@ struct VerifyShared {
   bool is_last;
 };
 
-template <typename T, bool filters_in_memory>
+template <typename Row, bool filters_in_memory>
 __global__ void __launch_bounds__(sampler_threads)
     verify_kernel(const SampleArguments arguments, const TreeArguments tree, unsigned* ticket) {
   VerifyShared& shared = *shared_memory<VerifyShared>();
   const RowFilters& filters = row_filters<filters_in_memory>(arguments, shared.sampler.filters);
   if (filters_in_memory && !arguments.filters_in_memory.by_row && filters.greedy) return;  // the first launch walked
-  RowSampler<T, BestOne, /*statistics=*/false> sampler(arguments, filters, shared.sampler, BestOne(shared.sampler.best),
-                                                       1);
+  RowSampler<Row, BestOne, /*statistics=*/false> sampler(arguments, filters, shared.sampler,
+                                                         BestOne(shared.sampler.best), 1);
   if (!sampler.run()) return;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(sampler_threads)
   if (shared.is_last) walk<sampler_threads>(tree, shared.walk);
 }
 
-template <typename T>
+template <typename Row>
 void run(const VerifyParams& p) {
   const int64_t n = p.target_logits.shape[0], vocabulary = p.target_logits.shape[1];
   const Filters& f = p.filters;
@@ -101,17 +101,19 @@ void run(const VerifyParams& p) {
                            p.path.as<int64_t>(),
                            p.accepted.as<int64_t>(),
                            p.next_token.as<int64_t>()};
-  const RowMaxArguments max_arguments = row_max_arguments(p.target_logits, f, in_memory, workspace);
+  const AllowedRows allowed(p.allowed);
+  const RowMaxArguments max_arguments = row_max_arguments(p.target_logits, allowed, f, in_memory, workspace);
   if (any_filters ? !in_memory.by_row : f.greedy()) {
-    launch("verify", verify_greedy_kernel<T>, p.launch, dim3(static_cast<unsigned>(n * max_arguments.segments)),
+    launch("verify", verify_greedy_kernel<Row>, p.launch, dim3(static_cast<unsigned>(n * max_arguments.segments)),
            dim3(row_max_threads), sizeof(GreedyShared), max_arguments, tree, merging_lanes(n, max_arguments.segments),
            p.launch.tickets);
     if (!any_filters) return;
   } else {
-    launch_row_max<T>("verify", p.launch, n, max_arguments);
+    launch_row_max<Row>("verify", p.launch, n, max_arguments);
   }
-  const SampleArguments arguments = sample_arguments(p.target_logits, p.positions, p.seed, f, in_memory, workspace);
-  const auto kernel = any_filters ? verify_kernel<T, true> : verify_kernel<T, false>;
+  const SampleArguments arguments =
+      sample_arguments(p.target_logits, allowed, p.positions, p.seed, f, in_memory, workspace);
+  const auto kernel = any_filters ? verify_kernel<Row, true> : verify_kernel<Row, false>;
   launch("verify", kernel, p.launch, dim3(static_cast<unsigned>(n * arguments.segments)), dim3(sampler_threads),
          sizeof(VerifyShared), arguments, tree, p.launch.tickets);
 }
@@ -123,11 +125,7 @@ int64_t verify_workspace(int64_t rows, int64_t vocabulary, const Filters& filter
 }
 
 void verify(const VerifyParams& p) {
-  switch (p.target_logits.dtype) {
-    case Dtype::bfloat16: return run<Bfloat16>(p);
-    case Dtype::float16: return run<Float16>(p);
-    default: return run<float>(p);
-  }
+  with_row_type(p.target_logits.dtype, p.has_allowed, [&](auto type) { run<typename decltype(type)::Row>(p); });
 }
 
 }  // namespace specbranch::cuda

@@ -45,6 +45,7 @@ struct RowInfo {
 struct Arguments {
   const void *target, *draft;
   int64_t target_stride, draft_stride;
+  AllowedRows allowed;  // of both
   const int64_t *tokens, *positions, *seed;
   int64_t *accepted, *next_token;
   int32_t n, vocabulary;
@@ -57,10 +58,10 @@ struct Arguments {
   Word64* parts;         // [n, residual_segments], or one row of them token-wise
   unsigned* ticket;      // of the last launch's blocks
 
-  template <typename T>
-  __device__ LogitRow<T> row(int32_t i) const {
-    return i < n ? LogitRow<T>(target, target_stride, i, vocabulary)
-                 : LogitRow<T>(draft, draft_stride, i - n, vocabulary);
+  template <typename Row>
+  __device__ Row row(int32_t i) const {
+    return i < n ? Row(target, target_stride, allowed, i, vocabulary)
+                 : Row(draft, draft_stride, allowed, i - n, vocabulary);
   }
   __device__ NoiseKey key(int32_t i) const {
     return {static_cast<uint64_t>(*seed), static_cast<uint64_t>(positions[i])};
@@ -70,18 +71,18 @@ struct Arguments {
 // ---- The first two launches: row_max.h and row_sampler.h for the rows of both tensors. Blocks from first_of_draft on
 // read the draft, through a pointer that makes its first row number n.
 
-template <typename T>
+template <typename Row>
 __global__ void __launch_bounds__(row_max_threads)
     max_kernel(const __grid_constant__ RowMaxArguments target, const __grid_constant__ RowMaxArguments draft,
                unsigned first_of_draft) {
-  find_row_max<T>(blockIdx.x < first_of_draft ? target : draft, *shared_memory<RowMaxShared>());
+  find_row_max<Row>(blockIdx.x < first_of_draft ? target : draft, *shared_memory<RowMaxShared>());
 }
 
-template <typename T>
+template <typename Row>
 __global__ void __launch_bounds__(sampler_threads)
     weigh_kernel(const __grid_constant__ SampleArguments target, const __grid_constant__ SampleArguments draft,
                  unsigned first_of_draft, RowInfo* info) {
-  using Sampler = RowSampler<T, BestOne, /*statistics=*/true>;
+  using Sampler = RowSampler<Row, BestOne, /*statistics=*/true>;
   typename Sampler::Shared& shared = *shared_memory<typename Sampler::Shared>();
   const SampleArguments& a = blockIdx.x < first_of_draft ? target : draft;
   Sampler sampler(a, a.filters, shared, BestOne(shared.best), 1);
@@ -125,18 +126,18 @@ __device__ inline int drafted_tokens(const Arguments& a, int& drafted) {
 }
 
 // A row of the residual.
-template <typename T>
+template <typename Row>
 struct Residual {
-  LogitRow<T> target, draft;
+  Row target, draft;
   RowInfo target_info, draft_info;
   double target_scale, draft_scale;
 };
 
 // The residual's weights, four tokens for each call of next(): the groups of a GroupReader.
-template <typename T>
+template <typename Row>
 class ResidualReader {
  public:
-  __device__ ResidualReader(const Arguments& a, const Residual<T>& residual, int32_t first, int32_t end)
+  __device__ ResidualReader(const Arguments& a, const Residual<Row>& residual, int32_t first, int32_t end)
       : a_(a), r_(residual), target_(residual.target, first, end), draft_(residual.draft, first, end) {}
 
   __device__ void next(Word64 (&weight)[group_tokens]) {
@@ -150,11 +151,11 @@ class ResidualReader {
 
  private:
   const Arguments& a_;
-  const Residual<T>& r_;
-  GroupReader<T, residual_threads> target_, draft_;
+  const Residual<Row>& r_;
+  GroupReader<Row, residual_threads> target_, draft_;
 };
 
-template <typename T>
+template <typename Row>
 __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid_constant__ Arguments a) {
   ResidualShared& s = *shared_memory<ResidualShared>();
   double* share = reinterpret_cast<double*>(&s + 1);
@@ -179,8 +180,8 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
     const RowInfo& draft_info = a.info[a.n + i];
     if (draft_info.usable == 0) s.unusable = true;
     const int32_t token = static_cast<int32_t>(a.tokens[i + 1]);
-    target_weight[i] = weight_of(a.row<T>(i)[token], info, a);
-    draft_chance[i] = 1.0 / static_cast<double>(draft_info.sum) * weight_of(a.row<T>(a.n + i)[token], draft_info, a);
+    target_weight[i] = weight_of(a.row<Row>(i)[token], info, a);
+    draft_chance[i] = 1.0 / static_cast<double>(draft_info.sum) * weight_of(a.row<Row>(a.n + i)[token], draft_info, a);
     if (!(draft_chance[i] > 0.0)) atomicMin(&s.drawn, i);
   }
   __syncthreads();
@@ -214,16 +215,17 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
     const bool against = i < drawn;  // else the target's own row, times 0
     const double scale = a.block && against && i > 0 ? share[i] * path[i - 1] : share[i];
     const int32_t other = against ? a.n + i : i;
-    return Residual<T>{a.row<T>(i),   a.row<T>(other), a.info[i],
-                       a.info[other], scale,           against ? 1.0 / static_cast<double>(a.info[other].sum) : 0.0};
+    return Residual<Row>{a.row<Row>(i), a.row<Row>(other),
+                         a.info[i],     a.info[other],
+                         scale,         against ? 1.0 / static_cast<double>(a.info[other].sum) : 0.0};
   };
   const int32_t row_index = a.block ? block_row : min(s.accepted, drawn);
   const int32_t groups = (a.vocabulary - 1) / group_tokens + 1;
   Word64 sum = 0;
   if (row_index <= drawn) {
-    const Residual<T> residual = residual_of(row_index);
+    const Residual<Row> residual = residual_of(row_index);
     const int32_t begin = segment * a.residual_groups, end = min(begin + a.residual_groups, groups);
-    ResidualReader<T> reader(a, residual, begin + thread, end);
+    ResidualReader<Row> reader(a, residual, begin + thread, end);
     for (int32_t base = begin; base < end; base += residual_threads) {
       Word64 weight[group_tokens];
       reader.next(weight);
@@ -288,10 +290,10 @@ __global__ void __launch_bounds__(residual_threads) residual_kernel(const __grid
   }
   __syncthreads();
 
-  const Residual<T> residual = residual_of(accepted);
+  const Residual<Row> residual = residual_of(accepted);
   Word64 left = s.left;
   const int32_t begin = s.segment * a.residual_groups, end = min(begin + a.residual_groups, groups);
-  ResidualReader<T> reader(a, residual, begin + thread, end);
+  ResidualReader<Row> reader(a, residual, begin + thread, end);
   for (int32_t base = begin; base < end; base += residual_threads) {
     Word64 weight[group_tokens];
     reader.next(weight);
@@ -371,29 +373,33 @@ struct RejectionWorkspace : Workspace<256> {
   }
 };
 
-// Where the draft's rows would begin if its first one were number n.
-const void* behind_the_target(const Tensor& draft, int64_t n) {
-  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(draft.data) -
-                                       static_cast<uintptr_t>(n * draft.stride[0] * draft.item_bytes));
+// Where rows for the draft would begin if the first one were number n.
+const void* behind_the_target(const Tensor& rows, int64_t n) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(rows.data) -
+                                       static_cast<uintptr_t>(n * rows.stride[0] * rows.item_bytes));
 }
 
-template <typename T>
+template <typename Row>
 void run(const VerifyRejectionParams& p) {
   const int64_t n = p.target_logits.shape[0], vocabulary = p.target_logits.shape[1], rows = 2 * n - 1;
   const Filters& f = p.filters;
   const RejectionWorkspace workspace(p.launch.workspace, n, vocabulary, f);
   const void* draft_rows = behind_the_target(p.draft_logits, n);
+  const AllowedRows allowed(p.allowed);
+  AllowedRows allowed_in_draft = allowed;
+  if (p.has_allowed) allowed_in_draft.first = static_cast<const uint32_t*>(behind_the_target(p.allowed, n));
   const auto blocks = [](int64_t count) { return static_cast<unsigned>(count); };
 
   Tensor all_rows = p.target_logits, no_positions = p.positions;
   all_rows.shape[0] = rows;
   no_positions.data = workspace.rows.maxima;  // there are fewer positions than rows, and nothing is drawn for them
 
-  const RowMaxArguments max_target = row_max_arguments(all_rows, f, /*in_memory=*/{}, workspace.rows);
+  const RowMaxArguments max_target = row_max_arguments(all_rows, allowed, f, /*in_memory=*/{}, workspace.rows);
   RowMaxArguments max_draft = max_target;
   max_draft.logits = draft_rows;
   max_draft.stride = p.draft_logits.stride[0];
-  launch("verify_rejection", max_kernel<T>, p.launch, dim3(blocks(rows * max_target.segments)), dim3(row_max_threads),
+  max_draft.allowed = allowed_in_draft;
+  launch("verify_rejection", max_kernel<Row>, p.launch, dim3(blocks(rows * max_target.segments)), dim3(row_max_threads),
          sizeof(RowMaxShared), max_target, max_draft, blocks(n * max_target.segments));
 
   const Segments segments = residual_segments(n, vocabulary, p.block);
@@ -401,6 +407,7 @@ void run(const VerifyRejectionParams& p) {
                     p.draft_logits.data,
                     p.target_logits.stride[0],
                     p.draft_logits.stride[0],
+                    allowed,
                     p.tokens.as<const int64_t>(),
                     p.positions.as<const int64_t>(),
                     p.seed.as<const int64_t>(),
@@ -423,15 +430,17 @@ void run(const VerifyRejectionParams& p) {
     return;
   }
 
-  SampleArguments weigh_target = sample_arguments(all_rows, no_positions, p.seed, f, /*in_memory=*/{}, workspace.rows);
+  SampleArguments weigh_target =
+      sample_arguments(all_rows, allowed, no_positions, p.seed, f, /*in_memory=*/{}, workspace.rows);
   weigh_target.filters.greedy = true;  // no noise
   SampleArguments weigh_draft = weigh_target;
   weigh_draft.logits = draft_rows;
   weigh_draft.stride = p.draft_logits.stride[0];
-  launch("verify_rejection", weigh_kernel<T>, p.launch, dim3(blocks(rows * weigh_target.segments)),
+  weigh_draft.allowed = allowed_in_draft;
+  launch("verify_rejection", weigh_kernel<Row>, p.launch, dim3(blocks(rows * weigh_target.segments)),
          dim3(sampler_threads), sizeof(SamplerShared<BestOne>), weigh_target, weigh_draft,
          blocks(n * weigh_target.segments), workspace.info);
-  launch("verify_rejection", residual_kernel<T>, p.launch, dim3(blocks((p.block ? n : 1) * segments.count)),
+  launch("verify_rejection", residual_kernel<Row>, p.launch, dim3(blocks((p.block ? n : 1) * segments.count)),
          dim3(residual_threads), residual_shared_bytes(n), a);
 }
 
@@ -445,11 +454,7 @@ void verify_rejection(const VerifyRejectionParams& p) {
   if (p.target_logits.shape[0] > max_rows) {
     fail("target_logits: expected at most 1024 rows on a CUDA device, got " + shape_text(p.target_logits));
   }
-  switch (p.target_logits.dtype) {
-    case Dtype::bfloat16: return run<Bfloat16>(p);
-    case Dtype::float16: return run<Float16>(p);
-    default: return run<float>(p);
-  }
+  with_row_type(p.target_logits.dtype, p.has_allowed, [&](auto type) { run<typename decltype(type)::Row>(p); });
 }
 
 }  // namespace specbranch::cuda
