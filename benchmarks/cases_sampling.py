@@ -38,7 +38,19 @@ def peaked_logits(rows: int, vocabulary: int, device: str) -> Tensor:
     return logits.scatter(1, likely, 12 + 3 * torch.randn(rows, 40, device=device))
 
 
+def allowed_tokens(rows: int, vocabulary: int, share: float, device: str) -> tuple[Tensor, Tensor]:
+    """A mask that allows this share of the tokens of each row, and one at least: bool [n, V], and its bits."""
+    tokens = torch.rand(rows, vocabulary, device=device) < share
+    tokens |= torch.arange(vocabulary, device=device) == torch.randint(vocabulary, (rows, 1), device=device)
+    bits = torch.nn.functional.pad(tokens, (0, -vocabulary % 32)).view(rows, -1, 32).long()
+    words = (bits << torch.arange(32, device=device)).sum(dim=2)
+    return tokens, torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+MASKS = {"dense mask": 0.95, "sparse mask": 10 / QWEN}
+"""What a grammar allows within a string, and where it allows a few tokens only."""
 WAITS = "it waits for tokens from the device"
+FILL_FIRST, WITHOUT = "masked_fill, then the op", "the op without allowed"
 LOGITS = {"peaked": peaked_logits, "flat": flat_logits}
 
 
@@ -143,6 +155,33 @@ def verify_cases(device: str) -> Iterator[Case]:
         for options in OPTIONS[:3]:
             yield verify_case(device, 9, QWEN, "peaked", torch.float32, options, quick=True, in_memory=True)
     yield verify_texts_case(device, texts=8, rows=4)
+    for mask in MASKS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for options in OPTIONS[:3]:
+                yield verify_allowed_case(device, 9, dtype, mask, options)
+
+
+def verify_allowed_case(device: str, rows: int, dtype: torch.dtype, mask: str, options: dict[str, Any]) -> Case:
+    def build() -> Built:
+        logits = peaked_logits(rows, QWEN, device).to(dtype)
+        tokens, allowed = allowed_tokens(rows, QWEN, MASKS[mask], device)
+        positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
+        tree = (torch.zeros_like(positions), torch.arange(rows, device=device) - 1, positions)
+
+        def ours() -> Verification:
+            return verify(logits, *tree, seed=seed, allowed=allowed, **options)
+
+        def fill_first() -> Verification:
+            return verify(logits.masked_fill(~tokens, -torch.inf), *tree, seed=seed, **options)
+
+        def check() -> None:
+            assert torch.equal(ours().target_tokens, fill_first().target_tokens), "other tokens than masked logits give"
+
+        peers = {FILL_FIRST: Peer(fill_first), WITHOUT: Peer(lambda: verify(logits, *tree, seed=seed, **options))}
+        return Built(ours, peers, check)
+
+    description = f"{describe(rows, QWEN, 'peaked', dtype, options)}, {mask}"
+    return Case("verify", description, build, rows * QWEN * dtype.itemsize)
 
 
 def filters_in_memory(device: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -237,6 +276,37 @@ def verify_rejection_cases(device: str) -> Iterator[Case]:
                     for options in OPTIONS[1:] if full and dtype == torch.float32 else OPTIONS[1:3]:
                         for block in (False, True):
                             yield verify_rejection_case(device, rows, vocabulary, what, dtype, options, block)
+    for mask in MASKS:
+        for block in (False, True):
+            yield rejection_allowed_case(device, 9, mask, OPTIONS[2], block)
+
+
+def rejection_allowed_case(device: str, rows: int, mask: str, options: dict[str, Any], block: bool) -> Case:
+    def build() -> Built:
+        target = peaked_logits(rows, QWEN, device)
+        draft = target[:-1] + 0.3 * torch.randn(rows - 1, QWEN, device=device)
+        tokens, allowed = allowed_tokens(rows, QWEN, MASKS[mask], device)
+        likely = torch_probabilities(draft.masked_fill(~tokens[:-1], -torch.inf), **options)
+        drafted = torch.nn.functional.pad(torch.multinomial(likely, 1).squeeze(1), (1, 0))
+        positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
+        given = {"block": block, "seed": seed, **options}
+
+        def ours() -> RejectionVerification:
+            return verify_rejection(target, draft, drafted, positions, allowed=allowed, **given)
+
+        def fill_first() -> RejectionVerification:
+            filled = (target.masked_fill(~tokens, -torch.inf), draft.masked_fill(~tokens[:-1], -torch.inf))
+            return verify_rejection(*filled, drafted, positions, **given)
+
+        def check() -> None:
+            assert tuple(map(int, ours())) == tuple(map(int, fill_first())), "not what masked logits give"
+
+        without = Peer(lambda: verify_rejection(target, draft, drafted, positions, **given))
+        return Built(ours, {FILL_FIRST: Peer(fill_first), WITHOUT: without}, check)
+
+    mode = "block" if block else "token-wise"
+    description = f"{describe(rows, QWEN, 'peaked', torch.float32, options)}, {mode}, {mask}"
+    return Case("verify_rejection", description, build, (2 * rows - 1) * QWEN * 4)
 
 
 def verify_rejection_case(
@@ -275,6 +345,34 @@ def draft_sample_cases(device: str) -> Iterator[Case]:
             for options in OPTIONS[:4]:
                 yield draft_sample_case(device, rows, what, options, quick=what == "peaked" and options == OPTIONS[1])
     yield draft_texts_case(device, texts=8)
+    for mask in MASKS:
+        for rows in (1, 8):
+            for options in OPTIONS[:3]:
+                yield draft_allowed_case(device, rows, mask, options)
+
+
+def draft_allowed_case(device: str, rows: int, mask: str, options: dict[str, Any]) -> Case:
+    k = 4
+
+    def build() -> Built:
+        logits, positions = peaked_logits(rows, QWEN, device), torch.arange(rows, device=device) + 100
+        tokens, allowed = allowed_tokens(rows, QWEN, MASKS[mask], device)
+        seed = torch.tensor(7, device=device)
+
+        def ours() -> DraftSample:
+            return draft_sample(logits, positions, k, seed=seed, allowed=allowed, **options)
+
+        def fill_first() -> DraftSample:
+            return draft_sample(logits.masked_fill(~tokens, -torch.inf), positions, k, seed=seed, **options)
+
+        def check() -> None:
+            assert torch.equal(ours().tokens, fill_first().tokens), "other tokens than masked logits give"
+
+        without = Peer(lambda: draft_sample(logits, positions, k, seed=seed, **options))
+        return Built(ours, {FILL_FIRST: Peer(fill_first), WITHOUT: without}, check)
+
+    description = f"{describe(rows, QWEN, 'peaked', torch.float32, options)}, k {k}, {mask}"
+    return Case("draft_sample", description, build, rows * QWEN * 4)
 
 
 def draft_sample_case(device: str, rows: int, what: str, options: dict[str, Any], quick: bool) -> Case:

@@ -113,12 +113,13 @@ def verify(
     Raises:
         ValueError: wrong shape, dtype or range, a parent after its child or in another tree, roots that do not ascend,
             and NaN or +inf in the logits or a row that masks every token (its logits, `allowed` or both), except in
-            rows of unused nodes; the message names the tensor and the row. With `roots`, rows that cannot be sampled do not raise: such a row has target
-            token -1, and a text with a node that is not unused and has such a row, has nothing accepted and next_token
-            -1; the other texts are as they are without it. On a CUDA device only shapes, dtypes and options raise, and
-            rows that cannot be sampled are marked like that, `roots` or not; a node whose parent is not an earlier one
-            of its tree is never accepted; a root outside the call is of a text that is not there, and if the roots do
-            not ascend none is. With filters out of range the rows that they are for cannot be sampled there.
+            rows of unused nodes; the message names the tensor and the row. With `roots`, rows that cannot be sampled do
+            not raise: such a row has target token -1, and a text with a node that is not unused and has such a row, has
+            nothing accepted and next_token -1; the other texts are as they are without it. On a CUDA device only
+            shapes, dtypes and options raise, and rows that cannot be sampled are marked like that, `roots` or not; a
+            node whose parent is not an earlier one of its tree is never accepted; a root outside the call is of a text
+            that is not there, and if the roots do not ascend none is. With filters out of range the rows that they are
+            for cannot be sampled there.
     """
     return Verification(
         *_op(

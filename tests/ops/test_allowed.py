@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from allowed_tokens import KINDS, masked, of_kind, pack
+from allowed_tokens import KINDS, mask_others, of_kind, pack
 from filters import FILTERS, in_memory
 from implementations import NAMES, on_cpu
 from torch import Tensor
@@ -38,7 +38,7 @@ def assert_equal(ours: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None
 def assert_like_masked(logits: Tensor, tokens: Tensor, allowed: Tensor, options: dict[str, Any], k: int = 5) -> None:
     """verify and draft_sample with `allowed`, against the calls with masked logits."""
     n, vocabulary = logits.shape
-    expected = masked(logits, tokens)
+    expected = mask_others(logits, tokens)
     tree = (expected.float().argmax(dim=1).roll(1), torch.arange(n) - 1, torch.arange(n) + 1000)
     assert_equal(verify(logits, *tree, seed=3, allowed=allowed, **options), verify(expected, *tree, seed=3, **options))
     for best in {1, min(vocabulary, k)}:
@@ -50,7 +50,7 @@ def assert_like_masked_chain(logits: Tensor, tokens: Tensor, allowed: Tensor, op
     """verify_rejection of a chain that the masked draft may well have drawn."""
     n = len(logits)
     draft = logits[:-1] * 0.9
-    expected = masked(logits, tokens), masked(draft, tokens[:-1])
+    expected = mask_others(logits, tokens), mask_others(draft, tokens[:-1])
     chain = (expected[1].float().argmax(dim=1), torch.arange(n) + 1000)
     chain = (torch.cat([torch.tensor([0]), chain[0]]), chain[1])
     verdict = verify_rejection(logits, draft, *chain, seed=3, allowed=allowed, **options)
@@ -78,7 +78,7 @@ def test_equal_to_masked_logits(vocabulary, kind, dtype, implementation):
 def test_the_reference_says_the_same(vocabulary, kind):
     logits, tokens = rows_of(3, vocabulary), of_kind(kind, 3, vocabulary, seed=1)
     allowed = pack(tokens)
-    chosen = masked(logits, tokens).argmax(dim=1)
+    chosen = mask_others(logits, tokens).argmax(dim=1)
     tree = (chosen.roll(1), torch.arange(3) - 1, torch.arange(3) + 7)
     for options in FILTERS:
         given = {"seed": 5, "allowed": allowed, **options}
@@ -149,7 +149,7 @@ def test_several_texts_with_filters_and_seeds_of_their_own(options):
     vocabulary, n = 3000, 7
     logits, tokens = rows_of(n, vocabulary), of_kind("half", n, vocabulary, seed=4)
     tokens[2:4] = of_kind("ten", 2, vocabulary)
-    expected, allowed = masked(logits, tokens), pack(tokens)
+    expected, allowed = mask_others(logits, tokens), pack(tokens)
     filters = torch.stack([in_memory(FILTERS[i % len(FILTERS)]) for i in range(n)])
     filters[1::2] = in_memory(options)
     seeds, roots = torch.arange(n) * 3, torch.tensor([0, 3, -1])
@@ -182,6 +182,30 @@ def test_many_rows(threads):
                 assert_like_masked_chain(logits, tokens, pack(tokens), options)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1.0}, {"temperature": 2.0}], ids=str)
+@pytest.mark.parametrize("vocabulary", [2, 4])
+def test_the_law_is_the_masked_softmax(vocabulary, options, implementation):
+    """Every choice of allowed tokens: how often each is drawn, at as many positions."""
+    draws = 4_000 if implementation == "cpu" else 800
+    logits = rows_of(1, vocabulary).expand(draws, -1)
+    positions, unused = torch.arange(draws), torch.full((draws,), -1)
+    for mask in itertools.product([False, True], repeat=vocabulary):
+        if not any(mask):
+            continue
+        tokens = torch.tensor([mask])
+        allowed = pack(tokens).expand(draws, -1)
+        found = verify(logits, unused, unused, positions, allowed=allowed, seed=11, **options).target_tokens
+        law = (mask_others(logits[:1], tokens)[0].double() / options["temperature"]).softmax(0)
+        counts = torch.bincount(found, minlength=vocabulary)
+        deviation = (law * (1 - law) * draws).sqrt()
+        assert ((counts - law * draws).abs() <= 5 * deviation).all(), (mask, counts, law)
+        sample = draft_sample(logits[:1], positions[:1], vocabulary, allowed=allowed[:1], seed=11, **options)
+        found_law = torch.zeros(vocabulary).scatter(
+            0, sample.tokens[0].clamp(min=0), sample.confidence[0], reduce="add"
+        )
+        torch.testing.assert_close(found_law, law.float(), rtol=1e-5, atol=1e-6)
 
 
 # ---- Rows without a token.
@@ -222,7 +246,7 @@ def test_a_row_without_tokens_raises(vocabulary, how):
 def test_nan_of_an_allowed_token_raises():
     logits, tokens = rows_of(3, 100), of_kind("half", 3, 100)
     logits[1, tokens[1].nonzero()[-1]] = torch.nan
-    with pytest.raises(ValueError, match="^draft_logits: row 1 has NaN; expected finite"):
+    with pytest.raises(ValueError, match=r"^draft_logits: row 1 has NaN; expected finite"):
         draft_sample(logits, torch.arange(3), 1, allowed=pack(tokens))
 
 
@@ -312,10 +336,10 @@ def test_bad_allowed(name, allowed, says):
 @on_cpu
 def test_allowed_is_a_tensor_on_the_device_of_the_logits():
     logits, positions = rows_of(3, 100), torch.arange(3)
-    with pytest.raises(TypeError, match="^allowed: expected a tensor or None, got list"):
+    with pytest.raises(TypeError, match=r"^allowed: expected a tensor or None, got list"):
         draft_sample(logits, positions, 2, allowed=[[1, 2]])
     elsewhere = torch.empty(3, 4, dtype=torch.int32, device="meta")
-    with pytest.raises(ValueError, match="^allowed: expected a tensor on cpu, as draft_logits is, got one on meta"):
+    with pytest.raises(ValueError, match=r"^allowed: expected a tensor on cpu, as draft_logits is, got one on meta"):
         draft_sample(logits, positions, 2, allowed=elsewhere)
 
 

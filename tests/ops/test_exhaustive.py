@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from allowed_tokens import pack
 from filters import in_memory
 from implementations import on_cpu
 
@@ -183,6 +184,48 @@ def test_every_row_of_the_grid_with_all_filters_in_one_call(vocabulary, implemen
                 expected = draft_sample(logits[mine], positions[mine], k, seed=seed, **options)
                 for part, wanted in zip(sample, expected, strict=True):
                     assert torch.equal(part[i::calls][mine], wanted)
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 2, 3, 4])
+def test_every_mask(vocabulary, options, implementation):
+    """Every choice of allowed tokens, with rows of the grid: the reference's tokens and scores."""
+    grid_rows = [row for row in itertools.product([-torch.inf, -2.0, 0.0, 1.0], repeat=vocabulary)]
+    if implementation != "cpu":
+        grid_rows = grid_rows[:: (1, 1, 2, 11)[vocabulary - 1]]  # slower
+    masks = list(itertools.product([False, True], repeat=vocabulary))
+    pairs = [
+        (row, mask)
+        for row, mask in itertools.product(grid_rows, masks)
+        if any(allows and logit > -torch.inf for logit, allows in zip(row, mask, strict=True))
+    ]
+    logits, tokens = (torch.tensor(part) for part in zip(*pairs, strict=True))
+    positions, unused, allowed = torch.arange(len(pairs)), torch.full((len(pairs),), -1), pack(tokens)
+    found = verify(logits, unused, unused, positions, allowed=allowed, **options).target_tokens
+    expected = reference.verify(logits, unused, unused, positions, allowed=allowed, **options).target_tokens
+    assert torch.equal(found, expected)
+    assert tokens.gather(1, found.unsqueeze(1)).all()
+    for k in {1, vocabulary}:
+        sample = draft_sample(logits, positions, k, allowed=allowed, **options)
+        wanted = reference.draft_sample(logits, positions, k, allowed=allowed, **options)
+        assert torch.equal(sample.tokens, wanted.tokens)
+        assert torch.equal(sample.scores, wanted.scores)
+        torch.testing.assert_close(sample.confidence, wanted.confidence, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(sample.entropy, wanted.entropy, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 3])
+def test_every_chain_under_every_mask(vocabulary, implementation):
+    rows = [[0.0, 1.0, 0.5][:vocabulary], [1.0, -1.0, 0.0][:vocabulary], [0.3, 0.0, 2.0][:vocabulary]]
+    target, draft = torch.tensor(rows).split([2, 1])
+    masks = [mask for mask in itertools.product([False, True], repeat=vocabulary) if any(mask)]
+    chains = itertools.product(masks, masks, range(-1, vocabulary), (False, True), FILTERS[1:])
+    for i, (first, second, token, block, options) in enumerate(chains):
+        if implementation != "cpu" and i % 11 != 0:
+            continue  # slower
+        chain = (target, draft, torch.tensor([0, token]), torch.arange(2))
+        given = {"block": block, "seed": i, "allowed": pack(torch.tensor([first, second])), **options}
+        assert verify_rejection(*chain, **given) == reference.verify_rejection(*chain, **given), given
 
 
 def grid(*values: float, vocabulary: int) -> list[tuple[float, ...]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from allowed_tokens import mask_others, pack
 from torch import Tensor
 
 from specbranch_ext import verify_rejection
@@ -28,14 +29,16 @@ MODES = [False, True]
 
 
 class Model:
-    """Logits of every context of fewer than `length` tokens: rows[d] is [V^d, V], contexts in base V."""
+    """Logits of every context of fewer than `length` tokens: rows[d] is [V^d, V], contexts in base V. allowed: bool
+    of the same shapes, the tokens that may be chosen."""
 
-    def __init__(self, rows: list[Tensor], **options: float) -> None:
+    def __init__(self, rows: list[Tensor], allowed: list[Tensor] | None = None, **options: float) -> None:
         self.rows = rows
+        self.allowed = allowed
         self.vocabulary = rows[0].shape[1] if rows else 0
         self.options: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **options}
         self.law = []
-        for row in rows:
+        for row in rows if allowed is None else map(mask_others, rows, allowed):
             weight, share = weights(row, *self.options.values())
             self.law.append(weight * share)
 
@@ -44,7 +47,10 @@ class Model:
 
     def logits(self, text: tuple[int, ...], steps: int) -> Tensor:
         """[steps, V]: the rows after the first 0, 1, … tokens of `text`."""
-        return torch.stack([self.rows[d][self.code(text[:d])] for d in range(steps)])
+        return self.of_contexts(self.rows, text, steps)
+
+    def of_contexts(self, rows: list[Tensor], text: tuple[int, ...], steps: int) -> Tensor:
+        return torch.stack([rows[d][self.code(text[:d])] for d in range(steps)])
 
     def probability(self, text: tuple[int, ...]) -> float:
         return math.prod(float(self.law[d][self.code(text[:d]), token]) for d, token in enumerate(text))
@@ -82,6 +88,7 @@ def outcome_law(target: Model, draft: Model, drafted: int, block: bool) -> tuple
             draft.logits(text, drafted) if drafted else torch.empty(0, vocabulary),
             torch.tensor([0, *text]),
             block=block,
+            allowed=None if target.allowed is None else pack(target.of_contexts(target.allowed, text, drafted + 1)),
             **target.options,
         )
         yes = accept.tolist()
@@ -102,8 +109,10 @@ def outcome_law(target: Model, draft: Model, drafted: int, block: bool) -> tuple
     return law, mean
 
 
-def assert_exact(target_rows: list[Tensor], draft_rows: list[Tensor], drafted: int, **options) -> None:
-    target, draft = Model(target_rows, **options), Model(draft_rows, **options)
+def assert_exact(
+    target_rows: list[Tensor], draft_rows: list[Tensor], drafted: int, allowed: list[Tensor] | None = None, **options
+) -> None:
+    target, draft = Model(target_rows, allowed, **options), Model(draft_rows, allowed, **options)
     means = []
     for block in MODES:
         law, mean = outcome_law(target, draft, drafted, block)
@@ -152,6 +161,25 @@ def test_exact_law_of_far_models():
     """Probabilities down to 2^-40, and 0 below."""
     for seed in range(3):
         assert_exact(random_model(3, 3, seed, 0.0, 15.0), random_model(3, 2, seed + 9, 0.0, 15.0), 2, temperature=1.0)
+
+
+@pytest.mark.parametrize("options", FILTERS, ids=str)
+@pytest.mark.parametrize(("vocabulary", "drafted", "step"), [(2, 0, 1), (2, 1, 1), (2, 2, 11), (3, 0, 1), (3, 1, 47)])
+def test_exact_law_under_every_mask(vocabulary, drafted, step, options):
+    """Every choice of allowed tokens for every context, or every `step`-th; what is not allowed is no number."""
+    masks = [mask for mask in product([False, True], repeat=vocabulary) if any(mask)]
+    contexts = sum(vocabulary**d for d in range(drafted + 1))
+    for i, chosen in enumerate(product(masks, repeat=contexts)):
+        if i % step != 0:
+            continue
+        rows = iter(torch.tensor(chosen).split([vocabulary**d for d in range(drafted + 1)]))
+        allowed = list(rows)
+        target = random_model(vocabulary, drafted + 1, i, 0.0)
+        draft = random_model(vocabulary, drafted, i + 1000, 0.0)
+        for model in (target, draft):
+            for row, tokens in zip(model, allowed, strict=False):
+                row[~tokens] = (torch.nan, torch.inf, 50.0)[i % 3]
+        assert_exact(target, draft, drafted, allowed, **options)
 
 
 def test_block_verification_accepts_more():
@@ -212,6 +240,27 @@ def test_drawn_texts_have_the_target_law(options, block):
         texts.append(text[0] * 16 + text[1])
     assert_law(torch.tensor(texts), target.rest(()))
     assert accepted > draws / 2  # close models
+
+
+@pytest.mark.parametrize("block", MODES)
+def test_drawn_tokens_have_the_masked_target_law(block):
+    """A drafted token of six, for every second mask; what is not allowed is likelier than all the rest."""
+    draws = 1_500
+    generator = torch.Generator().manual_seed(5)
+    target, draft = torch.randn(2, 6, generator=generator), torch.randn(1, 6, generator=generator)
+    for code in range(1, 64, 2):
+        tokens = torch.tensor([[code >> t & 1 == 1 for t in range(6)]])
+        one, other = target + 9.0 * ~tokens, draft + 9.0 * ~tokens
+        law, allowed = mask_others(target, tokens).double().softmax(1), pack(tokens).expand(2, -1)
+        drafted = torch.multinomial(
+            mask_others(draft, tokens).softmax(1)[0], draws, replacement=True, generator=generator
+        )
+        drawn = []
+        for seed, token in enumerate(drafted.tolist()):
+            chain = (torch.tensor([0, token]), torch.arange(2))
+            verdict = verify_rejection(one, other, *chain, block=block, seed=code * draws + seed, allowed=allowed)
+            drawn.append(token if verdict.accepted else int(verdict.next_token))
+        assert_law(torch.tensor(drawn), law)
 
 
 @pytest.mark.parametrize("block", MODES)

@@ -14,7 +14,7 @@ def pack(tokens: Tensor, behind: int = 0) -> Tensor:
     return torch.where(values >= 2**31, values - 2**32, values).to(torch.int32)
 
 
-def masked(logits: Tensor, tokens: Tensor) -> Tensor:
+def mask_others(logits: Tensor, tokens: Tensor) -> Tensor:
     """What the ops' results with `allowed` must equal."""
     return logits.masked_fill(~tokens, -torch.inf)
 

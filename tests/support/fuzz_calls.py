@@ -3,12 +3,14 @@
 from dataclasses import replace
 from typing import Any
 
+from allowed_tokens import KINDS
 from fuzz_values import (
     BAD_FILLS,
     DTYPES,
     FILLS,
     LAYOUTS,
     ODD,
+    Allowed,
     Ancestors,
     Blocks,
     Bytes,
@@ -98,6 +100,13 @@ def filters(draw: Draw, vocabulary: int, rows: int | None = None) -> dict[str, A
     return dict(zip(NUMBERS, values, strict=True))
 
 
+def allowed(draw: Draw, rows: int, vocabulary: int) -> dict[str, Any]:
+    if draw(st.booleans()):
+        return {}
+    kind = "none" if rarely(draw) else draw(one_of(KINDS))
+    return {"allowed": Allowed(rows, vocabulary, kind, draw(one_of(LAYOUTS)), draw(SEEDS))}
+
+
 def texts_of(draw: Draw, n: int) -> dict[str, Any]:
     """Parents and, where there are several texts, their roots."""
     if draw(st.booleans()):
@@ -124,6 +133,7 @@ def verify(draw: Draw) -> dict[str, Any]:
         "positions": positions(draw, n),
         "seed": row_seeds(draw, n),
         **filters(draw, vocabulary, n),
+        **allowed(draw, n, vocabulary),
     }
 
 
@@ -135,6 +145,7 @@ def draft_sample(draw: Draw) -> dict[str, Any]:
         "k": draw(st.integers(1, min(vocabulary, 5)) | st.just(min(vocabulary, 256))),
         "seed": row_seeds(draw, n),
         **filters(draw, vocabulary, n),
+        **allowed(draw, n, vocabulary),
     }
 
 
@@ -149,6 +160,7 @@ def verify_rejection(draw: Draw) -> dict[str, Any]:
         "block": draw(st.booleans()),
         "seed": scalar(draw, draw(one_of(ENDS))),
         **filters(draw, vocabulary),
+        **allowed(draw, n, vocabulary),
     }
 
 
@@ -383,7 +395,7 @@ def in_another_form(call: Call) -> Call:
     def moved(value: Any) -> Any:
         if isinstance(value, list):
             return [moved(item) for item in value]
-        if isinstance(value, (Floats, Bytes)):
+        if isinstance(value, (Floats, Bytes, Allowed)):
             return replace(value, layout=other.get(value.layout, value.layout))
         return value
 

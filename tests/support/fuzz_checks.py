@@ -12,7 +12,7 @@ from torch import Tensor
 
 import specbranch_ext
 from specbranch_ext import PackedWeight, build_info, reference
-from specbranch_ext.reference.processed import by_row
+from specbranch_ext.reference.processed import by_row, only_allowed
 from specbranch_ext.reference.unpack_rows import unpack_weight
 
 EXACT = {"verify", "verify_rejection", "gumbel_noise", "ancestor_mask", "kv_commit", "rotary_commit"}
@@ -188,11 +188,12 @@ def assert_near(ours: Tensor, expected: Tensor, tolerance: Tensor, where: Tensor
 
 
 def unusable_rows(logits: Tensor, arguments: dict[str, Any]) -> Tensor:
-    """bool [n]: NaN, +inf, nothing but -inf, or values that overflow when they are scaled."""
+    """bool [n]: NaN, +inf, nothing but -inf, or values that overflow when they are scaled, where tokens are allowed."""
     temperature = torch.tensor(arguments.get("temperature", 0.0), dtype=torch.float64)
     if arguments.get("filters") is not None:
         temperature = arguments["filters"][..., 0]
-    x = logits.float()
+    allowed = arguments.get("allowed")
+    x = only_allowed(logits.float(), None if allowed is None else allowed[: len(logits)])
     inverse = torch.where(temperature > 0, 1.0 / temperature, 1.0).float()
     largest = (x * inverse.reshape(-1, 1)).amax(1)
     return x.isnan().any(1) | (x == torch.inf).any(1) | ~largest.isfinite()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from allowed_tokens import of_kind, pack
 from gguf_blocks import make_blocks
 from torch import Tensor
 
@@ -108,6 +109,24 @@ class Doubles:
 
     def make(self) -> Tensor:
         return torch.tensor(self.values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """A mask of tokens: of a kind, or "none" of them; tokens behind the vocabulary have any bit."""
+
+    rows: int
+    vocabulary: int
+    kind: str = "half"
+    layout: str = "plain"
+    seed: int = 0
+
+    def make(self) -> Tensor:
+        if self.kind == "none":
+            tokens = torch.zeros(self.rows, self.vocabulary, dtype=torch.bool)
+        else:
+            tokens = of_kind(self.kind, self.rows, self.vocabulary, self.seed)
+        return laid_out(pack(tokens, behind=self.seed % 2), self.layout)
 
 
 @dataclass(frozen=True)
@@ -224,7 +243,7 @@ class Call:
 
 # ---- One small call of every op, with all its arguments
 
-_LOGITS, _ROWS = Floats((2, 5)), Ints((0, 1))
+_LOGITS, _ROWS, _ALLOWED = Floats((2, 5)), Ints((0, 1)), {"allowed": Allowed(2, 5)}
 _SAMPLING = {"seed": 1, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _CACHE = {"query": Floats((2, 1, 4)), "keys": Floats((1, 5, 4)), "values": Floats((1, 5, 4)), "prefix_length": 1}
 _ATTENTION = {
@@ -252,9 +271,11 @@ _INPUTS = {
 _CHAIN = {"draft_logits": Floats((1, 5)), "tokens": _ROWS, "positions": _ROWS, "block": True}
 
 EXAMPLES = [
-    Call("verify", {"target_logits": _LOGITS, **_TREE, **_SAMPLING, "filters": None, "roots": None}),
-    Call("draft_sample", {"draft_logits": _LOGITS, "positions": _ROWS, "k": 2, **_SAMPLING, "filters": None}),
-    Call("verify_rejection", {"target_logits": _LOGITS, **_CHAIN, **_SAMPLING}),
+    Call("verify", {"target_logits": _LOGITS, **_TREE, **_SAMPLING, "filters": None, "roots": None, **_ALLOWED}),
+    Call(
+        "draft_sample", {"draft_logits": _LOGITS, "positions": _ROWS, "k": 2, **_SAMPLING, "filters": None, **_ALLOWED}
+    ),
+    Call("verify_rejection", {"target_logits": _LOGITS, **_CHAIN, **_SAMPLING, **_ALLOWED}),
     Call("gumbel_noise", {"positions": _ROWS, "vocabulary": 5, "seed": 1}),
     Call("tree_attention", {**_CACHE, **_ATTENTION}),
     Call("rotary_commit", {**_ROTARY, **_PAIR, **_ROTATION}),

@@ -105,6 +105,17 @@ inline uint32_t mask_bits(IntVec mask) {
 }
 inline bool any(IntVec mask) { return mask_bits(mask) != 0; }
 
+// Lanes where a or b is NaN.
+inline IntVec unordered(FloatVec a, FloatVec b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (IntVec)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+  return (IntVec)_mm_cmpunord_ps((__m128)a, (__m128)b);
+#else
+  return (IntVec)(a != a) | (IntVec)(b != b);
+#endif
+}
+
 inline float reduce_max(FloatVec v) {
   float best = v[0];
   for (int i = 1; i < simd_width; ++i) best = v[i] > best ? v[i] : best;

@@ -10,51 +10,42 @@
 namespace specbranch {
 inline namespace SPECBRANCH_ISA {
 
-// Places are tokens: those of vectors multiples of simd_width, those of blocks multiples of 64.
 template <typename T, bool masked>
 struct LogitRow {
-  static constexpr int block = 64;
-
   const T* logits = nullptr;
   const uint32_t* allowed = nullptr;
 
   LogitRow() = default;
-  explicit LogitRow(const T* logits) : logits(logits) {}
   LogitRow(const Tensor& logits, const Tensor* allowed, int64_t row)
       : logits(logits.as<const T>() + row * logits.stride[0]),
         allowed(masked ? allowed->as<const uint32_t>() + row * allowed->stride[0] : nullptr) {}
 
-  float operator[](int64_t t) const { return !masked || (bits(t) & 1u) != 0 ? to_float(logits[t]) : -HUGE_VALF; }
+  float operator[](int64_t t) const { return only_allowed(t, 1u) != 0 ? to_float(logits[t]) : -HUGE_VALF; }
 
-  FloatVec vector(int64_t t) const {
-    const FloatVec x = load(logits + t);
-    return masked ? select_bits(bits(t), 0, x, broadcast(-HUGE_VALF)) : x;
+  // Of the vector's tokens from t on, a multiple of simd_width.
+  FloatVec vector(int64_t t) const { return masked ? select_bits(bits(t), 0, raw(t), broadcast(-HUGE_VALF)) : raw(t); }
+  // The same for token t + i, where t is a multiple of 32: cheap where the compiler knows i.
+  FloatVec vector(int64_t t, int i) const {
+    return masked ? select_bits(words(t)[i / 32], i % 32, raw(t + i), broadcast(-HUGE_VALF)) : raw(t + i);
   }
-  // The vector at place `at` of a block. Cheap where `at` is known to the compiler.
-  FloatVec vector(int64_t block_start, int at) const {
-    const FloatVec x = load(logits + block_start + at);
-    return masked ? select_bits(allowed[block_start / 32 + at / 32], at % 32, x, broadcast(-HUGE_VALF)) : x;
-  }
-  // Whether the vectors from t on, of at most 32 tokens that begin at a multiple of their number, are nothing but -inf
-  // for the mask.
-  bool skips(int64_t t, int count) const { return masked && (bits(t) & ~0u >> (32 - count)) == 0; }
+  // Whatever the mask says. For where only_allowed on what is found costs less.
+  FloatVec raw(int64_t t) const { return load(logits + t); }
 
-  // Calls body(row) with the row to read a block from: without the mask where all its tokens are allowed. Not where
-  // none is.
-  template <typename Body>
-  void read_block(int64_t block_start, Body body) const {
-    if constexpr (masked) {
-      const uint32_t first = allowed[block_start / 32], second = allowed[block_start / 32 + 1];
-      if ((first | second) == 0) return;
-      if ((first & second) != ~0u) return body(*this);
-    }
-    body(LogitRow<T, false>(logits));
+  // Those of `lanes`, tokens from t on, that are allowed. They must not go beyond a multiple of 32.
+  uint32_t only_allowed(int64_t t, uint32_t lanes) const { return masked ? lanes & bits(t) : lanes; }
+  // Whether none of the tokens from t on is allowed, `count` up to a multiple of 32.
+  bool allows_none(int64_t t, int count) const { return masked && only_allowed(t, ~0u >> (32 - count)) == 0; }
+  // Which tokens of a block are allowed: of the 64 from t on, a multiple of 64.
+  uint64_t allowed_in_block(int64_t t) const {
+    return masked ? static_cast<uint64_t>(words(t)[1]) << 32 | words(t)[0] : ~uint64_t{0};
   }
 
  private:
-  // Those of token t and of the tokens behind it in its word, from the lowest bit up.
-  uint32_t bits(int64_t t) const { return allowed[static_cast<uint64_t>(t) / 32] >> (static_cast<uint64_t>(t) % 32); }
+  const uint32_t* words(int64_t t) const { return allowed + static_cast<uint64_t>(t) / 32; }
+  // That of token t and those behind it in its word, from the lowest bit up.
+  uint32_t bits(int64_t t) const { return *words(t) >> (static_cast<uint64_t>(t) % 32); }
 };
+constexpr int block_tokens = 64;
 
 // Calls body(LogitRow{}) with one of the type that rows of this dtype have.
 template <typename Body>

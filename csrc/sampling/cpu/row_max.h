@@ -14,24 +14,54 @@ inline namespace SPECBRANCH_ISA {
 
 template <typename Row>
 void segment_max(const Row& row, int64_t begin, int64_t end, SegmentState& out) {
-  constexpr int unroll = 4;
+  constexpr int unroll = 4, step = unroll * simd_width;
   FloatVec best[unroll];
   IntVec nan[unroll] = {};
   for (auto& b : best) b = broadcast(-HUGE_VALF);
   int64_t t = begin;
-  for (; t + Row::block <= end; t += Row::block) {
-    row.read_block(t, [&](const auto& logits) {
-#pragma GCC unroll 16
-      for (int i = 0; i < Row::block; i += simd_width) {
-        const FloatVec x = logits.vector(t, i);
-        const int u = i / simd_width % unroll;
-        best[u] = max(x, best[u]);
-        nan[u] |= (IntVec)(x != x);
-      }
-    });
+  for (; t + step <= end; t += step) {
+    for (int u = 0; u < unroll; ++u) {
+      const FloatVec x = row.raw(t + u * simd_width);
+      best[u] = max(x, best[u]);
+      nan[u] |= (IntVec)(x != x);
+    }
   }
   out.max_logit = reduce_max(max(max(best[0], best[1]), max(best[2], best[3])));
   out.nan = any(nan[0] | nan[1] | nan[2] | nan[3]);
+  for (; t < end; ++t) {
+    const float x = row[t];
+    out.max_logit = x > out.max_logit ? x : out.max_logit;
+    out.nan |= x != x;
+  }
+}
+
+// The mask is read for blocks with a token above the largest one so far, or with a NaN. Those are few.
+template <typename T>
+void segment_max(const LogitRow<T, true>& row, int64_t begin, int64_t end, SegmentState& out) {
+  FloatVec best = broadcast(-HUGE_VALF), floor = best;
+  IntVec nan{};
+  int64_t t = begin;
+  for (; t + block_tokens <= end; t += block_tokens) {
+    if (row.allowed_in_block(t) == 0) continue;
+    FloatVec most[2] = {broadcast(-HUGE_VALF), broadcast(-HUGE_VALF)};
+    IntVec odd{};
+#pragma GCC unroll 8
+    for (int i = 0; i < block_tokens; i += 2 * simd_width) {
+      const FloatVec x = row.raw(t + i), y = row.raw(t + i + simd_width);
+      most[0] = max(x, most[0]);
+      most[1] = max(y, most[1]);
+      odd |= unordered(x, y);
+    }
+    if (__builtin_expect(!any((IntVec)(max(most[0], most[1]) > floor) | odd), 1)) continue;
+    for (int i = 0; i < block_tokens; i += simd_width) {
+      const FloatVec x = row.vector(t, i);
+      best = max(x, best);
+      nan |= (IntVec)(x != x);
+    }
+    floor = broadcast(reduce_max(best));
+  }
+  out.max_logit = floor[0];
+  out.nan = any(nan);
   for (; t < end; ++t) {
     const float x = row[t];
     out.max_logit = x > out.max_logit ? x : out.max_logit;
@@ -57,11 +87,10 @@ void segment_mass(const Row& row, int64_t begin, int64_t end, float inverse_temp
     return w;
   };
   int64_t t = begin;
-  for (; t + Row::block <= end; t += Row::block) {
-    row.read_block(t, [&](const auto& logits) {
+  for (; t + block_tokens <= end; t += block_tokens) {
+    if (row.allowed_in_block(t) == 0) continue;
 #pragma GCC unroll 16
-      for (int i = 0; i < Row::block; i += simd_width) sum[i / simd_width % unroll] += weight(logits.vector(t, i));
-    });
+    for (int i = 0; i < block_tokens; i += simd_width) sum[i / simd_width % unroll] += weight(row.vector(t, i));
   }
   const FloatVec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   for (int i = 0; i < simd_width; ++i) out.mass += all[i];
@@ -74,7 +103,7 @@ template <typename Row>
 int64_t find_logit(const Row& row, int64_t begin, int64_t end, float value) {
   int64_t t = begin;
   for (; t + simd_width <= end; t += simd_width) {
-    const uint32_t bits = mask_bits((IntVec)(row.vector(t) == value));
+    const uint32_t bits = row.only_allowed(t, mask_bits((IntVec)(row.raw(t) == value)));
     if (bits) return t + __builtin_ctz(bits);
   }
   while (t < end && row[t] != value) ++t;

@@ -70,7 +70,7 @@ void segment_statistics(const Row& row, int64_t begin, int64_t end, const Keep& 
     FloatVec sum{};  // float32 for a few dozen terms only
     const int64_t stop = t + 64 * simd_width < end ? t + 64 * simd_width : end;
     for (; t + simd_width <= stop; t += simd_width) {
-      if (row.skips(t, simd_width)) continue;
+      if (row.allows_none(t, simd_width)) continue;
       const FloatVec z = row.vector(t) * keep.inverse_temperature, d = z - keep.z_max;
       const FloatVec w = exp_nonpositive(d);
       const IntVec kept = (IntVec)(z >= keep.threshold) & (IntVec)(w >= keep.min_p);
@@ -110,15 +110,15 @@ void segment_noise_scan(const Row& row, int64_t begin, int64_t end, const Keep& 
   const float lowest = keep.lowest();
   int64_t t = begin;
   for (; t + NoiseWords::group <= end; t += NoiseWords::group) {
-    if (row.skips(t, NoiseWords::group)) continue;
+    if (row.allows_none(t, NoiseWords::group)) continue;
     UintVec words[2];
     noise.get(t, words);
-    const FloatVec z0 = row.vector(t) * keep.inverse_temperature;
-    const FloatVec z1 = row.vector(t + simd_width) * keep.inverse_temperature;
+    const FloatVec z0 = row.raw(t) * keep.inverse_temperature;
+    const FloatVec z1 = row.raw(t + simd_width) * keep.inverse_temperature;
     const IntVec near0 = reach(z0, words[0]) & (IntVec)(z0 >= lowest);
     const IntVec near1 = reach(z1, words[1]) & (IntVec)(z1 >= lowest);
     if (__builtin_expect(!any(near0 | near1), 1)) continue;
-    uint32_t bits = mask_bits(near0) | mask_bits(near1) << simd_width;
+    uint32_t bits = row.only_allowed(t, mask_bits(near0) | mask_bits(near1) << simd_width);
     for (; bits != 0; bits &= bits - 1) offer(t + __builtin_ctz(bits));
   }
   for (; t < end; ++t) offer(t);
@@ -154,8 +154,8 @@ void segment_greedy_scan(const Row& row, int64_t begin, int64_t end, std::atomic
   };
   int64_t t = begin;
   for (; t + simd_width <= end; t += simd_width) {
-    const FloatVec z = row.vector(t);
-    uint32_t bits = mask_bits((IntVec)(z >= floor));
+    const FloatVec z = row.raw(t);
+    uint32_t bits = row.only_allowed(t, mask_bits((IntVec)(z >= floor)));
     for (; __builtin_expect(bits != 0, 0); bits &= bits - 1) {
       const int lane = __builtin_ctz(bits);
       offer(t + lane, z[lane]);

@@ -30,28 +30,29 @@ void segment_gather(const Row& row, int64_t begin, int64_t end, float inverse_te
   const bool has_floor = floor > lowest_finite;
   int64_t t = begin;
   // Blocks of 64 tokens, because one hard-to-predict branch for each vector would stall the arithmetic.
-  for (; t + Row::block <= end; t += Row::block) {
-    uint64_t inside = 0;
-    row.read_block(t, [&](const auto& logits) {
+  for (; t + block_tokens <= end; t += block_tokens) {
+    const uint64_t allowed = row.allowed_in_block(t);
+    if (allowed == 0) continue;
+    uint64_t inside = 0, over_bits = 0;
 #pragma GCC unroll 16
-      for (int i = 0; i < Row::block; i += simd_width) {
-        const FloatVec z = logits.vector(t, i) * inverse_temperature;
-        const IntVec over = (IntVec)(z > bracket.high);
-        inside |= static_cast<uint64_t>(mask_bits((IntVec)(z >= low) & (IntVec)(z <= bracket.high))) << i;
-        if (weight == Weight::mass) {
-          const FixedPointVec q(exp_nonpositive(z - z_max));
-          above.add(q, over);
-          if (has_floor) {
-            total.add(q, (IntVec)(z >= floor));
-          } else {
-            total.add(q);  // masked tokens weigh nothing anyway
-          }
+    for (int i = 0; i < block_tokens; i += simd_width) {
+      const FloatVec z = (weight == Weight::mass ? row.vector(t, i) : row.raw(t + i)) * inverse_temperature;
+      const IntVec over = (IntVec)(z > bracket.high);
+      inside |= static_cast<uint64_t>(mask_bits((IntVec)(z >= low) & (IntVec)(z <= bracket.high))) << i;
+      if (weight == Weight::mass) {
+        const FixedPointVec q(exp_nonpositive(z - z_max));
+        above.add(q, over);
+        if (has_floor) {
+          total.add(q, (IntVec)(z >= floor));
         } else {
-          rest_above += static_cast<uint64_t>(__builtin_popcount(mask_bits(over)));
+          total.add(q);  // masked tokens weigh nothing anyway
         }
+      } else {
+        over_bits |= static_cast<uint64_t>(mask_bits(over)) << i;
       }
-    });
-    for (; inside != 0; inside &= inside - 1) {
+    }
+    rest_above += static_cast<uint64_t>(__builtin_popcountll(over_bits & allowed));
+    for (inside &= allowed; inside != 0; inside &= inside - 1) {
       const int64_t token = t + __builtin_ctzll(inside);
       list_z[listed] = row[token] * inverse_temperature;
       list_token[listed++] = static_cast<int32_t>(token);

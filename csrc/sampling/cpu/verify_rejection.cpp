@@ -49,7 +49,7 @@ uint64_t weight_sum(const WeightedRow<Row>& row, int64_t begin, int64_t end) {
   uint64_t rest = 0;
   int64_t t = begin;
   for (; t + simd_width <= end; t += simd_width) {
-    if (row.logits.skips(t, simd_width)) continue;
+    if (row.logits.allows_none(t, simd_width)) continue;
     const FloatVec z = row.z(t);
     if (any((IntVec)(z >= lowest))) sum.add(FixedPointVec(row.kept(z)));
   }
@@ -68,7 +68,7 @@ uint64_t residual_sum(const WeightedRow<Row>& target, const WeightedRow<Row>& dr
   uint64_t rest = 0;
   int64_t t = begin;
   for (; t + simd_width <= end; t += simd_width) {
-    if (target.logits.skips(t, simd_width)) continue;
+    if (target.logits.allows_none(t, simd_width)) continue;
     const FloatVec z = target.z(t);
     if (!any((IntVec)(z >= lowest))) continue;
     const FloatVec target_weight = target.weight(z), draft_weight = draft.weight(draft.z(t));
