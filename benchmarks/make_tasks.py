@@ -5,7 +5,8 @@
 From Python's standard library, so that any machine has them: `edit` (a function to be written again with one change),
 `quote` (a passage to be repeated) and `json` (records to be returned as objects that share their keys). With --data,
 a folder of humaneval.jsonl, gsm8k.jsonl, mt_bench.jsonl and spec_bench.jsonl, also the prompts of these, Spec-Bench's
-in a file for each of its six tasks. The same Python makes the same bytes.
+in a file for each of its six tasks, and `schema`: some of them to be answered by JSON of ten schemas. The same Python
+makes the same bytes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from tasks_edit import edits
 from tasks_json import tables
 from tasks_quote import quotes
+from tasks_schema import answers
 
 from specbranch.core.files import write
 from specbranch.text.prompts import Prompt, PromptFileError, read_prompts
@@ -37,12 +39,15 @@ def read_data(folder: Path, limit: int | None) -> dict[str, list[Prompt]]:
         tasks[task] = [prompt for prompt in prompts if prompt.task == task][:limit]
         if not tasks[task]:
             raise PromptFileError(f"{spec_bench}: holds no prompts of the task {task!r}")
-    return tasks
+    return tasks | {"schema": list(answers(tasks))}
 
 
 def as_line(prompt: Prompt) -> str:
     text = "prompt" if isinstance(prompt.text, str) else "messages"
     record = {"task": prompt.task, "id": prompt.id, text: prompt.text, "chat": prompt.chat}
+    if prompt.constraint is not None:
+        kind, value = prompt.constraint
+        record[kind] = value
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 

@@ -113,18 +113,20 @@ class Constrained:
             return sorted(((token, (counts.get(token, 0) + 1) / total) for token in few), key=lambda each: -each[1])
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """These are committed. Raises SpecBranchError for one that is not allowed."""
+        """These are committed; nothing counts behind one that ends the text. Raises SpecBranchError for one that is not
+        allowed."""
         with self._lock:
             for token in tokens:
                 root = self._root
-                if root.can:
-                    if self._few(root, []) == []:
-                        raise self._dead_end()
-                    if not self._has(root, [], token):
-                        raise SpecBranchError(f"constraint: the text went on with token {token}, which is not allowed")
-                    if root.few is not None and len(root.few) > 1:
-                        counts = self._followed.setdefault(tuple(root.few), {})
-                        counts[token] = counts.get(token, 0) + 1
+                if not root.can:
+                    break
+                if self._few(root, []) == []:
+                    raise self._dead_end()
+                if not self._has(root, [], token):
+                    raise SpecBranchError(f"constraint: the text went on with token {token}, which is not allowed")
+                if root.few is not None and len(root.few) > 1:
+                    counts = self._followed.setdefault(tuple(root.few), {})
+                    counts[token] = counts.get(token, 0) + 1
                 self._root = _below(root, token, self.eos)
                 self._matcher.accept([token])
 

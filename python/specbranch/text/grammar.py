@@ -48,7 +48,10 @@ class Matcher(Protocol):
 
 
 class Constraint(ABC):
-    """What a text may be. Shared between requests and threads; each text has a matcher of its own."""
+    """What a text may be. Shared between requests and threads; each text has a matcher of its own. forced: whether
+    tokens that must follow are drafted."""
+
+    forced: bool = True
 
     @abstractmethod
     def matcher(self, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, eos: frozenset[int]) -> Matcher:
@@ -121,7 +124,7 @@ class Grammar(Constraint):
     def __init__(self, kind: str, source: str, *, forced: bool = True) -> None:
         self.kind = kind
         self._source = source
-        self._forced = flag("forced", forced)
+        self.forced = self._forced = flag("forced", forced)
         self._lock = threading.Lock()
         self._compiled: WeakKeyDictionary[Spelling, LLMatcher] = WeakKeyDictionary()
 

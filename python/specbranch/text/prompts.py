@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 
+CONSTRAINTS: dict[str, tuple[tuple[type, ...], str]] = {  # keys of a line: types of the value, and in words
+    "json_schema": ((dict, bool), "an object, true or false"),
+    "regex": ((str,), "text"),
+    "grammar": ((str,), "text"),
+}
+
+
 class PromptFileError(ValueError):
     """A prompt file that cannot be used; the message names the file and the line."""
 
@@ -22,12 +29,14 @@ class Prompt:
     text: what the model is asked to continue, or with `chat` the user's message, or the messages of a chat.
     chat: apply the tokenizer's chat template.
     task: the benchmark it belongs to; the file's stem unless the line says otherwise.
+    constraint: what the answer may be: a kind of CONSTRAINTS and its value.
     """
 
     id: str
     text: str | list[dict[str, Any]]
     chat: bool = False
     task: str = "prompts"
+    constraint: tuple[str, Any] | None = None
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
@@ -35,7 +44,8 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
     Each line is a JSON object with `prompt` (text) or `messages` (of a chat, each with `role` and `content`) and,
     optionally, `id` (text or integer; default: stem/line number), `chat` (true or false; default false, with `messages`
-    true) and `task` (text; default: the file's stem). Other keys are ignored, and so are blank lines.
+    true), `task` (text; default: the file's stem) and one of `json_schema` (an object, true or false), `regex` and
+    `grammar` (text), which the answer has to follow. Other keys are ignored, and so are blank lines.
 
     limit: keep only the first `limit` prompts; the lines after them are not looked at.
     Raises PromptFileError naming the file, and the line where one is at fault.
@@ -138,7 +148,20 @@ def _parse(text: str, where: str, stem: str, number: int) -> Prompt:
         raise PromptFileError(f'{where}: "id" must be text or an integer, found {_kind(name)}')
     if not isinstance(task, str):
         raise PromptFileError(f'{where}: "task" must be text, found {_kind(task)}')
-    return Prompt(id=str(name), text=prompt, chat=chat, task=task)
+    return Prompt(id=str(name), text=prompt, chat=chat, task=task, constraint=_constraint(record, where))
+
+
+def _constraint(record: dict[str, Any], where: str) -> tuple[str, Any] | None:
+    given = [kind for kind in CONSTRAINTS if record.get(kind) is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise PromptFileError(f'{where}: has both "{given[0]}" and "{given[1]}"')
+    (kind,) = given
+    types, expected = CONSTRAINTS[kind]
+    if not isinstance(record[kind], types):
+        raise PromptFileError(f'{where}: "{kind}" must be {expected}, found {_kind(record[kind])}')
+    return kind, record[kind]
 
 
 def _kind(value: object) -> str:
