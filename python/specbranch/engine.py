@@ -571,10 +571,9 @@ class SpecBranch:
         """The request under a constraint. Raises SpecBranchError for one that cannot be used."""
         if constraint is None:
             return request
-        tokenizer = self.tokenizer
-        if tokenizer is None:
-            raise SpecBranchError("constraint needs the tokenizer: pass tokenizer= to SpecBranch")
-        eos = request.eos or ids_of(tokenizer.eos_token_id, "tokenizer: eos_token_id")  # a grammar ends a text
+        tokenizer, eos = self.tokenizer, request.eos
+        if tokenizer is not None and not eos:
+            eos = ids_of(tokenizer.eos_token_id, "tokenizer: eos_token_id")  # a grammar ends a text
         matcher = partial(constraint.matcher, tokenizer, self.pair.vocabulary, eos)
         matcher()
         return replace(request, eos=eos, matcher=matcher, forces=constraint.forced)
