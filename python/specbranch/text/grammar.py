@@ -6,7 +6,6 @@ The one implementation is over llguidance, which is imported when the first matc
 
 from __future__ import annotations
 
-import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from specbranch.core.checks import flag, shown
 from specbranch.core.errors import SpecBranchError
-from specbranch.text.json_schema import parse_schema
+from specbranch.text.json_schema import document
 from specbranch.text.refusals import refused
 from specbranch.text.spelling import Spelling, spelling
 
@@ -73,13 +72,7 @@ class Constraint(ABC):
 
         Raises SpecBranchError for text that is not JSON, and for what is no schema.
         """
-        parsed = parse_schema(schema)
-        options = {"whitespace_flexible": flag("whitespace", whitespace)}
-        if isinstance(parsed, dict):
-            parsed = {**parsed, "x-guidance": options}
-        elif parsed:
-            parsed = {"x-guidance": options}
-        return Grammar("json_schema", json.dumps({"grammars": [{"json_schema": parsed}]}), forced=forced)
+        return Grammar("json_schema", document(schema, flag("whitespace", whitespace)), forced=forced)
 
     @staticmethod
     def json_object(*, whitespace: bool = False, forced: bool = True) -> Constraint:
@@ -146,7 +139,7 @@ class Grammar(Constraint):
         compiled = LLMatcher(of.tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if compiled.is_error():
             raise refused(self.kind, compiled.get_error())
-        GrammarMatcher(compiled, of, self.kind).allowed([])  # where it cannot begin, nothing is decoded
+        GrammarMatcher(compiled, of, self.kind).try_first()
         return compiled
 
 
@@ -163,6 +156,13 @@ class GrammarMatcher:
         self._committed: list[int] = []
         self._ahead: list[int] = []  # read, not committed
         self._over = False
+
+    def try_first(self) -> None:
+        """Whether a text can begin, and tokens be unread: llguidance cannot do that with all it has in Lark."""
+        may = int.from_bytes(self.allowed([]), "little") & ~int.from_bytes(self._of.ends, "little")
+        if may:
+            self._read([(may & -may).bit_length() - 1])
+            self._read([])
 
     def allowed(self, path: Sequence[int]) -> bytes:
         if not self._read(path):
