@@ -167,19 +167,30 @@ class GrammarMatcher:
     def allowed(self, path: Sequence[int]) -> bytes:
         if not self._read(path):
             return self._of.ends
+        self._next()
         found = self._parser.compute_bitmask()
         self._check()
         mask = self._of.mask(found, self._parser.is_accepting())
-        if not any(mask):
+        if mask == bytes(len(mask)):
             raise self._stuck()
         return mask
 
     def forced(self, path: Sequence[int]) -> list[int]:
-        if not self._forced or not self._read(path):
-            return []
+        return self._next() if self._forced and self._read(path) else []
+
+    def _next(self) -> list[int]:
+        """The tokens that must follow here, the first of which is llguidance's whole mask."""
         tokens = self._parser.compute_ff_tokens()
         self._check()
-        return tokens[: self._end(tokens)]
+        tokens = tokens[: self._end(tokens)]
+        if not tokens:
+            return []
+        # They are what the tokenizer makes of the text that must follow, which it need not have spelled as it is.
+        right = self._parser.validate_tokens(tokens)
+        self._check()
+        if right == 0:
+            raise self._stuck()
+        return tokens[:right]
 
     def accept(self, tokens: Sequence[int]) -> None:
         text, rest = tokens[: self._end(tokens)], tokens[self._end(tokens) :]
