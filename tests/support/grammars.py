@@ -51,7 +51,9 @@ def trained(*, vocabulary: int = 420, alphabet: Sequence[str] | None = None) -> 
     backend.decoder = decoders.ByteLevel()
     letters = pre_tokenizers.ByteLevel.alphabet() if alphabet is None else alphabet
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=list(letters), show_progress=False)
-    lines = [json.dumps({"name": "Ann", "tags": ["red", "green"], "size": [12, 3.5], "ok": True}, separators=(",", ":"))]
+    lines = [
+        json.dumps({"name": "Ann", "tags": ["red", "green"], "size": [12, 3.5], "ok": True}, separators=(",", ":"))
+    ]
     backend.train_from_iterator(lines * 3 + ["the café of naïve cafés", "false true null"], trainer)
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>", "<|end|>"])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", clean_up_tokenization_spaces=False)
@@ -61,8 +63,8 @@ def trained(*, vocabulary: int = 420, alphabet: Sequence[str] | None = None) -> 
 def padded() -> Tokens:
     """Its model has more logits than it has tokens, no multiple of 32, and two tokens end a text."""
     tokenizer = trained()
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|end|>"])
-    return Tokens(tokenizer, len(tokenizer) + 45 - len(tokenizer) % 32, frozenset(ends))
+    words = tokenizer.get_vocab()
+    return Tokens(tokenizer, len(words) + 45 - len(words) % 32, frozenset([words["<|im_end|>"], words["<|end|>"]]))
 
 
 def bits(mask: bytes) -> list[int]:
@@ -113,23 +115,33 @@ def _integers(draw: st.DrawFn) -> Pair:
 def _strings(draw: st.DrawFn) -> Pair:
     kind = draw(st.sampled_from(["free", "length", "pattern", "format"]))
     if kind == "pattern":
-        pattern, value = draw(st.sampled_from([("^[a-c]{2,4}$", "abc"), (r"\d", "x7é"), ("^(é|ab)+", 'éab"'), ("", "")]))
+        pattern, value = draw(
+            st.sampled_from([("^[a-c]{2,4}$", "abc"), (r"\d", "x7é"), ("^(é|ab)+", 'éab"'), ("", "")])
+        )
         return {"type": "string", "pattern": pattern}, value
     if kind == "format":
         name, value = draw(
-            st.sampled_from([("date", "2024-02-03"), ("uuid", "00000000-0000-4000-8000-00000000000a"), ("ipv4", "1.2.3.4")])
+            st.sampled_from(
+                [("date", "2024-02-03"), ("uuid", "00000000-0000-4000-8000-00000000000a"), ("ipv4", "1.2.3.4")]
+            )
         )
         return {"type": "string", "format": name}, value
     value = draw(TEXT)
     if kind == "free":
         return {"type": "string"}, value
-    return {"type": "string", "minLength": max(0, len(value) - 2), "maxLength": len(value) + draw(st.integers(0, 3))}, value
+    return {
+        "type": "string",
+        "minLength": max(0, len(value) - 2),
+        "maxLength": len(value) + draw(st.integers(0, 3)),
+    }, value
 
 
 LEAVES = st.one_of(
     _integers(),
     _strings(),
-    st.sampled_from([({"type": "boolean"}, True), ({"type": "null"}, None), ({"type": "number"}, -2.5), ({}, [1, {"é": None}])]),
+    st.sampled_from(
+        [({"type": "boolean"}, True), ({"type": "null"}, None), ({"type": "number"}, -2.5), ({}, [1, {"é": None}])]
+    ),
     st.lists(st.one_of(TEXT, st.integers(-99, 99), st.booleans(), st.none()), min_size=1, max_size=4).map(
         lambda values: ({"enum": values}, values[-1])
     ),
