@@ -25,13 +25,8 @@ struct WeightedRow {
   // No token below this weighs anything: exp(-28) < 2^-40.
   float lowest() const { return std::max(keep.lowest(), keep.z_max - 28.0f); }
   FloatVec z(int64_t t, int i) const { return logits.vector(t, i) * keep.inverse_temperature; }
-  // False where no token can weigh anything.
-  bool reads(float lowest, int64_t t, int i, FloatVec& z) const {
-    z = logits.raw(t + i) * keep.inverse_temperature;
-    if (!any((IntVec)(z >= lowest))) return false;
-    z = logits.mask(t, i, z);
-    return true;
-  }
+  // Whatever the mask says: without a token that reaches `lowest`, no vector weighs anything.
+  FloatVec raw_z(int64_t t) const { return logits.raw(t) * keep.inverse_temperature; }
   // exp(z - z_max), 0 for what the filters drop.
   FloatVec kept(FloatVec z) const {
     const FloatVec w = exp_nonpositive(z - keep.z_max);
@@ -55,8 +50,8 @@ uint64_t weight_sum(const WeightedRow<Row>& row, int64_t begin, int64_t end) {
   MassSum sum;
   uint64_t rest = 0;
   int64_t t = each_vector(row.logits, begin, end, [&](int64_t at, int i) {
-    FloatVec z;
-    if (row.reads(lowest, at, i, z)) sum.add(FixedPointVec(row.kept(z)));
+    const FloatVec z = row.raw_z(at + i);
+    if (any((IntVec)(z >= lowest))) sum.add(FixedPointVec(row.kept(row.logits.mask(at, i, z))));
   });
   for (; t < end; ++t) {
     const float z = row.logits[t] * row.keep.inverse_temperature;
@@ -72,9 +67,10 @@ uint64_t residual_sum(const WeightedRow<Row>& target, const WeightedRow<Row>& dr
   DoubleVec high_sum{}, low_sum{};
   uint64_t rest = 0;
   int64_t t = each_vector(target.logits, begin, end, [&](int64_t at, int i) {
-    FloatVec z;
-    if (!target.reads(lowest, at, i, z)) return;
-    const FloatVec target_weight = target.weight(z), draft_weight = draft.weight(draft.z(at, i));
+    const FloatVec z = target.raw_z(at + i);
+    if (!any((IntVec)(z >= lowest))) return;
+    const FloatVec target_weight = target.weight(target.logits.mask(at, i, z));
+    const FloatVec draft_weight = draft.weight(draft.z(at, i));
     HalfFloatVec a[2], b[2];
     std::memcpy(a, &target_weight, sizeof a);
     std::memcpy(b, &draft_weight, sizeof b);
