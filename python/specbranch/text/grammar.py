@@ -94,7 +94,8 @@ class Constraint(ABC):
     @staticmethod
     def lark(grammar: str, *, forced: bool = True) -> Constraint:
         """A context-free grammar in llguidance's dialect of Lark, whose rule `start` is the whole text. Special tokens
-        that it names (<|…|>, <[5]>) may stand where it says; otherwise none may.
+        that it names (<|…|>, <[5]>) may stand where it says; otherwise none may. Of the attributes of its rules,
+        temperature= has no effect. A schema within it (%json) is taken as llguidance takes it.
 
         Raises SpecBranchError for what is no text. `matcher` does for a grammar that does not parse.
         """
