@@ -15,9 +15,9 @@ from specbranch import SpecBranch, bundled
 from specbranch.cli import main as cli
 from specbranch.cli.bench import memory, report
 from specbranch.cli.bench.bench import Contenders, top_two_gap
-from specbranch.cli.bench.masked import Asked
 from specbranch.cli.bench.command import PEERS
 from specbranch.cli.bench.intervals import ratio_interval
+from specbranch.cli.bench.masked import Asked
 from specbranch.cli.bench.peers import Peers, PeerText
 from specbranch.cli.terminal import output_console
 from specbranch.core.stats import CAUSES

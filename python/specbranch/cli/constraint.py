@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,7 @@ def add_whitespace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json-whitespace",
         action="store_true",
-        help="JSON of a schema may have blanks and line breaks between its parts",
+        help="JSON of a schema, which is compact otherwise, may have blanks and line breaks between its parts",
     )
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 CONSTRAINTS: dict[str, tuple[tuple[type, ...], str]] = {  # keys of a line: types of the value, and in words
     "json_schema": ((dict, bool), "an object, true or false"),
     "regex": ((str,), "text"),

@@ -24,6 +24,7 @@ from specbranch.cli.machine import describe_measuring_machine
 from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.generation import GenerationFailed
 from specbranch.policies.methods import METHODS, make_policy
 from specbranch.runtime.checkpoint import is_gguf
 from specbranch.runtime.loading import load_model
@@ -241,7 +242,9 @@ class Bench:
         engine had learned."""
         self.lap, self.contenders = lap, self._known.named(names, processes)
         usable = self._first_usable(prompts)
-        for contender in list(self.contenders) if usable else ():
+        for contender in list(self.contenders):
+            if usable is None:
+                break
             progress.next(f"warm-up: {contender.name}")
             try:
                 contender.generate(usable, min(WARM_UP_TOKENS, self.args.max_new_tokens))
@@ -249,6 +252,8 @@ class Bench:
                 complain(f"error: {contender.name}: {one_line(error)}")
                 processes[contender.name].close()
                 self.contenders.remove(contender)
+            except (SpecBranchError, GenerationFailed):  # under a constraint; which is told when it is measured
+                pass
             progress.done()
         if self._learned is not None:
             self.engine.decoder.calibrator.restore(self._learned)
