@@ -113,6 +113,14 @@ def _check_used(args: argparse.Namespace, kinds: set[str], methods: Sequence[str
         raise ValueError(f"--no-forced-tokens has no effect with {', '.join(methods)}; it is for {takers}")
 
 
+def check_unconstrained(args: argparse.Namespace, prompts: Sequence[Prompt]) -> None:
+    """Of a command that knows no constraints. Raises PromptFileError."""
+    for prompt in prompts:
+        if prompt.constraint is not None:
+            kind = prompt.constraint[0]
+            raise PromptFileError(f"prompt {prompt.id}: has a {kind}; {args.command} expects prompts without")
+
+
 def free(args: argparse.Namespace, prompts: Sequence[Prompt]) -> bool:
     """Whether something can be drafted for each prompt without a draft."""
     return not args.no_forced_tokens and all(prompt.constraint is not None for prompt in prompts)
