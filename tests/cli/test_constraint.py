@@ -269,7 +269,7 @@ def test_several_prompts_at_once_and_sampling_peers(capsys, bundled_pair: SpecBr
         assert record["same_tokens"] in ((True,) if record["comparable"] else (None,))
         if record["id"] == "regex":  # whoever samples
             text = bundled_pair.tokenizer.decode(record["tokens"], skip_special_tokens=True)
-            assert re.fullmatch(LINES[1]["regex"], text)
+            assert re.fullmatch(LINES[1]["regex"], str(text))
 
 
 def test_without_a_draft(capsys):

@@ -286,7 +286,7 @@ def test_scores_of_custom_generate_are_masked(bundled_pair: SpecBranch) -> None:
 def test_the_one_call(bundled_pair: SpecBranch) -> None:
     tokenizer = bundled_pair.tokenizer
     ids = torch.tensor([bundled_pair.encode(PROMPTS[0])])
-    options = {"tokenizer": tokenizer, "max_new_tokens": NEW, "constraint": KINDS["json_schema"]}
+    options: dict[str, Any] = {"tokenizer": tokenizer, "max_new_tokens": NEW, "constraint": KINDS["json_schema"]}
     for draft in (bundled_pair.draft, None):
         found = specbranch.generate(bundled_pair.target, draft, ids, **options)
         assert isinstance(found, Tensor)

@@ -51,7 +51,9 @@ def record(bundled_pair: SpecBranch, tmp_path_factory: pytest.TempPathFactory) -
     read = Record.load(path)
     for a, b in zip(made.texts, read.texts, strict=True):
         assert (a.forced is None) == (b.forced is None)
-        assert a.forced is None or (a.forced.dtype == torch.bool and a.forced.equal(b.forced))
+        if a.forced is not None and b.forced is not None:
+            assert a.forced.dtype == b.forced.dtype == torch.bool
+            assert a.forced.equal(b.forced)
     return read
 
 
@@ -81,7 +83,7 @@ def test_proposals_and_forced_places_are_those_of_the_constraint(bundled_pair: S
             assert all(under.may_follow([], each) for each in offered)
             under.accept([token])
         assert under.complete or len(text) == NEW_TOKENS
-    validate(json.loads(bundled_pair.tokenizer.decode(record.texts[0].tokens[:-1])), SCHEMA)
+    validate(json.loads(str(bundled_pair.tokenizer.decode(record.texts[0].tokens[:-1]))), SCHEMA)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.9, seed=3)])

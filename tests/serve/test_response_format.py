@@ -23,7 +23,7 @@ from specbranch.text import grammar
 from specbranch.text.kinds import constraint_of
 
 PROMPTS = [record["prompt"] for record in bundled.prompts()]
-MESSAGES = [{"role": "user", "content": PROMPTS[0]}]
+MESSAGES: Any = [{"role": "user", "content": PROMPTS[0]}]
 SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 9}, "ok": {"type": "boolean"}, "size": {"enum": [1, 25]}},
