@@ -1,4 +1,4 @@
-"""The task `schema`: prompts of other tasks, to be answered by JSON of ten schemas of real kinds."""
+"""The task `schema`: prompts of other tasks, to be answered by JSON of ten schemas of kinds that programs ask for."""
 
 from __future__ import annotations
 

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from specbranch.once import generate
     from specbranch.policies.methods import METHODS
     from specbranch.several import TextStreams
+    from specbranch.text.grammar import Constraint
 
 __all__ = [
     "METHODS",
+    "Constraint",
     "Corpus",
     "Generation",
     "GenerationFailed",
@@ -44,6 +46,7 @@ __all__ = [
 
 _HOME = {
     "METHODS": "policies.methods",
+    "Constraint": "text.grammar",
     "Corpus": "corpus",
     "Generation": "core.generation",
     "GenerationFailed": "core.generation",

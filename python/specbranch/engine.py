@@ -257,6 +257,15 @@ class SpecBranch:
         """Token ids of a prompt, as `generate` takes them; see specbranch.text.encoding.encode."""
         return encode(self.tokenizer, prompt, chat)
 
+    def prepare(self, constraint: Constraint) -> None:
+        """Compile a constraint for the tokenizer now, and not with the first text under it. That takes milliseconds;
+        for the first constraint of a tokenizer with 100,000 tokens, seconds.
+
+        Raises SpecBranchError for one that cannot be used: what no text satisfies, or is not supported.
+        """
+        eos = self._ends(ids_of(self._settings.under(None).eos_token_id, f"{OWNER}: eos_token_id"))
+        constraint.matcher(self.tokenizer, self.pair.vocabulary, eos)
+
     @overload
     def generate(
         self, prompt: list[str] | list[list[int]] | list[list[Message]], **arguments: Any
@@ -571,12 +580,16 @@ class SpecBranch:
         """The request under a constraint. Raises SpecBranchError for one that cannot be used."""
         if constraint is None:
             return request
-        tokenizer, eos = self.tokenizer, request.eos
-        if tokenizer is not None and not eos:
-            eos = ids_of(tokenizer.eos_token_id, "tokenizer: eos_token_id")  # a grammar ends a text
-        matcher = partial(constraint.matcher, tokenizer, self.pair.vocabulary, eos)
+        eos = self._ends(request.eos)
+        matcher = partial(constraint.matcher, self.tokenizer, self.pair.vocabulary, eos)
         matcher()
         return replace(request, eos=eos, matcher=matcher, forces=constraint.forced)
+
+    def _ends(self, eos: frozenset[int]) -> frozenset[int]:
+        """The tokens that end a text under a constraint, which needs some: the tokenizer's where nobody says others."""
+        if eos or self.tokenizer is None:
+            return eos
+        return ids_of(self.tokenizer.eos_token_id, "tokenizer: eos_token_id")
 
 
 def _same(request: Request) -> Request:

@@ -17,6 +17,7 @@ from specbranch.cli.bench import memory, report
 from specbranch.cli.bench.bench import Contenders, top_two_gap
 from specbranch.cli.bench.command import PEERS
 from specbranch.cli.bench.intervals import ratio_interval
+from specbranch.cli.bench.masked import Asked
 from specbranch.cli.bench.peers import Peers, PeerText
 from specbranch.cli.terminal import output_console
 from specbranch.core.stats import CAUSES
@@ -316,10 +317,10 @@ def test_gap_is_that_of_the_two_best_logits():
     options = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
     with torch.inference_mode():
         best = target(torch.tensor([[5, 9, 13]])).logits[0, -1].topk(2).values
-    gap = top_two_gap(engine, [5, 9, 13], type("Arguments", (), options)())
+    gap = top_two_gap(engine, Asked([5, 9]), [13], type("Arguments", (), options)())
     assert gap == pytest.approx(float(best[0] - best[1]), rel=1e-4)
     only_one = type("Arguments", (), {**options, "temperature": 1.0, "top_k": 1})()
-    assert top_two_gap(engine, [5, 9, 13], only_one) is None
+    assert top_two_gap(engine, Asked([5, 9, 13]), [], only_one) is None
 
 
 # ---- memory

@@ -68,7 +68,6 @@ def test_fields_that_change_no_text_are_accepted(read, body):
         ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
         ("functions", [{}]),
-        ("response_format", {"type": "json_object"}),
         ("reasoning_effort", "high"),
         ("audio", {}),
     ],

@@ -25,10 +25,21 @@ class Served:
     """An engine being served. lines: of its log."""
 
     def __init__(
-        self, engine: Any, at_once: int = 1, most_waiting: int = 64, max_new_tokens: int | None = None
+        self,
+        engine: Any,
+        at_once: int = 1,
+        most_waiting: int = 64,
+        max_new_tokens: int | None = None,
+        whitespace: bool = False,
     ) -> None:
         self.engine, self.queue, self.lines = engine, Queue(at_once, most_waiting), list[str]()
-        answers = Answers(engine, self.queue, max_new_tokens, done=lambda answer: self.lines.append(line(answer)))
+        answers = Answers(
+            engine,
+            self.queue,
+            max_new_tokens,
+            done=lambda answer: self.lines.append(line(answer)),
+            whitespace=whitespace,
+        )
         listening, begun = bound("127.0.0.1", 0), threading.Event()
         self.url = url(listening)
         server = Server(Service(answers, "bundled", self.lines.append), begun.set, lambda told: None)

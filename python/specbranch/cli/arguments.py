@@ -40,7 +40,7 @@ def add_models(parser: argparse.ArgumentParser, *, draft_required: bool, retriev
         metavar=MODEL,
         help="the small model that drafts; its vocabulary must be the target's; self: the target's weights in 4 bits"
         + ("; retrieval: no model, but what followed the same tokens before" if retrieval else "")
-        + ("" if draft_required else " (not needed by --method autoregressive)"),
+        + ("" if draft_required else " (not needed by the method autoregressive)"),
     )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as stored)")
     parser.add_argument("--device", type=device, metavar="cpu|cuda", help="where the models run (default: cpu)")

@@ -33,10 +33,11 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, default=DEFAULT_METHOD, help="default: %(default)s")
 
 
-def check_method(args: argparse.Namespace) -> None:
+def check_method(args: argparse.Namespace, forced: bool = False) -> None:
     """Refuse a method without the draft that it needs, and options without effect on it; a draft without effect is
-    warned of and left out. Raises ValueError."""
-    if args.draft is None and args.retrieval != "on" and args.method != "autoregressive":
+    warned of and left out. forced: whether there are tokens that must follow. Raises ValueError."""
+    free = args.retrieval == "on" or (forced and drafts_freely(args, args.method))
+    if args.draft is None and not free and args.method != "autoregressive":
         raise ValueError(f"--method {args.method} needs --draft")
     check_used(args, [args.method])
     if args.draft is not None and args.method == "autoregressive":
@@ -79,6 +80,11 @@ def drafting_options(args: argparse.Namespace) -> dict[str, object]:
     """The options given on the command line, as `SpecBranch` takes them."""
     values = {name: getattr(args, name, None) for name in options_by_name()}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def drafts_freely(args: argparse.Namespace, method: str) -> bool:
+    """Whether a method drafts what was found, or must follow, without a draft."""
+    return make_policy(method, drafting_options(args)).may_retrieve
 
 
 def method_of(contender: str) -> str:

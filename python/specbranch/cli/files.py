@@ -17,7 +17,7 @@ from specbranch.core.files import claimed, is_special, stream_of, whole, write_j
 
 __all__ = ["Output", "check_writable", "claim", "json_object", "whole", "write_json"]
 
-FILES_READ = ("prompts", "records", "corpus", "files")  # arguments
+FILES_READ = ("prompts", "records", "corpus", "files", "json_schema", "grammar")  # arguments
 MODELS_READ = ("target", "draft", "tokenizer", "hrad")
 
 

@@ -6,10 +6,12 @@ import argparse
 import json
 import sys
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.arguments import add_models, add_sampling, sampling_options, text, whole
+from specbranch.cli.constraint import add_constraint, constrained, constraint_for, constraint_given, free, prepare
 from specbranch.cli.drafting import add_drafting, add_hrad, add_method, check_method
 from specbranch.cli.files import Output, write_json
 from specbranch.cli.loading import load_engine
@@ -46,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop", type=text, action="append", metavar="TEXT", help="end before this text; may be repeated"
     )
+    add_constraint(parser)
     add_hrad(parser)
     parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N prompts of the file")
     parser.add_argument(
@@ -74,13 +77,14 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--limit has no effect with --prompt; it is for --prompts")
     if args.max_requests > 1 and args.prompts is None:
         raise ValueError("--max-requests has no effect with --prompt; it is for --prompts")
-    check_method(args)
-    if args.prompts is None:
-        given = read_text() if args.prompt == "-" else args.prompt
-        prompts = [Prompt(id="prompt", text=given, chat=args.chat)]
-    else:
-        prompts = read_prompts(args.prompts, args.limit)
+    given = constraint_given(args)
+    prompts = [Prompt("prompt", args.prompt, args.chat)] if args.prompts is None else []
+    prompts = constrained(args, given, prompts or read_prompts(args.prompts, args.limit), [args.method])
+    check_method(args, forced=free(args, prompts))
+    if args.prompt == "-":
+        prompts = [replace(prompts[0], text=read_text())]
     engine = load_engine(args)
+    prepare(engine, args, given)
     runs: list[tuple[str, Stats]] = []
     try:
         return (_generate_together if args.max_requests > 1 else _generate_all)(engine, prompts, args, runs)
@@ -106,6 +110,7 @@ def _generate_all(
             bar.next(prompt.id)
             try:
                 ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
+                options["constraint"] = constraint_for(args, prompt)
                 if args.json:
                     generation = engine.generate(ids, **options)
                     _print_json(prompt, generation)
@@ -148,6 +153,7 @@ def _generate_together(
     for number, prompt in enumerate(prompts):
         try:
             ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
+            options["constraint"] = constraint_for(args, prompt)
             asked.append(partial(_same, engine.request(ids, **options)))
             places.append(number)
         except SpecBranchError as error:

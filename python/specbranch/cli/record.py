@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specbranch.cli.arguments import add_models, add_prompts, add_sampling, sampling_options
+from specbranch.cli.constraint import add_constraint, constrained, constraint_given, prepare
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting
 from specbranch.cli.files import Output
 from specbranch.cli.loading import load_engine
@@ -48,16 +49,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "into the answers only",
     )
     add_sampling(parser)
+    add_constraint(parser)
     add_drafting(parser, [DEFAULT_METHOD])
 
 
 def run(args: argparse.Namespace) -> int:
     """Record every prompt and what forwards cost here. Running it again resumes an incomplete file."""
-    prompts = read_all(args.prompts, args.limit)
+    given = constraint_given(args)
+    prompts = constrained(args, given, read_all(args.prompts, args.limit), [DEFAULT_METHOD])
     path = Path(args.out)
     engine = load_engine(args)
+    prepare(engine, args, given)
     engine.target.generation_config = bare(engine.target)  # a record has no rules but its sampling
-    record = record_prompts(engine, prompts, sampling_options(args), path, args.features, args.prompt_ids)
+    record = record_prompts(
+        engine,
+        prompts,
+        sampling_options(args),
+        path,
+        args.features,
+        prompt_ids=args.prompt_ids,
+        whitespace=args.json_whitespace,
+        forced=not args.no_forced_tokens,
+    )
     if record is None:
         return INTERRUPTED
     if record.texts:
@@ -73,10 +86,10 @@ def record_prompts(
     options: dict[str, Any],
     path: Path,
     features: bool,
-    prompt_ids: bool = False,
+    **more: bool,
 ) -> Record | None:
     """The record of the prompts, without those that cannot be used, which are told; None after Ctrl-C, with the
-    finished ones in the file."""
+    finished ones in the file. more: as `collect` takes them."""
     from specbranch.core.sampling import Sampling
     from specbranch.replay.recorder import collect
 
@@ -89,7 +102,7 @@ def record_prompts(
         try:
             here = machine(engine)
             return collect(
-                engine, prompts, Sampling(**options), new_tokens, path, features, bar.after, failed, here, prompt_ids
+                engine, prompts, Sampling(**options), new_tokens, path, features, bar.after, failed, here, **more
             )
         except KeyboardInterrupt:
             complain(f"interrupted at prompt {bar.started} of {len(prompts)}; run it again to go on")

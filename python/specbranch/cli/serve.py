@@ -7,6 +7,7 @@ import signal
 import sys
 
 from specbranch.cli.arguments import add_models, text, whole
+from specbranch.cli.constraint import add_whitespace
 from specbranch.cli.drafting import add_drafting, add_hrad, add_method, check_method
 from specbranch.cli.loading import add_chat, load_engine
 from specbranch.cli.messages import INTERRUPTED, complain
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="requests that may wait; more are refused (default: %(default)s)",
     )
+    add_whitespace(parser)
     parser.add_argument("--quiet", action="store_true", help="no line for each request on stderr")
     add_hrad(parser)
     add_drafting(parser)
@@ -85,7 +87,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"specbranch: serving {name} at {url(listening)}/v1", flush=True)
 
     queue = Queue(args.max_requests, args.max_queue)
-    answers = Answers(engine, queue, args.max_new_tokens, {"method": args.method}, done, args.cache_tokens)
+    answers = Answers(
+        engine,
+        queue,
+        args.max_new_tokens,
+        {"method": args.method},
+        done,
+        args.cache_tokens,
+        whitespace=args.json_whitespace,
+    )
+    answers.warm()
     ended_by = serve(Service(answers, name, log), listening, ready, complain)
     sys.stdout.flush()
     return INTERRUPTED if ended_by == signal.SIGINT else 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specbranch.cli.arguments import add_models, add_prompts, add_sampling, sampling_options
+from specbranch.cli.constraint import check_unconstrained
 from specbranch.cli.drafting import DEFAULT_METHOD, add_drafting, drafting_options, forecast_methods
 from specbranch.cli.files import Output
 from specbranch.cli.loading import load_engine
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from specbranch.replay.train_hrad import EPOCHS, Split, check_enough, evaluate, examples, fit
 
     prompts = read_all(args.prompts, args.limit)
+    check_unconstrained(args, prompts)
     check_enough(len(prompts))
     out = Path(args.out)
     engine = load_engine(args)

@@ -51,7 +51,8 @@ class RecordedText:
     TAIL tokens that the draft goes on with after its own first candidate, where that is wrong: `[N * TAIL]` rows, NaN
     where it is right. features: bfloat16 [N, F], the target's before each token, where they were asked for. prompt: a
     fingerprint of what was continued ("": not known). round_seconds: of a round outside the models (0: not measured).
-    prompt_ids: int64 [prompt_tokens], where they were asked for: a prompt can be read from them.
+    prompt_ids: int64 [prompt_tokens], where they were asked for: a prompt can be read from them. forced: bool [N],
+    where nothing else could stand, under a constraint whose forced tokens are drafted; the proposals are under it too.
     """
 
     id: str
@@ -64,6 +65,7 @@ class RecordedText:
     prompt: str = ""
     round_seconds: float = 0.0
     prompt_ids: Tensor | None = None
+    forced: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -78,9 +80,9 @@ class RecordedText:
 class Record:
     """Texts of one pair under one sampling, and what forwards cost where they were made.
 
-    sampling: the parameters, with max_new_tokens. costs: seconds by mode ("serial", "overlapped") and model
-    ("target", "draft") as [rows, seconds] pairs. round_seconds: of a round outside the models (0: not measured).
-    machine: what it was made on and with.
+    sampling: the parameters, with max_new_tokens, and how constraints were kept where there are some. costs: seconds by
+    mode ("serial", "overlapped") and model ("target", "draft") as [rows, seconds] pairs. round_seconds: of a round
+    outside the models (0: not measured). machine: what it was made on and with.
     """
 
     target: ModelIdentity
@@ -111,6 +113,8 @@ class Record:
                 tensors[f"{i}.features"] = text.features.to(torch.bfloat16).contiguous()
             if text.prompt_ids is not None:
                 tensors[f"{i}.prompt_ids"] = text.prompt_ids.to(torch.int32)
+            if text.forced is not None:
+                tensors[f"{i}.forced"] = text.forced
         head = asdict(replace(self, texts=[]))
         del head["texts"]
         metadata = {"format": FORMAT, "head": json.dumps(head), "texts": json.dumps(entries)}
@@ -134,6 +138,7 @@ class Record:
                         tails=_read(file, f"{i}.tails"),
                         features=file.get_tensor(f"{i}.features") if f"{i}.features" in names else None,
                         prompt_ids=file.get_tensor(f"{i}.prompt_ids").long() if f"{i}.prompt_ids" in names else None,
+                        forced=file.get_tensor(f"{i}.forced") if f"{i}.forced" in names else None,
                     )
                     for i, entry in enumerate(json.loads(metadata["texts"]))
                 ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from specbranch.constrained import Constrained
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.excerpt import ALL, Excerpt
 from specbranch.core.sampling import Sampling
@@ -25,6 +26,8 @@ from specbranch.runtime.model import PREFILL_CHUNK
 from specbranch.runtime.pair import Pair
 from specbranch.runtime.runner import Runner
 from specbranch.text.encoding import encode
+from specbranch.text.grammar import Constraint
+from specbranch.text.kinds import constraint_of
 from specbranch.text.prompts import Prompt, check_distinct
 
 if TYPE_CHECKING:
@@ -46,18 +49,23 @@ def collect(
     failed: Callable[[Prompt, SpecBranchError], None] | None = None,
     machine: Mapping[str, object] | None = None,
     prompt_ids: bool = False,
+    whitespace: bool = False,
+    forced: bool = True,
 ) -> Record:
     """Decode and record every prompt that the file at `path` does not hold yet; it is written after each. What comes
     out is the same whether or not it was interrupted, but for times.
 
     before: told each prompt's id when its turn comes. failed: told of a prompt that cannot be used, instead of an error
     that ends the run. machine: what it is made on and with; a file made with other versions is not continued.
-    prompt_ids: also keep the prompts' tokens, for replays with retrieval.
+    prompt_ids: also keep the prompts' tokens, for replays with retrieval. whitespace, forced: of the prompts'
+    constraints.
     Raises SpecBranchError when the file there is of another pair, other settings or other prompts.
     """
     assert engine.draft is not None
     check_distinct(prompts)
     settings: dict[str, float] = {**asdict(sampling), "max_new_tokens": max_new_tokens}
+    if any(prompt.constraint is not None for prompt in prompts):
+        settings |= {"json_whitespace": whitespace, "forced_tokens": forced}
     record = Record(identify(engine.target), identify(engine.draft), settings, [], machine=dict(machine or {}))
     if path.exists() and path.stat().st_size:
         found = Record.load(path)
@@ -70,7 +78,10 @@ def collect(
         if (prompt.task, prompt.id) in done:
             continue
         try:
-            text = _decoded(engine, prompt, sampling, max_new_tokens, features, prompt_ids)
+            constraint = None
+            if prompt.constraint is not None:
+                constraint = constraint_of(*prompt.constraint, whitespace=whitespace, forced=forced)
+            text = _decoded(engine, prompt, constraint, sampling, max_new_tokens, features, prompt_ids)
         except SpecBranchError as error:
             if failed is None:
                 raise
@@ -85,10 +96,21 @@ def collect(
 
 
 def _decoded(
-    engine: SpecBranch, prompt: Prompt, sampling: Sampling, max_new_tokens: int, features: bool, prompt_ids: bool
+    engine: SpecBranch,
+    prompt: Prompt,
+    constraint: Constraint | None,
+    sampling: Sampling,
+    max_new_tokens: int,
+    features: bool,
+    prompt_ids: bool,
 ) -> RecordedText:
     ids = encode(engine.tokenizer, prompt.text, chat=prompt.chat)
-    made = engine.generate(ids, max_new_tokens=max_new_tokens, method="specbranch", **asdict(sampling))
+    options = {"max_new_tokens": max_new_tokens, "constraint": constraint, **asdict(sampling)}
+    made = engine.generate(ids, method="specbranch", **options)
+    request = engine.request(ids, **options)
+    under = None
+    if request.matcher is not None:
+        under = Constrained(request.matcher(), engine.pair.vocabulary, request.eos, request.forces)
     text = record_text(
         engine.pair,
         ids,
@@ -98,6 +120,7 @@ def _decoded(
         sampling=sampling,
         features=features,
         excerpt=engine.draft_excerpt,
+        constraint=under,
     )
     outside = median(round.outside_seconds for round in made.stats.log)
     kept = torch.tensor(ids) if prompt_ids else None
@@ -105,8 +128,9 @@ def _decoded(
 
 
 def fingerprint(prompt: Prompt) -> str:
-    """Of what a prompt's text is continued from."""
-    return hashlib.sha256(json.dumps([prompt.text, prompt.chat]).encode()).hexdigest()[:16]
+    """Of what a prompt's text is continued from, and has to follow."""
+    said = [prompt.text, prompt.chat, *(() if prompt.constraint is None else prompt.constraint)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def check_continues(found: Record, wanted: Record, features: bool, prompt_ids: bool, path: Path) -> None:
@@ -148,13 +172,14 @@ def record_text(
     sampling: Sampling | None = None,
     features: bool = False,
     excerpt: Excerpt = ALL,
+    constraint: Constrained | None = None,
 ) -> RecordedText:
     """What the draft proposes along a text that the target generated from `prompt`, and a little way down each of its
     wrong turns.
 
     tokens: the new ids. k: candidates kept at each position. sampling: as the text was sampled. features: also keep the
     target's, for a learned predictor; this takes a target forward over the text. excerpt: what of the prompt the draft
-    reads.
+    reads. constraint: what the text was under, at its beginning.
     """
     seen = None
     if features:
@@ -163,22 +188,27 @@ def record_text(
     with pair.running() as slot:
         draft = slot.need_draft("a record")
         draft.model.check(len(prompt) + len(tokens))
-        drafter = ModelDrafter(draft, sampling or Sampling(), k, slot.vocabulary)
-        along, tails = follow(drafter, prompt, tokens, excerpt)
-    width = len(along[0].tokens)
+        drafter = ModelDrafter(draft, sampling or Sampling(), k, slot.vocabulary, constraint=constraint)
+        along, tails, forced = follow(drafter, prompt, tokens, excerpt)
+    width = max(len(proposals.tokens) for proposals in along)  # fewer where fewer may stand
     target_tokens = torch.tensor(list(tokens))
-    return RecordedText(id, task, len(prompt), target_tokens, _stack(along, width), _stack(tails, width), seen)
+    said, behind = _stack(along, width), _stack(tails, width)
+    kept = torch.tensor(forced) if constraint is not None and constraint.forces else None
+    return RecordedText(id, task, len(prompt), target_tokens, said, behind, seen, forced=kept)
 
 
 def follow(
     drafter: ModelDrafter, prompt: Sequence[int], tokens: Sequence[int], excerpt: Excerpt = ALL
-) -> tuple[list[Proposals], list[Proposals | None]]:
-    """Proposals at every token of a text, and TAIL of them behind each; None where the draft is right."""
+) -> tuple[list[Proposals], list[Proposals | None], list[bool]]:
+    """Proposals at every token of a text, and TAIL of them behind each, None where the draft is right; and whether the
+    drafter's constraint let nothing else stand there."""
     text = [*prompt, *tokens]
     drafter.begin(prompt)
     drafter.read(excerpt, len(text))
     along: list[Proposals] = []
     tails: list[list[Proposals | None]] = []
+    forced: list[bool] = []
+    constraint = drafter.constraint
     for start in range(0, len(tokens), WINDOW):
         position = len(prompt) - 1 + start
         window = text[position + 1 : position + 1 + min(WINDOW, len(tokens) - start)]
@@ -200,7 +230,10 @@ def follow(
         along += here
         tails += found
         drafter.commit(range(len(window)), {}, window)
-    return along, [proposals for tail in tails for proposals in tail]
+        if constraint is not None:
+            forced += [bool(constraint.forced(window[:place])) for place in range(len(window))]
+            constraint.accept(window)
+    return along, [proposals for tail in tails for proposals in tail], forced
 
 
 def propose(drafter: ModelDrafter, tree: Tree, nodes: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from specbranch.policies.costs import Costs
 from specbranch.policies.policy import Policy
 from specbranch.replay.costs import ReplayCosts
 from specbranch.replay.record import TAIL, Record, RecordedProposals, RecordedText
+from specbranch.replay.recorded_matcher import constrained
 from specbranch.replay.virtual_time import VirtualTime
 from specbranch.stages import Ready, ShouldContinue
 
@@ -160,7 +161,8 @@ class ReplayDrafter:
 
     def _proposals(self, start: int, path: list[int]) -> Proposals:
         tokens, confidence, entropy, margin = self._row(start, path)
-        count, depth = min(self.candidates, len(tokens)), len(path)
+        there, depth = sum(token >= 0 for token in tokens), len(path)  # fewer where a constraint allowed no more
+        count = min(self.candidates, there)
         log_odds = 0.0 if self.forecast is None else self.forecast.log_odds(depth)
         signals = Signals(confidence[0], entropy, margin, depth, log_odds)
         return Proposals(tuple(tokens[:count]), tuple(confidence[:count]), signals)
@@ -223,7 +225,7 @@ def replay(
     overlap: True, False, or None to let measured costs choose, as `overlap="auto"` does. The calibrator and the
     measured costs are carried from text to text, as in a running engine. retrieval: what followed the same tokens
     before, in the text, is drafted too; in its prompt as well where the record holds that. draft: False leaves the
-    draft model out.
+    draft model out. What the record says was forced is drafted without it.
     """
     measured = Costs(costs.serial_draft(1) / costs.serial_target(1))  # about what the models' sizes say
     calibrator = Calibrator()
@@ -235,7 +237,8 @@ def replay(
             drafter = ReplayDrafter(text, time, costs, policy.candidates, calibrator if policy.calibrated else None)
         retriever = RetrievalDrafter(calibrator) if retrieval else None
         verifier = ReplayVerifier(text, time, costs, predictor)
-        decoding = Decoding(verifier, drafter, policy, measured, time, overlap, retriever=retriever)
+        under = constrained(text)
+        decoding = Decoding(verifier, drafter, policy, measured, time, overlap, retriever=retriever, constraint=under)
         count = 0
         for committed in DecodingLoop(time).rounds(decoding, _prompt(text), len(text)):
             count += len(committed)

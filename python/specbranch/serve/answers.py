@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,11 @@ from specbranch.scheduler import Ticket
 from specbranch.serve.queue import Place, Queue
 from specbranch.serve.refusal import Refusal
 from specbranch.serve.requests import Asked
+from specbranch.serve.response_format import Form, refused
 from specbranch.serve.rounds import Rounds
 from specbranch.text.generation_config import ANSWER_TOKENS, new_tokens
+from specbranch.text.grammar import Constraint
+from specbranch.text.kinds import constraint_of
 from specbranch.text.prompt_ids import prompt_ids
 
 
@@ -44,7 +48,8 @@ Event = Piece | Generation | Exception  # the last two end an answer
 class Answers:
     """max_new_tokens: of a request that names no limit; None: as the checkpoint says, or else 1,024, where the context
     has room for so many. cache_tokens: rows for the texts that are decoded at once. options: of every generation, as
-    `SpecBranch.stream` takes them. done: is told of each answer that is over."""
+    `SpecBranch.stream` takes them. done: is told of each answer that is over. whitespace: JSON of a response_format may
+    have some."""
 
     def __init__(
         self,
@@ -54,10 +59,13 @@ class Answers:
         options: Mapping[str, Any] | None = None,
         done: Callable[[Answer], None] = lambda answer: None,
         cache_tokens: int | None = None,
+        whitespace: bool = False,
     ) -> None:
         self.engine, self.queue, self.options, self.done = engine, queue, dict(options or {}), done
         self.max_new_tokens = max_new_tokens
+        self.whitespace = whitespace
         self.encoder = ThreadPoolExecutor(1, "encode")  # one: not every tokenizer bears two threads
+        self.compiler = ThreadPoolExecutor(1, "compile")  # another: a large schema takes a second
         self.rounds = Rounds(engine.scheduler(queue.at_once, cache_tokens))
 
     def begin(self, asked: Asked, path: str, left: Callable[[], Coroutine[Any, Any, None]]) -> Answer:
@@ -66,7 +74,22 @@ class Answers:
         answer.watch(left)
         return answer
 
-    def request(self, asked: Asked) -> Request:
+    def warm(self) -> None:
+        """Read the tokenizer for constraints, which takes seconds and lets no other thread go on. Where it cannot be,
+        the requests that want it are told."""
+        with suppress(SpecBranchError):
+            self.engine.prepare(constraint_of("json_object", None))
+
+    def constraint(self, form: Form) -> Constraint:
+        """Compiled; equal ones are one. Raises Refusal."""
+        try:
+            constraint = constraint_of(*form, whitespace=self.whitespace)
+            self.engine.prepare(constraint)
+        except SpecBranchError as error:
+            raise refused(f"cannot be followed: {' '.join(str(error).split())}") from error
+        return constraint
+
+    def request(self, asked: Asked, constraint: Constraint | None = None) -> Request:
         """Raises SpecBranchError, and Refusal for what the context cannot hold."""
         engine, target = self.engine, self.engine.pair.target.model
         vocabulary = engine.pair.vocabulary
@@ -86,6 +109,8 @@ class Answers:
         options = {**self.options, **asked.options, **asked.adjustments.options(len(ids))}
         if asked.logprobs is not None:
             options["logprobs"] = asked.logprobs
+        if constraint is not None:
+            options["constraint"] = constraint
         return self.engine.request(ids, max_new_tokens=most, seed=asked.seed, **options)
 
 
@@ -123,8 +148,10 @@ class Answer:
 
     async def _run(self) -> None:
         try:
-            in_thread = self._loop.run_in_executor
-            request = await in_thread(self._answers.encoder, self._answers.request, self.asked)
+            in_thread, answers, constraint = self._loop.run_in_executor, self._answers, None
+            if self.asked.form is not None:
+                constraint = await in_thread(answers.compiler, answers.constraint, self.asked.form)
+            request = await in_thread(answers.encoder, answers.request, self.asked, constraint)
             self.prompt_tokens = len(request.ids)
             await self._place.turn()
             self._ticket = Ticket(request)

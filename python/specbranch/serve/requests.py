@@ -13,12 +13,14 @@ from specbranch.core.errors import SpecBranchError
 from specbranch.core.sampling import Sampling
 from specbranch.serve.adjustments import Adjustments
 from specbranch.serve.refusal import Refusal
+from specbranch.serve.response_format import Form, form
 from specbranch.text.stopping import stop_strings
 
 MOST_ALTERNATIVES = 20  # of a token, as OpenAI has it
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 ADJUSTING = ("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias")
-SHARED = {*SAMPLING, *ADJUSTING, "model", "max_tokens", "seed", "stop", "stream", "stream_options", "logprobs"}
+OTHERS = ("model", "max_tokens", "seed", "stop", "stream", "stream_options", "logprobs", "response_format")
+SHARED = {*SAMPLING, *ADJUSTING, *OTHERS}
 CHAT = SHARED | {"messages", "max_completion_tokens", "top_logprobs"}
 COMPLETION = SHARED | {"prompt"}
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # as templates know them
@@ -45,7 +47,6 @@ LACKING: dict[str, tuple[Any, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "reasoning_effort": (),
@@ -59,7 +60,8 @@ Body = Mapping[str, Any]
 @dataclass(frozen=True)
 class Asked:
     """prompt: text, token ids or chat messages. logprobs: how many alternatives to give of each token; None: no log
-    probabilities at all. options: as `SpecBranch.stream` takes them; what is not said is not there."""
+    probabilities at all. options: as `SpecBranch.stream` takes them; what is not said is not there. form: what the
+    answer has to follow."""
 
     model: str | None
     prompt: str | list[int] | list[dict[str, str]]
@@ -71,6 +73,7 @@ class Asked:
     seed: int
     options: dict[str, Any]
     adjustments: Adjustments
+    form: Form | None = None
 
 
 def chat(body: object) -> Asked:
@@ -134,6 +137,7 @@ def _asked(fields: Body, prompt: Any, logprobs: int | None, max_new_tokens: int 
         seed=secrets.randbits(53) if seed is None else seed,
         options=options,
         adjustments=_adjustments(fields),
+        form=form(fields.get("response_format")),
     )
 
 

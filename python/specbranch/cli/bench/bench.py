@@ -15,13 +15,16 @@ import torch
 
 from specbranch.cli.arguments import sampling_options
 from specbranch.cli.bench import llama_peer, memory, report, vllm_peer
+from specbranch.cli.bench.masked import Asked
 from specbranch.cli.bench.peers import Peers, PeerText
 from specbranch.cli.bench.process import ROOM, PeerProcess
+from specbranch.cli.constraint import constraint_for
 from specbranch.cli.drafting import drafting_options, method_of
 from specbranch.cli.machine import describe_measuring_machine
 from specbranch.cli.messages import complain, one_line
 from specbranch.cli.terminal import Progress
 from specbranch.core.errors import SpecBranchError
+from specbranch.core.generation import GenerationFailed
 from specbranch.policies.methods import METHODS, make_policy
 from specbranch.runtime.checkpoint import is_gguf
 from specbranch.runtime.loading import load_model
@@ -55,13 +58,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that generates: `generate(ids, max_new_tokens)`. together: where it can have several prompts at once,
+    """Something that generates: `generate(asked, max_new_tokens)`. together: where it can have several prompts at once,
     decodes them; what it returns then gives each text in turn, as `generate` would."""
 
     name: str
-    generate: Callable[[list[int], int], Output]
+    generate: Callable[[Asked, int], Output]
     comparable: bool  # its text can be compared with autoregressive's
-    together: Callable[[list[list[int]], int], Callable[[list[int], int], Output]] | None = None
+    together: Callable[[list[Asked], int], Callable[[Asked, int], Output]] | None = None
 
 
 class Contenders:
@@ -107,24 +110,27 @@ class Contenders:
         off = name != method or method in self._never
         return {"method": method, **self._options, **({"retrieval": False} if off else {})}
 
-    def _of_method(self, name: str, ids: list[int], new_tokens: int) -> Output:
-        generation = self._engine.generate(ids, max_new_tokens=new_tokens, **self._options_of(name))
+    def _of_method(self, name: str, asked: Asked, new_tokens: int) -> Output:
+        options = {**self._options_of(name), "max_new_tokens": new_tokens, "constraint": asked.constraint}
+        generation = self._engine.generate(asked.ids, **options)
         tokens, stats = generation.tokens, generation.stats.as_dict()
         return Output(tokens, len(tokens), stats["prefill_seconds"], stats)
 
-    def _together(self, name: str, prompts: list[list[int]], new_tokens: int) -> Callable[[list[int], int], Output]:
+    def _together(self, name: str, asked: list[Asked], new_tokens: int) -> Callable[[Asked, int], Output]:
         """Each text's share of the time is that of its tokens: the speed of each is that of all. Where it fails, each
         fails."""
+        constraints = [each.constraint for each in asked]
+        options = {**self._options_of(name), "max_new_tokens": new_tokens, "constraint": constraints}
         started = time.perf_counter()
         try:
-            generations = self._engine.generate(prompts, max_new_tokens=new_tokens, **self._options_of(name))
+            generations = self._engine.generate([each.ids for each in asked], **options)
         except Exception as error:
             return partial(_fail, error)
         seconds = time.perf_counter() - started
         each = seconds / sum(len(generation.tokens) for generation in generations)
         left = iter(generations)
 
-        def next_one(ids: list[int], new_tokens: int) -> Output:
+        def next_one(asked: Asked, new_tokens: int) -> Output:
             generation = next(left)
             tokens, stats = generation.tokens, generation.stats.as_dict()
             share = each * len(tokens)
@@ -132,13 +138,15 @@ class Contenders:
 
         return next_one
 
-    def _of_peer(self, write: Callable[..., PeerText], ids: list[int], new_tokens: int) -> Output:
-        text = write(ids, max_new_tokens=new_tokens, **self._options)
+    def _of_peer(self, write: Callable[..., PeerText], asked: Asked, new_tokens: int) -> Output:
+        under = asked.request(self._engine)
+        options = self._options if under is None else {**self._options, "under": under}
+        text = write(asked.ids, max_new_tokens=new_tokens, **options)
         decoded = len(text.tokens) - text.first_tokens
         return Output(text.tokens, decoded, text.first_seconds, seconds=text.seconds)
 
 
-def _fail(error: Exception, ids: list[int], new_tokens: int) -> Output:
+def _fail(error: Exception, asked: Asked, new_tokens: int) -> Output:
     raise error
 
 
@@ -213,9 +221,9 @@ class Bench:
             cores=vllm_peer.cores(threads),
             stop=stop if isinstance(stop, list) else [] if stop is None else [stop],
         )
-        if args.temperature > 0 and (ids := self._first_usable(prompts)):
+        if args.temperature > 0 and (usable := self._first_usable(prompts)):
             try:
-                vllm.check_sampling(ids)
+                vllm.check_sampling(usable.ids)
             except BaseException:
                 vllm.close()
                 raise
@@ -233,25 +241,37 @@ class Bench:
         process that cannot do even that is reported and ended, and the others go on. A resumed run then knows what its
         engine had learned."""
         self.lap, self.contenders = lap, self._known.named(names, processes)
-        ids = self._first_usable(prompts)
-        for contender in list(self.contenders) if ids else ():
+        usable = self._first_usable(prompts)
+        for contender in list(self.contenders):
+            if usable is None:
+                break
             progress.next(f"warm-up: {contender.name}")
             try:
-                contender.generate(ids, min(WARM_UP_TOKENS, self.args.max_new_tokens))
+                contender.generate(usable, min(WARM_UP_TOKENS, self.args.max_new_tokens))
             except ChildProcessError as error:
                 complain(f"error: {contender.name}: {one_line(error)}")
                 processes[contender.name].close()
                 self.contenders.remove(contender)
+            except (SpecBranchError, GenerationFailed):  # under a constraint; which is told when it is measured
+                pass
             progress.done()
         if self._learned is not None:
             self.engine.decoder.calibrator.restore(self._learned)
         self._learned = self.engine.decoder.calibrator.state()
 
-    def _first_usable(self, prompts: Sequence[Prompt]) -> list[int]:
+    def _first_usable(self, prompts: Sequence[Prompt]) -> Asked | None:
         for prompt in prompts:
             with suppress(SpecBranchError):
-                return encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
-        return []
+                return self._asked(prompt)
+        return None
+
+    def _asked(self, prompt: Prompt) -> Asked:
+        """Raises SpecBranchError for a prompt, or a constraint, that cannot be used."""
+        ids = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
+        constraint = constraint_for(self.args, prompt)
+        if constraint is not None:
+            self.engine.prepare(constraint)
+        return Asked(ids, constraint)
 
     def measure(self, prompts: Sequence[Prompt], first: int, progress: Progress) -> None:
         """Every contender on some prompts, the first of which has this number, in an order that rotates with it, so
@@ -260,10 +280,10 @@ class Bench:
         earlier = [r for r in self.records if r["prompt"] in numbers and report.lap(r) == self.lap]
         done = {record["name"] for record in earlier}
         left = [contender for contender in self.contenders if contender.name not in done]
-        asked: dict[int, list[int]] = {}
+        asked: dict[int, Asked] = {}
         for number, prompt in zip(numbers, prompts, strict=True):
             try:
-                asked[number] = encode(self.engine.tokenizer, prompt.text, chat=prompt.chat)
+                asked[number] = self._asked(prompt)
             except SpecBranchError as error:
                 if self.lap == 0 and left:
                     complain(f"error: {prompt.id}: {one_line(error)}")
@@ -280,8 +300,8 @@ class Bench:
                     records += self._measure_together(contender, prompts, first, asked, progress)
                     self._learned = self.engine.decoder.calibrator.state()  # of whole measurements
         finally:  # also when interrupted
-            for number, ids in asked.items():
-                self._compare([r for r in (*earlier, *records) if r["prompt"] == number], ids)
+            for number, one in asked.items():
+                self._compare([r for r in (*earlier, *records) if r["prompt"] == number], one)
             self.records += records
 
     def _measure_together(
@@ -289,24 +309,25 @@ class Bench:
         contender: Contender,
         prompts: Sequence[Prompt],
         first: int,
-        asked: Mapping[int, list[int]],
+        asked: Mapping[int, Asked],
         progress: Progress,
     ) -> list[report.Record]:
         """Records of the prompts that can be used, by number: all of them, or none."""
         records = []
         if len(asked) > 1 and contender.together is not None:
             contender = replace(contender, generate=contender.together([*asked.values()], self.args.max_new_tokens))
-        for number, ids in asked.items():
-            records.append(self._measure_one(contender, prompts[number - first], ids) | {"prompt": number})
+        for number, one in asked.items():
+            records.append(self._measure_one(contender, prompts[number - first], one) | {"prompt": number})
             progress.done()
         return records
 
-    def _measure_one(self, contender: Contender, prompt: Prompt, ids: list[int]) -> report.Record:
+    def _measure_one(self, contender: Contender, prompt: Prompt, asked: Asked) -> report.Record:
+        ids = asked.ids
         record = _record(contender, prompt, self.lap) | {"prompt_tokens": len(ids)}
         resets = memory.reset_peak()
         started = time.perf_counter()
         try:
-            output = contender.generate(ids, self.args.max_new_tokens)
+            output = contender.generate(asked, self.args.max_new_tokens)
         except Exception as error:
             complain(f"error: {contender.name} on {prompt.id}: {one_line(error)}")
             return record | {"error": one_line(error)}
@@ -328,7 +349,7 @@ class Bench:
             "memory_over_bytes": over if resets and not elsewhere else None,
         }
 
-    def _compare(self, records: list[report.Record], ids: list[int]) -> None:
+    def _compare(self, records: list[report.Record], asked: Asked) -> None:
         reference = next((r for r in records if r["name"] == report.REFERENCE and r["error"] is None), None)
         if reference is None:
             return
@@ -344,7 +365,7 @@ class Bench:
                     "position": position,
                     "token": _at(record["tokens"], position),
                     "reference_token": _at(reference["tokens"], position),
-                    "logit_gap": top_two_gap(self.engine, ids + shared, self.args),
+                    "logit_gap": top_two_gap(self.engine, asked, shared, self.args),
                 }
 
     def report(self, interrupted: bool) -> dict[str, Any]:
@@ -386,6 +407,7 @@ def _record(contender: Contender, prompt: Prompt, lap: int) -> report.Record:
         "task": prompt.task,
         "id": prompt.id,
         "lap": lap,
+        "constraint": None if prompt.constraint is None else prompt.constraint[0],
         "prompt_tokens": None,
         "same_tokens": None,
         "first_difference": None,
@@ -395,18 +417,20 @@ def _record(contender: Contender, prompt: Prompt, lap: int) -> report.Record:
 
 
 @torch.inference_mode()
-def top_two_gap(engine: SpecBranch, ids: list[int], args: argparse.Namespace) -> float | None:
-    """By how much the target's best next token after `ids` beats its second best.
+def top_two_gap(engine: SpecBranch, asked: Asked, answer: list[int], args: argparse.Namespace) -> float | None:
+    """By how much the target's best next token after so much of an answer beats its second best.
 
     A fresh forward of the target with transformers' own attention: logits at temperature 0, perturbed scores
-    above it. None where the filters leave one token.
+    above it. None where the filters, or the constraint, leave one token.
     """
     from specbranch_ext import draft_sample
 
-    input_ids = torch.tensor([ids], device=engine.target.device)
+    input_ids = torch.tensor([[*asked.ids, *answer]], device=engine.target.device)
     logits = engine.target(input_ids=input_ids, use_cache=False, logits_to_keep=1).logits[0]
-    position = torch.tensor([len(ids)], device=logits.device)
+    position = torch.tensor([input_ids.shape[1]], device=logits.device)
     options = {name: getattr(args, name) for name in ("seed", "temperature", "top_k", "top_p", "min_p")}
+    allowed = asked.allowed(engine, answer)
+    options["allowed"] = None if allowed is None else allowed.to(logits.device)
     scores = draft_sample(logits, position, 2, **options).scores[0]
     gap = float(scores[0] - scores[1])
     return gap if torch.isfinite(scores).all() else None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from specbranch.cli import files
 from specbranch.cli.arguments import add_models, add_prompts, add_sampling, flag, names, whole
 from specbranch.cli.bench import llama_peer, plot, report, resume, vllm_peer
+from specbranch.cli.constraint import add_constraint, constrained, constraint_given, free, prepare
 from specbranch.cli.drafting import (
     DEFAULT_METHOD,
     NO_RETRIEVAL,
@@ -16,6 +17,7 @@ from specbranch.cli.drafting import (
     add_drafting,
     add_hrad,
     check_used,
+    drafts_freely,
     method_of,
 )
 from specbranch.cli.loading import load_engine
@@ -41,7 +43,7 @@ PROCESSES = {"vllm": vllm_peer.NAMES, "llama.cpp": llama_peer.NAMES}  # one name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_models(parser, draft_required=True)
+    add_models(parser, draft_required=False)
     add_prompts(parser)
     parser.add_argument(
         "--methods",
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"what llama.cpp runs as the {role} (default: --{role}, if that is such a file)",
         )
     add_sampling(parser)
+    add_constraint(parser)
     parser.add_argument(
         "--max-requests",
         type=whole(1),
@@ -92,10 +95,13 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.fresh and args.json is None:
         raise ValueError("--fresh needs --json: without a file nothing is kept")
-    check_used(args, list(dict.fromkeys(map(method_of, methods(args)))))
+    running = list(dict.fromkeys(map(method_of, methods(args))))
+    check_used(args, running)
     _check_processes(args)
     _check_peers(args)
-    prompts = read_all(args.prompts, args.limit)
+    given = constraint_given(args)
+    prompts = constrained(args, given, read_all(args.prompts, args.limit), running)
+    _check_constrained(args, prompts, running)
     if args.plot is not None:
         plot.check(args.plot)
     request = resume.request(args, prompts)
@@ -117,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
     resident_before_loading = resident_with_libraries()
     engine = load_engine(args)
+    prepare(engine, args, given)
     engine.target.generation_config = bare(engine.target)  # peers differ in what they make of the rest
     engine.max_requests = args.max_requests
     bench = Bench(engine, args, request, resident_before_loading, before)
@@ -198,7 +205,7 @@ def laps(args: argparse.Namespace) -> list[list[str]]:
 
 def _check_peers(args: argparse.Namespace) -> None:
     """Without a draft model there are no peers that need one; such as were named are refused. Raises ValueError."""
-    if args.draft != RETRIEVAL:
+    if args.draft not in (None, RETRIEVAL):
         return
     drafting = {
         "assisted",
@@ -207,7 +214,22 @@ def _check_peers(args: argparse.Namespace) -> None:
     if args.peers is PEERS:
         args.peers = tuple(peer for peer in PEERS if peer not in drafting)
     elif unable := [peer for peer in args.peers if peer in drafting]:
-        raise ValueError(f"--peers {','.join(unable)} needs a draft model; --draft {RETRIEVAL} has none")
+        found = "there is none" if args.draft is None else f"--draft {RETRIEVAL} has none"
+        raise ValueError(f"--peers {','.join(unable)} needs a draft model; {found}")
+
+
+def _check_constrained(args: argparse.Namespace, prompts: list[Prompt], running: list[str]) -> None:
+    """Refuse peers that cannot follow a constraint, and methods without the draft that they need. Raises ValueError."""
+    kinds = dict.fromkeys(flag(prompt.constraint[0]) for prompt in prompts if prompt.constraint is not None)
+    unable = [peer for peer in args.peers if peer not in PEERS]
+    if kinds and unable:
+        named = ", ".join(kinds)
+        raise ValueError(f"--peers {','.join(unable)} cannot follow {named}; expected some of {', '.join(PEERS)}")
+    if args.draft is None and args.retrieval != "on":
+        forced = free(args, prompts)
+        needy = [name for name in running if name != report.REFERENCE and not (forced and drafts_freely(args, name))]
+        if needy:
+            raise ValueError(f"--methods {','.join(needy)} needs --draft")
 
 
 def _check_processes(args: argparse.Namespace) -> None:
@@ -216,7 +238,7 @@ def _check_processes(args: argparse.Namespace) -> None:
             for name in ("device", "draft_device", "device_map"):
                 if getattr(args, name) not in (None, "cpu"):
                     raise ValueError(f"--peers {word} runs on the CPU, not with {flag(name)} {getattr(args, name)}")
-            for model in (args.target, args.draft):
+            for model in filter(None, (args.target, args.draft)):
                 if word == "vllm" and model.lower().endswith(".gguf"):
                     raise ValueError(f"--peers vllm needs checkpoints, not the GGUF file {model}")
         elif word == "llama.cpp":

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from specbranch.cli.bench.masked import Masked
+from specbranch.request import Request
 from specbranch.text.generation_config import bare
 
 if TYPE_CHECKING:
@@ -77,13 +79,18 @@ class Peers:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
+        under: Request | None = None,
     ) -> PeerText:
         """What `peer` writes: greedy, static (the same with a static cache, which is compiled on a GPU), assisted or
-        prompt-lookup.
+        prompt-lookup. under: a request of this text that has a constraint.
 
         At a temperature above 0 the peers sample with the same filters, from torch's own generator.
         """
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+        if under is not None:
+            vocabulary = int(self._target.config.get_text_config().vocab_size)
+            options["logits_processor"] = LogitsProcessorList([Masked(under, vocabulary)])
+            options["eos_token_id"] = sorted(under.eos)
         if temperature > 0:
             options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p or None}
         if peer == "assisted":

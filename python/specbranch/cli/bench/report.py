@@ -9,6 +9,7 @@ from typing import Any
 from specbranch.cli.bench.intervals import ratio_interval
 from specbranch.cli.tables import FoldedTable, figures, key
 from specbranch.core.stats import CAUSES
+from specbranch.text.prompts import CONSTRAINTS
 
 REFERENCE = "autoregressive"  # its tokens are what every other text is compared with
 BASELINE = "greedy"  # its speed is what every other speed is divided by
@@ -36,7 +37,8 @@ def summarize(records: Iterable[Record]) -> list[dict[str, Any]]:
     Medians are over prompts. `ratio_to_greedy` divides the medians of the prompts that both finished, and
     `median_prompt_ratio` is the median of their ratios; both None without the greedy peer. An _interval holds the
     95 % confidence interval of a ratio, over prompts; None for a single prompt, and for a contender against itself.
-    `same_tokens` is None where texts cannot be compared (a peer that samples). The decode_ figures leave the prefill
+    `same_tokens` is None where texts cannot be compared (a peer that samples). `constraint`: the kinds that texts were
+    under. The decode_ figures leave the prefill
     out. `wasted_per_token` and its parts are totals: all wasted tokens over all new tokens. Ratios are to what ran in
     the same lap; the row of what ran in several is that of the first.
     """
@@ -68,6 +70,7 @@ def _row(task: str, own: list[Record], greedy: list[Record], autoregressive: lis
     row = {
         "name": own[0]["name"],
         "task": task,
+        "constraint": ", ".join(sorted({r["constraint"] for r in own if r.get("constraint")})) or None,
         "prompts": len(own),
         "new_tokens": sum(r["new_tokens"] for r in own),
         "tokens_per_second": median(r["tokens_per_second"] for r in own),
@@ -131,7 +134,8 @@ def title(settings: dict[str, Any]) -> str:
     dtype = f"{settings['dtype']} ({', '.join(packed)})" if packed else settings["dtype"]
     at_once = settings.get("max_requests", 1)
     together = f", {at_once} prompts at once" if at_once > 1 else ""
-    return f"{dtype}, threads: {settings['threads']}, new tokens: {new_tokens}, {sampling}{together}"
+    under = "".join(f", {kind}" for kind in CONSTRAINTS if settings.get(kind) is not None)
+    return f"{dtype}, threads: {settings['threads']}, new tokens: {new_tokens}, {sampling}{together}{under}"
 
 
 def tables(rows: Sequence[dict[str, Any]], title: str) -> list[FoldedTable]:

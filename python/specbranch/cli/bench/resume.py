@@ -102,7 +102,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if old == new:
                 continue
             if part == "prompts":
-                lines.append("the prompts have other texts")
+                lines.append("the prompts have other texts or constraints")
             else:
                 shown = f"--{name.replace('_', '-')}" if part == "options" else name
                 lines.append(f"{shown} was {_shown(old)}, is {_shown(new)}")
