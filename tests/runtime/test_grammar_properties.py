@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from specbranch.text.grammar import Constraint
 
 TOKENS = pytest.mark.parametrize("of", [bundled(), padded()], ids=["bundled", "padded"])
-quick = settings(deadline=None, max_examples=40)
+quick = settings(deadline=None, max_examples=60)
 GRAMMARS = [
     Constraint.json_object(),
     Constraint.json_object(whitespace=True),
