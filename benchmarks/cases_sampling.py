@@ -38,9 +38,11 @@ def peaked_logits(rows: int, vocabulary: int, device: str) -> Tensor:
     return logits.scatter(1, likely, 12 + 3 * torch.randn(rows, 40, device=device))
 
 
-def allowed_tokens(rows: int, vocabulary: int, share: float, device: str) -> tuple[Tensor, Tensor]:
-    """A mask that allows this share of the tokens of each row, and one at least: bool [n, V], and its bits."""
-    tokens = torch.rand(rows, vocabulary, device=device) < share
+def allowed_tokens(rows: int, vocabulary: int, mask: str, device: str) -> tuple[Tensor, Tensor | None]:
+    """Which tokens of each row a mask allows, at least one: bool [n, V], and its bits; all and None without a mask."""
+    tokens = torch.rand(rows, vocabulary, device=device) < MASKS.get(mask, 2.0)
+    if not mask:
+        return tokens, None
     tokens |= torch.arange(vocabulary, device=device) == torch.randint(vocabulary, (rows, 1), device=device)
     bits = torch.nn.functional.pad(tokens, (0, -vocabulary % 32)).view(rows, -1, 32).long()
     words = (bits << torch.arange(32, device=device)).sum(dim=2)
@@ -50,7 +52,6 @@ def allowed_tokens(rows: int, vocabulary: int, share: float, device: str) -> tup
 MASKS = {"dense mask": 0.95, "sparse mask": 10 / QWEN}
 """What a grammar allows within a string, and where it allows a few tokens only."""
 WAITS = "it waits for tokens from the device"
-FILL_FIRST, WITHOUT = "masked_fill, then the op", "the op without allowed"
 LOGITS = {"peaked": peaked_logits, "flat": flat_logits}
 
 
@@ -136,9 +137,16 @@ def torch_draft_sample(logits: Tensor, k: int, **options: Any) -> tuple[Tensor, 
     return tokens, probability.gather(1, tokens), torch.special.entr(probability).sum(dim=1)
 
 
-def describe(rows: int, vocabulary: int, what: str, dtype: torch.dtype, options: dict[str, Any]) -> str:
+def masked(logits: Tensor, tokens: Tensor, mask: str) -> Tensor:
+    """What has to come first without `allowed`."""
+    return logits.masked_fill(~tokens, -torch.inf) if mask else logits
+
+
+def describe(rows: int, vocabulary: int, what: str, dtype: torch.dtype, options: dict[str, Any], mask: str = "") -> str:
     filters = ", ".join(f"{name} {value:g}" for name, value in options.items()) or "greedy"
-    return f"{rows} rows of {vocabulary}, {what}, {str(dtype).removeprefix('torch.')}, {filters}"
+    return f"{rows} rows of {vocabulary}, {what}, {str(dtype).removeprefix('torch.')}, {filters}" + f", {mask}" * bool(
+        mask
+    )
 
 
 def verify_cases(device: str) -> Iterator[Case]:
@@ -158,30 +166,7 @@ def verify_cases(device: str) -> Iterator[Case]:
     for mask in MASKS:
         for dtype in (torch.float32, torch.bfloat16):
             for options in OPTIONS[:3]:
-                yield verify_allowed_case(device, 9, dtype, mask, options)
-
-
-def verify_allowed_case(device: str, rows: int, dtype: torch.dtype, mask: str, options: dict[str, Any]) -> Case:
-    def build() -> Built:
-        logits = peaked_logits(rows, QWEN, device).to(dtype)
-        tokens, allowed = allowed_tokens(rows, QWEN, MASKS[mask], device)
-        positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
-        tree = (torch.zeros_like(positions), torch.arange(rows, device=device) - 1, positions)
-
-        def ours() -> Verification:
-            return verify(logits, *tree, seed=seed, allowed=allowed, **options)
-
-        def fill_first() -> Verification:
-            return verify(logits.masked_fill(~tokens, -torch.inf), *tree, seed=seed, **options)
-
-        def check() -> None:
-            assert torch.equal(ours().target_tokens, fill_first().target_tokens), "other tokens than masked logits give"
-
-        peers = {FILL_FIRST: Peer(fill_first), WITHOUT: Peer(lambda: verify(logits, *tree, seed=seed, **options))}
-        return Built(ours, peers, check)
-
-    description = f"{describe(rows, QWEN, 'peaked', dtype, options)}, {mask}"
-    return Case("verify", description, build, rows * QWEN * dtype.itemsize)
+                yield verify_case(device, 9, QWEN, "peaked", dtype, options, quick=False, mask=mask)
 
 
 def filters_in_memory(device: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -199,10 +184,12 @@ def verify_case(
     options: dict[str, Any],
     quick: bool,
     in_memory: bool = False,
+    mask: str = "",
 ) -> Case:
     def build() -> Built:
-        given = filters_in_memory(device, options) if in_memory else options
         logits = LOGITS[what](rows, vocabulary, device).to(dtype)
+        may_be, allowed = allowed_tokens(rows, vocabulary, mask, device)
+        given = {**(filters_in_memory(device, options) if in_memory else options), "allowed": allowed}
         token_list, parent_list = [0] * rows, list(range(-1, rows - 1))
         tokens, parents = torch.tensor(token_list, device=device), torch.tensor(parent_list, device=device)
         positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
@@ -211,20 +198,23 @@ def verify_case(
             return verify(logits, tokens, parents, positions, seed=seed, **given)
 
         def check() -> None:
-            on_cpu = (tensor.cpu() for tensor in (logits, tokens, parents, positions))
+            on_cpu = (tensor.cpu() for tensor in (masked(logits, may_be, mask), tokens, parents, positions))
             expected = reference.verify(*on_cpu, seed=7, **options)
             assert torch.equal(ours().target_tokens.cpu(), expected.target_tokens), "other tokens than the reference's"
 
         peers = {
             "softmax, sort, cumsum, noise": Peer(
-                lambda: torch_verify(logits, token_list, parent_list, **options), never_captured=WAITS
+                lambda: torch_verify(masked(logits, may_be, mask), token_list, parent_list, **options),
+                never_captured=WAITS,
             )
         }
         if device != "cpu":
-            peers["the same without the walk"] = Peer(lambda: torch_target_tokens(logits, **options))
+            peers["the same without the walk"] = Peer(
+                lambda: torch_target_tokens(masked(logits, may_be, mask), **options)
+            )
         return Built(ours, peers, check)
 
-    description = describe(rows, vocabulary, what, dtype, options) + (", in memory" if in_memory else "")
+    description = describe(rows, vocabulary, what, dtype, options, mask) + (", in memory" if in_memory else "")
     return Case("verify", description, build, rows * vocabulary * dtype.itemsize, quick=quick)
 
 
@@ -278,39 +268,18 @@ def verify_rejection_cases(device: str) -> Iterator[Case]:
                             yield verify_rejection_case(device, rows, vocabulary, what, dtype, options, block)
     for mask in MASKS:
         for block in (False, True):
-            yield rejection_allowed_case(device, 9, mask, OPTIONS[2], block)
-
-
-def rejection_allowed_case(device: str, rows: int, mask: str, options: dict[str, Any], block: bool) -> Case:
-    def build() -> Built:
-        target = peaked_logits(rows, QWEN, device)
-        draft = target[:-1] + 0.3 * torch.randn(rows - 1, QWEN, device=device)
-        tokens, allowed = allowed_tokens(rows, QWEN, MASKS[mask], device)
-        likely = torch_probabilities(draft.masked_fill(~tokens[:-1], -torch.inf), **options)
-        drafted = torch.nn.functional.pad(torch.multinomial(likely, 1).squeeze(1), (1, 0))
-        positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
-        given = {"block": block, "seed": seed, **options}
-
-        def ours() -> RejectionVerification:
-            return verify_rejection(target, draft, drafted, positions, allowed=allowed, **given)
-
-        def fill_first() -> RejectionVerification:
-            filled = (target.masked_fill(~tokens, -torch.inf), draft.masked_fill(~tokens[:-1], -torch.inf))
-            return verify_rejection(*filled, drafted, positions, **given)
-
-        def check() -> None:
-            assert tuple(map(int, ours())) == tuple(map(int, fill_first())), "not what masked logits give"
-
-        without = Peer(lambda: verify_rejection(target, draft, drafted, positions, **given))
-        return Built(ours, {FILL_FIRST: Peer(fill_first), WITHOUT: without}, check)
-
-    mode = "block" if block else "token-wise"
-    description = f"{describe(rows, QWEN, 'peaked', torch.float32, options)}, {mode}, {mask}"
-    return Case("verify_rejection", description, build, (2 * rows - 1) * QWEN * 4)
+            yield verify_rejection_case(device, 9, QWEN, "peaked", torch.float32, OPTIONS[2], block, mask)
 
 
 def verify_rejection_case(
-    device: str, rows: int, vocabulary: int, what: str, dtype: torch.dtype, options: dict[str, Any], block: bool
+    device: str,
+    rows: int,
+    vocabulary: int,
+    what: str,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    block: bool,
+    mask: str = "",
 ) -> Case:
     """A draft whose logits are not far from the target's, so that some of its tokens are accepted."""
 
@@ -318,24 +287,30 @@ def verify_rejection_case(
         target = LOGITS[what](rows, vocabulary, device)
         draft = (target[:-1] + 0.3 * torch.randn(rows - 1, vocabulary, device=device)).to(dtype)
         target = target.to(dtype)
-        drafted = torch.multinomial(torch_probabilities(draft.float(), **options), 1).squeeze(1)
+        may_be, allowed = allowed_tokens(rows, vocabulary, mask, device)
+
+        def masked_logits() -> tuple[Tensor, Tensor]:
+            return masked(target, may_be, mask), masked(draft, may_be[:-1], mask)
+
+        drafted = torch.multinomial(torch_probabilities(masked_logits()[1].float(), **options), 1).squeeze(1)
         tokens = torch.nn.functional.pad(drafted, (1, 0))
         positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
 
         def ours() -> RejectionVerification:
-            return verify_rejection(target, draft, tokens, positions, block=block, seed=seed, **options)
+            given = {"block": block, "seed": seed, "allowed": allowed, **options}
+            return verify_rejection(target, draft, tokens, positions, **given)
 
         def check() -> None:
-            on_cpu = (tensor.cpu() for tensor in (target, draft, tokens, positions))
+            on_cpu = (tensor.cpu() for tensor in (*masked_logits(), tokens, positions))
             found, expected = ours(), reference.verify_rejection(*on_cpu, block=block, seed=7, **options)
             assert tuple(map(int, found)) == tuple(map(int, expected)), f"{found}, where the reference has {expected}"
 
         name = "softmax, sort, residual, noise"
-        peers = {name: Peer(lambda: torch_verify_rejection(target, draft, tokens, block, **options))}
+        peers = {name: Peer(lambda: torch_verify_rejection(*masked_logits(), tokens, block, **options))}
         return Built(ours, peers, check)
 
     mode = "block" if block else "token-wise"
-    description = f"{describe(rows, vocabulary, what, dtype, options)}, {mode}"
+    description = f"{describe(rows, vocabulary, what, dtype, options, mask)}, {mode}"
     return Case("verify_rejection", description, build, (2 * rows - 1) * vocabulary * dtype.itemsize)
 
 
@@ -348,51 +323,28 @@ def draft_sample_cases(device: str) -> Iterator[Case]:
     for mask in MASKS:
         for rows in (1, 8):
             for options in OPTIONS[:3]:
-                yield draft_allowed_case(device, rows, mask, options)
+                yield draft_sample_case(device, rows, "peaked", options, quick=False, mask=mask)
 
 
-def draft_allowed_case(device: str, rows: int, mask: str, options: dict[str, Any]) -> Case:
-    k = 4
-
-    def build() -> Built:
-        logits, positions = peaked_logits(rows, QWEN, device), torch.arange(rows, device=device) + 100
-        tokens, allowed = allowed_tokens(rows, QWEN, MASKS[mask], device)
-        seed = torch.tensor(7, device=device)
-
-        def ours() -> DraftSample:
-            return draft_sample(logits, positions, k, seed=seed, allowed=allowed, **options)
-
-        def fill_first() -> DraftSample:
-            return draft_sample(logits.masked_fill(~tokens, -torch.inf), positions, k, seed=seed, **options)
-
-        def check() -> None:
-            assert torch.equal(ours().tokens, fill_first().tokens), "other tokens than masked logits give"
-
-        without = Peer(lambda: draft_sample(logits, positions, k, seed=seed, **options))
-        return Built(ours, {FILL_FIRST: Peer(fill_first), WITHOUT: without}, check)
-
-    description = f"{describe(rows, QWEN, 'peaked', torch.float32, options)}, k {k}, {mask}"
-    return Case("draft_sample", description, build, rows * QWEN * 4)
-
-
-def draft_sample_case(device: str, rows: int, what: str, options: dict[str, Any], quick: bool) -> Case:
+def draft_sample_case(device: str, rows: int, what: str, options: dict[str, Any], quick: bool, mask: str = "") -> Case:
     k = 4
 
     def build() -> Built:
         logits = LOGITS[what](rows, QWEN, device)
+        may_be, allowed = allowed_tokens(rows, QWEN, mask, device)
         positions, seed = torch.arange(rows, device=device) + 100, torch.tensor(7, device=device)
 
         def ours() -> DraftSample:
-            return draft_sample(logits, positions, k, seed=seed, **options)
+            return draft_sample(logits, positions, k, seed=seed, allowed=allowed, **options)
 
         def check() -> None:
-            expected = reference.draft_sample(logits.cpu(), positions.cpu(), k, seed=7, **options)
+            expected = reference.draft_sample(masked(logits, may_be, mask).cpu(), positions.cpu(), k, seed=7, **options)
             assert torch.equal(ours().tokens.cpu(), expected.tokens), "other tokens than the reference's"
 
-        peer = Peer(lambda: torch_draft_sample(logits, k, **options))
+        peer = Peer(lambda: torch_draft_sample(masked(logits, may_be, mask), k, **options))
         return Built(ours, {"softmax, sort, topk, entropy": peer}, check)
 
-    description = f"{describe(rows, QWEN, what, torch.float32, options)}, k {k}"
+    description = f"{describe(rows, QWEN, what, torch.float32, options, mask)}, k {k}"
     return Case("draft_sample", description, build, rows * QWEN * 4, quick=quick)
 
 

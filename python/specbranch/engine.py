@@ -587,9 +587,9 @@ class SpecBranch:
 
     def _ends(self, eos: frozenset[int]) -> frozenset[int]:
         """The tokens that end a text under a constraint, which needs some: the tokenizer's where nobody says others."""
-        if self.tokenizer is None:
-            raise SpecBranchError("constraint needs the tokenizer: pass tokenizer= to SpecBranch")
-        return eos or ids_of(self.tokenizer.eos_token_id, "tokenizer: eos_token_id")
+        if eos or self.tokenizer is None:
+            return eos
+        return ids_of(self.tokenizer.eos_token_id, "tokenizer: eos_token_id")
 
 
 def _same(request: Request) -> Request:

@@ -154,7 +154,7 @@ def test_several_texts_with_filters_and_seeds_of_their_own(options):
     filters[1::2] = in_memory(options)
     seeds, roots = torch.arange(n) * 3, torch.tensor([0, 3, -1])
     tree = (expected.argmax(dim=1).roll(1), torch.tensor([-1, 0, 1, -1, 3, 4, 4]), torch.arange(n) + 50)
-    given = {"seed": seeds, "filters": filters}
+    given: dict[str, Any] = {"seed": seeds, "filters": filters}
     assert_equal(
         verify(logits, *tree, **given, roots=roots, allowed=allowed), verify(expected, *tree, **given, roots=roots)
     )
@@ -202,9 +202,7 @@ def test_the_law_is_the_masked_softmax(vocabulary, options, implementation):
         deviation = (law * (1 - law) * draws).sqrt()
         assert ((counts - law * draws).abs() <= 5 * deviation).all(), (mask, counts, law)
         sample = draft_sample(logits[:1], positions[:1], vocabulary, allowed=allowed[:1], seed=11, **options)
-        found_law = torch.zeros(vocabulary).scatter(
-            0, sample.tokens[0].clamp(min=0), sample.confidence[0], reduce="add"
-        )
+        found_law = torch.zeros(vocabulary).scatter_add(0, sample.tokens[0].clamp(min=0), sample.confidence[0])
         torch.testing.assert_close(found_law, law.float(), rtol=1e-5, atol=1e-6)
 
 
@@ -256,7 +254,7 @@ def test_nan_of_an_allowed_token_raises():
 def test_a_row_without_tokens_is_marked_among_several_texts(vocabulary, how, options):
     logits, allowed = without_tokens(vocabulary, 2, how)
     tree = (torch.zeros(4, dtype=torch.int64), torch.tensor([-1, 0, -1, 2]), torch.arange(4))
-    given = {"filters": in_memory(options).expand(4, 4).contiguous(), "allowed": allowed}
+    given: dict[str, Any] = {"filters": in_memory(options).expand(4, 4).contiguous(), "allowed": allowed}
     result = verify(logits, *tree, roots=torch.tensor([0, 2]), **given)
     alone = verify(logits[:2], *(part[:2] for part in tree), allowed=allowed[:2], **options)
     assert result.target_tokens[:2].tolist() == alone.target_tokens.tolist()
@@ -336,8 +334,9 @@ def test_bad_allowed(name, allowed, says):
 @on_cpu
 def test_allowed_is_a_tensor_on_the_device_of_the_logits():
     logits, positions = rows_of(3, 100), torch.arange(3)
+    words: Any = [[1, 2]]
     with pytest.raises(TypeError, match=r"^allowed: expected a tensor or None, got list"):
-        draft_sample(logits, positions, 2, allowed=[[1, 2]])
+        draft_sample(logits, positions, 2, allowed=words)
     elsewhere = torch.empty(3, 4, dtype=torch.int32, device="meta")
     with pytest.raises(ValueError, match=r"^allowed: expected a tensor on cpu, as draft_logits is, got one on meta"):
         draft_sample(logits, positions, 2, allowed=elsewhere)

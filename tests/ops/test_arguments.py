@@ -91,7 +91,7 @@ def test_all_on_meta_gives_shapes(call: Call) -> None:
 def test_what_is_no_tensor(call: Call) -> None:
     for name, value in call.make().items():
         if isinstance(value, Tensor):
-            optional = " or None" if name in ("bias", "query_norm", "key_norm", "residual", "up") else ""
+            optional = " or None" if name in ("bias", "query_norm", "key_norm", "residual", "up", "allowed") else ""
             for came, text in [
                 ([1, 2], "list"),
                 (3, r"3 \(int\)"),

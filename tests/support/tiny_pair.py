@@ -23,7 +23,9 @@ def tiny_pair(family: str = "llama", noise: float = 0.003, dtype: torch.dtype = 
             weight.add_(noise * torch.randn(weight.shape, generator=generator))
     pair = SpecBranch(target.to(dtype), draft.to(dtype), draft_context="all")  # type: ignore[arg-type]
     for method in METHODS:
-        for name in (method, f"{method} with retrieval"):
+        for name in (
+            f"{method}{free}{under}" for free in ("", " with retrieval") for under in ("", " under a constraint")
+        ):
             pair.decoder._costs[name] = CostsByTexts(Costs())  # which take it for a small one: as it is, it would rest
     return pair
 

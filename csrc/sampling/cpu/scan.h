@@ -69,14 +69,13 @@ void segment_statistics(const Row& row, int64_t begin, int64_t end, const Keep& 
   while (t + simd_width <= end) {
     FloatVec sum{};  // float32 for a few dozen terms only
     const int64_t stop = t + 64 * simd_width < end ? t + 64 * simd_width : end;
-    for (; t + simd_width <= stop; t += simd_width) {
-      if (row.allows_none(t, simd_width)) continue;
-      const FloatVec z = row.vector(t) * keep.inverse_temperature, d = z - keep.z_max;
+    t = each_vector(row, t, stop, [&](int64_t at, int i) {
+      const FloatVec z = row.vector(at, i) * keep.inverse_temperature, d = z - keep.z_max;
       const FloatVec w = exp_nonpositive(d);
       const IntVec kept = (IntVec)(z >= keep.threshold) & (IntVec)(w >= keep.min_p);
       mass.add(FixedPointVec(w), kept);
       sum -= select(kept & (IntVec)(w > 0.0f), w * d, FloatVec{});
-    }
+    });
     weighted += reduce_sum(sum);
   }
   for (; t < end; ++t) {
@@ -152,15 +151,15 @@ void segment_greedy_scan(const Row& row, int64_t begin, int64_t end, std::atomic
       floor = score_floor.load(std::memory_order_relaxed);
     }
   };
-  int64_t t = begin;
-  for (; t + simd_width <= end; t += simd_width) {
-    const FloatVec z = row.raw(t);
-    uint32_t bits = row.only_allowed(t, mask_bits((IntVec)(z >= floor)));
-    for (; __builtin_expect(bits != 0, 0); bits &= bits - 1) {
+  int64_t t = each_vector(row, begin, end, [&](int64_t at, int i) {
+    const FloatVec z = row.raw(at + i);
+    uint32_t bits = mask_bits((IntVec)(z >= floor));
+    if (__builtin_expect(bits == 0, 1)) return;
+    for (bits = row.only_allowed(at + i, bits); bits != 0; bits &= bits - 1) {
       const int lane = __builtin_ctz(bits);
-      offer(t + lane, z[lane]);
+      offer(at + i + lane, z[lane]);
     }
-  }
+  });
   for (; t < end; ++t) offer(t, row[t]);
 }
 

@@ -24,7 +24,9 @@ struct WeightedRow {
 
   // No token below this weighs anything: exp(-28) < 2^-40.
   float lowest() const { return std::max(keep.lowest(), keep.z_max - 28.0f); }
-  FloatVec z(int64_t t) const { return logits.vector(t) * keep.inverse_temperature; }
+  FloatVec z(int64_t t, int i) const { return logits.vector(t, i) * keep.inverse_temperature; }
+  // Whatever the mask says: without a token that reaches `lowest`, no vector weighs anything.
+  FloatVec raw_z(int64_t t) const { return logits.raw(t) * keep.inverse_temperature; }
   // exp(z - z_max), 0 for what the filters drop.
   FloatVec kept(FloatVec z) const {
     const FloatVec w = exp_nonpositive(z - keep.z_max);
@@ -47,12 +49,10 @@ uint64_t weight_sum(const WeightedRow<Row>& row, int64_t begin, int64_t end) {
   const float lowest = row.lowest();
   MassSum sum;
   uint64_t rest = 0;
-  int64_t t = begin;
-  for (; t + simd_width <= end; t += simd_width) {
-    if (row.logits.allows_none(t, simd_width)) continue;
-    const FloatVec z = row.z(t);
-    if (any((IntVec)(z >= lowest))) sum.add(FixedPointVec(row.kept(z)));
-  }
+  int64_t t = each_vector(row.logits, begin, end, [&](int64_t at, int i) {
+    const FloatVec z = row.raw_z(at + i);
+    if (any((IntVec)(z >= lowest))) sum.add(FixedPointVec(row.kept(row.logits.mask(at, i, z))));
+  });
   for (; t < end; ++t) {
     const float z = row.logits[t] * row.keep.inverse_temperature;
     if (row.keep(z)) rest += fixed_point(exp_nonpositive(z - row.keep.z_max));
@@ -66,25 +66,24 @@ uint64_t residual_sum(const WeightedRow<Row>& target, const WeightedRow<Row>& dr
   const float lowest = target.lowest();
   DoubleVec high_sum{}, low_sum{};
   uint64_t rest = 0;
-  int64_t t = begin;
-  for (; t + simd_width <= end; t += simd_width) {
-    if (target.logits.allows_none(t, simd_width)) continue;
-    const FloatVec z = target.z(t);
-    if (!any((IntVec)(z >= lowest))) continue;
-    const FloatVec target_weight = target.weight(z), draft_weight = draft.weight(draft.z(t));
+  int64_t t = each_vector(target.logits, begin, end, [&](int64_t at, int i) {
+    const FloatVec z = target.raw_z(at + i);
+    if (!any((IntVec)(z >= lowest))) return;
+    const FloatVec target_weight = target.weight(target.logits.mask(at, i, z));
+    const FloatVec draft_weight = draft.weight(draft.z(at, i));
     HalfFloatVec a[2], b[2];
     std::memcpy(a, &target_weight, sizeof a);
     std::memcpy(b, &draft_weight, sizeof b);
-    for (int i = 0; i < 2; ++i) {
-      const DoubleVec excess = target.scale * __builtin_convertvector(a[i], DoubleVec) -
-                               draft.scale * __builtin_convertvector(b[i], DoubleVec);
+    for (int half = 0; half < 2; ++half) {
+      const DoubleVec excess = target.scale * __builtin_convertvector(a[half], DoubleVec) -
+                               draft.scale * __builtin_convertvector(b[half], DoubleVec);
       const DoubleVec scaled = (excess > 0.0 ? excess : DoubleVec{}) * two_to_30;
       const DoubleVec high = __builtin_convertvector(__builtin_convertvector(scaled, HalfIntVec), DoubleVec);
       const DoubleVec rest_scaled = (scaled - high) * two_to_30;
       high_sum += high;
       low_sum += __builtin_convertvector(__builtin_convertvector(rest_scaled, HalfIntVec), DoubleVec);
     }
-  }
+  });
   for (; t < end; ++t) rest += residual_weight(target.scaled(t), draft.scaled(t));
   for (int i = 0; i < half_width; ++i) {
     rest += (static_cast<uint64_t>(high_sum[i]) << 30) + static_cast<uint64_t>(low_sum[i]);

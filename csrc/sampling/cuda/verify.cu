@@ -33,9 +33,16 @@ int merging_lanes(int64_t rows, int32_t segments) {
   return lanes;
 }
 
+// Blocks that a multiprocessor must hold at least; 0: as many as the compiler likes. With a mask that would be so many
+// that registers spill.
+template <typename Row>
+constexpr int least_greedy_blocks = Row::is_masked ? 6 : 0;
+template <typename Row>
+constexpr int least_sampler_blocks = Row::is_masked ? 1 : 0;
+
 // The whole of temperature 0. With filters in memory for all rows, above 0, the first launch.
 template <typename Row>
-__global__ void __launch_bounds__(row_max_threads)
+__global__ void __launch_bounds__(row_max_threads, least_greedy_blocks<Row>)
     verify_greedy_kernel(const RowMaxArguments a, const TreeArguments tree, int row_lanes, unsigned* ticket) {
   GreedyShared& shared = *shared_memory<GreedyShared>();
   find_row_max<Row>(a, shared.max);
@@ -67,7 +74,7 @@ struct VerifyShared {
 };
 
 template <typename Row, bool filters_in_memory>
-__global__ void __launch_bounds__(sampler_threads)
+__global__ void __launch_bounds__(sampler_threads, least_sampler_blocks<Row>)
     verify_kernel(const SampleArguments arguments, const TreeArguments tree, unsigned* ticket) {
   VerifyShared& shared = *shared_memory<VerifyShared>();
   const RowFilters& filters = row_filters<filters_in_memory>(arguments, shared.sampler.filters);

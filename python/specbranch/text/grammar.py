@@ -6,7 +6,6 @@ The one implementation is over llguidance, which is imported when the first matc
 
 from __future__ import annotations
 
-import json
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from weakref import WeakKeyDictionary
 
 from specbranch.core.checks import flag, shown
 from specbranch.core.errors import SpecBranchError
-from specbranch.text.json_schema import parse_schema
+from specbranch.text.json_schema import document
 from specbranch.text.refusals import refused
 from specbranch.text.spelling import Spelling, spelling
 
@@ -76,13 +75,7 @@ class Constraint(ABC):
 
         Raises SpecBranchError for text that is not JSON, and for what is no schema.
         """
-        parsed = parse_schema(schema)
-        options = {"whitespace_flexible": flag("whitespace", whitespace)}
-        if isinstance(parsed, dict):
-            parsed = {**parsed, "x-guidance": options}
-        elif parsed:
-            parsed = {"x-guidance": options}
-        return Grammar("json_schema", json.dumps({"grammars": [{"json_schema": parsed}]}), forced=forced)
+        return Grammar("json_schema", document(schema, flag("whitespace", whitespace)), forced=forced)
 
     @staticmethod
     def json_object(*, whitespace: bool = False, forced: bool = True) -> Constraint:
@@ -101,7 +94,8 @@ class Constraint(ABC):
     @staticmethod
     def lark(grammar: str, *, forced: bool = True) -> Constraint:
         """A context-free grammar in llguidance's dialect of Lark, whose rule `start` is the whole text. Special tokens
-        that it names (<|…|>, <[5]>) may stand where it says; otherwise none may.
+        that it names (<|…|>, <[5]>) may stand where it says; otherwise none may. Of the attributes of its rules,
+        temperature= has no effect. A schema within it (%json) is taken as llguidance takes it.
 
         Raises SpecBranchError for what is no text. `matcher` does for a grammar that does not parse.
         """
@@ -149,96 +143,130 @@ class Grammar(Constraint):
         compiled = LLMatcher(of.tokens, grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
         if compiled.is_error():
             raise refused(self.kind, compiled.get_error())
-        GrammarMatcher(compiled, of, self.kind).allowed([])  # where it cannot begin, nothing is decoded
+        self._check_first(compiled, of)
         return compiled
+
+    def _check_first(self, compiled: LLMatcher, of: Spelling) -> None:
+        """Whether a text can begin; and, by taking back its first token, whether what may follow depends on nothing but
+        the tokens: in what llguidance cannot take back (max_tokens=, stop=) it hides some of the text."""
+        mask = GrammarMatcher(compiled, of, self.kind).allowed([])
+        if may := int.from_bytes(mask, "little") & ~int.from_bytes(of.ends, "little"):
+            probe = compiled.deep_copy()
+            probe.consume_token((may & -may).bit_length() - 1)
+            probe.rollback(1)
+            if probe.is_error():
+                raise refused(self.kind, probe.get_error())
 
 
 class GrammarMatcher:
-    """A parser of one text that is moved along. It has read the committed tokens and those of the path that was asked
-    about last: of the next path it unreads what differs, so that to go through a tree in depth costs a token a node."""
+    """The parser of one text, and a copy of it that has read on along the path that was asked about last.
+
+    A path that is no continuation of the last begins with a copy anew (some 50 ns per token of the text), and nothing
+    is ever unread: llguidance 1.9 remembers its last mask by the states of lexer and parser, which after a rollback may
+    be those of another text, and then gives the mask of that.
+    """
 
     def __init__(self, compiled: LLMatcher, of: Spelling, kind: str, forced: bool = True) -> None:
-        self._compiled = compiled
-        self._parser = compiled.deep_copy()
+        self._text = compiled.deep_copy()
+        self._ahead: LLMatcher | None = None
+        self._path: list[int] = []  # that it has read
         self._of = of
         self._kind = kind
         self._forced = forced
-        self._committed: list[int] = []
-        self._ahead: list[int] = []  # read, not committed
+        self._begun = False
         self._over = False
 
     def allowed(self, path: Sequence[int]) -> bytes:
-        if not self._read(path):
+        if (parser := self._at(path)) is None:
             return self._of.ends
-        found = self._parser.compute_bitmask()
-        self._check()
-        mask = self._of.mask(found, self._parser.is_accepting())
-        if not any(mask):
+        self._next(parser)
+        found = parser.compute_bitmask()
+        self._check(parser)
+        mask = self._of.mask(found, parser.is_accepting())
+        if mask == bytes(len(mask)):
             raise self._stuck()
         return mask
 
     def forced(self, path: Sequence[int]) -> list[int]:
-        if not self._forced or not self._read(path):
-            return []
-        tokens = self._parser.compute_ff_tokens()
-        self._check()
-        return tokens[: self._end(tokens)]
+        return self._next(parser) if self._forced and (parser := self._at(path)) is not None else []
 
     def accept(self, tokens: Sequence[int]) -> None:
+        tokens = list(tokens)
         text, rest = tokens[: self._end(tokens)], tokens[self._end(tokens) :]
         for token in tokens if self._over else rest:  # nothing else follows the end
             if token not in self._of.eos:
                 raise self._misplaced(token)
-        if self._over:
-            return
-        self._read(text)
-        if rest and not self._parser.is_accepting():
+        parser = self._at(text) if rest else None
+        if parser is not None and not parser.is_accepting():
             raise self._misplaced(rest[0])
-        self._committed += text
-        self._ahead = []
-        self._over = bool(rest)
+        if text:
+            self._commit(text)
+        self._over = self._over or bool(rest)
+
+    def _commit(self, text: list[int]) -> None:
+        if self._ahead is not None and self._path == text:
+            self._text, self._ahead, self._path = self._ahead, None, []
+        else:
+            read = self._text.validate_tokens(text)
+            self._check(self._text)
+            if read < len(text):
+                raise self._misplaced(text[read])
+            self._text.consume_tokens(text)
+            self._check(self._text)
+            if self._path[: len(text)] != text:
+                self._ahead = None
+            self._path = [] if self._ahead is None else self._path[len(text) :]
+        self._begun = True
 
     @property
     def complete(self) -> bool:
-        return not self._read([]) or self._parser.is_accepting()
+        return self._over or self._text.is_accepting()
 
     def _end(self, tokens: Sequence[int]) -> int:
         """Where the first token is that ends a text; behind all where none does."""
         eos = self._of.eos
         return len(tokens) if eos.isdisjoint(tokens) else next(i for i, token in enumerate(tokens) if token in eos)
 
-    def _read(self, path: Sequence[int]) -> bool:
-        """Go to the end of the path; False where the text is over before, which the parser is never told: it cannot
-        unread that reliably."""
+    def _at(self, path: Sequence[int]) -> LLMatcher | None:
+        """A parser that has read the text and the path; None where the text is over before its end."""
         if self._over or self._end(path) < len(path):
-            return False
-        same = 0
-        for ours, theirs in zip(self._ahead, path, strict=False):
-            if ours != theirs:
-                break
-            same += 1
-        if len(self._ahead) > same:
-            self._parser.rollback(len(self._ahead) - same)
-        new = list(path[same:])
-        read = self._parser.try_consume_tokens(new) if new else 0
-        self._ahead[same:] = new[:read]
-        self._check()
+            return None
+        if not path:
+            return self._text
+        path = list(path)
+        if self._ahead is None or path[: len(self._path)] != self._path:
+            self._ahead, self._path = self._text.deep_copy(), []
+        parser, new = self._ahead, path[len(self._path) :]
+        read = parser.try_consume_tokens(new) if new else 0
+        self._path += new[:read]
+        self._check(parser)
         if read < len(new):
             raise self._misplaced(new[read])
-        return True
+        return parser
 
-    def _check(self) -> None:
-        if not self._parser.is_error():
+    def _next(self, parser: LLMatcher) -> list[int]:
+        """The tokens that must follow, the first of which is the whole mask of llguidance."""
+        tokens = parser.compute_ff_tokens()
+        self._check(parser)
+        tokens = tokens[: self._end(tokens)]
+        if not tokens:
+            return []
+        # They are what the tokenizer makes of the text that must follow, which it need not have spelled as it is.
+        right = parser.validate_tokens(tokens)
+        self._check(parser)
+        if right == 0:
+            raise self._stuck()
+        return tokens[:right]
+
+    def _check(self, parser: LLMatcher) -> None:
+        if not parser.is_error():
             return
-        message = self._parser.get_error()
-        # An error stays for good. A path that was only tried must not end the text.
-        self._parser = self._compiled.deep_copy()
-        self._parser.consume_tokens(self._committed)
-        self._ahead = []
+        self._ahead, self._path = None, []  # an error stays; a path that was only tried must not end the text
+        message = parser.get_error()
         raise self._stuck() if message.startswith("NoExtension") else refused(self._kind, message)
 
     def _stuck(self) -> SpecBranchError:
-        place = "begin the text" if not self._committed and not self._ahead else "follow here"
+        place = "follow here" if self._begun or self._path else "begin the text"
         return SpecBranchError(f"{self._kind}: no token of this tokenizer may {place}")
 
     def _misplaced(self, token: int) -> SpecBranchError:

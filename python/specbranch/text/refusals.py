@@ -21,6 +21,10 @@ def refused(name: str, message: str) -> SpecBranchError:
         return SpecBranchError(f"{name} has keywords that are not supported: {_short(', '.join(json.loads(found[1])))}")
     if reason.startswith("oneOf constraints are not supported"):
         return SpecBranchError(f"{name} has a oneOf whose options may not exclude each other: expected anyOf")
+    if reason.startswith("rollback not supported"):
+        return SpecBranchError(
+            f"{name} has max_tokens= or stop=, which cannot be taken back: expected suffix= or neither"
+        )
     place = ""
     if found := re.match(r"(?:at )?(\d+)\((\d+)\): (.*)", reason):
         place, reason = f"line {found[1]}, column {found[2]}: ", found[3]

@@ -3,6 +3,7 @@ as the tokenizer."""
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from specbranch.core.extras import check_installed
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
+    from tokenizers.normalizers import Normalizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
@@ -87,7 +89,7 @@ def spelling(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, eos: It
 
 def _read(tokenizer: PreTrainedTokenizerFast, vocabulary: int, eos: frozenset[int]) -> LLTokenizer:
     try:
-        import llguidance.hf
+        from llguidance import LLTokenizer
     except ImportError:
         check_installed("a constraint", "grammar")
         raise
@@ -96,8 +98,24 @@ def _read(tokenizer: PreTrainedTokenizerFast, vocabulary: int, eos: frozenset[in
         raise SpecBranchError(
             f"the tokenizer has {ids} ids, the model's vocabulary {vocabulary}: a constraint needs a row for each"
         )
+    backend = copy.copy(tokenizer.backend_tokenizer)  # the original stays as it is
+    backend.normalizer = _of_blanks(backend.normalizer)
+    backend.no_padding()
+    backend.no_truncation()
     try:
-        return llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=sorted(eos))
+        return LLTokenizer(backend.to_str(), n_vocab=vocabulary, eos_token=sorted(eos))
     except Exception as error:  # of a tokenizer that has no bytes, or none that llguidance finds
-        reason = shown(str(error).partition("\n")[0], 200)
+        reason = shown(str(error).partition("\n")[0], 200)[1:-1]
         raise SpecBranchError(f"the tokenizer cannot be used for a constraint: {reason}") from error
+
+
+def _of_blanks(normalizer: Normalizer | None) -> Normalizer | None:
+    """The parts of a normalizer that say how blanks are written. One that composes characters (NFC) would have forced
+    text that is not composed, such as a value of an enum, spelled as another text."""
+    from tokenizers import normalizers
+
+    parts: list[Normalizer | None] = [normalizer]
+    if isinstance(normalizer, normalizers.Sequence):
+        parts = [normalizer[place] for place in range(len(normalizer))]
+    kept = [part for part in parts if isinstance(part, (normalizers.Prepend, normalizers.Replace))]
+    return normalizers.Sequence(kept) if kept else None

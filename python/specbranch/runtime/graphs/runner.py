@@ -136,7 +136,7 @@ class CapturedRunner:
             return [PendingWalk(found.logits[:rows], walk, begin, self.device.mark(), self.device, found.hidden, rows)]
         host = found.host
         if texts[0].allowed is not None:
-            host = judged_anew(self.device, found.logits[:rows], self.inputs.of(rows), texts, [slice(rows)])
+            host = judged_anew(self.device, found.logits[:rows], self.inputs.of(rows), texts, [slice(0, rows)])
         return [PendingVerdict(host, begin, self.device.mark(), found.hidden, rows=rows)]
 
     def draft(
@@ -160,7 +160,7 @@ class CapturedRunner:
             self.inputs.fill(batch, [], texts[0].sampling)
             forward.graph.replay()
             return drafted_anew(
-                self.device, forward.logits[:, :vocabulary], begin, texts, candidates, [slice(len(batch))]
+                self.device, forward.logits[:, :vocabulary], begin, texts, candidates, [slice(0, len(batch))]
             )
         rows = [len(batch), batch.leaves] if steps > 1 else [len(batch)]
         found = self._captured(fits, partial(self._draft_graphs, candidates, vocabulary, rows))
