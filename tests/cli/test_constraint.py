@@ -287,6 +287,10 @@ def test_without_a_draft(capsys):
         (["--prompts", "plain.jsonl", "--methods", "pearl"], "--methods pearl needs --draft"),
         (["--prompts", "lines.jsonl", "--methods", "specbranch-paper"], "--methods specbranch-paper needs --draft"),
         (["--prompts", "lines.jsonl", "--no-forced-tokens"], "--methods specbranch needs --draft"),
+        (
+            ["--prompts", "plain.jsonl", "--retrieval", "on", "--methods", "pearl,specbranch-paper"],
+            "--methods specbranch-paper needs --draft",
+        ),
         (["--prompts", "lines.jsonl", "--peers", "assisted"], "--peers assisted needs a draft model; there is none"),
     ],
 )

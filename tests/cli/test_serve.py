@@ -71,6 +71,19 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return captured.err
 
 
+# ---- constraints
+
+
+def test_whitespace_in_json_where_the_server_allows_it(bundled_pair):
+    """A bias makes the model want it."""
+    (newline,) = bundled_pair.encode("\n")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}
+    with serving("--json-whitespace") as server:
+        body = {"prompt": "x", "max_tokens": 4, "response_format": wanted, "logit_bias": {str(newline): 100}}
+        assert server.post(body).json()["choices"][0]["text"].startswith("{\n")
+
+
 # ---- the end
 
 

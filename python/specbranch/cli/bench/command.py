@@ -225,10 +225,10 @@ def _check_constrained(args: argparse.Namespace, prompts: list[Prompt], running:
     if kinds and unable:
         named = ", ".join(kinds)
         raise ValueError(f"--peers {','.join(unable)} cannot follow {named}; expected some of {', '.join(PEERS)}")
-    if args.draft is None and args.retrieval != "on":
-        forced = free(args, prompts)
-        needy = [name for name in running if name != report.REFERENCE and not (forced and drafts_freely(args, name))]
-        if needy:
+    if args.draft is None:
+        found = args.retrieval == "on" or free(args, prompts)
+        drafting = [name for name in running if name != report.REFERENCE]
+        if needy := [name for name in drafting if not (found and drafts_freely(args, name))]:
             raise ValueError(f"--methods {','.join(needy)} needs --draft")
 
 
