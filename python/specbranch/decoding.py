@@ -144,8 +144,9 @@ class Decoding:
         mode = self.costs.mode(overlapped)
         remaining = min(self.remaining, self.verifier.most_tokens(self.tree.position))
         losing = -self.saved > self.costs.bearable_loss(self.stats.new_tokens)
-        alone = self.drafter is None or self.constraint is not None  # which the host is asked about, step by step
-        burst = 1 if alone else min(self.drafter.burst, mode.burst())
+        burst = 1
+        if self.drafter is not None and self.constraint is None:  # which the host is asked about, step by step
+            burst = min(self.drafter.burst, mode.burst())
         retry = self.backoff.over(mode.step_price())
         mine = overlapped and self.may_overlap
         return State(mine, mode, self.costs.acceptance, remaining, retry, burst, self.forecast, losing)

@@ -171,20 +171,27 @@ class Retriever(Protocol):
 
 
 class Matcher(Protocol):
-    """The state of one text under a constraint. `path`: tokens behind the committed text, all of which may stand."""
+    """How far one text is under a constraint, and what may follow. Not for several threads at a time. `path`: tokens
+    behind the committed text, all of which may stand there."""
 
     def allowed(self, path: Sequence[int]) -> bytes:
-        """Which tokens may follow a path: a bit each, token t's is bit t % 8 of byte t // 8; in whole words of 32."""
+        """Which tokens may follow a path: a bit each, in int32 words, so 4 * ceil(vocabulary / 32) bytes; bit t % 8 of
+        byte t // 8 is token t's. At least one is set.
+
+        Raises SpecBranchError for a path that may not stand there, and where nothing may follow although the text is
+        not complete; the matcher stays as it was.
+        """
 
     def forced(self, path: Sequence[int]) -> list[int]:
-        """The tokens that must follow a path, as far as is known; none where there is a choice."""
+        """The tokens that must follow a path: none where more than one may, and where the text must end. Maybe not all
+        of the run; never wrong. Raises as `allowed`."""
 
     def accept(self, tokens: Sequence[int]) -> None:
-        """These are committed."""
+        """These are committed. Raises SpecBranchError for tokens that may not stand there."""
 
     @property
     def complete(self) -> bool:
-        """Whether the committed text is all that it has to be."""
+        """Whether the committed text is all that it has to be, as it is."""
 
 
 Nodes = tuple[Drafter, Tree, Sequence[int]]

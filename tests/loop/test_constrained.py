@@ -71,7 +71,7 @@ def test_a_tree_s_masks_are_the_grammar_s_and_no_place_is_asked_about_twice(seed
     asked = Constrained(grammar, V, frozenset())
     text: list[int] = [1]
     for _ in range(8):
-        paths = [[]]
+        paths: list[list[int]] = [[]]
         for _ in range(12):
             path = [*chance.choice(paths), chance.randrange(V)]
             paths.append(path)

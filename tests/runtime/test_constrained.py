@@ -48,7 +48,7 @@ def test_every_method_gives_the_tokens_of_a_logits_processor(method: str, sampli
 @pytest.mark.parametrize("retrieval", [False, True])
 def test_without_a_draft_what_must_follow_is_drafted(retrieval: bool) -> None:
     pair = tiny_pair()
-    alone = SpecBranch(pair.target, retrieval=retrieval)  # type: ignore[arg-type]
+    alone = SpecBranch(pair.target, retrieval=retrieval)
     for seed in SEEDS:
         constraint = MadeUp(seed, PROMPT)
         result = alone.generate(PROMPT, max_new_tokens=NEW, constraint=constraint)
@@ -57,7 +57,7 @@ def test_without_a_draft_what_must_follow_is_drafted(retrieval: bool) -> None:
         assert result.stats.forced_accepted > 0
         assert result.stats.target_forwards <= NEW - result.stats.forced_accepted
     with pytest.raises(SpecBranchError, match="needs a draft"):
-        SpecBranch(pair.target, retrieval=False).generate(PROMPT, max_new_tokens=4)  # type: ignore[arg-type]
+        SpecBranch(pair.target, retrieval=False).generate(PROMPT, max_new_tokens=4)
 
 
 def test_tokens_that_must_follow_need_not_be_drafted() -> None:

@@ -15,7 +15,8 @@ from grammars import Tokens, bits, bundled, padded, trained
 
 from specbranch import SpecBranchError
 from specbranch.runtime.loading import load_tokenizer
-from specbranch.text.grammar import Constraint, Grammar, Matcher
+from specbranch.stages import Matcher
+from specbranch.text.grammar import Constraint, Grammar
 
 OF = bundled()
 EOS = 0

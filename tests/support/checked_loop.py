@@ -337,8 +337,8 @@ class Case:
             constraint = target.constraint = Constrained(target.grammar, spoken.vocabulary, frozenset())
             if draft is not None:
                 draft.grammar = target.grammar
-        more = (self.retriever(), constraint)
-        return CheckedDecoding(target, draft, policy, costs, time, self.overlap, reading, *more)
+        retriever = self.retriever()
+        return CheckedDecoding(target, draft, policy, costs, time, self.overlap, reading, retriever, constraint)
 
     def made_up_grammar(self) -> Grammar:
         return Grammar(self.grammar, language(self.language).vocabulary, self.prompt)

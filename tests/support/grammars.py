@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import specbranch
-from specbranch.text.grammar import Constraint, Matcher
+from specbranch.stages import Matcher
+from specbranch.text.grammar import Constraint
 
 
 class Tokens(NamedTuple):

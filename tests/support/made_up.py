@@ -9,7 +9,8 @@ import torch
 from language import Grammar, advance, state_of
 from torch import Tensor
 
-from specbranch.text.grammar import Constraint, Matcher
+from specbranch.stages import Matcher
+from specbranch.text.grammar import Constraint
 
 
 class MadeUp(Constraint):

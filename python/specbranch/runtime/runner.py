@@ -315,7 +315,7 @@ def judged(logits: Tensor, inputs: Inputs, texts: Sequence[Judged], spans: Seque
             return positions[:0]
         parents = torch.tensor(text.parents, device=device)
         allowed = allowed_of(texts, spans, logits)
-        verdict = verify(logits, inputs.ids, parents, positions, **text.sampling.op_arguments, **allowed)
+        verdict = verify(logits, inputs.ids, parents, positions, **text.sampling.op_arguments, allowed=allowed)
         return torch.cat([verdict.accepted[None], verdict.next_token[None], verdict.path])
     above = [
         parent if parent < 0 else span.start + parent
@@ -328,7 +328,7 @@ def judged(logits: Tensor, inputs: Inputs, texts: Sequence[Judged], spans: Seque
         torch.tensor(above, device=device),
         positions,
         **sampling_of_rows([text.sampling for text in texts], spans, device),
-        **allowed_of(texts, spans, logits),
+        allowed=allowed_of(texts, spans, logits),
         roots=torch.tensor([span.start for span in spans], device=device),
     )
     return torch.cat([verdict.accepted, verdict.next_token, verdict.path])
@@ -403,16 +403,16 @@ def sampled(
     candidates: int,
     texts: Sequence[Leaves],
     spans: Sequence[slice],
-    allowed: dict[str, Tensor],
+    allowed: Tensor | None,
 ) -> DraftSample:
     """`draft_sample` for each text's leaves. allowed: see allowed_behind."""
     if len(texts) == 1:
-        return draft_sample(logits, positions, candidates, **texts[0].sampling.op_arguments, **allowed)
+        return draft_sample(logits, positions, candidates, **texts[0].sampling.op_arguments, allowed=allowed)
     of_rows = sampling_of_rows([text.sampling for text in texts], spans, logits.device)
-    return draft_sample(logits, positions, candidates, **of_rows, **allowed)
+    return draft_sample(logits, positions, candidates, **of_rows, allowed=allowed)
 
 
-def allowed_of(texts: Sequence[Judged], spans: Sequence[slice], logits: Tensor) -> dict[str, Tensor]:
+def allowed_of(texts: Sequence[Judged], spans: Sequence[slice], logits: Tensor) -> Tensor | None:
     """The target's argument `allowed`, where a text has masks; one that walks sees to its own."""
     asked = [None if text.walk is not None else text.allowed for text in texts]
     return _masks([None if ask is None else ask() for ask in asked], spans, logits)
@@ -420,16 +420,16 @@ def allowed_of(texts: Sequence[Judged], spans: Sequence[slice], logits: Tensor) 
 
 def allowed_behind(
     texts: Sequence[Leaves], behind: Sequence[Sequence[Sequence[int]]], spans: Sequence[slice], logits: Tensor
-) -> dict[str, Tensor]:
+) -> Tensor | None:
     """The same for a step of the draft."""
     asked = [text.allowed for text in texts]
     return _masks([ask and ask(tails) for ask, tails in zip(asked, behind, strict=True)], spans, logits)
 
 
-def _masks(masks: Sequence[list[bytes] | None], spans: Sequence[slice], logits: Tensor) -> dict[str, Tensor]:
+def _masks(masks: Sequence[list[bytes] | None], spans: Sequence[slice], logits: Tensor) -> Tensor | None:
     """As the ops take them, int32 [n, words]: of a text without masks all bits are set."""
     if all(mask is None for mask in masks):
-        return {}
+        return None
     vocabulary = logits.shape[1]
     words = (vocabulary + 31) // 32
     all_set = b"\xff" * (4 * words)
@@ -439,7 +439,7 @@ def _masks(masks: Sequence[list[bytes] | None], spans: Sequence[slice], logits: 
         for row in (mask or [all_set] * (span.stop - span.start))
     ]
     data = np.frombuffer(bytearray().join(rows), dtype="<i4").reshape(len(rows), words)
-    return {"allowed": torch.from_numpy(data).to(logits.device)}
+    return torch.from_numpy(data).to(logits.device)
 
 
 def any_within(mask: bytes, vocabulary: int) -> bool:

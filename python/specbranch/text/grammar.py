@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from specbranch.core.checks import flag, shown
 from specbranch.core.errors import SpecBranchError
+from specbranch.stages import Matcher
 from specbranch.text.json_schema import document
 from specbranch.text.refusals import refused
 from specbranch.text.spelling import Spelling, spelling
@@ -21,29 +22,6 @@ from specbranch.text.spelling import Spelling, spelling
 if TYPE_CHECKING:
     from llguidance import LLMatcher
     from transformers import PreTrainedTokenizerBase
-
-
-class Matcher(Protocol):
-    """How far one text is, and what may follow. Not for several threads at a time."""
-
-    def allowed(self, path: Sequence[int]) -> bytes:
-        """Which tokens may follow the committed text and then `path` (tokens that may stand there): a bit each, int32
-        words, 4 * ceil(vocabulary / 32) bytes, bit t % 32 of word t // 32 (little end first). At least one is set.
-
-        Raises SpecBranchError for a path that may not stand there, where nothing may follow although the text is not
-        complete, and where llguidance's limits are exceeded; the matcher stays as it was.
-        """
-
-    def forced(self, path: Sequence[int]) -> list[int]:
-        """The tokens that must follow `path`: [] where more than one may, and where the text must end. Maybe not all of
-        the run; never wrong. Raises as `allowed`."""
-
-    def accept(self, tokens: Sequence[int]) -> None:
-        """These are committed now. Raises SpecBranchError for tokens that may not stand there."""
-
-    @property
-    def complete(self) -> bool:
-        """Whether the committed text satisfies the grammar as it is."""
 
 
 class Constraint(ABC):

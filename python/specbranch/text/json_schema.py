@@ -26,7 +26,16 @@ CLASS = re.compile(r"\[\^(?:\\.|[^\]\\])*\]|\[(?:\\.|[^\]\\])*-(?:\\.|[^\]\\])*\
 
 
 def document(schema: object, whitespace: bool) -> str:
-    """The grammar for llguidance: of a schema in text, or as Python has it.
+    """The grammar for llguidance: of a schema in text, or as Python has it. Raises as `parse_schema`."""
+    parsed = parse_schema(schema)
+    if parsed is not False:
+        options = {"whitespace_flexible": whitespace, "json_allowed_escapes": ESCAPES}
+        parsed = {**({} if parsed is True else parsed), "x-guidance": options}
+    return json.dumps({"grammars": [{"json_schema": parsed}]})
+
+
+def parse_schema(schema: object) -> dict[str, Any] | bool:
+    """A schema in text, or as Python has it.
 
     Raises SpecBranchError for what is not JSON, with the place; for what is JSON but no schema; for options of
     llguidance in it; and for values, bounds and patterns that llguidance would take for others.
@@ -34,14 +43,11 @@ def document(schema: object, whitespace: bool) -> str:
     parsed = _parsed(schema)
     if not isinstance(parsed, (dict, bool)):
         raise SpecBranchError(f"json_schema is {shown(parsed)}; expected a JSON object, true or false")
-    if parsed is True:
-        parsed = {}
     if isinstance(parsed, dict):
         if "x-guidance" in parsed:  # it would win over whitespace=, and can have keywords ignored
             raise SpecBranchError("json_schema has x-guidance: expected no options for llguidance in the schema")
         _check_values(parsed)
-        parsed = {**parsed, "x-guidance": {"whitespace_flexible": whitespace, "json_allowed_escapes": ESCAPES}}
-    return json.dumps({"grammars": [{"json_schema": parsed}]})
+    return parsed
 
 
 def _parsed(schema: object) -> Any:
