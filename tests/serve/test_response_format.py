@@ -277,5 +277,5 @@ def test_without_a_tokenizer_it_says_so(bundled_pair: SpecBranch) -> None:
         assert bare.post("/v1/completions", {"prompt": [5, 9], "max_tokens": 2}).status_code == 200
     assert (error["param"], error["message"]) == (
         "response_format",
-        "response_format cannot be followed: constraint needs the tokenizer: pass tokenizer= to SpecBranch",
+        "response_format cannot be followed: a constraint needs a tokenizer: pass tokenizer=",
     )
