@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,12 @@ from specbranch.cli.drafting import drafts_freely
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.extras import check_installed
 from specbranch.policies.methods import METHODS, make_policy
-from specbranch.text.json_schema import parse_schema
+from specbranch.text.grammar import Constraint
 from specbranch.text.kinds import JSON, constraint_of
 from specbranch.text.prompts import CONSTRAINTS, Prompt, PromptFileError
 
 if TYPE_CHECKING:
     from specbranch import SpecBranch
-    from specbranch.text.grammar import Constraint
 
 Given = tuple[str, Any]  # a kind of CONSTRAINTS and its value, as Prompt has them
 
@@ -69,9 +69,10 @@ def _read(kind: str, file: str) -> Any:
     if kind != "json_schema":
         return content
     try:
-        return parse_schema(content)
+        Constraint.json_schema(content)
     except SpecBranchError as error:
         raise ValueError(f"{name}: {error}") from None
+    return json.loads(content)
 
 
 def constrained(
