@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_up import MadeUp
 
 from specbranch import METHODS, SpecBranch, bundled
 from specbranch.runtime.workers import Streams
@@ -68,6 +69,22 @@ def test_eager_equals_captured_when_overlapped(texts: list[list[int]]) -> None:
         generation = eager.generate(record["prompt"], max_new_tokens=NEW_TOKENS, overlap=True)
         assert generation.tokens == expected
         assert generation.stats.target_runner == "eager: CUDA graphs are switched off"
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_constrained_texts_are_those_of_eager_plain_decoding(captured: SpecBranch, overlap: bool) -> None:
+    """Masks come to the device while a replayed forward is under way."""
+    eager = load(cuda_graphs=False)
+    for seed, sampling in enumerate(SAMPLINGS):
+        ids = captured.encode(PROMPTS[seed]["prompt"])
+        constraint = MadeUp(seed, ids)
+        expected = eager.generate(
+            ids, max_new_tokens=NEW_TOKENS, method="autoregressive", constraint=constraint, **sampling
+        )
+        result = captured.generate(ids, max_new_tokens=NEW_TOKENS, overlap=overlap, constraint=constraint, **sampling)
+        assert result.tokens == expected.tokens
+        assert result.stats.forced_accepted > 0
+        assert (result.stats.target_runner, result.stats.draft_runner) in (("captured", "captured"), ("captured", ""))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
