@@ -37,6 +37,8 @@ WRITING = {
 FILES = [name for name in WRITING if name != "train-hrad --out"]
 RESUMED = ("bench --json", "record --out")
 READ = (
+    "--json-schema",
+    "--grammar",
     "--llama-target",
     "--llama-draft",
     "--target",
