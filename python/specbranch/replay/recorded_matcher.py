@@ -41,6 +41,7 @@ def constrained(text: RecordedText) -> Constrained | None:
     if text.forced is None:
         return None
     tokens: list[int] = text.tokens.tolist()
-    vocabulary = 1 + max(tokens)
+    others = [text.proposals.tokens, text.tails.tokens, *([] if text.prompt_ids is None else [text.prompt_ids])]
+    vocabulary = 1 + max([*tokens, *(int(each.max()) for each in others if each.numel())])
     matcher = RecordedMatcher(tokens, text.forced.tolist(), vocabulary)
     return Constrained(matcher, vocabulary, frozenset())
