@@ -60,11 +60,6 @@ class Constrained:
                 return self._all
             raise self._dead_end()
 
-    def may_follow(self, path: Sequence[int], token: int) -> bool:
-        with self._lock:
-            place = self._find(path)
-            return place.can and self._has(place, path, token)
-
     def forced(self, path: Sequence[int]) -> list[int]:
         """The tokens that must follow a path, one behind the other; none where there is a choice."""
         with self._lock:
@@ -129,11 +124,6 @@ class Constrained:
                     counts[token] = counts.get(token, 0) + 1
                 self._root = _below(root, token, self.eos)
                 self._matcher.accept([token])
-
-    @property
-    def complete(self) -> bool:
-        """Whether the committed text is all that it has to be."""
-        return self._matcher.complete
 
     # ---- With the lock held
 

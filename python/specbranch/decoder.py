@@ -140,10 +140,9 @@ class Decoder:
         return self._costs[name].of(texts)
 
     def _constrained(self, request: Request) -> Constrained | None:
-        if request.matcher is None:
-            return None
-        constraint = Constrained(request.matcher(), self.pair.vocabulary, request.eos, request.forces)
-        constraint.allowed([])  # which raises where no text is possible
+        constraint = request.constrained(self.pair.vocabulary)
+        if constraint is not None:
+            constraint.allowed([])  # which raises where no text is possible
         return constraint
 
     def _walk(self, request: Request, builder: TextBuilder, said: Said, constraint: Constrained | None) -> Walk | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from specbranch.constrained import Constrained
 from specbranch.core.sampling import Sampling
 from specbranch.runtime.rules import Rules
 from specbranch.stages import Matcher
@@ -37,6 +38,12 @@ class Request:
     matcher: Callable[[], Matcher] | None = None
     forces: bool = True
     drafting: Drafting = field(default_factory=Drafting)
+
+    def constrained(self, vocabulary: int) -> Constrained | None:
+        """What may follow, at the beginning of the text; None without a constraint. vocabulary: the target's."""
+        if self.matcher is None:
+            return None
+        return Constrained(self.matcher(), vocabulary, self.eos, self.forces)
 
     @property
     def tokens(self) -> int:

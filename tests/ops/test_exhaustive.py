@@ -152,12 +152,17 @@ def test_every_row_of_the_grid(vocabulary, options, implementation):
         expected = reference.verify(logits, unused, unused, positions, seed=seed, **options)
         assert torch.equal(ours.target_tokens, expected.target_tokens)
         for k in {1, vocabulary} if emulated else range(1, vocabulary + 1):
-            sample = draft_sample(logits, positions, k, seed=seed, **options)
-            wanted = reference.draft_sample(logits, positions, k, seed=seed, **options)
-            assert torch.equal(sample.tokens, wanted.tokens)
-            assert torch.equal(sample.scores, wanted.scores)
-            torch.testing.assert_close(sample.confidence, wanted.confidence, rtol=1e-5, atol=1e-7)
-            torch.testing.assert_close(sample.entropy, wanted.entropy, rtol=1e-5, atol=1e-6)
+            check_sample(logits, positions, k, seed=seed, **options)
+
+
+def check_sample(logits: torch.Tensor, positions: torch.Tensor, k: int, **options: Any) -> None:
+    """draft_sample gives what its reference gives."""
+    sample = draft_sample(logits, positions, k, **options)
+    wanted = reference.draft_sample(logits, positions, k, **options)
+    assert torch.equal(sample.tokens, wanted.tokens)
+    assert torch.equal(sample.scores, wanted.scores)
+    torch.testing.assert_close(sample.confidence, wanted.confidence, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(sample.entropy, wanted.entropy, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 3, 4])
@@ -206,12 +211,7 @@ def test_every_mask(vocabulary, options, implementation):
     assert torch.equal(found, expected)
     assert tokens.gather(1, found.unsqueeze(1)).all()
     for k in {1, vocabulary}:
-        sample = draft_sample(logits, positions, k, allowed=allowed, **options)
-        wanted = reference.draft_sample(logits, positions, k, allowed=allowed, **options)
-        assert torch.equal(sample.tokens, wanted.tokens)
-        assert torch.equal(sample.scores, wanted.scores)
-        torch.testing.assert_close(sample.confidence, wanted.confidence, rtol=1e-5, atol=1e-7)
-        torch.testing.assert_close(sample.entropy, wanted.entropy, rtol=1e-5, atol=1e-6)
+        check_sample(logits, positions, k, allowed=allowed, **options)
 
 
 @pytest.mark.parametrize("vocabulary", [2, 3])

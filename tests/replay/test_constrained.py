@@ -13,7 +13,7 @@ from jsonschema import validate
 
 from specbranch import METHODS, Constraint, SpecBranch, SpecBranchError, bundled
 from specbranch.cli import main as cli
-from specbranch.constrained import Constrained
+from specbranch.constrained import Constrained, has
 from specbranch.core.sampling import Sampling
 from specbranch.policies.methods import make_policy
 from specbranch.replay.costs import ReplayCosts
@@ -62,8 +62,9 @@ def matcher(engine: SpecBranch, prompt: Prompt) -> Constrained:
 
     assert prompt.constraint is not None
     request = engine.request(prompt.text, max_new_tokens=1, constraint=constraint_of(*prompt.constraint))
-    assert request.matcher is not None
-    return Constrained(request.matcher(), engine.pair.vocabulary, request.eos)
+    under = request.constrained(engine.pair.vocabulary)
+    assert under is not None
+    return under
 
 
 def test_proposals_and_forced_places_are_those_of_the_constraint(bundled_pair: SpecBranch, record: Record) -> None:
@@ -80,9 +81,10 @@ def test_proposals_and_forced_places_are_those_of_the_constraint(bundled_pair: S
             assert bool(text.forced[place]) == bool(forced)
             assert forced[:1] in ([], [token])
             offered = [each for each in text.proposals.tokens[place].tolist() if each >= 0]
-            assert all(under.may_follow([], each) for each in offered)
+            mask = under.allowed([])
+            assert all(has(mask, each) for each in offered)
             under.accept([token])
-        assert under.complete or len(text) == NEW_TOKENS
+        assert int(text.tokens[-1]) in under.eos or len(text) == NEW_TOKENS
     validate(json.loads(str(bundled_pair.tokenizer.decode(record.texts[0].tokens[:-1]))), SCHEMA)
 
 

@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -186,6 +187,19 @@ def sampling_options(args: argparse.Namespace, generation_config: object = None)
     if unused:
         complain(f"warning: no effect at temperature 0: {', '.join(map(flag, unused))}")
     return {**given, **{name: neutral[name] for name in unused}}
+
+
+def read_named(switch: str, file: str) -> str:
+    """The text of a file that a switch names. Raises OSError or ValueError that names both."""
+    try:
+        content = Path(file).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{switch} {file}: not UTF-8: {error}") from None
+    except OSError as error:
+        raise OSError(f"{switch} {file}: {error.strerror}") from None
+    if not content.strip():
+        raise ValueError(f"{switch} {file} is empty")
+    return content
 
 
 def flag(name: str) -> str:

@@ -6,10 +6,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import flag, text
+from specbranch.cli.arguments import flag, read_named, text
 from specbranch.cli.drafting import drafts_freely
 from specbranch.core.errors import SpecBranchError
 from specbranch.core.extras import check_installed
@@ -57,21 +56,13 @@ def constraint_given(args: argparse.Namespace) -> Given | None:
 
 
 def _read(kind: str, file: str) -> Any:
-    name = f"{flag(kind)} {file}"
-    try:
-        content = Path(file).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: not UTF-8: {error}") from None
-    except OSError as error:
-        raise OSError(f"{name}: {error.strerror}") from None
-    if not content.strip():
-        raise ValueError(f"{name} is empty")
+    content = read_named(flag(kind), file)
     if kind != "json_schema":
         return content
     try:
         Constraint.json_schema(content)
     except SpecBranchError as error:
-        raise ValueError(f"{name}: {error}") from None
+        raise ValueError(f"{flag(kind)} {file}: {error}") from None
     return json.loads(content)
 
 

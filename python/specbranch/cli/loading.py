@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specbranch.cli.arguments import AUTO, check_devices, whole
+from specbranch.cli.arguments import AUTO, check_devices, read_named, whole
 from specbranch.cli.drafting import drafting_options
 from specbranch.cli.terminal import status
 from specbranch.runtime.choices import RETRIEVAL, draft_of
@@ -82,17 +81,7 @@ def load_engine(args: argparse.Namespace) -> SpecBranch:
 
 def chat_template(args: argparse.Namespace) -> str | None:
     """What the file of `add_chat` holds. Raises OSError or ValueError that names it."""
-    if args.chat_template is None:
-        return None
-    try:
-        template = Path(args.chat_template).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--chat-template {args.chat_template}: not UTF-8: {error}") from None
-    except OSError as error:
-        raise OSError(f"--chat-template {args.chat_template}: {error.strerror}") from None
-    if not template.strip():
-        raise ValueError(f"--chat-template {args.chat_template} is empty")
-    return template
+    return None if args.chat_template is None else read_named("--chat-template", args.chat_template)
 
 
 def load_pair(target: str, draft: str | None, **options: Any) -> SpecBranch:

@@ -108,9 +108,6 @@ def _decoded(
     options = {"max_new_tokens": max_new_tokens, "constraint": constraint, **asdict(sampling)}
     made = engine.generate(ids, method="specbranch", **options)
     request = engine.request(ids, **options)
-    under = None
-    if request.matcher is not None:
-        under = Constrained(request.matcher(), engine.pair.vocabulary, request.eos, request.forces)
     text = record_text(
         engine.pair,
         ids,
@@ -120,7 +117,7 @@ def _decoded(
         sampling=sampling,
         features=features,
         excerpt=engine.draft_excerpt,
-        constraint=under,
+        constraint=request.constrained(engine.pair.vocabulary),
     )
     outside = median(round.outside_seconds for round in made.stats.log)
     kept = torch.tensor(ids) if prompt_ids else None

@@ -434,7 +434,8 @@ def _masks(masks: Sequence[list[bytes] | None], spans: Sequence[slice], logits: 
     words = (vocabulary + 31) // 32
     all_set = b"\xff" * (4 * words)
     rows = [
-        row[: 4 * words] if any_within(row, vocabulary) else all_set  # a draft with fewer tokens has none to propose
+        # A draft with fewer tokens may have none to propose; logits behind a vocabulary are of no token.
+        row[: 4 * words].ljust(4 * words, b"\0") if any_within(row, vocabulary) else all_set
         for mask, span in zip(masks, spans, strict=True)
         for row in (mask or [all_set] * (span.stop - span.start))
     ]

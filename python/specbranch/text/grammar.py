@@ -96,7 +96,7 @@ class Grammar(Constraint):
     def __init__(self, kind: str, source: str, *, forced: bool = True) -> None:
         self.kind = kind
         self._source = source
-        self.forced = self._forced = flag("forced", forced)
+        self.forced = flag("forced", forced)
         self._lock = threading.Lock()
         self._compiled: WeakKeyDictionary[Spelling, LLMatcher] = WeakKeyDictionary()
 
@@ -108,7 +108,7 @@ class Grammar(Constraint):
         with self._lock:
             if of not in self._compiled:
                 self._compiled[of] = self._compile(of)
-            return GrammarMatcher(self._compiled[of], of, self.kind, self._forced)
+            return GrammarMatcher(self._compiled[of], of, self.kind, self.forced)
 
     def _compile(self, of: Spelling) -> LLMatcher:
         from llguidance import LLMatcher, LLParserLimits

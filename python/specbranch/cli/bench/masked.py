@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from transformers import LogitsProcessor
 
-from specbranch.constrained import Constrained
 from specbranch.request import Request
 from specbranch.runtime.rules import bits_of
 from specbranch.text.grammar import Constraint
@@ -33,9 +32,10 @@ class Asked(NamedTuple):
     def allowed(self, engine: SpecBranch, answer: list[int]) -> torch.Tensor | None:
         """Which tokens may follow an answer, as the ops take it: int32 [1, words]."""
         request = self.request(engine)
-        if request is None or request.matcher is None:
+        under = None if request is None else request.constrained(engine.pair.vocabulary)
+        if under is None:
             return None
-        mask = Constrained(request.matcher(), engine.pair.vocabulary, request.eos).allowed(answer)
+        mask = under.allowed(answer)
         return torch.from_numpy(np.frombuffer(mask, np.int32).copy())[None]
 
 
@@ -45,9 +45,9 @@ class Masked(LogitsProcessor):
 
     def __init__(self, request: Request, vocabulary: int) -> None:
         """request: under a constraint. vocabulary: the target's."""
-        assert request.matcher is not None
-        self._prompt = len(request.ids)
-        self._constraint = Constrained(request.matcher(), vocabulary, request.eos)
+        constraint = request.constrained(vocabulary)
+        assert constraint is not None
+        self._prompt, self._constraint = len(request.ids), constraint
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids: int64 [1, n]; scores: [1, V]."""

@@ -20,7 +20,7 @@ from specbranch.runtime.batch import WORD, Batch
 from specbranch.runtime.cache import TREE_ROWS, BranchCache
 from specbranch.runtime.device import Graph, GraphDevice, Mark, step_between
 from specbranch.runtime.graphs.memory import STEPS, StaticCommit, StaticInputs, StaticSamples
-from specbranch.runtime.graphs.together import SharingRunner, TextGraphs
+from specbranch.runtime.graphs.together import ForwardGraph, SharingRunner, TextGraphs
 from specbranch.runtime.hrad.tap import FeatureTap
 from specbranch.runtime.model import CachedModel
 from specbranch.runtime.modes import inference
@@ -59,15 +59,6 @@ class VerifyGraph:
     host: Tensor
     logits: Tensor
     hidden: list[Tensor]
-
-
-@dataclass(frozen=True)
-class ForwardGraph:
-    """A forward alone, for rows that the host is asked about: a grammar's masks. logits: [n, V], until the next
-    replay."""
-
-    graph: Graph
-    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -151,9 +142,7 @@ class CapturedRunner:
         # A graph cannot ask the host.
         fits = is_captured_alone(texts) and texts[0].rules is None and len(batch) <= DRAFT_ROWS[-1]
         if texts[0].allowed is not None:
-            forward = (
-                self._captured(fits, partial(self._forward_graph, fitting(DRAFT_ROWS, len(batch)))) if fits else None
-            )
+            forward = self._captured(fits, lambda: self._forward_graph(fitting(DRAFT_ROWS, len(batch))))
             if forward is None:
                 return self.eager.draft(texts, candidates, vocabulary, steps, should_continue)
             begin = self.device.mark()

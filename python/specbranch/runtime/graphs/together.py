@@ -123,6 +123,15 @@ class DraftGraph:
     host: Tensor
 
 
+@dataclass(frozen=True)
+class ForwardGraph:
+    """A forward alone, for rows that the host is asked about: a grammar's masks. logits: [n, V], until the next
+    replay."""
+
+    graph: Graph
+    logits: Tensor
+
+
 class TextGraphs:
     """The graphs over some buffers. failed: why there are none any more."""
 
@@ -132,7 +141,7 @@ class TextGraphs:
         self.static = StaticTexts(ROWS[-1], TREE_ROWS // WORD, buffers.capacity - 1, device, where)
         self._verifying: dict[tuple[FeatureTap | None, int], VerifyGraph] = {}
         self._drafting: dict[tuple[int, int, int], DraftGraph] = {}
-        self._forwards: dict[int, tuple[Graph, Tensor]] = {}  # for rows that the host is asked about
+        self._forwards: dict[int, ForwardGraph] = {}
 
     def verifying(self, model: CachedModel, rows: int) -> VerifyGraph | None:
         """None where there is none for so many rows. model: of any of the texts."""
@@ -143,8 +152,7 @@ class TextGraphs:
         n = fitting(rows)
         return self._captured(n, lambda: self._draft_graph(model, n, candidates, vocabulary))
 
-    def forwards(self, model: CachedModel, rows: int) -> tuple[Graph, Tensor] | None:
-        """A forward alone and its logits, which are there until the next replay."""
+    def forward(self, model: CachedModel, rows: int) -> ForwardGraph | None:
         n = fitting(rows)
         return self._captured(n, lambda: self._forward_graph(model, n))
 
@@ -208,7 +216,7 @@ class TextGraphs:
             self._drafting[key] = DraftGraph(self._capture(run), host)
         return self._drafting[key]
 
-    def _forward_graph(self, model: CachedModel, n: int) -> tuple[Graph, Tensor]:
+    def _forward_graph(self, model: CachedModel, n: int) -> ForwardGraph:
         if n not in self._forwards:
             kept = list[Tensor]()
 
@@ -216,7 +224,7 @@ class TextGraphs:
                 kept[:] = [model.forward(self.static.of(n))]
 
             graph = self._capture(run)
-            self._forwards[n] = graph, kept[0]
+            self._forwards[n] = ForwardGraph(graph, kept[0])
         return self._forwards[n]
 
     @inference
@@ -296,12 +304,12 @@ class SharingRunner:
         rows = spans[-1].stop
         able = steps == 1 and fits(texts) and all(text.rules is None for text in texts)  # a graph cannot ask the host
         if able and any(text.allowed is not None for text in texts):
-            if (forward := self.graphs.forwards(self.model, rows)) is None:
+            if (forward := self.graphs.forward(self.model, rows)) is None:
                 return self.eager.draft(texts, candidates, vocabulary, steps, should_continue)
             begin = self.device.mark()
             self.graphs.static.fill(batches, [text.sampling for text in texts])
-            forward[0].replay()
-            return drafted_anew(self.device, forward[1][:, :vocabulary], begin, texts, candidates, spans)
+            forward.graph.replay()
+            return drafted_anew(self.device, forward.logits[:, :vocabulary], begin, texts, candidates, spans)
         found = self.graphs.drafting(self.model, rows, candidates, vocabulary) if able else None
         if found is None:
             return self.eager.draft(texts, candidates, vocabulary, steps, should_continue)
